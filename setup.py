@@ -1,0 +1,54 @@
+"""Packaging of xlformer: `pip install -e .`, with extras for each accelerator."""
+
+import setuptools
+
+EXTRAS = {
+    "cuda12": ["jax[cuda12]>=0.10"],
+    "cuda13": ["jax[cuda13]>=0.10"],
+    "tpu": ["jax[tpu]>=0.10"],
+    "gcs": ["gcsfs"],
+    "tokenizers": ["tokenizers>=0.20", "sentencepiece>=0.2"],
+    "convert": ["safetensors>=0.4"],
+    "tensorboard": ["tensorboardX>=2.6"],
+    "plot": ["matplotlib>=3.8"],
+    "test": [
+        "pytest>=8",
+        "ruff>=0.9",
+        "safetensors>=0.4",
+        "tensorboardX>=2.6",
+        "tokenizers>=0.20",
+        "sentencepiece>=0.2",
+    ],
+}
+
+setuptools.setup(
+    name="xlformer",
+    version="0.1.0",
+    description="Language models that remember beyond their context window, in JAX",
+    python_requires=">=3.11",
+    packages=[
+        "xlformer",
+        "xlformer.configs",
+        "xlformer.data",
+        "xlformer.kernels",
+        "xlformer.layers",
+        "xlformer.models",
+        "xlformer.training",
+    ],
+    package_dir={"xlformer.configs": "configs"},
+    package_data={"xlformer.data": ["checksums.tsv"]},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "tensorflow-datasets>=4.9.10",
+        "array_record>=0.8",
+        "importlib_resources",
+        "ml_collections>=1.1",
+        "etils[epath]>=1.9",
+        "absl-py",
+        "numpy>=2",
+    ],
+    extras_require=EXTRAS,
+)

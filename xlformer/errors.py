@@ -1,0 +1,24 @@
+"""The one exception whose message is written for the person at the keyboard."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something only the caller can change; carries exactly one line.
+
+    Library functions raise it and never exit. `command.run` turns it into that line on
+    standard error and exit code 2.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).split()))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns ', did you mean X?' for the nearest known name, else the list of all."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

@@ -1,0 +1,1 @@
+"""The parts of the models: mathematics first, thin Linen modules second."""

@@ -31,7 +31,9 @@ def default_config(name: str, **fields) -> dict:
     return {"name": name, **known, **fields}
 
 
-def build(config: Mapping | TransformerXLConfig, vocab_size: int | None = None) -> Model:
+def build(
+    config: Mapping | TransformerXLConfig, vocab_size: int | None = None
+) -> Model:
     """Builds the model that `config` describes.
 
     Args:

@@ -1,0 +1,31 @@
+"""Settings of every test: CPU, eight virtual devices, one compile cache, strict ranks.
+
+NPROC: eight virtual devices on two cores deadlock in a collective when XLA's thread
+pools are sized by the real core count; it must be set before jax is imported.
+"""
+
+import os
+import pathlib
+
+os.environ["NPROC"] = "16"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED = pathlib.Path(__file__).parent.parent.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def data_directory(tmp_path_factory, monkeypatch):
+    """Prepared corpora of tests never land in the user's cache."""
+    root = tmp_path_factory.getbasetemp() / "prepared"
+    monkeypatch.setenv("XLFORMER_DATA", str(root))
+    return root

@@ -1,0 +1,203 @@
+"""Adaptive input and adaptive softmax (Baevski & Auli 2019; Grave et al. 2017).
+
+Ids are sorted by frequency; bin b holds ids [edges[b], edges[b+1]). With div_val = k,
+words of bin b have embeddings of width d_embed // k^b and each bin its projection to
+d_model. The softmax's head holds the words of bin 0 and one entry for each tail bin.
+Without cutoffs there is one bin, and the softmax is the plain one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from xlformer.kernels.cross_entropy import softmax_nll
+
+
+@dataclasses.dataclass(frozen=True)
+class Bins:
+    """The shapes of the tables: pure arithmetic on the configuration."""
+
+    vocab_size: int
+    d_model: int
+    d_embed: int
+    cutoffs: tuple[int, ...] = ()
+    div_val: int = 1
+    proj_same_dim: bool = True
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        return (0, *self.cutoffs, self.vocab_size)
+
+    @property
+    def n_tail(self) -> int:
+        return len(self.cutoffs)
+
+    def width(self, b: int) -> int:
+        return self.d_embed // self.div_val**b
+
+    @property
+    def tables(self) -> dict[str, tuple[int, int]]:
+        """Name and shape of each table: one of all words, or with div_val one a bin."""
+        if self.div_val == 1:
+            return {"table": (self.vocab_size, self.d_embed)}
+        sizes = zip(self.edges, self.edges[1:], strict=False)
+        return {
+            f"table_{b}": (stop - start, self.width(b))
+            for b, (start, stop) in enumerate(sizes)
+        }
+
+    def projects(self, b: int) -> bool:
+        """Whether words of bin b go through a projection."""
+        if self.div_val == 1 or not self.proj_same_dim:
+            return self.width(b) != self.d_model
+        return True
+
+    def embedding_projection(self, b: int) -> str | None:
+        """Name of the projection on the input side; with div_val 1 bins share it."""
+        return (
+            f"projection_{0 if self.div_val == 1 else b}" if self.projects(b) else None
+        )
+
+
+class AdaptiveEmbedding(nn.Module):
+    """Token ids to vectors of width d_model; unscaled."""
+
+    bins: Bins
+    table_init: Any
+    projection_init: Any
+    dtype: Any
+
+    def setup(self):
+        bins = self.bins
+        for name, shape in bins.tables.items():
+            setattr(self, name, self.param(name, self.table_init, shape))
+        names = {bins.embedding_projection(b) for b in range(bins.n_tail + 1)} - {None}
+        for name in sorted(names):
+            shape = (bins.width(int(name.split("_")[1])), bins.d_model)
+            setattr(self, name, self.param(name, self.projection_init, shape))
+
+    def __call__(self, ids_BT):
+        with jax.named_scope("embedding"):
+            if self.bins.div_val == 1:
+                return self._project(self.table[ids_BT].astype(self.dtype), 0)
+            y_BTD = jnp.zeros((*ids_BT.shape, self.bins.d_model), self.dtype)
+            edges = self.bins.edges
+            for b, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+                rows_BT = jnp.clip(ids_BT - start, 0, stop - start - 1)
+                x_BTE = getattr(self, f"table_{b}")[rows_BT].astype(self.dtype)
+                inside_BT = (ids_BT >= start) & (ids_BT < stop)
+                y_BTD = jnp.where(inside_BT[..., None], self._project(x_BTE, b), y_BTD)
+            return y_BTD
+
+    def _project(self, x_BTE, b):
+        name = self.bins.embedding_projection(b)
+        if name is None:
+            return x_BTE
+        return jnp.einsum("BTE,ED->BTD", x_BTE, getattr(self, name).astype(self.dtype))
+
+
+class AdaptiveSoftmax(nn.Module):
+    """Negative log-likelihoods and log-probabilities, in position order.
+
+    Tied parts are the embedding's own arrays, passed in by the caller.
+    """
+
+    bins: Bins
+    tie_weights: bool
+    tie_projections: tuple[bool, ...]
+    table_init: Any
+    projection_init: Any
+    cluster_init: Any
+    dtype: Any
+
+    def setup(self):
+        bins = self.bins
+        self.bias = self.param("bias", nn.initializers.zeros, (bins.vocab_size,))
+        if not self.tie_weights:
+            for name, shape in bins.tables.items():
+                setattr(self, name, self.param(name, self.table_init, shape))
+        for b in range(bins.n_tail + 1):
+            if bins.projects(b) and not self._tied(b):
+                name, shape = f"projection_{b}", (bins.d_model, bins.width(b))
+                setattr(self, name, self.param(name, self.projection_init, shape))
+        if bins.n_tail:
+            shape = (bins.n_tail, bins.d_embed)
+            self.cluster_kernel = self.param("cluster_kernel", self.cluster_init, shape)
+            zeros = nn.initializers.zeros
+            self.cluster_bias = self.param("cluster_bias", zeros, (bins.n_tail,))
+
+    def _tied(self, b):
+        return b < len(self.tie_projections) and self.tie_projections[b]
+
+    def __call__(self, h_ND, targets_N, embedding):
+        """nll_N in nats of each target; no array of N x V exists."""
+        with jax.named_scope("adaptive_softmax"):
+            table_VE, bias_V = self._bin(0, embedding)
+            h_NE = self._project(h_ND, 0, embedding)
+            if not self.bins.n_tail:
+                return softmax_nll(h_NE, table_VE, bias_V, targets_N)
+            cluster_N = sum(
+                (targets_N >= c).astype(jnp.int32) for c in self.bins.cutoffs
+            )
+            first = self.bins.cutoffs[0]
+            head_N = jnp.where(cluster_N == 0, targets_N, first + cluster_N - 1)
+            table_VE, bias_V = self._head(table_VE, bias_V)
+            nll_N = softmax_nll(h_NE, table_VE, bias_V, head_N)
+            for b in range(1, self.bins.n_tail + 1):
+                start, stop = self.bins.edges[b : b + 2]
+                table_VE, bias_V = self._bin(b, embedding)
+                rows_N = jnp.clip(targets_N - start, 0, stop - start - 1)
+                h_NE = self._project(h_ND, b, embedding)
+                tail_N = softmax_nll(h_NE, table_VE, bias_V, rows_N)
+                nll_N += jnp.where(cluster_N == b, tail_N, 0)
+            return nll_N
+
+    def log_probs(self, h_ND, embedding):
+        """log p of every word, [N, V]: for generation, a few rows at a time."""
+        table_VE, bias_V = self._bin(0, embedding)
+        h_NE = self._project(h_ND, 0, embedding)
+        if not self.bins.n_tail:
+            return self._log_softmax(h_NE, table_VE, bias_V)
+        head_NV = self._log_softmax(h_NE, *self._head(table_VE, bias_V))
+        first = self.bins.cutoffs[0]
+        parts = [head_NV[:, :first]]
+        for b in range(1, self.bins.n_tail + 1):
+            h_NE = self._project(h_ND, b, embedding)
+            tail_NV = self._log_softmax(h_NE, *self._bin(b, embedding))
+            parts.append(head_NV[:, first + b - 1 : first + b] + tail_NV)
+        return jnp.concatenate(parts, axis=1)
+
+    def _log_softmax(self, h_NE, table_VE, bias_V):
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        logits_NV = jnp.einsum(
+            "NE,VE->NV", h_NE, table_VE.astype(self.dtype), preferred_element_type=dtype
+        )
+        return jax.nn.log_softmax(logits_NV + bias_V.astype(dtype)[None])
+
+    def _head(self, table_VE, bias_V):
+        """Bin 0's words, then one entry for each tail bin, in forward order."""
+        return (
+            jnp.concatenate([table_VE, self.cluster_kernel.astype(table_VE.dtype)]),
+            jnp.concatenate([bias_V, self.cluster_bias.astype(bias_V.dtype)]),
+        )
+
+    def _bin(self, b, embedding):
+        start, stop = self.bins.edges[b : b + 2]
+        source = embedding if self.tie_weights else self
+        if self.bins.div_val == 1:
+            return source.table[start:stop], self.bias[start:stop]
+        return getattr(source, f"table_{b}"), self.bias[start:stop]
+
+    def _project(self, h_ND, b, embedding):
+        if not self.bins.projects(b):
+            return h_ND
+        if self._tied(b):
+            kernel_ED = getattr(embedding, self.bins.embedding_projection(b))
+            return jnp.einsum("ND,ED->NE", h_ND, kernel_ED.astype(self.dtype))
+        kernel_DE = getattr(self, f"projection_{b}").astype(self.dtype)
+        return jnp.einsum("ND,DE->NE", h_ND, kernel_DE)

@@ -1,0 +1,113 @@
+"""Multi-head attention over [memory; segment], with the four position encodings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from xlformer.kernels.relative_attention import relative_attention
+from xlformer.layers import positions
+from xlformer.layers.feed_forward import dropout
+
+RELATIVE, LEARNED_RELATIVE, SINUSOID, LEARNED_ABSOLUTE = range(4)
+
+
+class Attention(nn.Module):
+    """Attention of type 0 to 3 of the original, without residual and norm.
+
+    0: relative, sinusoid r_d = W R_d, biases u and v (Dai et al. 2019, eq. in 3.3).
+    1: relative, a learned row and a learned bias for each distance, and u; the code's
+       superset of Shaw et al. 2018.
+    2, 3: none here; absolute positions were added to the input.
+    """
+
+    n_head: int
+    d_head: int
+    attn_type: int
+    own_biases: bool
+    table_length: int
+    clamp_length: int
+    window: int | None
+    dropout: float
+    attention_dropout: float
+    kernel_init: Any
+    dtype: Any
+    implementation: str = "auto"
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD,
+        context_BSD,
+        *,
+        r_SD=None,
+        biases=None,
+        key_start_BT=None,
+        keys=None,
+    ):
+        """Attends from x to context = [memory; x].
+
+        Args:
+          x_BTD: queries are made of this.
+          context_BSD: keys and values are made of this.
+          r_SD: sinusoid of each distance (type 0).
+          biases: (u_HK, v_HK) shared by all layers, unless own_biases.
+          key_start_BT: first visible key of each query.
+          keys: jax.random keys (probabilities, output); None switches dropout off.
+        """
+        probability_key, output_key = keys or (None, None)
+        D, S = x_BTD.shape[-1], context_BSD.shape[1]
+        heads = (self.n_head, self.d_head)
+        qkv_DCHK = self._kernel("qkv", (D, 3, *heads))
+        out_HKD = self._kernel("output", (*heads, D))
+        with jax.named_scope("qkv"):
+            q_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, qkv_DCHK[:, 0])
+            k_BSHK = jnp.einsum("BSD,DHK->BSHK", context_BSD, qkv_DCHK[:, 1])
+            v_BSHK = jnp.einsum("BSD,DHK->BSHK", context_BSD, qkv_DCHK[:, 2])
+        with jax.named_scope("positions"):
+            qu_BTHK, qw_BTHK, r_SHK = self._position_terms(q_BTHK, r_SD, biases, S)
+        y_BTHK = relative_attention(
+            qu_BTHK,
+            qw_BTHK,
+            k_BSHK,
+            v_BSHK,
+            r_SHK,
+            window=self.window,
+            key_start_BT=key_start_BT,
+            dropout_rate=self.attention_dropout,
+            dropout_key=probability_key,
+            implementation=self.implementation,
+        )
+        with jax.named_scope("output"):
+            y_BTD = jnp.einsum("BTHK,HKD->BTD", y_BTHK, out_HKD)
+        return dropout(y_BTD, self.dropout, output_key)
+
+    def _kernel(self, name, shape):
+        return self.param(name, self.kernel_init, shape).astype(self.dtype)
+
+    def _position_terms(self, q_BTHK, r_SD, biases, S):
+        heads = (self.n_head, self.d_head)
+        scale = self.d_head**-0.5
+        if self.attn_type in (SINUSOID, LEARNED_ABSOLUTE):
+            return q_BTHK * scale, None, None
+        if self.attn_type == RELATIVE:
+            if self.own_biases:
+                biases = self._kernel("u", heads), self._kernel("v", heads)
+            u_HK, v_HK = (b.astype(self.dtype)[None, None] for b in biases)
+            position_DHK = self._kernel("position", (r_SD.shape[-1], *heads))
+            r_SHK = jnp.einsum("SD,DHK->SHK", r_SD, position_DHK)
+            return (q_BTHK + u_HK) * scale, (q_BTHK + v_HK) * scale, r_SHK
+        table_NHK = self._kernel("distance", (self.table_length, *heads))
+        bias_NH = self.param(
+            "distance_bias", nn.initializers.zeros, (self.table_length, self.n_head)
+        )
+        rows = positions.nearest_rows(self.table_length, S, self.clamp_length)
+        # The bias of a distance is one more column of (q, r).
+        bias_SH1 = bias_NH[rows][..., None].astype(self.dtype)
+        r_SHK = jnp.concatenate([table_NHK[rows], bias_SH1], axis=-1)
+        ones = jnp.ones_like(q_BTHK[..., :1])
+        qw_BTHK = jnp.concatenate([q_BTHK, ones], axis=-1) * scale
+        return (q_BTHK + self._kernel("u", heads)[None, None]) * scale, qw_BTHK, r_SHK

@@ -1,0 +1,62 @@
+"""Dropout, layer normalisation and the position-wise feed-forward network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes entries with probability `rate` and rescales; None switches it off."""
+    if key is None or not rate:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, scale_D, bias_D, epsilon: float) -> jax.Array:
+    """Normalises the last axis, with statistics in at least float32."""
+    exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = exact.mean(-1, keepdims=True)
+    variance = jnp.square(exact - mean).mean(-1, keepdims=True)
+    normal = (exact - mean) * jax.lax.rsqrt(variance + epsilon)
+    row = (1,) * (x.ndim - 1) + (-1,)
+    return (normal * scale_D.reshape(row) + bias_D.reshape(row)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """layer_norm with its two parameters."""
+
+    epsilon: float
+    scale_init: Any = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x):
+        scale_D = self.param("scale", self.scale_init, (x.shape[-1],))
+        bias_D = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return layer_norm(x, scale_D, bias_D, self.epsilon)
+
+
+class FeedForward(nn.Module):
+    """relu(x W1 + b1) W2 + b2, dropout after each of the two."""
+
+    d_inner: int
+    dropout: float
+    kernel_init: Any
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD, keys=(None, None)):
+        D, F = x_BTD.shape[-1], self.d_inner
+        in_DF = self.param("in_kernel", self.kernel_init, (D, F)).astype(self.dtype)
+        in_F = self.param("in_bias", nn.initializers.zeros, (F,)).astype(self.dtype)
+        out_FD = self.param("out_kernel", self.kernel_init, (F, D)).astype(self.dtype)
+        out_D = self.param("out_bias", nn.initializers.zeros, (D,)).astype(self.dtype)
+        with jax.named_scope("feed_forward"):
+            h_BTF = nn.relu(jnp.einsum("BTD,DF->BTF", x_BTD, in_DF) + in_F[None, None])
+            h_BTF = dropout(h_BTF, self.dropout, keys[0])
+            y_BTD = jnp.einsum("BTF,FD->BTD", h_BTF, out_FD) + out_D[None, None]
+            return dropout(y_BTD, self.dropout, keys[1])

@@ -1,0 +1,88 @@
+"""Transformer-XL's memory: fixed capacity, the newest last, a count of what is valid.
+
+Slots that are not valid are masked, so a cold memory equals no memory exactly (the
+TensorFlow original and Hugging Face attend to zeros instead: `attend_zero_memory`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Memory(NamedTuple):
+    """The input of each layer at the last M positions, oldest first.
+
+    Attributes:
+      hidden_LBMD: cached layer inputs; only the last length_B[b] slots of row b count.
+      length_B: int32, how many slots are valid.
+    """
+
+    hidden_LBMD: Any
+    length_B: Any
+
+
+AXES = Memory(("layers", "batch", "memory", "embed"), ("batch",))
+
+
+def expand_resets(resets_BT: jax.Array | None, T: int) -> jax.Array | None:
+    """[B, 1], a reset before the segment, becomes [B, T]."""
+    if resets_BT is None or resets_BT.shape[1] == T:
+        return resets_BT
+    if resets_BT.shape[1] != 1:
+        raise ValueError(
+            f"resets_BT has {resets_BT.shape[1]} columns, expected {T} or 1"
+        )
+    return jnp.pad(resets_BT, ((0, 0), (0, T - 1)))
+
+
+def key_start(length_B: jax.Array, resets_BT: jax.Array | None, *, M: int, T: int):
+    """First visible key of each query, [B, T], counted in [memory; segment].
+
+    Without a reset that is the oldest valid slot, afterwards the last reset token.
+    """
+    start_BT = jnp.broadcast_to(M - length_B[:, None], (length_B.shape[0], T))
+    if resets_BT is None:
+        return start_BT
+    positions_BT = jnp.broadcast_to(M + jnp.arange(T)[None], resets_BT.shape)
+    return jnp.maximum(
+        start_BT, lax.cummax(jnp.where(resets_BT, positions_BT, 0), axis=1)
+    )
+
+
+def append(memory_BMD: jax.Array, x_BTD: jax.Array, end) -> jax.Array:
+    """The last M of [memory; x[:end]].
+
+    Args:
+      memory_BMD: the old memory.
+      x_BTD: what comes after it.
+      end: how many positions of x count: an int, a traced scalar, or one a row, [B].
+    """
+    M = memory_BMD.shape[1]
+    x_BTD = x_BTD.astype(memory_BMD.dtype)
+    if isinstance(end, int):
+        if end >= M:
+            return x_BTD[:, end - M : end]
+        return jnp.concatenate([memory_BMD[:, end:], x_BTD[:, :end]], axis=1)
+    both_BSD = jnp.concatenate([memory_BMD, x_BTD], axis=1)
+    if end.ndim == 0:
+        return lax.dynamic_slice_in_dim(both_BSD, end, M, axis=1)
+    return jax.vmap(lambda x, start: lax.dynamic_slice_in_dim(x, start, M))(
+        both_BSD, end
+    )
+
+
+def next_length(length_B, resets_BT, end, *, M: int) -> jax.Array:
+    """Valid slots after `end` more positions: after a reset only what came since."""
+    length_B = length_B + end
+    if resets_BT is not None:
+        T = resets_BT.shape[1]
+        end_B = jnp.broadcast_to(jnp.asarray(end), length_B.shape)
+        index_BT = jnp.broadcast_to(jnp.arange(T)[None], resets_BT.shape)
+        counts_BT = resets_BT & (index_BT < end_B[:, None])
+        last_B = jnp.where(counts_BT, index_BT, -1).max(axis=1)
+        length_B = jnp.where(last_B >= 0, end_B - last_B, length_B)
+    return jnp.minimum(length_B, M).astype(jnp.int32)

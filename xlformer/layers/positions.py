@@ -1,0 +1,41 @@
+"""Sinusoids of distances and positions."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def sinusoid(positions: np.ndarray | jax.Array, d_model: int, dtype) -> jax.Array:
+    """[sin(p w_i)..., cos(p w_i)...] of each position, [..., d_model].
+
+    The halves are concatenated, not interleaved; w_i = 10000^(-2i/d_model) (Dai et al.
+    2019, as coded). Known positions are computed in float64 and rounded once: angles
+    of thousands of radians lose three digits in float32.
+    """
+    frequencies = 10000.0 ** (-np.arange(0, d_model, 2) / d_model)
+    if isinstance(positions, np.ndarray):
+        angles = positions[..., None] * frequencies
+        return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], -1), dtype)
+    exact = jnp.promote_types(dtype, jnp.float32)
+    shape = (1,) * positions.ndim + (-1,)
+    angles = positions[..., None].astype(exact) * frequencies.astype(exact).reshape(
+        shape
+    )
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1).astype(dtype)
+
+
+def distances(S: int, clamp_length: int) -> np.ndarray:
+    """Distances 0 to S-1, none beyond clamp_length if that is positive."""
+    return np.minimum(np.arange(S), clamp_length if clamp_length > 0 else S)
+
+
+def nearest_rows(table_length: int, S: int, clamp_length: int) -> np.ndarray:
+    """Row of a learned table for each distance 0 to S-1 (attention type 1).
+
+    The table is right-aligned: its last row belongs to distance 0. clamp_length keeps
+    that many rows; whatever lies farther uses the farthest row kept.
+    """
+    kept = min(clamp_length, table_length) if clamp_length > 0 else table_length
+    return table_length - 1 - np.minimum(np.arange(S), kept - 1)

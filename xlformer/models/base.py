@@ -1,0 +1,242 @@
+"""The contract: a language model is a pure function with carried state.
+
+    params = model.init(key)
+    state = model.init_state(batch_size)
+    nll_BT, state, aux = model.apply(params, inputs_BT, targets_BT, state)
+
+Training, evaluation, generation and `testing.check_model` know nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from xlformer.errors import UserError
+from xlformer.layers.memory import expand_resets
+
+
+class Aux(NamedTuple):
+    """What a model returns beside the nll.
+
+    Attributes:
+      loss: scalar to add to the mean nll (already weighted).
+      metrics: dict of scalars that are only logged.
+    """
+
+    loss: Any
+    metrics: dict
+
+
+def compute_dtype(name: str, params=None):
+    """The dtype to compute in: float64 if the parameters are, else what `name` says.
+
+    'auto' is bfloat16 where it is native (TPU, compute capability >= 8.0), else
+    float32.
+    """
+    leaves = jax.tree.leaves(params)
+    if any(leaf.dtype == jnp.float64 for leaf in leaves):
+        return jnp.dtype("float64")
+    if name != "auto":
+        return jnp.dtype(name)
+    device = jax.devices()[0]
+    native = device.platform == "tpu" or (
+        device.platform == "gpu" and float(device.compute_capability) >= 8.0
+    )
+    return jnp.dtype(jnp.bfloat16 if native else jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A frozen configuration and the pure functions that it defines.
+
+    Subclasses define `_module` (a Linen module with the methods `nll`, `log_probs` and
+    `run_trunk`), `init_state` and `state_axes`.
+    """
+
+    config: Any
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.config.vocab_size
+
+    @property
+    def memory_length(self) -> int | None:
+        """How many earlier positions each layer sees; None is without limit."""
+        raise NotImplementedError
+
+    @property
+    def extended_length(self) -> int:
+        """How many leading inputs are recomputed context without a target."""
+        return 0
+
+    @property
+    def trunk(self) -> Trunk:
+        """The same machine without tokens: vectors in, vectors out."""
+        return Trunk(self)
+
+    def init(self, key: jax.Array):
+        """Fresh parameters, the bare tree, float32."""
+        module = self._module(jnp.dtype(jnp.float32))
+        ids_BT = jnp.zeros((1, 1), jnp.int32)
+        state = self.init_state(1, dtype=jnp.float32)
+        return module.init(key, ids_BT, ids_BT, state)["params"]
+
+    def init_state(self, batch_size: int, dtype=None):
+        """The state before the first token: fixed shapes, nothing valid in it.
+
+        dtype defaults to the compute dtype; `apply` returns the state in the dtype that
+        it computed in.
+        """
+        raise NotImplementedError
+
+    def state_axes(self):
+        """Logical axis names of each leaf of the state; 'batch' is among them."""
+        raise NotImplementedError
+
+    def apply(
+        self,
+        params,
+        inputs_BT: jax.Array,
+        targets_BT: jax.Array,
+        state,
+        *,
+        resets_BT: jax.Array | None = None,
+        lengths_B: jax.Array | int | None = None,
+        step: jax.Array | None = None,
+        train: bool = False,
+        rngs: dict | None = None,
+    ):
+        """Scores the targets and carries the state over the segment.
+
+        Args:
+          params: what `init` returns.
+          inputs_BT: token ids. With extended_length E up to E more than targets; the
+            extra ones lead.
+          targets_BT: the next token of each of the last inputs.
+          state: of `init_state`, or of the call before.
+          resets_BT: true where a token and all after it see nothing before it; [B, 1]
+            is a reset before the segment.
+          lengths_B: valid inputs of each row, or one number; the rest is padding on
+            the right: it enters no memory and its nll is 0.
+          step: for schedules inside a model.
+          train: dropout on; needs rngs={'dropout': key} if any rate is positive.
+          rngs: see train.
+
+        Returns:
+          nll_BT in nats, in position order; the new state, without gradient; Aux.
+        """
+        del step  # No schedule inside this family.
+        extra = inputs_BT.shape[1] - targets_BT.shape[1]
+        if not 0 <= extra <= self.extended_length:
+            raise UserError(
+                f"inputs_BT has {inputs_BT.shape[1]} tokens and targets_BT "
+                f"{targets_BT.shape[1]}: config.model.extended_length="
+                f"{self.extended_length} allows at most that many more inputs"
+            )
+        nll_BT, state = self._module(compute_dtype(self.config.dtype, params)).apply(
+            {"params": params},
+            inputs_BT,
+            targets_BT,
+            jax.lax.stop_gradient(state),
+            resets_BT=expand_resets(resets_BT, inputs_BT.shape[1]),
+            lengths=_lengths(lengths_B),
+            key=self._dropout_key(train, rngs),
+        )
+        return (
+            nll_BT,
+            jax.lax.stop_gradient(state),
+            Aux(jnp.zeros((), nll_BT.dtype), {}),
+        )
+
+    def log_probs(self, params, inputs_BT, state, *, resets_BT=None, lengths_B=None):
+        """log p of every next token, [B, T, V], and the new state.
+
+        For generation and small vocabularies: T x V numbers a row.
+        """
+        return self._module(compute_dtype(self.config.dtype, params)).apply(
+            {"params": params},
+            inputs_BT,
+            state,
+            resets_BT=expand_resets(resets_BT, inputs_BT.shape[1]),
+            lengths=_lengths(lengths_B),
+            method="log_probs",
+        )
+
+    def _dropout_key(self, train: bool, rngs: dict | None):
+        if not train or not self._has_dropout:
+            return None
+        if not rngs or "dropout" not in rngs:
+            raise ValueError("train=True with dropout needs rngs={'dropout': key}")
+        return rngs["dropout"]
+
+    @property
+    def _has_dropout(self) -> bool:
+        return bool(self.config.dropout)
+
+    def _module(self, dtype) -> nn.Module:
+        raise NotImplementedError
+
+
+def _lengths(lengths_B):
+    if lengths_B is None:
+        return None
+    lengths = jnp.asarray(lengths_B, jnp.int32)
+    if lengths.ndim > 1:
+        raise ValueError(
+            f"lengths_B has shape {lengths.shape}, expected [B] or a number"
+        )
+    return lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+    """A model without embedding and softmax, for people who bring vectors.
+
+    `apply` takes the model's whole parameter tree or the trunk's part of it.
+    """
+
+    model: Model
+
+    def init(self, key: jax.Array):
+        """Fresh parameters of the trunk alone."""
+        return self.model.init(key)["trunk"]
+
+    def init_state(self, batch_size: int, dtype=None):
+        """As the model's."""
+        return self.model.init_state(batch_size, dtype)
+
+    def apply(
+        self,
+        params,
+        x_BTD: jax.Array,
+        state,
+        *,
+        resets_BT=None,
+        lengths_B=None,
+        step=None,
+        train: bool = False,
+        rngs: dict | None = None,
+    ):
+        """Vectors in, vectors of the last layer out, and the new state.
+
+        Args are those of `Model.apply`; gradients flow into x_BTD, not into the state.
+        """
+        del step
+        params = params.get("trunk", params)
+        dtype = compute_dtype(self.model.config.dtype, params)
+        y_BTD, state = self.model._module(dtype).apply(
+            {"params": {"trunk": params}},
+            x_BTD.astype(dtype),
+            jax.lax.stop_gradient(state),
+            resets_BT=expand_resets(resets_BT, x_BTD.shape[1]),
+            lengths=_lengths(lengths_B),
+            key=self.model._dropout_key(train, rngs),
+            method="run_trunk",
+        )
+        return y_BTD, jax.lax.stop_gradient(state)

@@ -1,0 +1,328 @@
+"""Transformer-XL (Dai et al. 2019, arXiv:1901.02860).
+
+Layer inputs of the last memory_length positions are cached, without gradient, and
+attended together with the segment; positions enter as distances. Post-norm, all of
+the original's options, and the counter-examples that its paper compares with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from xlformer.layers import memory as memory_lib
+from xlformer.layers import positions
+from xlformer.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Bins
+from xlformer.layers.attention import (
+    LEARNED_ABSOLUTE,
+    RELATIVE,
+    SINUSOID,
+    Attention,
+)
+from xlformer.layers.feed_forward import FeedForward, LayerNorm, dropout
+from xlformer.layers.memory import Memory
+from xlformer.models.base import Model, compute_dtype
+from xlformer.models.transformer_xl_config import TransformerXLConfig
+
+# Which number is folded into the dropout key for what, beside the layers.
+INPUT_KEY, POSITION_KEY, OUTPUT_KEY, LAYERS_KEY = range(4)
+
+
+def _initializers(config: TransformerXLConfig) -> dict[str, Any]:
+    """Initialisers by role (systems.md A.6: the originals' two tables)."""
+    normal = nn.initializers.normal
+    if config.init == "uniform":
+        low, high = -config.init_range, config.init_range
+
+        def kernel(key, shape, dtype=jnp.float32):
+            return jax.random.uniform(key, shape, dtype, low, high)
+    else:
+        kernel = normal(config.init_std)
+
+    def norm_scale(key, shape, dtype=jnp.float32):
+        return 1 + normal(config.init_std)(key, shape, dtype)
+
+    tensorflow = config.init_scheme == "tensorflow"
+    return {
+        "kernel": kernel,
+        "projection": normal(config.proj_init_std),
+        "norm_scale": nn.initializers.ones if tensorflow else norm_scale,
+        "cluster": nn.initializers.zeros if tensorflow else kernel,
+    }
+
+
+class Layer(nn.Module):
+    """Attention over [memory; x], then the feed-forward network; post- or pre-norm."""
+
+    config: TransformerXLConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD, memory_BMD, shared, key_start_BT=None, key=None):
+        """Args: the layer's input, its memory, (r_SD, (u, v)) shared by all layers."""
+        config, init = self.config, _initializers(self.config)
+        keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
+        norm = functools.partial(
+            LayerNorm, epsilon=config.norm_epsilon, scale_init=init["norm_scale"]
+        )
+        attention_norm, feed_forward_norm = (
+            norm(name="attention_norm"),
+            norm(name="norm"),
+        )
+        attention = Attention(
+            n_head=config.n_head,
+            d_head=config.head_width,
+            attn_type=config.attn_type,
+            own_biases=config.untie_r,
+            table_length=config.table_length,
+            clamp_length=config.clamp_length,
+            window=config.attention_window,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+            kernel_init=init["kernel"],
+            dtype=self.dtype,
+            implementation=config.attention,
+            name="attention",
+        )
+        feed_forward = FeedForward(
+            d_inner=config.d_inner,
+            dropout=config.dropout,
+            kernel_init=init["kernel"],
+            dtype=self.dtype,
+            name="feed_forward",
+        )
+        r_SD, biases = shared
+        context_BSD = jnp.concatenate([memory_BMD, x_BTD], axis=1)
+        queries_BTD = x_BTD
+        if config.pre_norm:
+            # Memory is stored as it was and normalised at use, by the same norm.
+            context_BSD = attention_norm(context_BSD)
+            queries_BTD = context_BSD[:, memory_BMD.shape[1] :]
+        y_BTD = x_BTD + attention(
+            queries_BTD,
+            context_BSD,
+            r_SD=r_SD,
+            biases=biases,
+            key_start_BT=key_start_BT,
+            keys=keys[:2],
+        )
+        if config.pre_norm:
+            return y_BTD + feed_forward(feed_forward_norm(y_BTD), keys[2:])
+        y_BTD = attention_norm(y_BTD)
+        return feed_forward_norm(y_BTD + feed_forward(y_BTD, keys[2:]))
+
+
+class TrunkModule(nn.Module):
+    """The stack of layers with its memory: parameters stacked [L, ...], one scan."""
+
+    config: TransformerXLConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD, state, *, resets_BT=None, lengths=None, key=None):
+        config = self.config
+        init = _initializers(config)
+        B, T, D = x_BTD.shape
+        M = config.memory_length
+        hidden_LBMD = state.hidden_LBMD.astype(self.dtype)
+        key_start_BT = None
+        if config.attend_zero_memory:
+            hidden_LBMD = _zero_rows(hidden_LBMD, resets_BT)
+        elif M or resets_BT is not None:
+            key_start_BT = memory_lib.key_start(state.length_B, resets_BT, M=M, T=T)
+        index_BT = _backward_index(B, T, lengths)
+        x_BTD = self._add_sinusoid(x_BTD, index_BT)
+        x_BTD = dropout(x_BTD, config.dropout, _fold(key, INPUT_KEY))
+        shared = self._shared(M + T, _fold(key, POSITION_KEY), init)
+        # The last extended_length inputs come again with the next segment.
+        end = max(0, T - config.extended_length) if lengths is None else lengths
+
+        layer = Layer(config, self.dtype, parent=None)
+
+        def run_layer(x_BTD, scanned):
+            params, memory_BMD, table_ND, index = scanned
+            if config.attn_type == LEARNED_ABSOLUTE:
+                x_BTD = x_BTD + table_ND.astype(self.dtype)[-1 - index_BT]
+            y_BTD = layer.apply(
+                {"params": params},
+                x_BTD,
+                memory_BMD,
+                shared,
+                key_start_BT,
+                _fold(_fold(key, LAYERS_KEY), index),
+            )
+            return y_BTD, memory_lib.append(memory_BMD, x_BTD, end)
+
+        tables_LND = None
+        if config.attn_type == LEARNED_ABSOLUTE:
+            shape = (config.n_layer, config.table_length, D)
+            tables_LND = self.param("position", init["kernel"], shape)
+        params = self.param("layers", self._init_layers, layer, x_BTD, shared)
+        body = jax.checkpoint(run_layer) if config.remat == "full" else run_layer
+        y_BTD, hidden_LBMD = lax.scan(
+            body,
+            x_BTD,
+            (params, hidden_LBMD, tables_LND, jnp.arange(config.n_layer)),
+            unroll=1 if config.scan_layers else config.n_layer,
+        )
+        if config.final_norm:
+            y_BTD = LayerNorm(
+                config.norm_epsilon, init["norm_scale"], name="final_norm"
+            )(y_BTD)
+        length_B = memory_lib.next_length(state.length_B, resets_BT, end, M=M)
+        if config.attend_zero_memory:
+            length_B = state.length_B
+        y_BTD = dropout(y_BTD, config.dropout, _fold(key, OUTPUT_KEY))
+        return y_BTD, Memory(hidden_LBMD, length_B)
+
+    def _init_layers(self, key, layer, x_BTD, shared):
+        """One layer's initialisation, mapped over the layers' keys."""
+        r_SD, biases = shared
+        one_BTD = x_BTD[:1, :1]
+        shared = (None if r_SD is None else r_SD[:1], biases)
+
+        def init_one(key):
+            return layer.init(key, one_BTD, one_BTD[:, :0], shared)["params"]
+
+        return jax.vmap(init_one)(jax.random.split(key, self.config.n_layer))
+
+    def _add_sinusoid(self, x_BTD, index_BT):
+        """Type 2: one sinusoid on the input; the last token is position 0."""
+        if self.config.attn_type != SINUSOID:
+            return x_BTD
+        if self.config.clamp_length > 0:
+            index_BT = jnp.minimum(index_BT, self.config.clamp_length)
+        table_TD = positions.sinusoid(
+            np.arange(x_BTD.shape[1]), x_BTD.shape[-1], self.dtype
+        )
+        return x_BTD + table_TD[index_BT]
+
+    def _shared(self, S, key, init):
+        """What all layers use: the sinusoid of the distances, and u and v if tied."""
+        config = self.config
+        if config.attn_type != RELATIVE:
+            return None, None
+        clamped = positions.distances(S, config.clamp_length)
+        r_SD = positions.sinusoid(clamped, config.d_model, self.dtype)
+        r_SD = dropout(r_SD, config.dropout, key)
+        if config.untie_r:
+            return r_SD, None
+        shape = (config.n_head, config.head_width)
+        return r_SD, tuple(self.param(name, init["kernel"], shape) for name in "uv")
+
+
+class TransformerXLModule(nn.Module):
+    """Embedding, trunk and softmax."""
+
+    config: TransformerXLConfig
+    dtype: Any
+
+    def setup(self):
+        config, init = self.config, _initializers(self.config)
+        bins = Bins(
+            vocab_size=config.vocab_size,
+            d_model=config.d_model,
+            d_embed=config.embedding_width,
+            cutoffs=config.cutoffs,
+            div_val=config.div_val,
+            proj_same_dim=config.proj_same_dim,
+        )
+        self.embedding = AdaptiveEmbedding(
+            bins, init["kernel"], init["projection"], self.dtype
+        )
+        self.trunk = TrunkModule(config, self.dtype)
+        self.softmax = AdaptiveSoftmax(
+            bins,
+            config.tie_weights,
+            config.tie_projections,
+            init["kernel"],
+            init["projection"],
+            init["cluster"],
+            self.dtype,
+        )
+
+    def __call__(
+        self, ids_BT, targets_BT, state, *, resets_BT=None, lengths=None, key=None
+    ):
+        y_BTD, state = self._forward(ids_BT, state, resets_BT, lengths, key)
+        B, T = targets_BT.shape
+        h_ND = y_BTD[:, -T:].reshape(B * T, -1)
+        nll_BT = self.softmax(h_ND, targets_BT.reshape(-1), self.embedding).reshape(
+            B, T
+        )
+        if lengths is not None:
+            index_BT = jnp.arange(ids_BT.shape[1] - T, ids_BT.shape[1])[None]
+            valid_BT = index_BT < jnp.broadcast_to(lengths, (B,))[:, None]
+            nll_BT = jnp.where(valid_BT, nll_BT, 0)
+        return nll_BT, state
+
+    def log_probs(self, ids_BT, state, *, resets_BT=None, lengths=None):
+        y_BTD, state = self._forward(ids_BT, state, resets_BT, lengths, None)
+        B, T, D = y_BTD.shape
+        log_p_NV = self.softmax.log_probs(y_BTD.reshape(B * T, D), self.embedding)
+        return log_p_NV.reshape(B, T, -1), state
+
+    def run_trunk(self, x_BTD, state, *, resets_BT=None, lengths=None, key=None):
+        return self.trunk(x_BTD, state, resets_BT=resets_BT, lengths=lengths, key=key)
+
+    def _forward(self, ids_BT, state, resets_BT, lengths, key):
+        x_BTD = self.embedding(ids_BT) * self.config.d_model**0.5
+        return self.run_trunk(
+            x_BTD, state, resets_BT=resets_BT, lengths=lengths, key=key
+        )
+
+
+class TransformerXL(Model):
+    """Transformer-XL behind the contract of `Model`."""
+
+    @property
+    def memory_length(self) -> int:
+        return self.config.memory_length
+
+    @property
+    def extended_length(self) -> int:
+        return self.config.extended_length
+
+    @property
+    def _has_dropout(self) -> bool:
+        return bool(self.config.dropout or self.config.attention_dropout)
+
+    def init_state(self, batch_size: int, dtype=None) -> Memory:
+        """Empty memory; with attend_zero_memory, zeros that count as valid."""
+        config = self.config
+        dtype = dtype or compute_dtype(config.dtype)
+        shape = (config.n_layer, batch_size, config.memory_length, config.d_model)
+        valid = config.memory_length if config.attend_zero_memory else 0
+        return Memory(jnp.zeros(shape, dtype), jnp.full(batch_size, valid, jnp.int32))
+
+    def state_axes(self) -> Memory:
+        return memory_lib.AXES
+
+    def _module(self, dtype) -> TransformerXLModule:
+        return TransformerXLModule(self.config, dtype)
+
+
+def _fold(key, data):
+    return None if key is None else jax.random.fold_in(key, data)
+
+
+def _backward_index(B, T, lengths):
+    """Absolute positions count backwards: 0 is the last valid token of the row."""
+    index_BT = jnp.broadcast_to(T - 1 - jnp.arange(T)[None], (B, T))
+    if lengths is None:
+        return index_BT
+    padding_B = T - jnp.broadcast_to(lengths, (B,))
+    return jnp.maximum(index_BT - padding_B[:, None], 0)
+
+
+def _zero_rows(hidden_LBMD, resets_BT):
+    if resets_BT is None:
+        return hidden_LBMD
+    return jnp.where(resets_BT[None, :, :1, None], 0, hidden_LBMD)

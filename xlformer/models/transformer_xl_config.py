@@ -1,0 +1,207 @@
+"""The configuration of Transformer-XL: every field with its unit, checked at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+from xlformer.errors import UserError
+from xlformer.kernels.relative_attention import IMPLEMENTATIONS
+from xlformer.layers.attention import (
+    LEARNED_ABSOLUTE,
+    LEARNED_RELATIVE,
+    SINUSOID,
+)
+
+CHOICES = {
+    "attn_type": (0, 1, 2, 3),
+    "init": ("normal", "uniform"),
+    "init_scheme": ("pytorch", "tensorflow"),
+    "dtype": ("auto", "float32", "bfloat16", "float64"),
+    "remat": ("none", "full"),
+    "attention": ("auto", *IMPLEMENTATIONS),
+}
+POSITIVE = ("n_layer", "d_model", "n_head", "d_inner", "div_val")
+NOT_NEGATIVE = (
+    "memory_length",
+    "extended_length",
+    "clamp_length",
+    "table_length",
+    "d_head",
+    "d_embed",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerXLConfig:
+    """Shapes and options of one Transformer-XL; the names of the original in comments.
+
+    Raises UserError for a wrong type or an impossible combination.
+    """
+
+    vocab_size: int | None = None  # token ids; None: the data decides
+    n_layer: int = 12
+    d_model: int = 512
+    n_head: int = 8
+    d_head: int = 0  # 0: d_model / n_head
+    d_inner: int = 2048
+    d_embed: int = 0  # 0: d_model
+    memory_length: int = 512  # mem_len: cached positions of each layer
+    extended_length: int = 0  # ext_len: leading inputs that are recomputed
+    attn_type: int = 0  # 0 relative, 1 learned relative, 2 sinusoid, 3 learned
+    pre_norm: bool = False  # pre_lnorm
+    final_norm: bool = False  # one more norm before the softmax; not in the original
+    untie_r: bool = False  # u and v of their own in each layer
+    clamp_length: int = 0  # clamp_len: no distance is larger; 0: not clamped
+    same_length: bool = False  # each query sees memory_length keys
+    window: int | None = None  # largest visible distance; overrides same_length
+    table_length: int = 0  # max_klen of types 1 and 3: segment + extended + memory
+    attend_zero_memory: bool = False  # cold memory is zeros that are attended
+    allow_incoherent_positions: bool = False  # types 2 and 3 with memory
+    dropout: float = 0.1
+    attention_dropout: float = 0.0  # dropatt
+    cutoffs: tuple[int, ...] = ()  # first ids of the tail bins
+    div_val: int = 1  # each bin's embeddings are narrower by this factor
+    tie_weights: bool = True
+    tie_projections: tuple[bool, ...] = ()  # tie_projs, one a bin; () ties none
+    proj_same_dim: bool = True  # project even where the widths agree (div_val > 1)
+    norm_epsilon: float = 1e-5
+    init: str = "normal"
+    init_std: float = 0.02
+    init_range: float = 0.1  # of init='uniform'
+    proj_init_std: float = 0.01
+    init_scheme: str = "pytorch"  # or tensorflow: norms 1, clusters 0
+    dtype: str = "auto"  # to compute in; parameters are float32
+    scan_layers: bool = False  # one compiled layer, looped; else unrolled
+    remat: str = "none"  # full: recompute each layer in the backward pass
+    attention: str = "auto"  # implementation of the attention operation
+
+    @property
+    def head_width(self) -> int:
+        """d_head, derived from d_model if it is 0."""
+        return self.d_head or self.d_model // self.n_head
+
+    @property
+    def embedding_width(self) -> int:
+        """d_embed, which defaults to d_model."""
+        return self.d_embed or self.d_model
+
+    @property
+    def attention_window(self) -> int | None:
+        """Largest visible distance: `window`, else what same_length implies.
+
+        The PyTorch original and Hugging Face show memory_length keys, self included;
+        the TensorFlow original one more (set window=memory_length for it).
+        """
+        if self.window is None and self.same_length:
+            return self.memory_length - 1
+        return self.window
+
+    def __post_init__(self):
+        for field, expected in typing.get_type_hints(type(self)).items():
+            value = _normal(getattr(self, field), expected)
+            if not _matches(value, expected):
+                name = getattr(expected, "__name__", expected)
+                raise UserError(f"config.model.{field}={value!r} is not of type {name}")
+            object.__setattr__(self, field, value)
+        for field, choices in CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise UserError(
+                    f"config.model.{field}={getattr(self, field)!r} is none of {choices}"
+                )
+        for field in (*POSITIVE, *NOT_NEGATIVE):
+            if getattr(self, field) < (field in POSITIVE):
+                least = "at least 1" if field in POSITIVE else "not negative"
+                raise UserError(
+                    f"config.model.{field}={getattr(self, field)} must be {least}"
+                )
+        for field in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                raise UserError(
+                    f"config.model.{field}={getattr(self, field)} must be in [0, 1)"
+                )
+        self._check_attention()
+        self._check_bins()
+
+    def _check_attention(self):
+        width = self.n_head * self.head_width
+        if not self.d_head and self.d_model % self.n_head:
+            raise UserError(
+                f"config.model.n_head={self.n_head} does not divide "
+                f"config.model.d_model={self.d_model}; set d_head"
+            )
+        if self.d_model % 2 and self.attn_type in (0, SINUSOID):
+            raise UserError(
+                f"config.model.d_model={self.d_model} must be even: half sines, half "
+                "cosines"
+            )
+        if self.attn_type == LEARNED_ABSOLUTE and width != self.d_model:
+            raise UserError(
+                f"config.model.attn_type=3 needs n_head * d_head = d_model, found "
+                f"{width} and {self.d_model}"
+            )
+        if (
+            self.attn_type in (LEARNED_RELATIVE, LEARNED_ABSOLUTE)
+            and not self.table_length
+        ):
+            raise UserError(
+                f"config.model.table_length=0 with attn_type={self.attn_type}: set it "
+                "to segment_length + extended_length + memory_length"
+            )
+        incoherent = (
+            self.attn_type in (SINUSOID, LEARNED_ABSOLUTE) and self.memory_length
+        )
+        if incoherent and not self.allow_incoherent_positions:
+            raise UserError(
+                f"config.model.memory_length={self.memory_length} with "
+                f"attn_type={self.attn_type}: absolute positions of memory and segment "
+                "collide; set memory_length=0, or allow_incoherent_positions=True"
+            )
+        window = self.attention_window
+        if window is not None and window < 0:
+            raise UserError(
+                f"config.model.same_length with memory_length={self.memory_length} "
+                f"shows distances up to {window}: a token must see itself"
+            )
+
+    def _check_bins(self):
+        edges = (0, *self.cutoffs)
+        if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+            raise UserError(
+                f"config.model.cutoffs={self.cutoffs} must ascend from above 0"
+            )
+        if self.vocab_size is not None:
+            if self.vocab_size < 1:
+                raise UserError(
+                    f"config.model.vocab_size={self.vocab_size} must be positive"
+                )
+            if edges[-1] >= self.vocab_size:
+                raise UserError(
+                    f"config.model.cutoffs={self.cutoffs} reach beyond the vocabulary: "
+                    f"vocab_size={self.vocab_size}"
+                )
+        bins = len(edges)
+        if self.tie_projections and len(self.tie_projections) != bins:
+            raise UserError(
+                f"config.model.tie_projections={self.tie_projections} has "
+                f"{len(self.tie_projections)} entries for {bins} bins"
+            )
+        if self.embedding_width // self.div_val ** (bins - 1) < 1:
+            raise UserError(
+                f"config.model.div_val={self.div_val} leaves no width in bin "
+                f"{bins - 1}: d_embed={self.embedding_width}"
+            )
+
+
+def _normal(value, expected):
+    if expected is float and type(value) is int:
+        return float(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _matches(value, expected) -> bool:
+    arguments = typing.get_args(expected)
+    if typing.get_origin(expected) is tuple:
+        return isinstance(value, tuple) and all(type(v) is arguments[0] for v in value)
+    # `type(...) is`: True must not pass for an int.
+    return type(value) in (arguments or (expected,))

@@ -1,8 +1,8 @@
 """Configurations: the table of every option, loading by name, overriding by flag.
 
-A config is an `ml_collections.ConfigDict` with the sections of `default_config`, locked.
-`config.model` holds exactly the fields of the model's frozen dataclass, so a wrong key
-fails at once. A config file is Python and runs when it is loaded: load only files that
+A config is an `ml_collections.ConfigDict` with the sections of `default_config`,
+locked. `config.model` holds exactly the fields of the model's frozen dataclass, so a
+wrong key fails at once. A config file is Python and runs when it is loaded: load only files that
 you trust. What is read back from a work directory is JSON and runs nothing.
 """
 
@@ -85,7 +85,7 @@ def default_config(model: str = "transformer_xl", **fields) -> ConfigDict:
 
 
 def directories() -> list[pathlib.Path]:
-    """Where named configs live: installed as xlformer.configs, or beside the package."""
+    """Where named configs live: in the installed package, or beside it."""
     package = pathlib.Path(__file__).parent
     return [p for p in (package / "configs", package.parent / "configs") if p.is_dir()]
 
@@ -121,7 +121,9 @@ def _module(name: str):
         candidates = [d / f"{name}.py" for d in directories()]
         path = next((c for c in candidates if c.is_file()), None)
         if path is None or name not in names():
-            raise UserError(f"--config={name}: no such config{did_you_mean(name, names())}")
+            raise UserError(
+                f"--config={name}: no such config{did_you_mean(name, names())}"
+            )
     elif not path.is_file():
         raise UserError(f"--config={name}: no such file")
     spec = importlib.util.spec_from_file_location(f"xlformer_config_{path.stem}", path)
@@ -207,3 +209,34 @@ def _update(node: ConfigDict, found: Mapping, where: str) -> None:
         else:
             with node.ignore_type():
                 node[key] = tuple(value) if isinstance(value, list) else value
+
+
+def shrink(config: ConfigDict) -> ConfigDict:
+    """Makes a run tiny, in place, and returns it: what ':debug' of every config does.
+
+    The character stays (attention, adaptive softmax, schedule, optimizer); every size
+    is set here, so that runs of one family have equal shapes. Sizes are primes where
+    they may be: mixed-up axes then show.
+    """
+    model, train, evaluation = config.model, config.train, config.eval
+    sizes = {"n_layer": 2, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32}
+    optional = {"d_embed": 16, "clamp_length": 3, "extended_length": 3, "window": 4}
+    optional |= {"table_length": 12, "cutoffs": (11, 19)}  # 12 is segment and memory
+    model.update({k: v for k, v in sizes.items() if k in model})
+    model.update({k: v for k, v in optional.items() if model.get(k)})
+    if model.get("memory_length"):
+        model.memory_length = 5
+    if model.get("cutoffs"):
+        model.div_val = min(model.div_val, 2)
+        model.tie_projections = model.tie_projections[: len(model.cutoffs) + 1]
+    train.update(steps=2, batch_size=2, segment_length=7)
+    train.update(log_every=1, eval_every=2, save_every=2)
+    train.micro_batches = min(train.micro_batches, 2)
+    train.segments_per_call = min(train.segments_per_call, 2)
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 1)
+    evaluation.update(batch_size=2, segment_length=5, max_tokens=200)
+    if evaluation.memory_length > 0:
+        evaluation.memory_length = 11
+    if evaluation.clamp_length > 0:
+        evaluation.clamp_length = 13
+    return config

@@ -45,7 +45,7 @@ def build(
       UserError: an unknown name or field, an impossible combination, or a vocab_size
         that is missing or differs from the config's.
     """
-    if isinstance(config, Mapping):
+    if not dataclasses.is_dataclass(config):  # ConfigDict is no Mapping.
         fields = default_config(**config) if "name" in config else None
         if fields is None:
             raise UserError(f"config.model.name is missing; known: {', '.join(MODELS)}")

@@ -1,0 +1,47 @@
+"""Penn Treebank, words, 3 layers: what fits two CPU cores in about 25 minutes.
+
+Paper:    the paper's own row (54.52 test perplexity with 24M parameters, variational
+          dropout and weight averaging) cannot be followed: its hyper-parameters were
+          never published, and nobody is known to have reproduced it. This is another,
+          ten times smaller run, and does not promise that figure.
+Command:  python -m xlformer.train --config=penn --workdir=runs/penn
+Hardware: 2 CPU cores: meant for about 25 minutes
+Expected: to be measured, in test perplexity per word (with <eos>), by
+          python -m xlformer.evaluate --workdir=runs/penn --split=test
+          with segment 70 and memory 70 (config.eval)
+"""
+
+from xlformer.config import default_config, shrink
+
+VOCAB_SIZE = 10_000  # 9,999 types of train and <eos>
+PARAMETERS = 2_459_280
+
+STEPS = 9000  # at 0.15 s each; of 1,120 tokens: the 929,589 of train 10.8 times
+LEARNING_RATE = 2e-3
+DROPOUT = 0.3
+
+
+def get_config(debug=False, batch=0):
+    config = default_config(
+        "transformer_xl",
+        n_layer=3,
+        d_model=160,
+        n_head=4,
+        d_head=40,
+        d_inner=480,
+        memory_length=70,
+        pre_norm=True,
+        final_norm=True,
+        dropout=DROPOUT,
+        attention_dropout=0.1,
+    )
+    config.data.corpus = "penn"
+    config.train.update(steps=STEPS, batch_size=16, segment_length=70)
+    config.train.update(log_every=50, eval_every=900, save_every=900)
+    config.optimizer.update(learning_rate=LEARNING_RATE, warmup_steps=200)
+    config.optimizer.schedule = "cosine_after_warmup"
+    config.eval.update(segment_length=70, batch_size=8)
+    if debug:
+        shrink(config)
+    config.train.batch_size = batch or config.train.batch_size
+    return config

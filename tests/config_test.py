@@ -1,0 +1,131 @@
+"""Loading, overriding and storing configs: what each mistake says."""
+
+import json
+
+import pytest
+
+from xlformer import config
+from xlformer.errors import UserError
+
+
+def load(*overrides):
+    return config.load("wt103_base:debug", overrides)
+
+
+def message(call, *args):
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_override_sets_a_field():
+    found = load("train.steps=3", "data.corpus=enwik8", "model.pre_norm=true")
+    assert found.train.steps == 3
+    assert found.data.corpus == "enwik8"
+    assert found.model.pre_norm is True
+
+
+def test_int_becomes_float():
+    value = load("optimizer.learning_rate=1").optimizer.learning_rate
+    assert value == 1.0 and type(value) is float
+
+
+@pytest.mark.parametrize("text", ["(3,5)", "[3,5]"])
+def test_tuple_from_tuple_or_list(text):
+    assert load(f"model.cutoffs={text}").model.cutoffs == (3, 5)
+
+
+def test_field_that_is_none_takes_a_value():
+    assert load().model.vocab_size is None
+    assert load("model.vocab_size=31").model.vocab_size == 31
+    assert load("model.window=none").model.window is None
+
+
+def test_text_field_takes_anything():
+    assert load("data.path=12").data.path == "12"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.step=3", "config.train has no field 'step', did you mean 'steps'?"),
+        ("trian.steps=3", "config has no field 'trian', did you mean 'train'?"),
+        ("train.steps.x=3", "config.train.steps has no field 'x'"),
+        ("train.steps=many", "--config.train.steps=many: expected int, found 2"),
+        ("train.steps=1.5", "expected int"),
+        ("train.steps=True", "expected int"),
+        ("model.pre_norm=1", "expected bool"),
+        ("model.cutoffs=3", "expected tuple"),
+        ("optimizer.learning_rate=high", "expected float"),
+        ("train=3", "--config.train is a section; name one of its fields"),
+        ("train.steps", "--config.train.steps needs a value"),
+    ],
+)
+def test_bad_override(override, expected):
+    assert expected in message(load, override)
+
+
+def test_loaded_config_is_locked():
+    with pytest.raises(AttributeError):
+        load().train.stpes = 3
+
+
+def test_unknown_config_names_the_nearest():
+    text = message(config.load, "wt103_bass")
+    assert "no such config, did you mean 'wt103_base'?" in text
+    assert "no such file" in message(config.load, "nowhere.py")
+
+
+def test_arguments_take_the_type_of_their_default():
+    defaults = {"debug": False, "batch": 0, "path": "", "rate": 0.5}
+    parsed = config.parse_argument("debug,batch=4,path=7,rate=1", defaults)
+    assert parsed == {"debug": True, "batch": 4, "path": "7", "rate": 1.0}
+    assert type(parsed["rate"]) is float
+    assert "expected int" in message(config.parse_argument, "batch=x", defaults)
+    text = message(config.parse_argument, "bath=4", defaults)
+    assert "unknown argument 'bath', did you mean 'batch'?" in text
+
+
+def test_config_from_a_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from xlformer.config import default_config\n"
+        "def get_config(layers=1):\n"
+        "    return default_config('transformer_xl', n_layer=layers)\n"
+    )
+    found = config.load(f"{path}:layers=2")
+    assert found.model.n_layer == 2 and found.name == "mine"
+    path.write_text("x = 1\n")
+    assert "no get_config" in message(config.load, str(path))
+
+
+def test_unknown_model_field():
+    text = message(lambda: config.default_config("transformer_xl", d_modle=3))
+    assert "config.model has no field 'd_modle', did you mean 'd_model'?" in text
+
+
+@pytest.mark.parametrize("name", ["wt103_large", "quickstart"])
+def test_json_round_trip(name):
+    found = config.load(name)
+    again = config.from_json(config.to_json(found))
+    assert again == found and again.is_locked
+    assert type(again.model.cutoffs) is tuple
+    assert again.model.tie_projections == found.model.tie_projections
+    assert config.to_json(again) == config.to_json(found)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"n_layer": 12}', '{"model": {}}'])
+def test_foreign_json(text):
+    assert "config.json is not a resolved config" in message(config.from_json, text)
+
+
+def test_json_of_another_version():
+    stored = json.loads(config.to_json(load()))
+    stored["train"]["step"] = stored["train"].pop("steps")
+    text = message(config.from_json, json.dumps(stored))
+    assert "config.train has no field 'step', did you mean 'steps'?" in text
+    stored = {"model": {"name": "transformer_xxl"}}
+    text = message(config.from_json, json.dumps(stored))
+    assert "did you mean 'transformer_xl'?" in text

@@ -1,0 +1,227 @@
+"""The shell scripts: clean; device choice; local.sh from end to end on fakes."""
+
+import os
+import pathlib
+import shutil
+import signal
+import stat
+import subprocess
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCRIPTS = [*ROOT.glob("launch/*.sh"), *ROOT.glob("tests/*.sh"), ROOT / ".ci/run"]
+
+# Stands in for every Python: answers the version, makes a .venv with itself in it, and
+# writes down everything else that it is asked to run.
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$1 ${2:-}" in
+    "-c import sys"*) echo "${FAKE_VERSION:-3.12}" ;;
+    "--version "*) echo "Python 3.12.0" ;;
+    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m pip") [[ ${3:-} == --version ]] || echo "$*" >>"$FAKE_LOG" ;;
+    "-m xlformer.train")
+        echo "$*" >>"$FAKE_LOG"
+        [[ -z ${FAKE_HANG:-} ]] || {
+            trap 'echo TERM >>"$FAKE_LOG"; exit 42' TERM
+            trap 'echo INT >>"$FAKE_LOG"; exit 42' INT
+            echo ready >>"$FAKE_LOG"
+            while :; do sleep 0.05; done
+        }
+        exit "${FAKE_STATUS:-0}"
+        ;;
+    "-m "*) echo "$*" >>"$FAKE_LOG" ;;
+    *) exit 1 ;;
+esac
+"""
+
+
+def executable(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what local.sh needs; the space in its name tests the quoting."""
+    root = tmp_path / "a checkout"
+    shutil.copytree(ROOT / "launch", root / "launch")
+    shutil.copy(ROOT / "setup.py", root)
+    return root
+
+
+@pytest.fixture
+def environment(tmp_path):
+    python = executable(tmp_path / "fake" / "python", FAKE_PYTHON)
+    log = tmp_path / "calls"
+    log.touch()
+    return {
+        **os.environ,
+        "PYTHON": str(python),
+        "FAKE_LOG": str(log),
+        "XLFORMER_EXTRA": "cpu",
+    }
+
+
+def local(checkout, environment, *args, **more):
+    command = ["bash", str(checkout / "launch/local.sh"), *args]
+    env = {**environment, **more}
+    return subprocess.run(command, env=env, cwd="/", capture_output=True, text=True)
+
+
+def calls(environment):
+    return pathlib.Path(environment["FAKE_LOG"]).read_text().splitlines()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_script_parses_and_is_clean(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", str(script)], check=True, cwd=ROOT)
+
+
+def test_help_installs_nothing(checkout, environment):
+    done = local(checkout, environment, "--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage:")
+    assert not (checkout / ".venv").exists()
+
+
+def test_three_steps_then_no_second_install(checkout, environment):
+    done = local(checkout, environment)
+    assert done.returncode == 0, done.stderr
+    run = f"--workdir={checkout}/runs/quickstart"
+    steps = [
+        f"-m xlformer.train --config=quickstart {run}",
+        f"-m xlformer.evaluate {run} --split=test",
+        f"-m xlformer.generate {run} --prompt=def  --num_tokens=300",
+    ]
+    assert calls(environment) == [
+        f"-m pip install --quiet --editable {checkout}",
+        *steps,
+    ]
+    assert f"The run lies in {checkout}/runs/quickstart" in done.stderr
+    assert "device: cpu" in done.stderr and "resume: " in done.stderr
+    local(checkout, environment)
+    assert calls(environment)[4:] == steps
+    (checkout / "setup.py").write_text("# another version\n")
+    local(checkout, environment)
+    assert calls(environment)[7].startswith("-m pip install")
+
+
+def test_config_and_workdir_replace_the_defaults(checkout, environment):
+    args = ["--config=text:path=a b.txt", "--workdir", "/tmp/w", "--config.seed=1"]
+    assert local(checkout, environment, *args).returncode == 0
+    assert calls(environment)[1:3] == [
+        "-m xlformer.train --config=text:path=a b.txt --workdir=/tmp/w --config.seed=1",
+        "-m xlformer.evaluate --workdir=/tmp/w --split=test",
+    ]
+    local(checkout, environment, "--config=enwik8_base:batch=8")
+    assert f"--workdir={checkout}/runs/enwik8_base" in calls(environment)[4]
+
+
+@pytest.mark.parametrize("status", ["42", "2", "1"])
+def test_exit_code_of_training_passes_through(checkout, environment, status):
+    done = local(checkout, environment, FAKE_STATUS=status)
+    assert done.returncode == int(status)
+    assert len(calls(environment)) == 2  # pip and train, nothing after
+    assert ("to go on: " in done.stderr) == (status == "42")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_reaches_training_once(checkout, environment, number):
+    process = subprocess.Popen(
+        ["bash", str(checkout / "launch/local.sh")],
+        env={**environment, "FAKE_HANG": "yes"},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while "ready" not in calls(environment) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, number)
+        assert process.wait(timeout=30) == 42
+    finally:
+        process.kill()
+    name = number.name.removeprefix("SIG")
+    assert [c for c in calls(environment) if c in ("TERM", "INT")] == [name]
+
+
+def test_no_python_is_one_line(checkout, environment):
+    tools = checkout / "tools"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "basename", "cat", "cksum"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    more = {"PATH": str(tools), "FAKE_VERSION": "3.9"}
+    done = local(checkout, environment, **more)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "3.11 or newer" in done.stderr and "is 3.9" in done.stderr
+
+
+def test_a_foreign_environment_is_left_alone(checkout, environment):
+    precious = checkout / ".venv" / "precious"
+    precious.mkdir(parents=True)
+    done = local(checkout, environment)
+    assert done.returncode == 2 and "was not made here" in done.stderr
+    assert precious.exists() and calls(environment) == []
+
+
+def choice(tmp_path, smi=None, **variables):
+    """What choose_extra prints with a nvidia-smi that answers `smi` (None: fails)."""
+    text = "exit 9" if smi is None else f"cat <<'END'\n{smi}\nEND"
+    executable(tmp_path / "bin" / "nvidia-smi", f"#!/usr/bin/env bash\n{text}\n")
+    script = "set -euo pipefail; source launch/environment.sh; choose_extra"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TPU_")}
+    env["PATH"] = f"{tmp_path / 'bin'}:{env['PATH']}"
+    env.setdefault("DEVICE_FILES", str(tmp_path))
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={**env, **variables},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip() or done.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    ("smi", "expected"),
+    [
+        ("580.65.06, 9.0", "cuda13: NVIDIA driver 580, compute capability 9.0"),
+        ("590.10, 10.0", "cuda13: NVIDIA driver 590, compute capability 10.0"),
+        ("580.65.06, 7.5", "cuda13: "),
+        ("580.65.06, 7.0", "cuda12: NVIDIA driver 580, compute capability 7.0"),
+        ("580.65.06, 9.0\n580.65.06, 7.0", "cuda12: "),
+        ("550.54.15, 9.0", "cuda12: NVIDIA driver 550"),
+        ("525.60.13, 8.0", "cuda12: "),
+        ("515.105.01, 8.0", "cpu: NVIDIA driver 515"),
+        ("535.10.01, 3.7", "cpu: NVIDIA driver 535, compute capability 3.7"),
+        ("535.10.01, [N/A]", "cuda12: NVIDIA driver 535;"),
+        ("No devices were found", "cpu: nvidia-smi is here but reports no GPU"),
+        (None, "cpu: nvidia-smi is here but reports no GPU"),
+    ],
+)
+def test_cuda_by_driver_and_capability(tmp_path, smi, expected):
+    assert choice(tmp_path, smi).startswith(expected)
+
+
+def test_tpu_by_device_files(tmp_path):
+    (tmp_path / "vfio").mkdir()
+    (tmp_path / "vfio" / "0").touch()
+    (tmp_path / "accel").mkdir()  # of another maker
+    (tmp_path / "accel" / "accel0").touch()
+    assert choice(tmp_path, "580.65.06, 9.0").startswith("cuda13: ")
+    assert choice(tmp_path, TPU_NAME="v5e").startswith("tpu: ")
+    (tmp_path / "accel0").touch()
+    assert choice(tmp_path).endswith("accel0 exists")
+
+
+def test_extra_can_be_named(tmp_path):
+    named = choice(tmp_path, "580.65.06, 9.0", XLFORMER_EXTRA="cpu")
+    assert named == "cpu: XLFORMER_EXTRA says so"
+    unknown = choice(tmp_path, XLFORMER_EXTRA="gpu")
+    assert unknown.startswith("error: XLFORMER_EXTRA=gpu: not cpu")

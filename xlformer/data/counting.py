@@ -1,0 +1,93 @@
+"""Making a vocabulary: counting the symbols of a text and ordering them."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from xlformer.data.vocabulary import (
+    NEWLINE,
+    ByteVocabulary,
+    CharVocabulary,
+    WordVocabulary,
+    code_points,
+    split_words,
+)
+
+CODE_POINTS = 0x110000
+
+
+def count_bytes(
+    texts: Iterable[bytes], *, newline: str = "keep", every: bool = True
+) -> ByteVocabulary:
+    """Byte values, most common first.
+
+    `every` appends the values that were not seen, so that any prompt can be encoded.
+    """
+    codes = (np.frombuffer(text, np.uint8) for text in texts)
+    counts, first = _count(codes, 256)
+    if newline == "drop":
+        counts[NEWLINE] = 0
+    values = _by_frequency(counts, first)
+    if every:
+        rest = np.setdiff1d(np.arange(256), values)
+        values = np.concatenate([values, rest])
+    return ByteVocabulary(values.tolist(), counts[values].tolist(), newline)
+
+
+def count_chars(texts: Iterable[bytes], *, where: str = "text") -> CharVocabulary:
+    """Characters, most common first; a UserError where a text is not UTF-8."""
+    codes = (code_points(text, where) for text in texts)
+    counts, first = _count(codes, CODE_POINTS)
+    values = _by_frequency(counts, first)
+    return CharVocabulary([chr(v) for v in values], counts[values].tolist())
+
+
+def count_words(
+    texts: Iterable[bytes],
+    *,
+    specials: Sequence[str] = ("<eos>",),
+    unit: str = "words",
+    lower: bool = False,
+    where: str = "text",
+) -> WordVocabulary:
+    """Words, most common first after `specials`, the first of which ends every line."""
+    counts = collections.Counter()
+    for text in texts:
+        for words in split_words(text, specials[0], lower, True, where):
+            counts.update(words)
+    # most_common is stable: ties stay in order of first appearance
+    common = (word for word, _ in counts.most_common() if word not in specials)
+    symbols = [*specials, *common]
+    ordered = [counts[symbol] for symbol in symbols]
+    return WordVocabulary(symbols, ordered, unit, lower, specials[0])
+
+
+def _count(texts: Iterable[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each code stands in texts, and its first position (-1: nowhere)."""
+    counts, first, base = np.zeros(size, np.int64), np.full(size, -1), 0
+    for codes in texts:
+        here = np.bincount(codes)
+        counts[: len(here)] += here
+        new = np.flatnonzero(here)
+        new = new[first[new] < 0]
+        found = np.full(len(here), -1)
+        for start in range(0, len(codes), 1 << 20):
+            if not (found[new] < 0).any():
+                break
+            chunk = codes[start : start + (1 << 20)]
+            place = np.full(len(here), -1)
+            # of a repeated index numpy keeps the last value: so go backwards
+            place[chunk[::-1]] = np.arange(start + len(chunk) - 1, start - 1, -1)
+            found = np.where(found < 0, place, found)
+        first[new] = base + found[new]
+        base += len(codes)
+    return counts, first
+
+
+def _by_frequency(counts: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """The codes seen, most common first, ties by first appearance."""
+    codes = np.flatnonzero(counts)
+    return codes[np.lexsort((first[codes], -counts[codes]))]

@@ -1,0 +1,141 @@
+"""Vocabularies of existing tokenizers: SentencePiece models, Hugging Face files.
+
+The tokenizer's file travels inside the stored vocabulary. Both forms are data: a
+protocol buffer and a JSON object, read by libraries that run nothing from them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+import numpy as np
+from etils import epath
+
+from xlformer.data.vocabulary import (
+    Vocabulary,
+    as_bytes,
+    check,
+    decode_utf8,
+    line_blocks,
+)
+from xlformer.errors import UserError
+
+
+class PieceVocabulary(Vocabulary):
+    """The pieces of a tokenizer, with its own ids.
+
+    A text is encoded line by line. SentencePiece sees a line without its newline, which
+    becomes the model's `</s>` where it has one; a Hugging Face tokenizer sees the
+    newline, and adds no special tokens.
+    """
+
+    kind = "pieces"
+
+    def __init__(self, symbols, counts, model: str):
+        check(isinstance(model, str), "'model' is not a string")
+        self.model = model
+        try:
+            data = base64.b64decode(model, validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"'model' is not base64: {error}") from None
+        self._backend = _backend(data)
+        check(list(symbols) == self._backend.symbols(), "symbols are not the model's")
+        super().__init__(symbols, counts, "pieces")
+
+    def options(self) -> dict:
+        return {"model": self.model}
+
+    def with_counts(self, counts_V: np.ndarray) -> PieceVocabulary:
+        """The same pieces with how often each was found in a text."""
+        return PieceVocabulary(self.symbols, counts_V.tolist(), self.model)
+
+    def encode(self, text, *, close_line=True, where="text"):
+        parts = [np.zeros(0, self.dtype)]
+        for start, block in line_blocks(as_bytes(text)):
+            lines = decode_utf8(block, where, start).split("\n")
+            ends = [True] * (len(lines) - 1) + [close_line]
+            if not lines[-1]:  # the block ended in a newline
+                lines, ends = lines[:-1], ends[:-1]
+            for ids in self._backend.encode(lines, ends):
+                parts.append(np.asarray(ids, self.dtype))
+        return np.concatenate(parts)
+
+    def decode(self, ids) -> str:
+        return self._backend.decode(self._checked(ids).tolist())
+
+
+def load_tokenizer(path) -> PieceVocabulary:
+    """Wraps a SentencePiece model or a Hugging Face tokenizers file (JSON)."""
+    try:
+        data = epath.Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"config.data.tokenizer: {path}: {error}") from None
+    try:
+        symbols = _backend(data).symbols()
+        model = base64.b64encode(data).decode("ascii")
+        return PieceVocabulary(symbols, [0] * len(symbols), model)
+    except ValueError as error:
+        raise UserError(f"config.data.tokenizer: {path}: {error}") from None
+
+
+def _backend(data: bytes):
+    try:
+        return _HuggingFace(data) if data[:1] == b"{" else _SentencePiece(data)
+    except ImportError as error:
+        raise UserError(f"{error}: pip install 'xlformer[tokenizers]'") from None
+
+
+class _SentencePiece:
+    def __init__(self, data: bytes):
+        import sentencepiece
+
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except Exception as error:  # the library's own errors have no common type
+            raise ValueError(f"not a SentencePiece model: {error}") from None
+        check(self.model.get_piece_size() > 0, "not a SentencePiece model")
+
+    def symbols(self) -> list[str]:
+        size = self.model.get_piece_size()
+        return [self.model.id_to_piece(i) for i in range(size)]
+
+    def encode(self, lines: list[str], ends: list[bool]) -> list[list[int]]:
+        eos = self.model.eos_id()
+        tail = [eos] if eos >= 0 else []
+        found = self.model.encode(lines)
+        return [ids + tail * end for ids, end in zip(found, ends, strict=True)]
+
+    def decode(self, ids: list[int]) -> str:
+        eos, lines = self.model.eos_id(), [[]]
+        for i in ids:
+            lines[-1].append(i)
+            if i == eos:
+                lines.append([])
+        return "\n".join(self.model.decode(line) for line in lines)
+
+
+class _HuggingFace:
+    def __init__(self, data: bytes):
+        import tokenizers
+
+        try:
+            self.model = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"not a tokenizers file: {error}") from None
+        self.model.no_padding()
+        self.model.no_truncation()
+
+    def symbols(self) -> list[str]:
+        size = self.model.get_vocab_size(with_added_tokens=True)
+        found = [self.model.id_to_token(i) for i in range(size)]
+        check(None not in found, "the tokenizer's ids have gaps")
+        return found
+
+    def encode(self, lines: list[str], ends: list[bool]) -> list[list[int]]:
+        texts = [f"{a}\n" if end else a for a, end in zip(lines, ends, strict=True)]
+        found = self.model.encode_batch(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids, skip_special_tokens=False)

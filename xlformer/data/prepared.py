@@ -1,0 +1,97 @@
+"""What preparation leaves behind: token arrays, a vocabulary, and a card about them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+from etils import epath
+
+from xlformer.data import vocabulary as vocabularies
+from xlformer.data.sources import SPLITS
+from xlformer.data.vocabulary import Vocabulary
+from xlformer.errors import UserError
+
+FORMAT = 1  # of a prepared folder; another number prepares again
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A corpus as tokens, mapped from disk; keys are train, validation and test."""
+
+    tokens: Mapping[str, np.memmap]
+    documents: Mapping[str, np.ndarray | None]  # where each document begins
+    vocabulary: Vocabulary
+    card: dict  # what every result says about its data
+    directory: pathlib.Path
+
+
+def load(directory) -> Prepared:
+    """Maps a prepared folder; a file that is missing or damaged is a UserError."""
+    folder = pathlib.Path(directory)
+    card = _read_card(folder / "card.json")
+    vocabulary = vocabularies.load(folder / "vocabulary.json")
+    tokens, documents = {}, {}
+    for split in SPLITS:
+        path = folder / f"{split}.npy"
+        tokens[split] = _map(path, vocabulary.dtype, card["splits"][split]["tokens"])
+        top = int(tokens[split].max())
+        if top >= vocabulary.size or int(tokens[split].min()) < 0:
+            raise UserError(
+                f"{path}: token id out of range: {top} in a vocabulary of"
+                f" {vocabulary.size}; {_again(folder)}"
+            )
+        documents[split] = None
+        if card["documents"]:
+            documents[split] = _map(
+                folder / f"{split}-documents.npy", np.dtype("int64")
+            )
+    return Prepared(tokens, documents, vocabulary, card, folder)
+
+
+def _read_card(path: pathlib.Path) -> dict:
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        if card["format"] != FORMAT:
+            raise ValueError(f"format {card['format']!r}, expected {FORMAT}")
+        for split in SPLITS:
+            if type(card["splits"][split]["tokens"]) is not int:
+                raise ValueError(f"no number of tokens for {split}")
+        card["documents"] = bool(card["documents"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not a prepared corpus: {type(error).__name__}: {error};"
+            f" {_again(path.parent)}"
+        ) from None
+    return card
+
+
+def _map(path: pathlib.Path, dtype: np.dtype, size: int | None = None) -> np.memmap:
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: {error}; {_again(path.parent)}") from None
+    if found.dtype != dtype or found.ndim != 1 or size not in (None, len(found)):
+        raise UserError(
+            f"{path}: expected {size} of {dtype}, found {found.dtype}{found.shape};"
+            f" {_again(path.parent)}"
+        )
+    return found
+
+
+def _again(folder: pathlib.Path) -> str:
+    return f"delete {folder} and prepare again"
+
+
+def encode_file(vocabulary: Vocabulary, path) -> np.ndarray:
+    """The tokens of a text file, for scoring it."""
+    try:
+        data = epath.Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the text: {error}") from None
+    if not data:
+        raise UserError(f"{path}: the text is empty")
+    return vocabulary.encode(data, where=str(path))

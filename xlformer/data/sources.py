@@ -1,0 +1,264 @@
+"""The public corpora: where they come from, their checksums, and reading them.
+
+Mirrors die: the URLs are tried in order, the checksums decide, and the error names the
+file to put under --manual_dir.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import logging
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Mapping
+
+from etils import epath
+
+from xlformer.errors import UserError, did_you_mean
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A public corpus: an archive, the files in it, and how its field reads them."""
+
+    name: str
+    unit: str  # bytes, chars or words
+    archive: str  # its file name under --manual_dir
+    urls: tuple[str, ...]  # tried in order; the checksums decide
+    archive_sha256: str  # '' is unpinned: nobody published one that others confirm
+    files: Mapping[
+        str, str
+    ]  # path in the archive -> sha256; one, or one for each split
+    cut: tuple[int, int] = ()  # of one file: bytes of train and of validation
+    lines: bool = False  # every line ends in the token <eos>
+    spaced: bool = False  # characters stand between spaces, '_' is the space
+    lower: bool = False  # the field lower-cases it
+
+
+_METAMIND = "https://s3.amazonaws.com/research.metamind.io/wikitext"
+_MIKOLOV = "http://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz"
+_PENN = "simple-examples/data/ptb"
+
+CORPORA = {
+    corpus.name: corpus
+    for corpus in (
+        Corpus(
+            "enwik8",
+            "bytes",
+            "enwik8.zip",
+            (
+                "http://mattmahoney.net/dc/enwik8.zip",
+                "https://data.deepai.org/enwik8.zip",
+            ),
+            "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+            {
+                "enwik8": "2b49720ec4d78c3c9fabaee6e4179a5e"
+                "997302b3a70029f30f2d582218c024a8",
+            },
+            cut=(90_000_000, 5_000_000),
+        ),
+        Corpus(
+            "text8",
+            "chars",
+            "text8.zip",
+            ("http://mattmahoney.net/dc/text8.zip",),
+            "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
+            {
+                "text8": "6e890197040d37d85beb962ae1f041ff"
+                "1d9a9ca8d20c7d99c85027eebf51dca7",
+            },
+            cut=(90_000_000, 5_000_000),
+        ),
+        Corpus(
+            "wikitext103",
+            "words",
+            "wikitext-103-v1.zip",
+            (f"{_METAMIND}/wikitext-103-v1.zip",),
+            "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+            {f"wikitext-103/wiki.{s}.tokens": "" for s in ("train", "valid", "test")},
+            lines=True,
+        ),
+        Corpus(
+            "wikitext2",
+            "words",
+            "wikitext-2-v1.zip",
+            (f"{_METAMIND}/wikitext-2-v1.zip",),
+            "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
+            {f"wikitext-2/wiki.{s}.tokens": "" for s in ("train", "valid", "test")},
+            lines=True,
+        ),
+        Corpus(
+            "penn",
+            "words",
+            "simple-examples.tgz",
+            (_MIKOLOV,),
+            "",
+            {
+                f"{_PENN}.train.txt": "fcea919f6cf83f35d4d00c6cbf08040d"
+                "13d4155226340912e2fef9c9c4102cbf",
+                f"{_PENN}.valid.txt": "c9fe6985fe0d4ccb578183407d7668fc"
+                "6066c20700cb4cf87d8ff1cc34df1bf2",
+                f"{_PENN}.test.txt": "dd65dff31e70846b2a6030a87482edcd"
+                "5d199130cdcfa1f3dccbb033728deee0",
+            },
+            lines=True,
+            lower=True,
+        ),
+        Corpus(
+            "pennchar",
+            "chars",
+            "simple-examples.tgz",
+            (_MIKOLOV,),
+            "",
+            {
+                f"{_PENN}.char.train.txt": "e313d91425e06c4f0a8fb6e881dcce0c"
+                "291f2a0e9f4dda54833069b122f91da9",
+                f"{_PENN}.char.valid.txt": "21661f63ec355085879458b6524644d4"
+                "add5573541b4be14fb52ab2e2e995eb8",
+                f"{_PENN}.char.test.txt": "1ef5607ac3c463b16e38bfe7900dd3bf"
+                "c91de5a96e0f21e7eab5188b465b8ebe",
+            },
+            lines=True,
+            spaced=True,
+        ),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A corpus in memory: the documents of each split, and where they came from."""
+
+    splits: Mapping[str, list[bytes]]
+    facts: dict  # for the card: checksums of the sources, what was not pinned, ...
+
+
+def find(name: str) -> Corpus:
+    """The public corpus of that name."""
+    if name not in CORPORA:
+        near = did_you_mean(name, [*CORPORA, "stdlib", "text"])
+        raise UserError(f"config.data.corpus={name}: no such corpus{near}")
+    return CORPORA[name]
+
+
+def read_archive(corpus: Corpus, dl, manual_dir: str) -> Text:
+    """Reads a public corpus through a TFDS download manager, or from manual_dir.
+
+    dl.manual_dir would raise where none was given, so it is not touched.
+    """
+    if manual_dir:
+        return _read_manual(corpus, epath.Path(manual_dir))
+    reasons = []
+    for url in corpus.urls:
+        try:
+            path = epath.Path(dl.download(url))
+        except Exception as error:  # whatever its HTTP library raises: try the next
+            reasons.append(f"{url}: {type(error).__name__}: {error}")
+            continue
+        try:
+            return _cut(corpus, _read_members(corpus, path, url))
+        except UserError as error:
+            reasons.append(str(error))
+            # TFDS would take the same file from its cache the next time
+            for stale in path.parent.glob(f"{path.name}*"):
+                stale.unlink()
+    raise UserError(f"{'; '.join(reasons)}; {_remedy(corpus)}")
+
+
+def _remedy(corpus: Corpus) -> str:
+    pinned = f"sha256 {corpus.archive_sha256}" if corpus.archive_sha256 else "unpinned"
+    return (
+        f"put {corpus.archive} ({pinned}) or the files in it into a directory and"
+        f" pass --manual_dir=DIR (config.data.manual_dir)"
+    )
+
+
+def _read_manual(corpus: Corpus, folder: epath.Path) -> Text:
+    if (folder / corpus.archive).exists():
+        path = folder / corpus.archive
+        return _cut(corpus, _read_members(corpus, path, str(path)))
+    found = {}
+    for member, expected in corpus.files.items():
+        name = member.rpartition("/")[2]
+        # the field's scripts rename ptb.char.train.txt to train.txt
+        plain = ".".join(name.split(".")[-2:])
+        path = next((folder / n for n in (name, plain) if (folder / n).is_file()), None)
+        if path is None:
+            raise UserError(
+                f"{corpus.name}: {folder} holds neither {corpus.archive} nor {name};"
+                f" {_remedy(corpus)}"
+            )
+        data = path.read_bytes()
+        found[member] = _verified(corpus, data, expected, str(path))
+    return _cut(corpus, found)
+
+
+def _read_members(corpus: Corpus, path: epath.Path, origin: str) -> dict[str, bytes]:
+    data = path.read_bytes()
+    _verified(corpus, data, corpus.archive_sha256, origin)
+    found = {}
+    for member, expected in corpus.files.items():
+        try:
+            content = _extract(data, corpus.archive, member)
+        except (OSError, EOFError, KeyError, AttributeError, zlib.error) as error:
+            raise UserError(f"{origin}: cannot read {member}: {error}") from None
+        except (zipfile.BadZipFile, tarfile.TarError) as error:
+            raise UserError(f"{origin}: not {corpus.archive}: {error}") from None
+        found[member] = _verified(corpus, content, expected, f"{origin}: {member}")
+    return found
+
+
+def _extract(data: bytes, archive: str, member: str) -> bytes:
+    if archive.endswith(".zip"):
+        with zipfile.ZipFile(io.BytesIO(data)) as opened:
+            return opened.read(member)
+    with tarfile.open(fileobj=io.BytesIO(data)) as opened:
+        for name in (member, f"./{member}"):  # the archive of 2010 has './'
+            with contextlib.suppress(KeyError):
+                return opened.extractfile(name).read()
+    raise KeyError(member)
+
+
+def _verified(corpus: Corpus, data: bytes, expected: str, origin: str) -> bytes:
+    found = hashlib.sha256(data).hexdigest()
+    if not expected:
+        logging.getLogger(__name__).warning(
+            "%s: no checksum is pinned for %s; found sha256 %s",
+            corpus.name,
+            origin,
+            found,
+        )
+    elif found != expected:
+        raise UserError(
+            f"{corpus.name}: wrong checksum of {origin}: expected sha256 {expected},"
+            f" found {found} ({len(data)} bytes); {_remedy(corpus)}"
+        )
+    return data
+
+
+def _cut(corpus: Corpus, files: Mapping[str, bytes]) -> Text:
+    facts = {
+        "files_sha256": {n: hashlib.sha256(d).hexdigest() for n, d in files.items()},
+        "unpinned": [n for n, expected in corpus.files.items() if not expected],
+    }
+    parts = list(files.values())
+    if corpus.cut:
+        (data,), (train, validation) = parts, corpus.cut
+        stop = train + validation
+        parts = [data[:train], data[train:stop], data[stop:]]
+    splits = dict(zip(SPLITS, ([part] for part in parts), strict=True))
+    check_not_empty(splits, f"{corpus.name} ({', '.join(files)})")
+    return Text(splits, facts)
+
+
+def check_not_empty(splits: Mapping[str, list[bytes]], origin: str) -> None:
+    """Raises UserError naming the split that has no text."""
+    for split, documents in splits.items():
+        if not any(documents):
+            raise UserError(f"{origin}: the text is empty: split {split!r}")

@@ -1,0 +1,160 @@
+"""A batch as a pure function of one integer: rows of contiguous text.
+
+Row b of the global batch owns tokens [b*L, (b+1)*L), as the original lays them out, so
+segment k+1 of a row follows segment k and a carried state always fits. No state: a
+checkpoint needs the step alone, and any host can make any batch.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+import numpy as np
+
+from xlformer.errors import UserError
+
+SHARE_OF_HALF = 0.05  # of variable lengths (Transformer-XL's get_varlen_iter)
+DEVIATION = 5.0
+SHORTEST = 5
+LONGEST_EXTRA = 15
+
+
+class Stream:
+    """Segments of `tokens` in batch_size rows, of which this shard makes its slice.
+
+    `documents` are the sorted positions in `tokens` where a document begins. With
+    `extended_length` E every segment is preceded by the E tokens before it.
+    `variable_length` draws lengths around segment_length; arrays then have the fixed
+    width of the longest and are padded on the right. Tokens that do not fill all rows,
+    and the end of a row that does not fill a segment, are dropped (a variable length is
+    cut to what is left, so it drops nothing).
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        *,
+        batch_size: int,
+        segment_length: int,
+        extended_length: int = 0,
+        documents: np.ndarray | None = None,
+        variable_length: bool = False,
+        seed: int = 0,
+        shard_index: int = 0,
+        shard_count: int = 1,
+    ):
+        if batch_size % shard_count:
+            raise UserError(
+                f"config.train.batch_size={batch_size} does not divide among"
+                f" {shard_count} hosts"
+            )
+        row_length = len(tokens) // batch_size
+        if segment_length < 1 or row_length <= segment_length:
+            raise UserError(
+                f"config.train.segment_length={segment_length} does not fit into a row:"
+                f" {len(tokens)} tokens in config.train.batch_size={batch_size} rows"
+                f" give rows of {row_length} (one more than a segment is needed)"
+            )
+        rows = batch_size // shard_count
+        self._first_row = shard_index * rows
+        grid_BL = tokens[: batch_size * row_length].reshape(batch_size, row_length)
+        self._rows_BL = grid_BL[self._first_row : self._first_row + rows]
+        self._documents = None if documents is None else np.asarray(documents, np.int64)
+        self.segment_length = segment_length
+        self.extended_length = extended_length
+        self.row_length = row_length
+        self.steps_per_epoch = (row_length - 1) // segment_length
+        self._lengths = None
+        self.width = segment_length
+        if variable_length:
+            self._lengths = _Lengths(segment_length, row_length - 1, seed)
+            self.width = segment_length + LONGEST_EXTRA
+
+    def place(self, step: int) -> tuple[int, int, int]:
+        """(epoch, offset in each row, valid length) of a step."""
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        if self._lengths is not None:
+            return self._lengths.place(step)
+        epoch, segment = divmod(step, self.steps_per_epoch)
+        return epoch, segment * self.segment_length, self.segment_length
+
+    def at(self, step: int) -> dict[str, np.ndarray]:
+        """The batch of a step: inputs_BT, targets_BT, resets_BT, length, epoch, offset.
+
+        inputs_BT has extended_length more columns than targets_BT, on the left.
+        resets_BT is [B, 1] (before the segment) unless documents or an extended length
+        need one flag for each input.
+        """
+        epoch, offset, length = self.place(step)
+        rows, extended = len(self._rows_BL), self.extended_length
+        lack = max(extended - offset, 0)  # tokens before the row's first
+        start, stop = offset - extended + lack, offset + length
+        inputs_BT = np.zeros((rows, extended + self.width), np.int32)
+        inputs_BT[:, lack : extended + length] = self._rows_BL[:, start:stop]
+        targets_BT = np.zeros((rows, self.width), np.int32)
+        targets_BT[:, :length] = self._rows_BL[:, offset + 1 : stop + 1]
+        return {
+            "inputs_BT": inputs_BT,
+            "targets_BT": targets_BT,
+            "resets_BT": self._resets(offset, lack, start, stop),
+            "length": np.int32(length),
+            "epoch": np.int32(epoch),
+            "offset": np.int32(offset),
+        }
+
+    def _resets(self, offset: int, lack: int, start: int, stop: int) -> np.ndarray:
+        rows = len(self._rows_BL)
+        if self._documents is None and not self.extended_length:
+            return np.full((rows, 1), offset == 0)
+        resets_BT = np.zeros((rows, self.extended_length + self.width), bool)
+        if lack or offset == 0:
+            resets_BT[:, lack] = True  # the row's first token
+        if self._documents is not None:
+            base = (np.arange(rows) + self._first_row) * self.row_length
+            low = np.searchsorted(self._documents, base + start)
+            high = np.searchsorted(self._documents, base + stop)
+            for row in np.flatnonzero(high > low):
+                begins = self._documents[low[row] : high[row]] - base[row] - start
+                resets_BT[row, lack + begins] = True
+        return resets_BT
+
+
+class _Lengths:
+    """The schedule of variable lengths: seeded by epoch, so any step can be computed.
+
+    Known epochs are kept; they depend on nothing but (seed, epoch).
+    """
+
+    def __init__(self, base: int, total: int, seed: int):
+        self._base, self._total, self._seed = base, total, seed
+        self._ends: list[np.ndarray] = []  # of each epoch: where its segments end
+        self._steps = [0]  # the first step of each epoch, and of the one after the last
+
+    def place(self, step: int) -> tuple[int, int, int]:
+        while self._steps[-1] <= step:
+            ends = self._draw(len(self._ends))
+            self._ends.append(ends)
+            self._steps.append(self._steps[-1] + len(ends))
+        epoch = bisect.bisect_right(self._steps, step) - 1
+        ends, segment = self._ends[epoch], step - self._steps[epoch]
+        offset = int(ends[segment - 1]) if segment else 0
+        return epoch, offset, int(ends[segment]) - offset
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        # random_raw is fixed for all versions of numpy, unlike Generator.normal
+        bits = np.random.Philox(key=[self._seed & 0xFFFFFFFFFFFFFFFF, epoch])
+        block = 3 * (self._total // self._base + 16)
+        ends = np.zeros(1, np.int64)
+        while ends[-1] < self._total:
+            u = (bits.random_raw(block) >> np.uint64(11)).reshape(-1, 3) * 2.0**-53
+            mean = np.where(u[:, 0] < SHARE_OF_HALF, self._base / 2, self._base)
+            # Box-Muller
+            normal = np.sqrt(-2 * np.log1p(-u[:, 1])) * np.cos(2 * np.pi * u[:, 2])
+            lengths = (mean + DEVIATION * normal).astype(np.int64)
+            lengths = np.clip(lengths, SHORTEST, self._base + LONGEST_EXTRA)
+            ends = np.concatenate([ends, ends[-1] + np.cumsum(lengths)])
+        ends = ends[1:]
+        ends = ends[: int(np.searchsorted(ends, self._total)) + 1]
+        ends[-1] = self._total
+        return ends

@@ -1,0 +1,281 @@
+"""Vocabularies: text to ids and back, for bytes, characters and words.
+
+`counting.py` makes one from a text, `pieces.py` wraps a tokenizer's file. Symbols stand
+in order of frequency, specials first, because adaptive embeddings cut the vocabulary by
+rank. A vocabulary is stored as JSON, which can run nothing, and checked when loaded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from etils import epath
+
+from xlformer.errors import UserError
+
+FORMAT = "xlformer vocabulary 1"
+NEWLINE = 10
+BLOCK = 1 << 22  # bytes of whole lines that are split into words at a time
+
+
+def token_dtype(size: int) -> np.dtype:
+    """The smallest of uint8, uint16 and int32 that holds the ids of `size` symbols."""
+    if size <= 1 << 8:
+        return np.dtype(np.uint8)
+    return np.dtype(np.uint16) if size <= 1 << 16 else np.dtype(np.int32)
+
+
+def check(condition, message: str) -> None:
+    """Raises the ValueError that from_json turns into one line."""
+    if not condition:
+        raise ValueError(message)
+
+
+class Vocabulary:
+    """Symbols, how often each was counted, and the two directions.
+
+    `counts_V` is what the order was made from: train, validation and test for bytes and
+    characters, train alone for words and pieces (as in the original). The constructors
+    check what they are given, because it may come from a file.
+    """
+
+    kind = ""
+
+    def __init__(self, symbols: Sequence, counts: Sequence[int], unit: str):
+        check(len(set(symbols)) == len(symbols) > 0, "symbols are missing or repeated")
+        check(len(symbols) == len(counts), "symbols and counts differ in number")
+        check(all(type(c) is int and 0 <= c < 1 << 48 for c in counts), "a bad count")
+        self.symbols = tuple(symbols)
+        self.counts_V = np.array(counts, np.int64)
+        self.unit = unit
+        self.dtype = token_dtype(len(symbols))
+
+    @property
+    def size(self) -> int:
+        return len(self.symbols)
+
+    @property
+    def frequencies_V(self) -> np.ndarray:
+        """The share of each symbol in the counted text."""
+        return self.counts_V / max(int(self.counts_V.sum()), 1)
+
+    def unigram_entropy(self) -> float:
+        """Nats per token of the best model that ignores all context."""
+        p = self.frequencies_V[self.counts_V > 0]
+        return float(-(p * np.log(p)).sum())
+
+    def encode(
+        self, text: str | bytes, *, close_line: bool = True, where: str = "text"
+    ) -> np.ndarray:
+        """Returns the ids of text, in the smallest dtype.
+
+        `close_line` ends a last line that has no newline with `<eos>`, as a file needs
+        it; for a prompt to be continued pass False. Bytes and characters have no
+        `<eos>`. `where` names the text in errors.
+        """
+        raise NotImplementedError
+
+    def decode(self, ids) -> str | bytes:
+        """The text of ids: bytes where the unit is bytes, else a string."""
+        raise NotImplementedError
+
+    def options(self) -> dict:
+        """The constructor's other arguments, for to_json."""
+        return {}
+
+    def to_json(self) -> str:
+        """The whole vocabulary as one JSON object; from_json reads it."""
+        fields = {"format": FORMAT, "kind": self.kind, **self.options()}
+        fields |= {"counts": self.counts_V.tolist(), "symbols": self.symbols}
+        return json.dumps(fields)
+
+    def _checked(self, ids) -> np.ndarray:
+        ids = np.asarray(ids).ravel()
+        if ids.size and not (0 <= ids.min() and ids.max() < self.size):
+            bad = ids.min() if ids.min() < 0 else ids.max()
+            raise UserError(f"token id out of range: {bad} of {self.size} symbols")
+        return ids.astype(np.int64)
+
+    def _refuse(self, found: Iterable[str], where: str):
+        names = list(dict.fromkeys(found))
+        shown = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
+        raise UserError(
+            f"{where}: not in the vocabulary of {self.size} {self.unit}: {shown}"
+        )
+
+
+class ByteVocabulary(Vocabulary):
+    """Byte values. newline='drop' leaves byte 10 out, as XL's data for enwik8 does."""
+
+    kind = "bytes"
+
+    def __init__(self, symbols, counts, newline: str = "keep"):
+        check(all(type(s) is int and 0 <= s < 256 for s in symbols), "not a byte value")
+        check(newline in ("keep", "drop"), "'newline' is neither keep nor drop")
+        super().__init__(symbols, counts, "bytes")
+        self.newline = newline
+        self._values_V = np.array(self.symbols, np.uint8)
+        self._known = np.isin(np.arange(256), self._values_V)
+        self._table = np.zeros(256, self.dtype)
+        self._table[self._values_V] = np.arange(self.size)
+
+    def options(self) -> dict:
+        return {"newline": self.newline}
+
+    def encode(self, text, *, close_line=True, where="text"):
+        codes = np.frombuffer(as_bytes(text), np.uint8)
+        if self.newline == "drop":
+            codes = codes[codes != NEWLINE]
+        if self.size < 256 and not self._known[codes].all():
+            unknown = np.unique(codes[~self._known[codes]]).tolist()
+            self._refuse(
+                (chr(b) if b < 128 else f"byte {b:#x}" for b in unknown), where
+            )
+        return self._table[codes]
+
+    def decode(self, ids) -> bytes:
+        return self._values_V[self._checked(ids)].tobytes()
+
+
+class CharVocabulary(Vocabulary):
+    """Unicode characters (code points)."""
+
+    kind = "chars"
+
+    def __init__(self, symbols, counts):
+        one = all(isinstance(s, str) and len(s) == 1 for s in symbols)
+        check(one, "a symbol is not one character")
+        super().__init__(symbols, counts, "chars")
+        self._codes_V = np.array([ord(s) for s in self.symbols], np.uint32)
+        surrogate = (self._codes_V >= 0xD800) & (self._codes_V < 0xE000)
+        check(not surrogate.any(), "a symbol is half of a character")
+        # one entry more than needed: the last stands for all that is beyond
+        self._table = np.full(int(self._codes_V.max()) + 2, -1, np.int32)
+        self._table[self._codes_V] = np.arange(self.size)
+
+    def encode(self, text, *, close_line=True, where="text"):
+        codes = code_points(text, where)
+        ids = self._table[np.minimum(codes, len(self._table) - 1)]
+        if ids.size and ids.min() < 0:
+            self._refuse(map(chr, codes[ids < 0].tolist()), where)
+        return ids.astype(self.dtype)
+
+    def decode(self, ids) -> str:
+        codes = self._codes_V[self._checked(ids)]
+        return codes.astype("<u4").tobytes().decode("utf-32-le")
+
+
+class WordVocabulary(Vocabulary):
+    """Words between white space; every line ends in the symbol `eos`, which is a token.
+
+    Also Penn's characters, which stand between spaces: unit is 'chars' then. An unknown
+    word becomes `<unk>` where the vocabulary has it, and is an error elsewhere.
+    """
+
+    kind = "words"
+
+    def __init__(self, symbols, counts, unit="words", lower=False, eos="<eos>"):
+        words = all(isinstance(s, str) and s.split() == [s] for s in symbols)
+        check(words, "a symbol is not one word")
+        check(unit in ("words", "chars"), "'unit' is neither words nor chars")
+        check(isinstance(lower, bool), "'lower' is neither true nor false")
+        check(eos in symbols, "'eos' is not among the symbols")
+        super().__init__(symbols, counts, unit)
+        self.lower, self.eos = lower, eos
+        self._table = {symbol: i for i, symbol in enumerate(self.symbols)}
+        self.eos_id = self._table[eos]
+        self.unk_id = self._table.get("<unk>")
+
+    def options(self) -> dict:
+        return {"unit": self.unit, "lower": self.lower, "eos": self.eos}
+
+    def encode(self, text, *, close_line=True, where="text"):
+        unknown = -1 if self.unk_id is None else self.unk_id
+        parts = [np.zeros(0, self.dtype)]
+        for words in split_words(text, self.eos, self.lower, close_line, where):
+            found = map(self._table.get, words, itertools.repeat(unknown))
+            ids = np.fromiter(found, np.int32, len(words))
+            if ids.size and ids.min() < 0:
+                self._refuse((words[i] for i in np.flatnonzero(ids < 0)), where)
+            parts.append(ids.astype(self.dtype))
+        return np.concatenate(parts)
+
+    def decode(self, ids) -> str:
+        words = (self.symbols[i] for i in self._checked(ids))
+        lines = " ".join("\n" if word == self.eos else word for word in words)
+        return "\n".join(line.strip(" ") for line in lines.split("\n"))
+
+
+def as_bytes(text: str | bytes) -> bytes:
+    """UTF-8; half a surrogate pair, as a shell may pass it, keeps its own bytes."""
+    return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+
+
+def decode_utf8(data: bytes, where: str, base: int = 0) -> str:
+    """Decodes UTF-8; a UserError names the first wrong byte, `base` + its offset."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: byte {data[error.start]:#04x} at offset {base + error.start} is"
+            " not valid UTF-8 (config.data.unit=bytes takes any file)"
+        ) from None
+
+
+def code_points(text: str | bytes, where: str) -> np.ndarray:
+    """The characters of text as numbers."""
+    text = text if isinstance(text, str) else decode_utf8(text, where)
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def line_blocks(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Cuts data after newlines into blocks of about BLOCK bytes, with their offsets."""
+    start = 0
+    while start < len(data):
+        stop = len(data)
+        if stop - start > BLOCK:
+            stop = data.rfind(b"\n", start, start + BLOCK) + 1
+            stop = stop or data.find(b"\n", start) + 1 or len(data)
+        yield start, data[start:stop]
+        start = stop
+
+
+def split_words(text, eos, lower, close_line, where) -> Iterator[list[str]]:
+    """The words of text with an `eos` for each newline, in lists of many lines."""
+    for start, block in line_blocks(as_bytes(text)):
+        block = decode_utf8(block, where, start)
+        words = (block.lower() if lower else block).replace("\n", f" {eos} ").split()
+        if close_line and not block.endswith("\n"):
+            words.append(eos)
+        yield words
+
+
+def load(path) -> Vocabulary:
+    """Reads a stored vocabulary from a file."""
+    try:
+        text = epath.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the vocabulary: {error}") from None
+    return from_json(text, str(path))
+
+
+def from_json(text: str, where: str = "vocabulary") -> Vocabulary:
+    """Reads what to_json wrote; anything else is a UserError that names `where`."""
+    from xlformer.data import pieces
+
+    kinds = (ByteVocabulary, CharVocabulary, WordVocabulary, pieces.PieceVocabulary)
+    try:
+        fields = json.loads(text)
+        check(isinstance(fields, dict), "not a JSON object")
+        check(fields.pop("format", None) == FORMAT, f"'format' is not {FORMAT!r}")
+        name = fields.pop("kind", None)
+        found = [kind for kind in kinds if kind.kind == name]
+        check(found, f"unknown kind {name!r}")
+        for key in ("symbols", "counts"):
+            check(isinstance(fields.get(key), list), f"{key!r} is not a list")
+        return found[0](**fields)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{where}: not a stored vocabulary: {error}") from None

@@ -1,0 +1,273 @@
+"""Raw corpus -> TFDS -> one token array per split: python -m xlformer.prepare.
+
+    python -m xlformer.prepare --config=penn --manual_dir=DIR
+    python -m xlformer.prepare --config=text --config.data.path='book/*.txt'
+
+Batch size, segment length and host count play no part: one preparation serves all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from etils import epath
+
+from xlformer import command, config
+from xlformer.data import corpora, counting, local, pieces, sources
+from xlformer.data.folders import complete
+from xlformer.data.prepared import FORMAT, Prepared, load
+from xlformer.data.stream import Stream
+from xlformer.data.vocabulary import Vocabulary
+from xlformer.errors import UserError
+
+SPACES = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """What is to be prepared, and what its folder's name must tell apart."""
+
+    name: str
+    unit: str
+    newline: str
+    documents: bool
+    tokenizer: pieces.PieceVocabulary | None
+    corpus: sources.Corpus | None  # None: a text of this machine
+    source: dict  # tells one raw text from another
+    read: Callable[[object], sources.Text]  # of a TFDS download manager
+    manual_dir: str
+
+    @property
+    def lines(self) -> bool:
+        """Whether `<eos>` at each line's end counts as a word."""
+        own = self.unit in ("words", "pieces")
+        return self.corpus.lines if self.corpus else own
+
+    def key(self) -> dict:
+        model = self.tokenizer.model if self.tokenizer else ""
+        return {
+            "source": self.source,
+            "unit": self.unit,
+            "newline": self.newline,
+            "documents": self.documents,
+            "tokenizer": _sha256(model.encode()),
+            "format": FORMAT,
+        }
+
+
+def prepare(data, *, directory=None) -> Prepared:
+    """Prepares what a config's data section describes, or finds it prepared.
+
+    `directory` goes before config.data.directory, XLFORMER_DATA and ~/.cache/xlformer.
+    Several processes may call at once: one works, the others wait for it.
+    """
+    recipe = _recipe(data)
+    root = str(
+        directory
+        or data.directory
+        or os.environ.get("XLFORMER_DATA")
+        or "~/.cache/xlformer"
+    )
+    name = f"{recipe.name}-{recipe.unit}-{_digest(recipe.key())}"
+    build = functools.partial(_build, recipe=recipe)
+    if "://" not in root:
+        return load(complete(pathlib.Path(root).expanduser() / name, build))
+    # tokens are mapped from a local copy of what lies in the remote directory
+    remote = epath.Path(root) / name
+    copies = pathlib.Path("~/.cache/xlformer/copies").expanduser()
+    copy = copies / _digest({"root": root}) / name
+    return load(complete(copy, build, remote))
+
+
+def _recipe(data) -> _Recipe:
+    name, unit, corpus = data.corpus, data.unit, None
+    if unit not in ("bytes", "chars", "words"):
+        raise UserError(f"config.data.unit={unit}: it is bytes, chars or words")
+    if data.newline not in ("keep", "drop"):
+        raise UserError(f"config.data.newline={data.newline}: it is keep or drop")
+    if data.newline == "drop" and (name != "enwik8" or data.tokenizer):
+        raise UserError("config.data.newline=drop is for the bytes of enwik8")
+    if name != "text" and (data.path or data.documents):
+        raise UserError("config.data.path and .documents need config.data.corpus=text")
+    tokenizer = pieces.load_tokenizer(data.tokenizer) if data.tokenizer else None
+    if name == "text":
+        split_by = "chars" if tokenizer and unit == "bytes" else unit
+        text = local.read_files(data.path, split_by)
+        source = {"text": local.fingerprint(text)}
+    elif name == "stdlib":
+        text, unit = local.read_stdlib(), "bytes"
+        source = {"stdlib": local.fingerprint(text), **text.facts}
+    else:
+        corpus = sources.find(name)
+        unit, source = corpus.unit, dataclasses.asdict(corpus)
+    if data.unit not in ("bytes", unit):
+        raise UserError(
+            f"config.data.unit={data.unit} is of config.data.corpus=text; {name} has"
+            f" {unit}"
+        )
+    read = (
+        (lambda dl: sources.read_archive(corpus, dl, data.manual_dir))
+        if corpus
+        else (lambda dl: text)
+    )
+    return _Recipe(
+        name=name,
+        unit="pieces" if tokenizer else unit,
+        newline=data.newline,
+        documents=data.documents,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        source=source,
+        read=read,
+        manual_dir=data.manual_dir if corpus else "",
+    )
+
+
+def _build(folder: pathlib.Path, recipe: _Recipe) -> None:
+    builder = corpora.build(
+        recipe.name,
+        recipe.read,
+        folder.parent / "tfds" / _digest(recipe.source),
+        download_dir=folder.parent / "downloads",
+        manual_dir=recipe.manual_dir,
+    )
+    texts = {split: corpora.read_split(builder, split) for split in sources.SPLITS}
+    vocabulary = _count(recipe, texts)
+    payload, splits = hashlib.sha256(), {}
+    for split, documents in texts.items():
+        for document in documents:
+            payload.update(document)
+        where = f"{recipe.name} {split}"
+        parts = [vocabulary.encode(document, where=where) for document in documents]
+        tokens = np.concatenate(parts)
+        if not tokens.size:
+            raise UserError(f"{where}: the text is empty: no tokens")
+        if split == "train" and recipe.tokenizer:
+            counts = np.bincount(tokens, minlength=vocabulary.size)
+            vocabulary = vocabulary.with_counts(counts)
+        np.save(folder / f"{split}.npy", tokens, allow_pickle=False)
+        if recipe.documents:
+            starts = np.cumsum([0, *(len(part) for part in parts[:-1])])
+            np.save(folder / f"{split}-documents.npy", starts.astype(np.int64))
+        splits[split] = {
+            "tokens": len(tokens),
+            "bytes": sum(map(len, documents)),
+            "words": _words(recipe, documents, len(tokens)),
+            "sha256": _sha256((folder / f"{split}.npy").read_bytes()),
+        }
+    card = {
+        "format": FORMAT,
+        "corpus": recipe.name,
+        "unit": recipe.unit,
+        "newline": recipe.newline,
+        "documents": recipe.documents,
+        "vocabulary_size": vocabulary.size,
+        "payload_sha256": payload.hexdigest(),
+        "words_are": "between white space" + ", and <eos> of each line" * recipe.lines,
+        **dict(builder.info.metadata),
+        "splits": splits,
+    }
+    (folder / "vocabulary.json").write_text(vocabulary.to_json(), encoding="utf-8")
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def _count(recipe: _Recipe, texts: Mapping[str, list[bytes]]) -> Vocabulary:
+    if recipe.tokenizer:
+        return recipe.tokenizer
+    everything = (document for split in texts.values() for document in split)
+    corpus = recipe.corpus
+    if recipe.unit == "words" or (corpus and corpus.spaced):
+        return counting.count_words(
+            texts["train"] if recipe.unit == "words" else everything,
+            specials=("<eos>",) if corpus else ("<eos>", "<unk>"),
+            unit=recipe.unit,
+            lower=bool(corpus and corpus.lower),
+            where=recipe.name,
+        )
+    if recipe.unit == "chars":
+        return counting.count_chars(everything, where=recipe.name)
+    # a public corpus has the symbols that its field counts; elsewhere any byte may come
+    return counting.count_bytes(
+        everything, newline=recipe.newline, every=corpus is None
+    )
+
+
+def _words(recipe: _Recipe, documents: list[bytes], tokens: int) -> int:
+    """Words by which a per-word perplexity divides, whatever the unit is."""
+    if recipe.unit == "words":
+        return tokens
+    total = 0
+    for document in documents:
+        if recipe.corpus and recipe.corpus.spaced:
+            document = document.replace(b" ", b"").replace(b"_", b" ")
+        outside = True
+        for start in range(0, len(document), 1 << 24):
+            codes = np.frombuffer(document[start : start + (1 << 24)], np.uint8)
+            space = np.isin(codes, SPACES)
+            total += np.count_nonzero(space[:-1] & ~space[1:])
+            total += int(outside and not space[0])
+            outside = bool(space[-1])
+        if recipe.lines:
+            total += document.count(b"\n") + (not document.endswith(b"\n"))
+    return int(total)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digest(key: dict) -> str:
+    return _sha256(json.dumps(key, sort_keys=True).encode())[:16]
+
+
+def benchmark(prepared: Prepared, batch_size: int, segment_length: int) -> float:
+    """Tokens per second that a Stream over train makes on one thread."""
+    stream = Stream(
+        prepared.tokens["train"], batch_size=batch_size, segment_length=segment_length
+    )
+    step, start = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - start) < 2.0 or step < 2:
+        stream.at(step)
+        step += 1
+    return step * batch_size * segment_length / seconds
+
+
+def _main(argv) -> int:
+    parser = command.Parser(prog="python -m xlformer.prepare", description=__doc__)
+    parser.add_argument("--config", required=True, help="a config's name or file")
+    parser.add_argument("--manual_dir", help="where archives lie that you fetched")
+    parser.add_argument("--directory", help="where prepared corpora are kept")
+    parser.add_argument(
+        "--benchmark", action="store_true", help="print the stream's tokens per second"
+    )
+    args, overrides = parser.parse_with_overrides(argv)
+    loaded = config.load(args.config, overrides)
+    if args.manual_dir is not None:
+        loaded.data.manual_dir = args.manual_dir
+    start = time.perf_counter()
+    prepared = prepare(loaded.data, directory=args.directory)
+    seconds = time.perf_counter() - start
+    print(json.dumps(prepared.card, indent=2))
+    print(f"directory {prepared.directory}")
+    print(f"vocabulary {prepared.vocabulary.size} {prepared.vocabulary.unit}")
+    if args.benchmark:
+        rate = benchmark(prepared, loaded.train.batch_size, loaded.train.segment_length)
+        print(f"prepared or found in {seconds:.1f} s; stream {rate:,.0f} tokens/s")
+    return 0
+
+
+def main(argv=None) -> int:
+    return command.run(_main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

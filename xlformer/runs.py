@@ -1,0 +1,98 @@
+"""What lies in a work directory, for the commands that only read it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from xlformer import config as config_lib
+from xlformer import models
+from xlformer.data import vocabulary as vocabularies
+from xlformer.data.vocabulary import Vocabulary
+from xlformer.errors import UserError
+from xlformer.training.checkpoints import Checkpoints
+
+CONFIG, VOCABULARY, CHECKPOINTS = "config.json", "vocabulary.json", "checkpoints"
+# Fields of config.model that evaluation and generation may set.
+VISIBILITY = ("memory_length", "clamp_length", "same_length", "window")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained model: everything that scoring and sampling need."""
+
+    workdir: epath.Path
+    config: ConfigDict
+    model: models.Model
+    params: Any
+    vocabulary: Vocabulary
+    step: int
+
+
+def read_config(workdir) -> ConfigDict:
+    """The resolved config of a work directory; UserError if it holds no run."""
+    path = epath.Path(workdir) / CONFIG
+    if not path.exists():
+        raise UserError(f"--workdir={workdir} holds no run: there is no {CONFIG} in it")
+    return config_lib.from_json(path.read_text())
+
+
+def load(workdir, *, checkpoint: str = "best", params: str = "raw") -> Run:
+    """Loads a run for reading; works on any devices and never touches its state.
+
+    Args:
+      workdir: of `xlformer.train` or `xlformer.convert`.
+      checkpoint: best, latest or a step; best is the latest where none was validated.
+      params: raw or ema.
+
+    Raises:
+      UserError: no run, no such checkpoint, a damaged one, or one of another model.
+    """
+    workdir = epath.Path(workdir)
+    config = read_config(workdir)
+    vocabulary = vocabularies.load(workdir / VOCABULARY)
+    model = models.build(config.model, vocab_size=vocabulary.size)
+    checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
+    step = _step(checkpoints, checkpoint)
+    if params not in ("raw", "ema"):
+        raise UserError(f"--params={params} is neither raw nor ema")
+    if params == "ema" and not config.train.ema_decay:
+        raise UserError("--params=ema but the run has config.train.ema_decay=0.0")
+    name = {"raw": "params", "ema": "ema"}[params]
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    found = checkpoints.restore_params(step, {name: abstract})[name]
+    return Run(workdir, config, model, jax.device_put(found), vocabulary, step)
+
+
+def _step(checkpoints: Checkpoints, which: str) -> int | None:
+    if which == "latest":
+        return None
+    if which == "best":
+        return checkpoints.best()
+    if not which.isdigit():
+        raise UserError(f"--checkpoint={which} is neither best, latest nor a step")
+    return int(which)
+
+
+def for_reading(model: models.Model, fields: Mapping[str, Any]) -> models.Model:
+    """The same model with another memory or visibility; -1 and None keep the model's.
+
+    An explicit window goes before what same_length and memory_length imply.
+    """
+    changes = {
+        name: value
+        for name, value in fields.items()
+        if value is not None and not (name != "same_length" and value < 0)
+    }
+    known = {field.name for field in dataclasses.fields(model.config)}
+    missing = set(changes) - known
+    if missing:
+        raise UserError(f"this model has no {', '.join(sorted(missing))}")
+    return dataclasses.replace(
+        model, config=dataclasses.replace(model.config, **changes)
+    )

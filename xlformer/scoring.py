@@ -1,0 +1,228 @@
+"""Scoring a stream of tokens in rows, each target once.
+
+The text is one stream; cut into B rows it is scored B times as fast, but the first
+tokens of each row lack their context. How that is mended is `warmup`:
+
+- exact: rows begin on segment boundaries of the one-row stream and first replay,
+  unscored, all that it would have carried: n_layer x ceil(memory / segment) segments,
+  because the memory of a layer reaches through the layers below it. Any number of rows
+  gives the score of one row, of all targets but the very first.
+- fill: replays ceil(memory / segment) segments: the memory is full, but what is in it
+  came from a shorter past.
+- none: rows of n // B tokens, as the originals do: B (n // B - 1) targets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlformer.errors import UserError
+
+WARMUPS = ("auto", "exact", "fill", "none")
+# Tokens in one compiled call: long enough to hide dispatch, short enough to interrupt.
+TOKENS_PER_CALL = 16_384
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which inputs each row reads at each step, and which of them are scored.
+
+    Row b reads inputs start_B[b] + k * segment_length onwards at step k; those before 0
+    are nothing. It scores inputs first_B[b] to last_B[b] (exclusive).
+    """
+
+    segment_length: int
+    steps: int
+    start_B: np.ndarray
+    first_B: np.ndarray
+    last_B: np.ndarray
+    warmup: str
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are scored."""
+        return int((self.last_B - self.first_B).sum())
+
+
+def plan(
+    tokens: int,
+    *,
+    batch_size: int,
+    segment_length: int,
+    memory_length: int | None,
+    n_layer: int,
+    warmup: str = "auto",
+) -> Plan:
+    """Cuts a stream of `tokens` into rows; memory_length None is unlimited reach."""
+    if warmup not in WARMUPS:
+        raise UserError(f"--warmup={warmup} is none of {', '.join(WARMUPS)}")
+    if tokens < 2:
+        raise UserError(f"the text has {tokens} tokens; at least 2 are needed to score")
+    if batch_size < 1 or segment_length < 1:
+        raise UserError(
+            f"--batch_size={batch_size} and --segment_length={segment_length} must be "
+            "at least 1"
+        )
+    T = segment_length
+    if warmup == "none":
+        batch_size = min(batch_size, tokens // 2)
+        length = tokens // batch_size
+        start_B = np.arange(batch_size) * length
+        steps = math.ceil((length - 1) / T)
+        return Plan(T, steps, start_B, start_B, start_B + length - 1, warmup)
+    segments = math.ceil((tokens - 1) / T)
+    rows = min(batch_size, segments)
+    each = math.ceil(segments / rows)
+    rows = math.ceil(segments / each)
+    fill = math.ceil((memory_length or 0) / T)
+    replayed = {"exact": n_layer * fill, "fill": fill}
+    if warmup == "auto":
+        # More than a quarter of extra work is worth asking for.
+        warmup = "exact" if rows == 1 or 4 * replayed["exact"] < each else "fill"
+    before = min(replayed[warmup], (rows - 1) * each)
+    first_B = np.arange(rows) * each * T
+    last_B = np.minimum(first_B + each * T, tokens - 1)
+    return Plan(T, before + each, first_B - before * T, first_B, last_B, warmup)
+
+
+class Score(NamedTuple):
+    """Attributes: summed nll, in nats; the number of targets; seconds it took."""
+
+    nats: float
+    targets: int
+    seconds: float
+
+
+class Evaluator:
+    """A model's scoring function, compiled once for rows of fixed shape."""
+
+    def __init__(self, model, *, batch_size: int, segment_length: int):
+        self._model = model
+        self._segment_length = segment_length
+        self._batch_size = batch_size
+        self._steps = max(1, TOKENS_PER_CALL // (batch_size * segment_length))
+        self._scan = jax.jit(self._score_segments, donate_argnums=1)
+        self._compiled: dict[Any, Any] = {}
+
+    def _score_segments(self, params, state, batches):
+        def body(state, batch):
+            nll_BT, state, _ = self._model.apply(
+                params,
+                batch["inputs_BT"],
+                batch["targets_BT"],
+                state,
+                resets_BT=batch["resets_BT"],
+            )
+            return state, jnp.where(batch["scored_BT"], nll_BT, 0).sum(axis=1)
+
+        return jax.lax.scan(body, state, batches)
+
+    def compile(self, params) -> None:
+        """Compiles for parameters of these shapes, so that no signal waits for it."""
+        plan_ = _whole_rows(self._batch_size, self._segment_length)
+        batch = next(
+            self._batches(plan_, np.zeros(plan_.last_B.max() + 1, np.int32), None)
+        )
+        self._get(params, batch)
+
+    def _get(self, params, batch):
+        key = tuple((name, x.shape) for name, x in batch.items())
+        if key not in self._compiled:
+            state = jax.eval_shape(lambda: self._model.init_state(self._rows(batch)))
+            self._compiled[key] = self._scan.lower(params, state, batch).compile()
+        return self._compiled[key]
+
+    @staticmethod
+    def _rows(batch):
+        return batch["inputs_BT"].shape[1]
+
+    def _batches(self, plan_: Plan, tokens, documents) -> Iterator[dict]:
+        for step in range(0, plan_.steps, self._steps):
+            chunk = [
+                _batch(plan_, tokens, documents, k, self._model.extended_length)
+                for k in range(step, step + self._steps)
+            ]
+            yield {name: np.stack([b[name] for b in chunk]) for name in chunk[0]}
+
+    def score(
+        self,
+        params,
+        tokens: np.ndarray,
+        plan_: Plan,
+        *,
+        documents: np.ndarray | None = None,
+        progress: Callable[[float], bool] | None = None,
+    ) -> Score | None:
+        """Sums the nll of the planned targets.
+
+        progress is called between calls with the fraction done; when it returns True
+        the evaluation is given up and the result is None.
+        """
+        start = time.perf_counter()
+        state = self._model.init_state(len(plan_.start_B))
+        nats, calls = 0.0, math.ceil(plan_.steps / self._steps)
+        pending = None
+        for call, batch in enumerate(self._batches(plan_, tokens, documents)):
+            state, nll_NB = self._get(params, batch)(params, state, batch)
+            # A lag of one: the device works while the host sums in float64.
+            nats += (
+                0.0 if pending is None else float(np.asarray(pending, np.float64).sum())
+            )
+            pending = nll_NB
+            if progress is not None and progress((call + 1) / calls):
+                return None
+        nats += float(np.asarray(pending, np.float64).sum())
+        return Score(nats, plan_.targets, time.perf_counter() - start)
+
+
+def _whole_rows(batch_size, segment_length) -> Plan:
+    start_B = np.arange(batch_size) * segment_length
+    return Plan(segment_length, 1, start_B, start_B, start_B + segment_length, "none")
+
+
+def _batch(plan_: Plan, tokens, documents, step: int, extended: int) -> dict:
+    """One segment of every row: inputs, targets, resets and which targets count."""
+    T, N = plan_.segment_length, len(tokens)
+    start_B = plan_.start_B + step * T
+    index_BT = start_B[:, None] + np.arange(-extended, T)[None]
+    inside_BT = (index_BT >= 0) & (index_BT < N)
+    inputs_BT = np.where(inside_BT, tokens[np.clip(index_BT, 0, N - 1)], 0)
+    target_BT = index_BT[:, extended:]
+    targets_BT = tokens[np.clip(target_BT + 1, 0, N - 1)]
+    scored_BT = (target_BT >= plan_.first_B[:, None]) & (
+        target_BT < plan_.last_B[:, None]
+    )
+    # A row that starts before the text, and the first segment of one that does not.
+    resets_BT = (index_BT == 0) | ((step == 0) & (index_BT == start_B[:, None]))
+    if documents is not None:
+        resets_BT |= np.isin(index_BT, documents)
+    elif not extended:
+        resets_BT = resets_BT[:, :1]
+    return {
+        "inputs_BT": inputs_BT.astype(np.int32),
+        "targets_BT": targets_BT.astype(np.int32),
+        "resets_BT": resets_BT,
+        "scored_BT": scored_BT,
+    }
+
+
+def unigram_entropy(tokens: np.ndarray, vocab_size: int) -> float:
+    """Entropy in nats of the tokens' own frequencies: what no model may exceed."""
+    p = np.bincount(np.asarray(tokens), minlength=vocab_size) / len(tokens)
+    p = p[p > 0]
+    return float(-(p * np.log(p)).sum())
+
+
+def reach(model) -> int | None:
+    """Earlier positions that a segment's layer reads from outside of it."""
+    if model.memory_length is None:
+        return None
+    return model.memory_length + model.extended_length

@@ -1,0 +1,277 @@
+"""Checkpoints: Orbax's CheckpointManager, and what it lacks: verification.
+
+One step is one directory with three items, committed together or not at all:
+
+    state    every leaf, as a nested dict of its path (params/layers/... -> array)
+    config   the resolved config, JSON
+    digest   JSON: see integrity.py
+
+Whatever is wrong with a checkpoint, the previous one is used, and the log says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from xlformer.errors import UserError
+from xlformer.training.integrity import (
+    Corrupt,
+    read_config,
+    read_seal,
+    read_state,
+    reason,
+    seal,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one work directory: save, restore, verify, fall back.
+
+    Keeps the `keep` latest steps and, besides, the one whose metric is lowest. One
+    process (or one job) writes; any number read with read_only=True. Values saved under
+    another name than `metric` are not compared with it.
+    """
+
+    def __init__(
+        self, directory, *, keep: int = 2, metric: str = "bpc", read_only: bool = False
+    ):
+        if keep < 1:
+            raise UserError(f"config.train.keep={keep}: at least one must be kept")
+        self.directory = epath.Path(directory).absolute()
+        self.metric = metric
+        self._keep = keep
+        self._current = None  # the step that this process restored or saved last
+        self._metrics = {}  # step -> metric or None, for the steps seen so far
+        self._manager = None if read_only else self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True,  # of a process that died while saving
+            preservation_policy=_LatestAndBest(self._keep, self._best_of),
+        )
+        try:
+            return ocp.CheckpointManager(self.directory, options=options)
+        except OSError as error:
+            raise UserError(f"{self.directory}: cannot be opened: {error}") from error
+
+    def close(self) -> None:
+        self.wait()
+        if self._manager:
+            self._manager.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is None:
+            self.close()
+
+    # Which steps there are -----------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Steps in ascending order, the one being saved included; [] if there are
+        none, or no such directory."""
+        if self._manager:
+            return sorted(self._manager.all_steps())
+        if not self.directory.is_dir():
+            return []
+        # Read anew each time: another process may be writing.
+        names = ocp.path.step.standard_name_format()
+        return sorted(found.step for found in names.find_all(self.directory))
+
+    def latest(self) -> int | None:
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The step with the lowest metric, None if no step has one."""
+        return self._best_of(self.steps())
+
+    def _best_of(self, steps) -> int | None:
+        """Not Orbax's BestN: it reads metrics at start-up, where one damaged file of
+        metrics would make every checkpoint unreachable."""
+        for step in set(steps) - set(self._metrics):
+            try:
+                stored = read_seal(self._path(step))["metric"]
+                self._metrics[step] = stored.get(self.metric)
+            except Exception as error:
+                _log.warning("step %d: its metric is unreadable: %s", step, error)
+                self._metrics[step] = None
+        known = [s for s in steps if self._metrics[s] is not None]
+        return min(known, key=lambda s: (self._metrics[s], s), default=None)
+
+    # Saving --------------------------------------------------------------------------
+
+    def save(
+        self, step: int, state, *, config: Mapping, metric: float | None = None
+    ) -> bool:
+        """Starts saving and returns once the state may be donated.
+
+        A failure of the previous save shows here or in wait(). Returns False, and saves
+        nothing, for the step that this object restored or saved last. Steps after
+        `step`, which a rewind or a fall back to it left behind, are deleted: they
+        belong to a future that did not happen.
+        """
+        if self._manager is None:
+            raise ValueError("opened with read_only=True")
+        if step == self._current:
+            return False
+        self.wait()
+        finite = metric is not None and math.isfinite(metric)
+        metric = float(metric) if finite else None
+        named = {self.metric: metric} if finite else {}
+        arrays, digest = seal(state, config=dict(config), metric=named)
+        try:
+            for stale in [s for s in self.steps() if s >= step]:
+                _log.warning("deleting step %d, replaced by step %d", stale, step)
+                self._manager.delete(stale)
+                self._metrics.pop(stale, None)
+            self._metrics[step] = metric
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(arrays),
+                    config=ocp.args.JsonSave(dict(config)),
+                    digest=ocp.args.JsonSave(digest),
+                ),
+                force=True,  # the loop decides when, not Orbax
+            )
+        except Exception as error:
+            self._fail(error)
+        self._current = step
+        return True
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises UserError if it is not."""
+        try:
+            if self._manager:
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception):
+        broken, self._current = self._manager, None
+        try:
+            broken.close()
+        except Exception:  # it repeats the error at hand
+            pass
+        self._metrics.clear()
+        self._manager = self._open()  # also removes what the failed save has left
+        left = self.latest()
+        raise UserError(
+            f"{self.directory}: saving failed ({reason(error)}); "
+            f"the latest checkpoint is {'none' if left is None else f'step {left}'}"
+        ) from error
+
+    # Restoring -----------------------------------------------------------------------
+
+    def restore(self, abstract_state, step: int | None = None, *, before=None):
+        """Returns (step, state, config) of the newest checkpoint that is intact.
+
+        abstract_state: jax.ShapeDtypeStructs with the shardings wanted now, or arrays;
+        leaves without a sharding go to the first device. With `step` only that one
+        will do; with `before` only steps below it are tried. A checkpoint of another
+        model is no corruption: it raises UserError and nothing else is tried.
+        """
+        self.wait()
+        if step is not None:
+            self._must_exist(step)
+        steps = self.steps() if step is None else [step]
+        tried = [s for s in steps if before is None or s < before]
+        reasons = []
+        for candidate in reversed(tried):
+            found, fault = None, ""
+            try:
+                found = self._restore_step(candidate, abstract_state)
+            except Corrupt as error:
+                fault = str(error)
+            if _on_any_host(bool(fault)):
+                reasons.append(f"step {candidate}: {fault or 'refused elsewhere'}")
+                _log.error("%s: checkpoint refused: %s", self.directory, reasons[-1])
+                continue
+            if reasons:
+                _log.error("fell back to the checkpoint of step %d", candidate)
+            self._current = candidate
+            return candidate, *found
+        raise UserError(self._nothing(reasons, before))
+
+    def restore_params(self, step: int | None, abstract: Mapping):
+        """Restores a part of the state: {'params': tree, 'ema': tree, ...}.
+
+        Leaves whose abstract leaf has a sharding become jax.Arrays, the others numpy
+        arrays, whatever devices saved them. step None is the latest. Raises UserError
+        if the checkpoint is damaged: which one to score is the caller's decision.
+        """
+        return self._one(step, lambda path, sealed: read_state(path, sealed, abstract))
+
+    def config(self, step: int | None = None) -> dict:
+        """The config saved with a step (default: the latest), verified."""
+        return self._one(step, read_config)
+
+    def _one(self, step, read):
+        step = self.latest() if step is None else step
+        self._must_exist(step)
+        try:
+            return read(self._path(step), read_seal(self._path(step)))
+        except Corrupt as error:
+            raise UserError(self._nothing([f"step {step}: {error}"], None)) from error
+
+    def _must_exist(self, step) -> None:
+        if step is None or step not in self.steps():
+            which = "" if step is None else f" of step {step}"
+            have = ", ".join(map(str, self.steps()))
+            have = f"; there are steps {have}" if have else ""
+            raise UserError(f"{self.directory}: there is no checkpoint{which}{have}")
+
+    def _nothing(self, reasons, before) -> str:
+        limit = "" if before is None else f" before step {before}"
+        if not reasons:
+            return f"{self.directory}: there is no checkpoint{limit}"
+        return f"{self.directory}: no intact checkpoint{limit}: {'; '.join(reasons)}"
+
+    def _restore_step(self, step, abstract_state):
+        path = self._path(step)
+        sealed = read_seal(path)
+        default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        placed = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=getattr(x, "sharding", None) or default
+            ),
+            abstract_state,
+        )
+        config = read_config(path, sealed)
+        return read_state(path, sealed, placed), config
+
+    def _path(self, step) -> epath.Path:
+        return self.directory / str(step)
+
+
+class _LatestAndBest(checkpoint_managers.PreservationPolicy):
+    """Keeps the latest steps and the best; a step without a metric only as latest."""
+
+    def __init__(self, latest: int, best_of):
+        self._latest, self._best_of = latest, best_of
+
+    def should_preserve(self, checkpoints, *, context):
+        del context
+        steps = [c.step for c in checkpoints]
+        kept = {*steps[-self._latest :], self._best_of(steps)}
+        return [s in kept for s in steps]
+
+
+def _on_any_host(failed: bool) -> bool:
+    """Hosts must agree on the step, even if the files of only one are damaged."""
+    if jax.process_count() == 1:
+        return failed
+    return bool(multihost_utils.process_allgather(np.array(failed)).any())

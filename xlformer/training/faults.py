@@ -1,0 +1,198 @@
+"""What goes wrong around a run: two runs in one place, signals, losses that explode."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import socket
+import threading
+import time
+
+from xlformer.errors import UserError
+
+INTERRUPTED = 42  # exit code: stopped by a signal, everything worth keeping is saved
+MAX_SKIPS = 10  # non-finite steps in a row that train.skip_nonfinite forgives
+FORCING_SIGNALS = 3  # the one that no longer waits for the save
+
+
+class WorkdirLock:
+    """Holds a work directory for one process; the kernel lets go when it dies.
+
+    Only for local directories: in gs:// there is no lock, and it does nothing.
+    """
+
+    def __init__(self, workdir):
+        self._workdir = os.fspath(workdir)
+        self._file = None
+
+    def __enter__(self):
+        if "://" in self._workdir:
+            return self
+        path = pathlib.Path(self._workdir, "lock")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{self._workdir}: cannot be written: {error}") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                raise UserError(
+                    f"{self._workdir} is in use by {_owner(file)}"
+                ) from None
+        except OSError:
+            pass  # a file system without flock: run unprotected rather than not at all
+        file.truncate(0)
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        file.write(json.dumps(owner) + "\n")
+        file.flush()
+        self._file = file  # open for as long as the lock is held
+        return self
+
+    def __exit__(self, *error):
+        # The file stays: to remove it would let a third process lock another inode.
+        if self._file:
+            self._file.close()
+            self._file = None
+
+
+def _owner(file) -> str:
+    file.seek(0)
+    try:
+        owner = json.loads(file.read())
+        return f"pid {owner['pid']} on host {owner['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"  # which has locked it, but not yet written its name
+
+
+class Interrupt:
+    """Notices SIGINT and SIGTERM at once, even while XLA compiles for minutes.
+
+    A Python handler runs only when the main thread returns from C++, so the C-level
+    handler's wake-up byte is read by a thread of its own.
+
+        with Interrupt() as interrupt:
+            for step in ...:
+                ...                      # one step
+                interrupt.armed = True   # from now on there is something to save
+                if interrupt.requested:
+                    save(); return INTERRUPTED
+
+    Until `armed` is set a signal ends the process at once with INTERRUPTED. After that
+    the first is left to the loop, the second is answered by a line, the third ends the
+    process. Outside the main thread it does nothing: Python allows no handlers there.
+    In a job of several hosts leave SIGTERM to JAX's preemption service, which makes all
+    of them stop at the same step: signals=[SIGINT].
+    """
+
+    def __init__(self, signals=(signal.SIGINT, signal.SIGTERM)):
+        self._signals = tuple(signals)
+        self.armed = False
+        self.requested: str | None = None
+        self._count = 0
+        self._previous = {}
+        self._previous_wakeup = -1
+        self._reader = self._writer = self._watcher = None
+
+    def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)  # set_wakeup_fd insists
+        self._watcher = threading.Thread(
+            target=self._watch, name="interrupt", daemon=True
+        )
+        self._watcher.start()
+        self._previous_wakeup = signal.set_wakeup_fd(
+            self._writer.fileno(), warn_on_full_buffer=False
+        )
+        for number in self._signals:
+            # Without a Python-level handler no byte is written; this one does nothing.
+            self._previous[number] = signal.signal(number, lambda *_: None)
+        return self
+
+    def __exit__(self, *error):
+        if self._watcher is None:
+            return
+        for number, handler in self._previous.items():
+            # None: the handler was not installed from Python and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._previous_wakeup)
+        self._writer.close()  # the watcher reads an end of file
+        self._watcher.join()
+        self._reader.close()
+        self._watcher = None
+
+    def _watch(self) -> None:
+        while data := self._reader.recv(64):
+            for number in data:
+                if number in self._signals:
+                    self._notice(signal.Signals(number).name)
+
+    def _notice(self, name: str) -> None:
+        self._count += 1
+        if not self.armed:
+            self._leave(f"{name}: stopped before the first step, nothing to save")
+        if self._count >= FORCING_SIGNALS:
+            self._leave(f"{name}, for the third time: stopping without saving")
+        if self.requested is None:
+            self.requested = name
+            _say(f"{name}: saving after this step; a third signal stops at once")
+        else:
+            _say(f"{name} again: still saving; once more stops at once")
+
+    @staticmethod
+    def _leave(line: str) -> None:
+        _say(line)
+        os._exit(INTERRUPTED)  # the main thread may not come back for minutes
+
+
+def _say(line: str) -> None:
+    """Straight to the descriptor: sys.stderr may be locked by the main thread."""
+    try:
+        os.write(2, f"xlformer: {line}\n".encode())
+    except OSError:
+        pass  # nobody reads any more
+
+
+def nonfinite_message(
+    *, step: int, last_good: int | None, learning_rate: float, config=None
+) -> str:
+    """The one line for a loss that is NaN or infinite.
+
+    config is the resolved config, whose values are then shown beside the names.
+    """
+    restart = (
+        "there is no checkpoint to go back to"
+        if last_good is None
+        else f"the last good checkpoint is step {last_good}"
+    )
+    known = {
+        "optimizer.learning_rate": "lower",
+        "optimizer.warmup_steps": "raise",
+        "optimizer.clip_norm": "lower, 0 is off",
+        "model.dtype": "float32 is the safe one",
+    }
+    knobs = [f"config.{k}{_value(config, k)} ({how})" for k, how in known.items()]
+    return (
+        f"the loss is not finite at step {step} (learning rate {learning_rate:.3g}); "
+        f"{restart}; what usually helps: {', '.join(knobs)}, or "
+        "config.train.skip_nonfinite=True to drop such steps"
+    )
+
+
+def too_many_skips(skipped_in_a_row: int) -> bool:
+    """True when dropping steps no longer helps: the parameters themselves are lost."""
+    return skipped_in_a_row >= MAX_SKIPS
+
+
+def _value(config, field: str) -> str:
+    for part in field.split("."):
+        if config is None or part not in config:
+            return ""
+        config = config[part]
+    return f"={config}"

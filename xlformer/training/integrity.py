@@ -1,0 +1,127 @@
+"""One saved step: sealing it with digests, reading it back only if they agree.
+
+Orbax restores a flipped bit in array data without a word (48 of 48 tries), hence the
+seal: a JSON item with a digest, shape and dtype for each leaf, the metric, and
+checksums of the config and of the seal itself.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from xlformer.errors import UserError
+from xlformer.training import leaves
+
+
+class Corrupt(Exception):
+    """This step cannot be trusted; another one may be."""
+
+
+def seal(state, *, config: Mapping, metric: Mapping) -> tuple[dict, dict]:
+    """Returns (the nested dict of arrays to write, its seal)."""
+    flat = leaves.flatten(state)
+    arrays = leaves.to_disk(flat)
+    item = {
+        "leaves": leaves.digests(arrays),
+        "layouts": {path: leaves.layout(x) for path, x in flat.items()},
+        "config": _crc(config),
+        "metric": dict(metric),  # {name: value} or {}
+    }
+    return leaves.nest(arrays), item | {"checksum": _crc(item)}
+
+
+def read_seal(directory: epath.Path) -> dict:
+    item = _read_json(directory / "digest")
+    try:
+        checksum = item.pop("checksum")
+        intact = checksum == _crc(item)
+    except Exception as error:
+        raise Corrupt(f"the digest is unreadable ({reason(error)})") from error
+    if not intact:
+        raise Corrupt("the digest does not match its own checksum")
+    return item
+
+
+def read_config(directory: epath.Path, sealed: Mapping) -> dict:
+    config = _read_json(directory / "config")
+    if _crc(config) != sealed["config"]:
+        raise Corrupt("the config does not match its checksum")
+    return config
+
+
+def read_state(directory: epath.Path, sealed: Mapping, abstract):
+    """Reads the leaves of `abstract`, which may be a part of what was saved.
+
+    A leaf with a sharding becomes a jax.Array, one without a numpy array. Raises
+    Corrupt for damage and UserError for a checkpoint of something else.
+    """
+    wanted = leaves.flatten(abstract)
+    _check_layouts(directory, wanted, sealed["layouts"])
+    stored = leaves.to_disk(wanted)
+    try:
+        values = leaves.flatten(_read_arrays(directory, leaves.nest(stored)))
+        sums = leaves.digests(values)
+    except Exception as error:
+        raise Corrupt(f"state: {reason(error)}") from error
+    for path in stored:
+        if sums[path] != sealed["leaves"][path]:
+            raise Corrupt(f"state: {path} does not match its digest")
+    restored = [leaves.from_disk(values.get(k), x) for k, x in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract), restored)
+
+
+def _check_layouts(directory, wanted, stored) -> None:
+    for path, x in wanted.items():
+        here = leaves.layout(x)
+        if stored.get(path) != here:
+            raise UserError(
+                f"{directory}: the checkpoint has {path} as "
+                f"{stored.get(path, 'nothing')}, here it is {here}: the config of the "
+                "model or the optimizer is not the one it was saved with"
+            )
+
+
+def _read_arrays(directory, abstract):
+    if not abstract:
+        return {}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(
+            directory / "state",
+            args=ocp.args.PyTreeRestore(
+                abstract,
+                restore_args=jax.tree.map(_restore_args, abstract),
+                partial_restore=True,
+            ),
+        )
+
+
+def _restore_args(x):
+    if x.sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype)
+    return ocp.ArrayRestoreArgs(
+        sharding=x.sharding, global_shape=x.shape, dtype=x.dtype
+    )
+
+
+def _read_json(path: epath.Path):
+    try:
+        return ocp.JsonCheckpointHandler().restore(path)
+    except Exception as error:
+        raise Corrupt(f"{path.name}: {reason(error)}") from error
+
+
+def _crc(item) -> int:
+    return zlib.crc32(json.dumps(item, sort_keys=True).encode())
+
+
+def reason(error: Exception) -> str:
+    """The type and the beginning of a message that may be pages long."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"

@@ -1,0 +1,125 @@
+"""A state as named leaves: paths, layouts, the form on disk, and a digest of each.
+
+The digest is the same on any number of devices: the sum over elements of (bits as
+uint32) * (odd weight of the element's position), modulo 2^32. The weight is odd, so any
+one flipped bit changes the sum, and a sum over a sharded array is a sum of sums. It
+catches accidents; it is no cryptographic hash.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+GOLDEN = 2654435761  # 2^32 / golden ratio: spreads neighbouring positions
+
+
+def flatten(tree) -> dict[str, object]:
+    """Returns {path: leaf}; 'params/layers/w' whatever mixture of dicts, dataclasses
+    and tuples the tree is. None has no leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
+
+
+def is_key(x) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def layout(x) -> str:
+    """'float32[3,4]': what must agree for a leaf to be restored into another."""
+    return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+
+
+def nest(flat: Mapping[str, object]) -> dict:
+    """{'a/b': x} as {'a': {'b': x}}: the tree that is written, whatever its classes."""
+    root = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return root
+
+
+def to_disk(flat: Mapping[str, object]) -> dict[str, object]:
+    """What is written: keys as their data, without empty arrays (Orbax refuses them).
+
+    Takes arrays or jax.ShapeDtypeStructs.
+    """
+    return {k: _key_data(x) if is_key(x) else x for k, x in flat.items() if x.size}
+
+
+def _key_data(x):
+    if isinstance(x, jax.Array):
+        return jax.random.key_data(x)
+    data = jax.eval_shape(jax.random.key_data, x)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
+
+
+def from_disk(value, like):
+    """Undoes to_disk for one leaf; value is None for an empty array."""
+    if is_key(like):
+        impl = []  # only a traced key tells its implementation, not its abstract form
+        jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), like)
+        return jax.random.wrap_key_data(value, impl=impl[0])
+    if like.size:
+        return value
+    if like.sharding is None:
+        return np.zeros(like.shape, like.dtype)
+    zeros = functools.partial(jnp.zeros, like.shape, like.dtype)
+    return jax.jit(zeros, out_shardings=like.sharding)()
+
+
+def digests(flat: Mapping[str, object]) -> dict[str, int]:
+    """Returns {path: uint32 as int}: one compiled call, one read from the device.
+
+    numpy leaves are summed by numpy: they may be 64 bits wide where JAX is not.
+    """
+    on_host = {k: x for k, x in flat.items() if not isinstance(x, jax.Array)}
+    on_device = {k: x for k, x in flat.items() if isinstance(x, jax.Array)}
+    found = {k: numpy_digest(np.asarray(x)) for k, x in on_host.items()}
+    if on_device:
+        values = np.asarray(_stacked(list(on_device.values())))
+        found |= {k: int(v) for k, v in zip(on_device, values, strict=True)}
+    return found
+
+
+@jax.jit
+def _stacked(leaves):
+    return jnp.stack([digest(x) for x in leaves])
+
+
+def digest(x) -> jax.Array:
+    """The digest of one array, as a traced uint32."""
+    words = _words(x)
+    position = jnp.uint32(0)
+    for axis, size in enumerate(words.shape):
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        position = position * jnp.uint32(size) + index
+    weight = (position * jnp.uint32(GOLDEN)) | jnp.uint32(1)
+    return jnp.sum(words * weight, dtype=jnp.uint32)
+
+
+def _words(x):
+    """The bits as uint32; 64-bit elements become two words on a new last axis."""
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint32)
+    if jnp.iscomplexobj(x):
+        return _words(jnp.stack([x.real, x.imag], axis=-1))
+    word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    return jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+
+
+def numpy_digest(x: np.ndarray) -> int:
+    """The same number from numpy, whose bytes are little endian as those of XLA."""
+    size = min(x.dtype.itemsize, 4)
+    x = np.ascontiguousarray(x).reshape(-1)
+    words = x.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[size]).astype(np.uint32)
+    position = np.arange(words.size, dtype=np.uint32)
+    weight = position * np.uint32(GOLDEN) | np.uint32(1)
+    return int(np.sum(words * weight, dtype=np.uint32))

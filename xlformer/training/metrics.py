@@ -1,0 +1,243 @@
+"""What a run says about itself: metrics.jsonl, TensorBoard, the console, tables.
+
+Names are paths with units: train/loss_nats, train/bpc, eval/bpc, perf/tokens_per_s,
+norm/grad. `metrics.jsonl` in the work directory has one object per line:
+
+    {"step": 100, "kind": "train", "time": 1700000000.0, "train/bpc": 2.31, ...}
+
+A number that is not finite becomes "nan", "inf" or "-inf", in quotes: JSON has no such
+numbers. After a resume at step s the lines of later steps that the killed run had
+written stay in the file; `read` returns the last record of each (step, kind).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from etils import epath
+
+FILE = "metrics.jsonl"
+
+
+class Writer:
+    """Appends metrics of one run; with enabled=False (hosts other than the first) it
+    does nothing at all."""
+
+    def __init__(self, workdir, *, enabled: bool = True):
+        self._workdir = epath.Path(workdir)
+        self._enabled = enabled
+        self._file = self._events = None
+        if enabled:
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            self._file = _open_for_append(self._workdir)
+            self._events = _tensorboard(self._workdir)
+
+    def write(self, step: int, values: Mapping[str, object], *, kind="train") -> None:
+        """Writes one line. values: scalars or strings; arrays of one element count as
+        scalars, so read them from the device before."""
+        if not self._enabled:
+            return
+        record = {"step": int(step), "kind": kind, "time": time.time()}
+        record |= {name: _jsonable(value) for name, value in values.items()}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()  # a killed run keeps what it has logged
+        if self._events:
+            for name, value in values.items():
+                if not isinstance(value, str):
+                    self._events.add_scalar(name, float(value), int(step))
+
+    def console(self, line: str) -> None:
+        if self._enabled:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+        if self._events:
+            self._events.close()
+        self._enabled, self._file, self._events = False, None, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+def _open_for_append(workdir: epath.Path):
+    """metrics.jsonl; where nothing can be appended (gs://), the next numbered part."""
+    if "://" in str(workdir):
+        return (workdir / f"metrics-{len(_parts(workdir)):04d}.jsonl").open("w")
+    path = workdir / FILE
+    file = open(path, "ab+")
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":  # the killed run stopped in mid-line
+            file.write(b"\n")
+    return io.TextIOWrapper(file, encoding="utf-8")
+
+
+def _parts(workdir: epath.Path) -> list[epath.Path]:
+    return sorted(workdir.glob("metrics*.jsonl"))
+
+
+def _tensorboard(workdir: epath.Path):
+    if "://" in str(workdir):
+        return None  # tensorboardX appends, which object stores cannot
+    try:
+        import tensorboardX
+    except ImportError:
+        return None
+    return tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+
+
+def read(workdir, *, kind: str | None = None) -> list[dict]:
+    """Returns the last record of every (step, kind) in order of steps.
+
+    Non-finite numbers come back as floats. A torn last line is skipped.
+    """
+    records = {}
+    for path in _parts(epath.Path(workdir)):
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+                key = (record["step"], record["kind"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            records[key] = {k: _NONFINITE.get(v, v) for k, v in record.items()}
+    found = [records[key] for key in sorted(records)]
+    return [r for r in found if kind is None or r["kind"] == kind]
+
+
+_NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def _jsonable(value):
+    if isinstance(value, str):
+        return value
+    value = np.asarray(value).item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+# Lines for people ---------------------------------------------------------------------
+
+
+def format_progress(
+    *,
+    step: int,
+    total: int,
+    loss_nats: float,
+    score: float,
+    unit: str,
+    tokens_per_s: float,
+    eta_s: float,
+) -> str:
+    """'step 1,200/10,000  loss 1.234  bpc 1.780  12.3k tokens/s  eta 1:02:03'."""
+    width = len(f"{total:,}")
+    return (
+        f"step {step:>{width},}/{total:,}  loss {loss_nats:.4f}  {unit} {score:.4f}  "
+        f"{short(tokens_per_s)} tokens/s  eta {duration(eta_s)}"
+    )
+
+
+def short(number: float) -> str:
+    """12345 as '12.3k'."""
+    for unit in ("", "k", "M", "G"):
+        if not abs(number) >= 999.95:
+            return f"{number:.1f}{unit}" if unit else f"{number:.0f}"
+        number /= 1000
+    return f"{number:.1f}T"
+
+
+def duration(seconds: float) -> str:
+    """3723 as '1:02:03', or with days '2d 1:02:03'; '?' if it is not known."""
+    if not math.isfinite(seconds) or seconds < 0:
+        return "?"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (f"{days}d " if days else "") + f"{hour}:{minute:02d}:{second:02d}"
+
+
+def binary_size(n: float) -> str:
+    """Bytes as '1.50 GiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.0f} B" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1024
+    return f"{n:.2f} TiB"
+
+
+# Tables of a model -------------------------------------------------------------------
+
+EMBEDDING_NAMES = ("embedding", "softmax")
+
+
+def is_embedding(path: str) -> bool:
+    """True for the leaves that grow with the vocabulary, by the names on their path."""
+    return any(name in part for part in path.split("/") for name in EMBEDDING_NAMES)
+
+
+def parameter_table(params) -> str:
+    """Path, shape, dtype and count of each leaf, of arrays or of eval_shape's tree."""
+    rows = [
+        (
+            path,
+            "x".join(map(str, x.shape)) or "scalar",
+            str(x.dtype),
+            math.prod(x.shape),
+        )
+        for path, x in _flatten(params)
+    ]
+    total = sum(count for *_, count in rows)
+    embedding = sum(row[-1] for row in rows if is_embedding(row[0]))
+    cells = [("parameter", "shape", "dtype", "count")]
+    cells += [(path, shape, dtype, f"{n:,}") for path, shape, dtype, n in rows]
+    cells += [
+        ("total", "", "", f"{total:,}"),
+        ("  embedding and softmax", "", "", f"{embedding:,}"),
+        ("  non-embedding", "", "", f"{total - embedding:,}"),
+    ]
+    widths = [max(len(row[i]) for row in cells) for i in range(4)]
+    lines = [
+        f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}"
+        for a, b, c, d in cells
+    ]
+    return "\n".join(lines)
+
+
+def memory_estimate(params, opt_state, carried) -> str:
+    """Bytes of what stays between steps, over all devices; from eval_shape's trees.
+
+    Activations are not in it; the gradients, as large as the parameters, are named.
+    """
+    sizes = {
+        "parameters": tree_bytes(params),
+        "gradients": tree_bytes(params),
+        "optimizer": tree_bytes(opt_state),
+        "carried state": tree_bytes(carried),
+    }
+    parts = ", ".join(f"{name} {binary_size(size)}" for name, size in sizes.items())
+    return f"memory: {parts}; {binary_size(sum(sizes.values()))} without activations"
+
+
+def tree_bytes(tree) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for _, x in _flatten(tree))
+
+
+def _flatten(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), x)
+        for path, x in leaves
+    ]

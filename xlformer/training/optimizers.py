@@ -1,0 +1,257 @@
+"""Learning rates, gradient clipping and optimizers, from the `optimizer` section.
+
+The transformation of `build` has no learning rate: the train step multiplies its
+updates by `-learning_rate(...)(step, scale)`, so that the rate can depend on the step
+and on a plateau without rebuilding the optimizer.
+
+Parameters of layers are stored stacked, [L, ...], under a key named 'layers'. Whatever
+is defined per tensor (LAMB's trust ratio, the rank that exempts biases and norms from
+weight decay) is per layer here: a stack behaves as its layers would one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from xlformer.errors import UserError, did_you_mean
+
+STACKED = "layers"  # every leaf below a key of this name has a leading layer axis
+
+
+# Learning rates ---------------------------------------------------------------------
+
+
+def learning_rate(config, total_steps: int) -> Callable[..., jax.Array]:
+    """Returns schedule(step, scale=1.0) -> float32 rate for the `optimizer` section.
+
+    step counts completed updates, so the first update has step 0 (rate 0 if there is a
+    warm-up, as in the TensorFlow original). scale is the plateau's and touches nothing
+    but the 'plateau' schedule. The function is jit-able. With f = final_fraction:
+
+    - cosine (PyTorch original): warm-up, then a cosine of step / total: it jumps down
+      a little where the warm-up ends.
+    - cosine_after_warmup (TensorFlow original): of (step - warmup) / (total - warmup).
+    - inverse_sqrt (PyTorch original): lr * step / warmup^1.5, after the warm-up
+      lr / sqrt(step): continuous, and its peak is lr / sqrt(warmup), not lr.
+    - constant, plateau: warm-up, then lr.
+
+    Both cosines end at f * lr and stay there.
+    """
+    decay = _lookup(SCHEDULES, config.schedule, "config.optimizer.schedule")
+    peak, warmup, floor = (
+        config.learning_rate,
+        config.warmup_steps,
+        config.final_fraction,
+    )
+    ramp_to = peak * (warmup**-0.5 if warmup and decay is _inverse_sqrt else 1.0)
+
+    def schedule(step, scale=1.0) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        after = peak * decay(step, warmup=warmup, total=total_steps, floor=floor)
+        rate = jnp.where(step < warmup, ramp_to * step / max(warmup, 1), after)
+        return (
+            rate * jnp.asarray(scale, jnp.float32)
+            if config.schedule == "plateau"
+            else rate
+        )
+
+    return schedule
+
+
+def _cosine(step, *, warmup, total, floor):
+    del warmup
+    return _half_cosine(step / max(total, 1), floor)
+
+
+def _cosine_after_warmup(step, *, warmup, total, floor):
+    return _half_cosine((step - warmup) / max(total - warmup, 1), floor)
+
+
+def _half_cosine(progress, floor):
+    wave = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+    return floor + (1 - floor) * wave
+
+
+def _inverse_sqrt(step, *, warmup, total, floor):
+    del warmup, total, floor
+    return jax.lax.rsqrt(jnp.maximum(step, 1.0))
+
+
+def _constant(step, *, warmup, total, floor):
+    del warmup, total, floor
+    return jnp.ones_like(step)
+
+
+SCHEDULES = {
+    "cosine": _cosine,
+    "cosine_after_warmup": _cosine_after_warmup,
+    "inverse_sqrt": _inverse_sqrt,
+    "constant": _constant,
+    "plateau": _constant,
+}
+
+
+class Plateau(NamedTuple):
+    """What 'plateau' remembers between evaluations; lives in the train state."""
+
+    best: jax.Array  # lowest finite loss so far
+    bad_count: jax.Array  # evaluations since without improvement
+    scale: jax.Array  # of the learning rate
+
+
+def plateau_init() -> Plateau:
+    return Plateau(jnp.float32(jnp.inf), jnp.int32(0), jnp.float32(1))
+
+
+def plateau_update(state: Plateau, loss, *, factor: float, patience: int) -> Plateau:
+    """Multiplies scale by factor after patience + 1 evaluations in a row without a
+    lower loss (PyTorch's ReduceLROnPlateau without its threshold). NaN is no lower."""
+    loss = jnp.asarray(loss, jnp.float32)
+    better = loss < state.best
+    bad_count = jnp.where(better, 0, state.bad_count + 1)
+    reduce = bad_count > patience
+    return Plateau(
+        best=jnp.where(better, loss, state.best),
+        bad_count=jnp.where(reduce, 0, bad_count).astype(jnp.int32),
+        scale=jnp.where(reduce, state.scale * factor, state.scale),
+    )
+
+
+# Optimizers -------------------------------------------------------------------------
+
+
+def build(config) -> optax.GradientTransformation:
+    """Returns the optimizer of the `optimizer` section, without the learning rate.
+
+    Its updates point uphill: the caller adds -rate * updates.
+    """
+    make = _lookup(OPTIMIZERS, config.name, "config.optimizer.name")
+    for field, users in _USERS.items():
+        if config[field] and config.name not in users:
+            raise UserError(
+                f"config.optimizer.{field}={config[field]} has no effect with "
+                f"{config.name!r}; it belongs to {' and '.join(users)}"
+            )
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    return optax.chain(*clip, *make(config))
+
+
+def _scale_by_adam(config) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
+
+
+def _adam(config):
+    return [_scale_by_adam(config)]
+
+
+def _adamw(config):
+    decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
+    return [_scale_by_adam(config), decay]
+
+
+def _lamb(config):
+    return [*_adamw(config), scale_by_layer_trust_ratio()]
+
+
+def _lamb_sha_rnn(config):
+    """The fork of LAMB that SHA-RNN was trained with (systems.md E): moments are not
+    corrected for their start at zero, min(|p|, 10) / |update| is floored at 0.25, and
+    weight decay spares nothing. Its epsilon was 1e-6."""
+    return [
+        _scale_by_uncorrected_adam(b1=config.b1, b2=config.b2, epsilon=config.epsilon),
+        optax.add_decayed_weights(config.weight_decay),
+        scale_by_layer_trust_ratio(min_trust=0.25, max_norm=10.0),
+    ]
+
+
+def _sgd(config):
+    return [optax.trace(config.momentum)] if config.momentum else [optax.identity()]
+
+
+OPTIMIZERS = {
+    "adam": _adam,
+    "adamw": _adamw,
+    "lamb": _lamb,
+    "lamb_sha_rnn": _lamb_sha_rnn,
+    "sgd": _sgd,
+}
+# Options that only some optimizers read: set for another one they are a mistake.
+_USERS = {
+    "weight_decay": ("adamw", "lamb", "lamb_sha_rnn"),
+    "momentum": ("sgd",),
+}
+
+
+def is_stacked(path) -> bool:
+    """True for a leaf with a leading layer axis; path is a jax.tree_util key path."""
+    return STACKED in [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
+
+
+def decay_mask(params):
+    """True for weights: leaves that are matrices (or more) within one layer."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.ndim(x) - is_stacked(path) >= 2, params
+    )
+
+
+def scale_by_layer_trust_ratio(
+    *, min_trust: float = 0.0, max_norm: float = float("inf")
+) -> optax.GradientTransformation:
+    """LAMB's |p| / |update| (1 where either is 0), one ratio per layer of a stack.
+
+    optax.scale_by_trust_ratio would take one norm over all layers of a stacked leaf.
+    """
+
+    def scale(path, update, param):
+        axes = tuple(range(int(is_stacked(path)), update.ndim))
+        p = jnp.minimum(_norm(param, axes), max_norm)
+        u = _norm(update, axes)
+        degenerate = (p == 0) | (u == 0)
+        trust = jnp.where(degenerate, 1.0, p / jnp.where(degenerate, 1.0, u))
+        return update * jnp.maximum(trust, min_trust).astype(update.dtype)
+
+    def update_fn(updates, state, params=None):
+        if params is None:
+            raise ValueError("LAMB needs params in update(grads, state, params)")
+        return jax.tree_util.tree_map_with_path(scale, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
+
+
+def _norm(x, axes):
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
+
+
+class UncorrectedAdamState(NamedTuple):
+    mu: optax.Updates
+    nu: optax.Updates
+
+
+def _scale_by_uncorrected_adam(
+    *, b1: float, b2: float, epsilon: float
+) -> optax.GradientTransformation:
+    def init_fn(params):
+        return UncorrectedAdamState(
+            mu=jax.tree.map(jnp.zeros_like, params),
+            nu=jax.tree.map(jnp.zeros_like, params),
+        )
+
+    def update_fn(updates, state, params=None):
+        del params
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment(updates, state.nu, b2, 2)
+        steps = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), mu, nu)
+        return steps, UncorrectedAdamState(mu, nu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _lookup(table, name, field):
+    if name not in table:
+        raise UserError(f"{field}={name!r} is unknown{did_you_mean(name, table)}")
+    return table[name]

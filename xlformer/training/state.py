@@ -1,0 +1,67 @@
+"""Everything that the next step reads, in one pytree: no part of it lives in Python."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xlformer.training import optimizers
+
+
+class Place(NamedTuple):
+    """Where in the stream the last batch lay.
+
+    Attributes:
+      epoch, offset, length: of that batch in each row, in tokens; zeros before step 1.
+    """
+
+    epoch: Any
+    offset: Any
+    length: Any
+
+
+class TrainState(NamedTuple):
+    """One training run between two steps; this is what a checkpoint holds.
+
+    Attributes:
+      step: steps taken, dropped ones included: the batch is a function of it.
+      params: the bare tree.
+      opt_state: of optax.
+      ema: average of the parameters, None if the config wants none.
+      carried: the model's state of every row.
+      data: place of the last batch.
+      plateau: best validation loss and the scale of the learning rate.
+      evaluated: step of the last validation.
+      skipped, skipped_in_a_row: steps dropped because the loss was not finite.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    ema: Any
+    carried: Any
+    data: Place
+    plateau: optimizers.Plateau
+    evaluated: Any
+    skipped: Any
+    skipped_in_a_row: Any
+
+
+def create(config, model, optimizer, key: jax.Array) -> TrainState:
+    """A fresh state. Pure: call it under jit, or eval_shape for its shapes."""
+    params = model.init(key)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=params if config.train.ema_decay else None,
+        carried=model.init_state(config.train.batch_size),
+        data=Place(zero, zero, zero),
+        plateau=optimizers.plateau_init(),
+        evaluated=zero,
+        skipped=zero,
+        skipped_in_a_row=zero,
+    )

@@ -1,0 +1,179 @@
+"""One training step as a pure function: (state, batch) -> (state, metrics)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from xlformer.errors import UserError
+from xlformer.training.state import Place, TrainState
+
+
+def check(config) -> None:
+    """Raises UserError for what no step can do."""
+    train = config.train
+    if train.batch_size % train.micro_batches:
+        raise UserError(
+            f"config.train.batch_size={train.batch_size} is not divisible by "
+            f"config.train.micro_batches={train.micro_batches}"
+        )
+    extended = config.model.get("extended_length", 0)
+    if train.variable_length and extended:
+        raise UserError(
+            f"config.train.variable_length with config.model.extended_length="
+            f"{extended}: padding on the right and context on the left do not go together"
+        )
+    for field in ("steps", "batch_size", "segment_length", "micro_batches"):
+        if train[field] < 1:
+            raise UserError(f"config.train.{field}={train[field]} must be at least 1")
+
+
+def make_step(config, model, optimizer, schedule):
+    """Returns step(state, batch) for the batches of data.stream.Stream.
+
+    Dropout: the key is fold_in(fold_in(key(seed), step), micro batch); whoever replays
+    a step drops the same units, however many segments one call holds.
+    """
+    train = config.train
+    base_key = jax.random.key(config.seed)
+
+    def loss_fn(params, carried, batch, step, key):
+        nll_BT, carried, aux = model.apply(
+            params,
+            batch["inputs_BT"],
+            batch["targets_BT"],
+            carried,
+            resets_BT=batch["resets_BT"],
+            lengths_B=batch["length"] if train.variable_length else None,
+            step=step,
+            train=True,
+            rngs={"dropout": key},
+        )
+        weights_BT = loss_weights(nll_BT.shape, batch["length"], half=train.half_loss)
+        mean = (nll_BT * weights_BT).sum() / weights_BT.sum()
+        return mean + aux.loss, (mean, carried, aux.metrics)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def step_fn(state: TrainState, batch) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(base_key, state.step)
+
+        def one(micro):
+            index, carried, batch = micro
+            micro_key = jax.random.fold_in(key, index)
+            (_, out), grads = grad_fn(
+                state.params, carried, batch, state.step, micro_key
+            )
+            return grads, out
+
+        with jax.named_scope("gradients"):
+            grads, (nlls, carried, metrics) = _over_micro_batches(
+                one, state, batch, model.state_axes(), train.micro_batches
+            )
+        metrics = {"train/loss_nats": nlls.mean(), **metrics}
+        with jax.named_scope("update"):
+            return _update(
+                config, optimizer, schedule, state, batch, grads, carried, metrics
+            )
+
+    return step_fn
+
+
+def make_steps(step_fn):
+    """Several steps in one call: batch leaves get a leading axis, metrics too."""
+
+    def steps_fn(state, batches):
+        return lax.scan(step_fn, state, batches)
+
+    return steps_fn
+
+
+def loss_weights(shape, length, *, half: bool) -> jax.Array:
+    """1 for targets that count: before `length`, and with `half` in its later half."""
+    index_BT = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
+    counts_BT = index_BT < length
+    if half:
+        counts_BT &= index_BT >= length // 2
+    return counts_BT.astype(jnp.float32)
+
+
+def _over_micro_batches(one, state, batch, axes, n):
+    """Sums gradients over n groups of rows, each with its own part of the memory."""
+    scalars = {name: x for name, x in batch.items() if jnp.ndim(x) == 0}
+    if n == 1:
+        grads, (nll, carried, metrics) = one((0, state.carried, batch))
+        return grads, (nll[None], carried, metrics)
+
+    def split(x, axis):
+        shape = (*x.shape[:axis], n, x.shape[axis] // n, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+    def join(x, axis):
+        x = jnp.moveaxis(x, 0, axis)
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+    batch_axes = batch_axis(state.carried, axes)
+    rows = {name: split(x, 0) for name, x in batch.items() if name not in scalars}
+    carried = jax.tree.map(split, state.carried, batch_axes)
+
+    def body(grads, micro):
+        index, carried, rows = micro
+        more, out = one((index, carried, {**rows, **scalars}))
+        return jax.tree.map(jnp.add, grads, more), out
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+
+    grads, (nlls, carried, metrics) = lax.scan(
+        body, zeros, (jnp.arange(n), carried, rows)
+    )
+    grads = jax.tree.map(lambda g: g / n, grads)
+    carried = jax.tree.map(join, carried, batch_axes)
+    return grads, (nlls, carried, jax.tree.map(jnp.mean, metrics))
+
+
+def batch_axis(carried, axes):
+    """Which axis of each leaf of a model's state is the batch."""
+    structure = jax.tree.structure(carried)
+    names = structure.flatten_up_to(axes)
+    return structure.unflatten([n.index("batch") for n in names])
+
+
+def _update(config, optimizer, schedule, state, batch, grads, carried, metrics):
+    train = config.train
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    rate = schedule(state.step, state.plateau.scale)
+    params = jax.tree.map(
+        lambda p, u: p - (rate * u).astype(p.dtype), state.params, updates
+    )
+    ema = state.ema
+    if train.ema_decay:
+        ema = jax.tree.map(
+            lambda a, p: train.ema_decay * a + (1 - train.ema_decay) * p, ema, params
+        )
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(metrics["train/loss_nats"]) & jnp.isfinite(norm)
+    moved = (params, opt_state, ema, carried)
+    if train.skip_nonfinite:
+        kept = (state.params, state.opt_state, state.ema, state.carried)
+        moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
+    params, opt_state, ema, carried = moved
+    skip = jnp.where(finite, 0, 1).astype(jnp.int32)
+    state = state._replace(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        ema=ema,
+        carried=carried,
+        data=Place(batch["epoch"], batch["offset"], batch["length"]),
+        skipped=state.skipped + skip,
+        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+    )
+    return state, {
+        **metrics,
+        "norm/grad": norm,
+        "train/learning_rate": rate,
+        "train/finite": finite,
+        "train/skipped_in_a_row": state.skipped_in_a_row,
+    }

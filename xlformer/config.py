@@ -2,8 +2,8 @@
 
 A config is an `ml_collections.ConfigDict` with the sections of `default_config`,
 locked. `config.model` holds exactly the fields of the model's frozen dataclass, so a
-wrong key fails at once. A config file is Python and runs when it is loaded: load only files that
-you trust. What is read back from a work directory is JSON and runs nothing.
+wrong key fails at once. A config file is Python and runs when it is loaded: load only
+files that you trust. What is read back from a work directory is JSON and runs nothing.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import pathlib
-
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -319,3 +319,9 @@ def _read(config, state, *, reverse_clusters):
             f"the state dict has unexpected names: {', '.join(sorted(state))}"
         )
     return tree
+
+
+if __name__ == "__main__":
+    from xlformer import adopt  # It imports this module.
+
+    sys.exit(adopt.main())

@@ -14,7 +14,6 @@ import sys
 import time
 
 import jax
-import numpy as np
 from etils import epath
 
 from xlformer import command, prepare, runs, scoring
@@ -30,18 +29,20 @@ def evaluate(
     split: str = "validation",
     text: str | None = None,
     checkpoint: str = "best",
-    params: str = "raw",
+    params: str | None = None,
     segment_length: int | None = None,
     memory_length: int | None = None,
     clamp_length: int | None = None,
     same_length: bool | None = None,
     batch_size: int | None = None,
     warmup: str = "auto",
+    max_tokens: int = 0,
     progress=None,
 ) -> dict:
     """Returns the card: what was scored, how, and with which result.
 
-    Settings that are None come from config.eval of the run; lengths are in tokens.
+    Settings that are None come from config.eval of the run; lengths are in tokens. With
+    max_tokens only the beginning is scored (what is per byte or word is then wrong).
     Raises UserError.
     """
     run = runs.load(workdir, checkpoint=checkpoint, params=params)
@@ -53,6 +54,7 @@ def evaluate(
     }
     model = runs.for_reading(run.model, visible)
     tokens, documents, data = _data(run, split, text)
+    tokens = tokens[:max_tokens] if max_tokens else tokens
     plan = scoring.plan(
         len(tokens),
         batch_size=_first(batch_size, defaults.batch_size),
@@ -72,7 +74,7 @@ def evaluate(
         "run": run.config.name,
         "workdir": str(run.workdir),
         "step": run.step,
-        "params": params,
+        "params": "ema" if run.averaged else "raw",
         "parameters": count,
         "seed": run.config.seed,
         **data,
@@ -161,7 +163,8 @@ def _machine() -> dict:
 
 def table(cards: list[dict]) -> str:
     """The cards side by side, a line a field."""
-    rows = [[name, *(_show(c.get(name)) for c in cards)] for name in cards[0]]
+    names = [name for name in cards[0] if name != "warning"]
+    rows = [[name, *(_show(c.get(name)) for c in cards)] for name in names]
     widths = [max(len(row[i]) for row in rows) for i in range(len(cards) + 1)]
     pad = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
@@ -193,7 +196,7 @@ def _main(argv) -> int:
     parser.add_argument("--split", default="validation", help="train, validation, test")
     parser.add_argument("--text", help="score this file instead of a split")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
-    parser.add_argument("--params", default="raw", help="raw or ema")
+    parser.add_argument("--params", help="raw or ema; default: ema where it is kept")
     parser.add_argument("--segment_length", type=int)
     parser.add_argument("--memory_length", help="one number, or several: 100,200,400")
     parser.add_argument("--clamp_length", type=int)

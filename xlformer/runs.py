@@ -11,15 +11,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
-from xlformer import models
+from xlformer import models, prepare
 from xlformer.data import vocabulary as vocabularies
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError
 from xlformer.training.checkpoints import Checkpoints
 
 CONFIG, VOCABULARY, CHECKPOINTS = "config.json", "vocabulary.json", "checkpoints"
-# Fields of config.model that evaluation and generation may set.
-VISIBILITY = ("memory_length", "clamp_length", "same_length", "window")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +30,7 @@ class Run:
     params: Any
     vocabulary: Vocabulary
     step: int
+    averaged: bool  # whether params is the moving average
 
 
 def read_config(workdir) -> ConfigDict:
@@ -42,23 +41,25 @@ def read_config(workdir) -> ConfigDict:
     return config_lib.from_json(path.read_text())
 
 
-def load(workdir, *, checkpoint: str = "best", params: str = "raw") -> Run:
+def load(workdir, *, checkpoint: str = "best", params: str | None = None) -> Run:
     """Loads a run for reading; works on any devices and never touches its state.
 
     Args:
       workdir: of `xlformer.train` or `xlformer.convert`.
       checkpoint: best, latest or a step; best is the latest where none was validated.
-      params: raw or ema.
+      params: raw or ema; None is ema where the run keeps one, which is also what its
+        validation scored.
 
     Raises:
       UserError: no run, no such checkpoint, a damaged one, or one of another model.
     """
     workdir = epath.Path(workdir)
     config = read_config(workdir)
-    vocabulary = vocabularies.load(workdir / VOCABULARY)
+    vocabulary = _vocabulary(workdir, config)
     model = models.build(config.model, vocab_size=vocabulary.size)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
     step = _step(checkpoints, checkpoint)
+    params = params or ("ema" if config.train.ema_decay else "raw")
     if params not in ("raw", "ema"):
         raise UserError(f"--params={params} is neither raw nor ema")
     if params == "ema" and not config.train.ema_decay:
@@ -66,14 +67,22 @@ def load(workdir, *, checkpoint: str = "best", params: str = "raw") -> Run:
     name = {"raw": "params", "ema": "ema"}[params]
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     found = checkpoints.restore_params(step, {name: abstract})[name]
-    return Run(workdir, config, model, jax.device_put(found), vocabulary, step)
+    return Run(
+        workdir, config, model, jax.device_put(found), vocabulary, step, params == "ema"
+    )
+
+
+def _vocabulary(workdir, config) -> Vocabulary:
+    """The run's own; converted weights without one take that of their data."""
+    if (workdir / VOCABULARY).exists() or not config.model.vocab_size:
+        return vocabularies.load(workdir / VOCABULARY)
+    return prepare.prepare(config.data).vocabulary
 
 
 def _step(checkpoints: Checkpoints, which: str) -> int | None:
-    if which == "latest":
-        return None
-    if which == "best":
-        return checkpoints.best()
+    if which in ("best", "latest"):
+        best = checkpoints.best() if which == "best" else None
+        return checkpoints.latest() if best is None else best
     if not which.isdigit():
         raise UserError(f"--checkpoint={which} is neither best, latest nor a step")
     return int(which)

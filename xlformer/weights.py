@@ -53,7 +53,9 @@ def read_json(path: pathlib.Path) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} holds a JSON {type(found).__name__}, expected an object")
+        raise UserError(
+            f"{path} holds a JSON {type(found).__name__}, expected an object"
+        )
     return found
 
 
@@ -62,7 +64,9 @@ def _read_npz(path):
         with np.load(path, allow_pickle=False) as arrays:
             state = dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not a readable npz of plain arrays: {error}") from error
+        raise UserError(
+            f"{path} is not a readable npz of plain arrays: {error}"
+        ) from error
     hparams = None
     if "config" in state:
         try:
@@ -78,12 +82,16 @@ def _read_safetensors(path):
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise UserError(f"{path}: pip install 'xlformer[convert]' to read it") from error
+        raise UserError(
+            f"{path}: pip install 'xlformer[convert]' to read it"
+        ) from error
     try:
         return safetensors.numpy.load_file(path), None
     # The library raises its own error, OSError or KeyError for a dtype numpy lacks.
     except Exception as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+        raise UserError(
+            f"{path} is not a readable safetensors file: {error}"
+        ) from error
 
 
 def _read_torch(path):

@@ -35,17 +35,24 @@ def complete(
         _sweep(folder.parent)
         unfinished = folder.with_name(f"{folder.name}{INCOMPLETE}{os.getpid()}")
         unfinished.mkdir()
-        if remote is not None and (remote / "card.json").exists():
-            _copy(remote, unfinished)
-        else:
-            build(unfinished)
-            if remote is not None:
-                _copy(unfinished, remote)
-        for path in [*unfinished.iterdir(), unfinished]:
-            _sync(path)
-        unfinished.rename(folder)
+        try:
+            _fill(unfinished, build, remote)
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
         _sync(folder.parent)
     return folder
+
+
+def _fill(folder: pathlib.Path, build, remote: epath.Path | None) -> None:
+    if remote is not None and (remote / "card.json").exists():
+        _copy(remote, folder)
+    else:
+        build(folder)
+        if remote is not None:
+            _copy(folder, remote)
+    for path in [*folder.iterdir(), folder]:
+        _sync(path)
 
 
 def _copy(source, target) -> None:

@@ -12,6 +12,8 @@ import hashlib
 import io
 import logging
 import tarfile
+import urllib.error
+import urllib.request
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -153,13 +155,17 @@ def read_archive(corpus: Corpus, dl, manual_dir: str) -> Text:
     dl.manual_dir would raise where none was given, so it is not touched.
     """
     if manual_dir:
-        return _read_manual(corpus, epath.Path(manual_dir))
+        try:
+            return _read_manual(corpus, epath.Path(dl.manual_dir))
+        except UserError as error:
+            raise UserError(f"{error}; {_remedy(corpus)}") from None
     reasons = []
     for url in corpus.urls:
         try:
+            _reach(url)
             path = epath.Path(dl.download(url))
         except Exception as error:  # whatever its HTTP library raises: try the next
-            reasons.append(f"{url}: {type(error).__name__}: {error}")
+            reasons.append(f"{url}: {type(error).__name__}: {str(error)[:120]}")
             continue
         try:
             return _cut(corpus, _read_members(corpus, path, url))
@@ -168,7 +174,16 @@ def read_archive(corpus: Corpus, dl, manual_dir: str) -> Text:
             # TFDS would take the same file from its cache the next time
             for stale in path.parent.glob(f"{path.name}*"):
                 stale.unlink()
-    raise UserError(f"{'; '.join(reasons)}; {_remedy(corpus)}")
+    reasons = "; ".join(dict.fromkeys(reasons))
+    raise UserError(f"{corpus.name}: no source worked: {reasons}; {_remedy(corpus)}")
+
+
+def _reach(url: str) -> None:
+    """Raises OSError at once where nobody answers: TFDS retries for three minutes."""
+    try:
+        urllib.request.urlopen(url, timeout=30).close()
+    except urllib.error.HTTPError:
+        pass  # somebody answers: TFDS may ask in another way, or will say what is wrong
 
 
 def _remedy(corpus: Corpus) -> str:
@@ -191,8 +206,7 @@ def _read_manual(corpus: Corpus, folder: epath.Path) -> Text:
         path = next((folder / n for n in (name, plain) if (folder / n).is_file()), None)
         if path is None:
             raise UserError(
-                f"{corpus.name}: {folder} holds neither {corpus.archive} nor {name};"
-                f" {_remedy(corpus)}"
+                f"{corpus.name}: {folder} holds neither {corpus.archive} nor {name}"
             )
         data = path.read_bytes()
         found[member] = _verified(corpus, data, expected, str(path))
@@ -237,7 +251,7 @@ def _verified(corpus: Corpus, data: bytes, expected: str, origin: str) -> bytes:
     elif found != expected:
         raise UserError(
             f"{corpus.name}: wrong checksum of {origin}: expected sha256 {expected},"
-            f" found {found} ({len(data)} bytes); {_remedy(corpus)}"
+            f" found {found} ({len(data)} bytes)"
         )
     return data
 

@@ -56,6 +56,8 @@ def build(
         raise UserError(
             f"config.model.vocab_size={config.vocab_size} but the data has {vocab_size}"
         )
-    config = dataclasses.replace(config, vocab_size=vocab_size or config.vocab_size)
+    if vocab_size is None:
+        vocab_size = config.vocab_size
+    config = dataclasses.replace(config, vocab_size=vocab_size)
     model_class = next(m for m, c in MODELS.values() if isinstance(config, c))
     return model_class(config)

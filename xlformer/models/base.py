@@ -76,6 +76,21 @@ class Model:
         return 0
 
     @property
+    def segments_equal_one_pass(self) -> bool:
+        """Whether segments of any sizes give what one pass over all of them gives.
+
+        That is promised as long as no segment starts later than memory_length; from
+        there on a bounded memory has lost what one pass still sees. False for absolute
+        positions, which count anew in each segment.
+        """
+        return True
+
+    @property
+    def resets_in_segment(self) -> bool:
+        """Whether a reset may lie inside a segment; else only before it, as [B, 1]."""
+        return True
+
+    @property
     def trunk(self) -> Trunk:
         """The same machine without tokens: vectors in, vectors out."""
         return Trunk(self)
@@ -85,7 +100,9 @@ class Model:
         module = self._module(jnp.dtype(jnp.float32))
         ids_BT = jnp.zeros((1, 1), jnp.int32)
         state = self.init_state(1, dtype=jnp.float32)
-        return module.init(key, ids_BT, ids_BT, state)["params"]
+        params = module.init(key, ids_BT, ids_BT, state)["params"]
+        # Flax's initialisers follow jax_enable_x64.
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
     def init_state(self, batch_size: int, dtype=None):
         """The state before the first token: fixed shapes, nothing valid in it.
@@ -121,7 +138,7 @@ class Model:
           targets_BT: the next token of each of the last inputs.
           state: of `init_state`, or of the call before.
           resets_BT: true where a token and all after it see nothing before it; [B, 1]
-            is a reset before the segment.
+            is a reset before the segment, the only form if not resets_in_segment.
           lengths_B: valid inputs of each row, or one number; the rest is padding on
             the right: it enters no memory and its nll is 0.
           step: for schedules inside a model.
@@ -144,7 +161,7 @@ class Model:
             inputs_BT,
             targets_BT,
             jax.lax.stop_gradient(state),
-            resets_BT=expand_resets(resets_BT, inputs_BT.shape[1]),
+            resets_BT=self._resets(resets_BT, inputs_BT.shape[1]),
             lengths=_lengths(lengths_B),
             key=self._dropout_key(train, rngs),
         )
@@ -159,14 +176,26 @@ class Model:
 
         For generation and small vocabularies: T x V numbers a row.
         """
-        return self._module(compute_dtype(self.config.dtype, params)).apply(
+        module = self._module(compute_dtype(self.config.dtype, params))
+        log_probs_BTV, state = module.apply(
             {"params": params},
             inputs_BT,
-            state,
-            resets_BT=expand_resets(resets_BT, inputs_BT.shape[1]),
+            jax.lax.stop_gradient(state),
+            resets_BT=self._resets(resets_BT, inputs_BT.shape[1]),
             lengths=_lengths(lengths_B),
             method="log_probs",
         )
+        return log_probs_BTV, jax.lax.stop_gradient(state)
+
+    def _resets(self, resets_BT, T: int):
+        """[B, T] or None; an error where the model cannot express them."""
+        if resets_BT is not None and resets_BT.shape[1] > 1:
+            if not self.resets_in_segment:
+                raise UserError(
+                    f"resets_BT has {resets_BT.shape[1]} columns, but this model resets "
+                    "only before a segment, [B, 1] (Model.resets_in_segment is False)"
+                )
+        return expand_resets(resets_BT, T)
 
     def _dropout_key(self, train: bool, rngs: dict | None):
         if not train or not self._has_dropout:
@@ -234,7 +263,7 @@ class Trunk:
             {"params": {"trunk": params}},
             x_BTD.astype(dtype),
             jax.lax.stop_gradient(state),
-            resets_BT=expand_resets(resets_BT, x_BTD.shape[1]),
+            resets_BT=self.model._resets(resets_BT, x_BTD.shape[1]),
             lengths=_lengths(lengths_B),
             key=self.model._dropout_key(train, rngs),
             method="run_trunk",

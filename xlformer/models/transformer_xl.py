@@ -142,7 +142,10 @@ class TrunkModule(nn.Module):
         x_BTD = dropout(x_BTD, config.dropout, _fold(key, INPUT_KEY))
         shared = self._shared(M + T, _fold(key, POSITION_KEY), init)
         # The last extended_length inputs come again with the next segment.
-        end = max(0, T - config.extended_length) if lengths is None else lengths
+        if lengths is None:
+            end = max(0, T - config.extended_length)
+        else:
+            end = jnp.maximum(0, lengths - config.extended_length)
 
         layer = Layer(config, self.dtype, parent=None)
 
@@ -289,6 +292,22 @@ class TransformerXL(Model):
     @property
     def extended_length(self) -> int:
         return self.config.extended_length
+
+    @property
+    def segments_equal_one_pass(self) -> bool:
+        """False for types 2 and 3, and for attended zeros that stay in sight."""
+        config = self.config
+        if config.attn_type in (SINUSOID, LEARNED_ABSOLUTE):
+            return False
+        # One pass keeps its M zeros to the end; segments push them out of the memory.
+        window = config.attention_window
+        in_sight = window is None or window > config.memory_length
+        return not (config.attend_zero_memory and in_sight)
+
+    @property
+    def resets_in_segment(self) -> bool:
+        """False with attend_zero_memory: a reset makes M zeros, which need M slots."""
+        return not self.config.attend_zero_memory
 
     @property
     def _has_dropout(self) -> bool:

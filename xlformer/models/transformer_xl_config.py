@@ -158,6 +158,8 @@ class TransformerXLConfig:
                 "collide; set memory_length=0, or allow_incoherent_positions=True"
             )
         window = self.attention_window
+        if self.window is not None and self.window < 0:
+            raise UserError(f"config.model.window={self.window} must not be negative")
         if window is not None and window < 0:
             raise UserError(
                 f"config.model.same_length with memory_length={self.memory_length} "

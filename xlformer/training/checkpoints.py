@@ -166,7 +166,6 @@ class Checkpoints:
             broken.close()
         except Exception:  # it repeats the error at hand
             pass
-        self._metrics.clear()
         self._manager = self._open()  # also removes what the failed save has left
         left = self.latest()
         raise UserError(

@@ -1,0 +1,188 @@
+"""Locks and signals with real processes; the message for a loss that explodes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from xlformer.config import default_config
+from xlformer.errors import UserError
+from xlformer.training import faults
+from xlformer.training.faults import INTERRUPTED, Interrupt, WorkdirLock
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def start(program, *args):
+    """A process whose first line of output has been read: it is where it should be."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), *map(str, args)],
+        env=os.environ | {"PYTHONPATH": ROOT},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    return process
+
+
+def finish(process, timeout=10):
+    try:
+        _, errors = process.communicate(timeout=timeout)
+        return process.returncode, errors
+    finally:
+        process.kill()
+        process.wait()
+
+
+# The lock ---------------------------------------------------------------------------
+
+HOLDER = """
+    import sys, time
+    from xlformer.training.faults import WorkdirLock
+    with WorkdirLock(sys.argv[1]):
+        print("ready", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_a_second_process_is_told_who_holds_the_directory(tmp_path):
+    process = start(HOLDER, tmp_path / "run")
+    try:
+        with pytest.raises(UserError) as error:
+            WorkdirLock(tmp_path / "run").__enter__()
+        message = str(error.value)
+        assert message.startswith(f"{tmp_path}/run is in use by pid {process.pid} on ")
+    finally:
+        process.kill()  # -9: nothing of ours runs any more
+        finish(process)
+    with WorkdirLock(tmp_path / "run"):
+        owner = json.loads((tmp_path / "run" / "lock").read_text())
+    assert owner["pid"] == os.getpid()
+
+
+def test_the_same_process_cannot_lock_twice_but_again_after_release(tmp_path):
+    with WorkdirLock(tmp_path):
+        with pytest.raises(UserError, match=f"pid {os.getpid()} on host"):
+            WorkdirLock(tmp_path).__enter__()
+    with WorkdirLock(tmp_path):
+        pass
+
+
+def test_a_work_directory_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        WorkdirLock(tmp_path / "file").__enter__()
+
+
+def test_object_stores_have_no_lock():
+    with WorkdirLock("gs://bucket/run"):
+        pass
+    assert not os.path.exists("gs:")
+
+
+# Signals ----------------------------------------------------------------------------
+
+# The second lock of a mutex never returns and no signal ends it: an endless compile.
+IN_C = """
+    import ctypes, sys
+    from xlformer.training.faults import Interrupt
+    with Interrupt() as interrupt:
+        interrupt.armed = sys.argv[1] == "armed"
+        libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(256)
+        libc.pthread_mutex_lock(mutex)
+        print("ready", flush=True)
+        libc.pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_before_the_first_step_a_signal_ends_even_a_long_c_call(number):
+    process = start(IN_C, "not yet")
+    begin = time.monotonic()
+    process.send_signal(number)
+    code, errors = finish(process)
+    assert code == INTERRUPTED == 42
+    assert time.monotonic() - begin < 2
+    assert errors.count("\n") == 1 and signal.Signals(number).name in errors
+
+
+def test_once_armed_two_signals_wait_for_the_loop_and_the_third_does_not():
+    process = start(IN_C, "armed")
+    for word in "saving after this step", "still saving":
+        process.send_signal(signal.SIGTERM)
+        assert word in process.stderr.readline()
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    code, errors = finish(process)
+    assert code == INTERRUPTED and "without saving" in errors
+
+
+def wait_until(condition):
+    end = time.monotonic() + 5
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_the_loop_sees_the_name_and_the_handlers_come_back():
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    for number in signal.SIGTERM, signal.SIGINT:  # twice: it can be used again
+        with Interrupt() as interrupt:
+            interrupt.armed = True
+            assert interrupt.requested is None
+            os.kill(os.getpid(), number)
+            name = signal.Signals(number).name
+            assert wait_until(lambda i=interrupt, n=name: i.requested == n)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+    assert "interrupt" not in [t.name for t in threading.enumerate()]
+
+
+def test_the_chosen_signals_only():
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupt(signals=[signal.SIGINT]):
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_outside_the_main_thread_it_does_nothing():
+    seen = []
+
+    def body():
+        with Interrupt() as interrupt:
+            interrupt.armed = True
+            seen.append(interrupt.requested)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [None]
+
+
+# Losses -----------------------------------------------------------------------------
+
+
+def test_the_message_for_a_nonfinite_loss_says_where_and_what_to_turn():
+    config = default_config()
+    config.optimizer.clip_norm = 0.125
+    message = faults.nonfinite_message(
+        step=1234, last_good=1000, learning_rate=2.5e-4, config=config
+    )
+    for word in ("step 1234", "step 1000", "0.00025", "clip_norm=0.125"):
+        assert word in message
+    for field in ("learning_rate", "warmup_steps", "clip_norm", "dtype"):
+        assert field in message
+    assert "\n" not in message
+    none = faults.nonfinite_message(step=1, last_good=None, learning_rate=1.0)
+    assert "no checkpoint to go back to" in none
+
+
+def test_ten_skips_in_a_row_are_too_many():
+    assert not faults.too_many_skips(faults.MAX_SKIPS - 1)
+    assert faults.too_many_skips(faults.MAX_SKIPS) and faults.MAX_SKIPS == 10

@@ -1,0 +1,128 @@
+"""metrics.jsonl is strict JSON and survives kills; lines and tables for people."""
+
+import json
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xlformer.training import metrics
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def lines(workdir):
+    text = (workdir / metrics.FILE).read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_each_write_is_one_line_of_strict_json(tmp_path):
+    with metrics.Writer(tmp_path / "run") as writer:
+        values = {"train/bpc": jnp.float32(1.5), "perf/tokens_per_s": 12, "note": "a"}
+        writer.write(np.int64(10), values)
+        writer.write(20, {"train/bpc": math.nan, "norm/grad": jnp.float32(jnp.inf)})
+        written = lines(tmp_path / "run")  # before close: a killed run keeps them
+    assert [r["step"] for r in written] == [10, 20]
+    assert written[0]["train/bpc"] == 1.5 and written[0]["perf/tokens_per_s"] == 12
+    assert (written[1]["train/bpc"], written[1]["norm/grad"]) == ("nan", "inf")
+    last = metrics.read(tmp_path / "run")[-1]
+    assert math.isnan(last["train/bpc"]) and last["norm/grad"] == math.inf
+
+
+def test_after_a_resume_the_last_record_of_a_step_counts(tmp_path):
+    with metrics.Writer(tmp_path) as killed:
+        for step in (10, 20, 30):
+            killed.write(step, {"train/bpc": step})
+        killed.write(20, {"eval/bpc": 7.0}, kind="eval")
+    with metrics.Writer(tmp_path) as resumed:  # from the checkpoint of step 15
+        for step in (20, 25):
+            resumed.write(step, {"train/bpc": 100 + step})
+    assert len(lines(tmp_path)) == 6
+    found = [(r["step"], r["train/bpc"]) for r in metrics.read(tmp_path, kind="train")]
+    assert found == [(10, 10), (20, 120), (25, 125), (30, 30)]
+    assert [r["eval/bpc"] for r in metrics.read(tmp_path, kind="eval")] == [7.0]
+
+
+def test_a_line_torn_by_a_kill_costs_only_itself(tmp_path):
+    with metrics.Writer(tmp_path) as writer:
+        writer.write(1, {"train/bpc": 1.0})
+    with (tmp_path / metrics.FILE).open("a") as file:
+        file.write('{"step": 2, "ki')
+    with metrics.Writer(tmp_path) as writer:
+        writer.write(3, {"train/bpc": 3.0})
+    assert [r["step"] for r in metrics.read(tmp_path)] == [1, 3]
+
+
+def test_nothing_written_is_nothing_read(tmp_path):
+    assert metrics.read(tmp_path) == []
+    assert metrics.read(tmp_path / "missing") == []
+
+
+def test_a_disabled_writer_leaves_no_trace(tmp_path, capsys):
+    with metrics.Writer(tmp_path / "run", enabled=False) as writer:
+        writer.write(1, {"train/bpc": 1.0})
+        writer.console("hello")
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_tensorboard_files_appear_where_tensorboardx_is_importable(
+    tmp_path, monkeypatch
+):
+    pytest.importorskip("tensorboardX")
+    with metrics.Writer(tmp_path / "with") as writer:
+        writer.write(1, {"train/bpc": 1.0, "note": "no number"})
+    assert list((tmp_path / "with" / "tensorboard").glob("events*"))
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # as if not installed
+    with metrics.Writer(tmp_path / "without") as writer:
+        writer.write(1, {"train/bpc": 1.0})
+    assert not (tmp_path / "without" / "tensorboard").exists()
+    assert len(metrics.read(tmp_path / "without")) == 1
+
+
+def test_the_line_of_progress():
+    line = metrics.format_progress(
+        step=1200,
+        total=10_000,
+        loss_nats=1.23456,
+        score=1.7811,
+        unit="bpc",
+        tokens_per_s=12_345.6,
+        eta_s=93_784,
+    )
+    assert line == (
+        "step  1,200/10,000  loss 1.2346  bpc 1.7811  12.3k tokens/s  eta 1d 2:03:04"
+    )
+    assert metrics.duration(math.inf) == metrics.duration(math.nan) == "?"
+    assert [metrics.short(n) for n in (7, 999.96, 1e6)] == ["7", "1.0k", "1.0M"]
+    assert metrics.binary_size(1536) == "1.50 KiB"
+
+
+PARAMS = {
+    "embedding": {"table": jax.ShapeDtypeStruct((11, 5), jnp.float32)},
+    "softmax": {"bias": jax.ShapeDtypeStruct((11,), jnp.float32)},
+    "trunk": {"layers": {"kernel": jax.ShapeDtypeStruct((3, 5, 7), jnp.bfloat16)}},
+}
+
+
+def test_the_table_of_parameters_counts_embeddings_apart():
+    rows = [line.split() for line in metrics.parameter_table(PARAMS).splitlines()]
+    assert rows[1:4] == [
+        ["embedding/table", "11x5", "float32", "55"],
+        ["softmax/bias", "11", "float32", "11"],
+        ["trunk/layers/kernel", "3x5x7", "bfloat16", "105"],
+    ]
+    assert [row[-1] for row in rows[4:]] == ["171", "66", "105"]
+
+
+def test_the_estimate_of_memory_adds_up():
+    assert metrics.tree_bytes(PARAMS) == 4 * (55 + 11) + 2 * 105
+    carried = {"h": jax.ShapeDtypeStruct((1024, 256), jnp.float32)}
+    line = metrics.memory_estimate(PARAMS, {"mu": PARAMS, "nu": PARAMS}, carried)
+    assert "parameters 474 B" in line and "optimizer 948 B" in line
+    assert "carried state 1.00 MiB" in line and "1.00 MiB without" in line

@@ -1,0 +1,146 @@
+"""Makes a work directory of other programs' weights; the command behind convert.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+from xlformer import command, convert, evaluate, models, runs
+from xlformer import config as config_lib
+from xlformer.data import vocabulary as vocabularies
+from xlformer.data.vocabulary import (
+    ByteVocabulary,
+    CharVocabulary,
+    Vocabulary,
+    WordVocabulary,
+)
+from xlformer.errors import UserError
+from xlformer.training.checkpoints import Checkpoints
+from xlformer.weights import read_json, read_state
+
+PROBE_TOKENS = 20_000
+
+
+def adopt(
+    model_config, params, workdir, *, vocabulary=None, hparams=None, overrides=()
+):
+    """Writes config.json, vocabulary.json and one checkpoint, of step 0.
+
+    Args:
+      model_config, params: of `convert.from_original` or `convert.from_hf`.
+      workdir: new or empty.
+      vocabulary: symbols in the order of the weights' ids; None leaves it to the data.
+      hparams: the originals' settings, for the segment length of evaluation.
+      overrides: 'a.b=v' of the written config, such as data.corpus=wikitext103.
+    """
+    workdir = pathlib.Path(workdir)
+    if workdir.exists() and any(workdir.iterdir()):
+        raise UserError(f"--workdir={workdir} is not empty; name a new directory")
+    if vocabulary is not None and vocabulary.size != model_config.vocab_size:
+        raise UserError(
+            f"--vocab has {vocabulary.size} symbols, the weights {model_config.vocab_size}"
+        )
+    fields = dataclasses.asdict(model_config)
+    config = config_lib.default_config("transformer_xl", **fields)
+    config.name = "converted"
+    config.data.corpus = "text"
+    segment_length = (hparams or {}).get("tgt_len", 64)
+    config.train.segment_length = config.eval.segment_length = segment_length
+    for override in overrides:
+        config_lib.set_field(config, *override.split("=", 1))
+    models.build(config.model)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with Checkpoints(workdir / runs.CHECKPOINTS) as checkpoints:
+        checkpoints.save(0, {"params": params}, config=config.to_dict())
+    if vocabulary is not None:
+        (workdir / runs.VOCABULARY).write_text(vocabulary.to_json(), encoding="utf-8")
+    (workdir / runs.CONFIG).write_text(config_lib.to_json(config), encoding="utf-8")
+
+
+def read_vocabulary(path: str) -> Vocabulary:
+    """Our JSON, or a text file with one symbol a line in the order of their ids.
+
+    Numbers below 256 are bytes (the original's enwik8), with `<eos>` among them the
+    symbols are words, and otherwise they are single characters.
+    """
+    if path.endswith(".json"):
+        return vocabularies.load(path)
+    try:
+        symbols = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--vocab={path}: cannot be read: {error}") from error
+    symbols = symbols[:-1] if symbols[-1] == "" else symbols
+    counts = [0] * len(symbols)
+    try:
+        if all(s.isdecimal() and int(s) < 256 for s in symbols):
+            values = [int(s) for s in symbols]
+            newline = "keep" if vocabularies.NEWLINE in values else "drop"
+            return ByteVocabulary(values, counts, newline=newline)
+        if "<eos>" in symbols:
+            return WordVocabulary(symbols, counts)
+        return CharVocabulary(symbols, counts)
+    except ValueError as error:
+        raise UserError(f"--vocab={path}: not a list of symbols: {error}") from error
+
+
+def _read(args):
+    if args.format == "hf":
+        return (*convert.from_hf(args.source), {})
+    state, hparams = read_state(args.source)
+    if args.hparams:
+        hparams = read_json(pathlib.Path(args.hparams))
+    if hparams is None:
+        beside = pathlib.Path(args.source).with_name("hparams.json")
+        if not beside.is_file():
+            raise UserError(
+                f"{args.source} carries no hparams: pass --hparams=FILE.json with the "
+                f"original's arguments, or put {beside.name} beside it"
+            )
+        hparams = read_json(beside)
+    return (*convert.from_original(state, hparams), hparams)
+
+
+def _probe(args, overrides) -> None:
+    """Warns when the loss exceeds the unigram entropy."""
+    if not args.probe and not any(o.startswith("data.") for o in overrides):
+        print(
+            "no probe: pass --probe=FILE or --config.data.corpus=NAME to check the order"
+        )
+        return
+    card = evaluate.evaluate(args.workdir, text=args.probe, max_tokens=PROBE_TOKENS)
+    print(f"probe: {card['nats_per_token']:.4f} nats per token of {card['corpus']}")
+    if "warning" in card:
+        print(f"warning: {card['warning']}", file=sys.stderr)
+
+
+def _main(argv) -> int:
+    parser = command.Parser(
+        prog="python -m xlformer.convert", description=convert.__doc__
+    )
+    parser.add_argument("--source", required=True, help="weights, or an hf directory")
+    parser.add_argument("--format", required=True, choices=["original", "hf"])
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--vocab", help="vocabulary.json, or a symbol a line")
+    parser.add_argument("--hparams", help="JSON of the original's arguments")
+    parser.add_argument("--probe", help="a text file, scored at the end as a check")
+    args, overrides = parser.parse_with_overrides(argv)
+    vocabulary = read_vocabulary(args.vocab) if args.vocab else None
+    model_config, params, hparams = _read(args)
+    adopt(
+        model_config,
+        params,
+        args.workdir,
+        vocabulary=vocabulary,
+        hparams=hparams,
+        overrides=overrides,
+    )
+    _probe(args, overrides)
+    print(json.dumps({"workdir": args.workdir, "vocab_size": model_config.vocab_size}))
+    return 0
+
+
+def main(argv=None) -> int:
+    """The command; returns its exit code."""
+    return command.run(_main, argv)

@@ -13,6 +13,7 @@ EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     "test": [
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "ruff>=0.9",
         "safetensors>=0.4",
         "tensorboardX>=2.6",
@@ -36,7 +37,6 @@ setuptools.setup(
         "xlformer.training",
     ],
     package_dir={"xlformer.configs": "configs"},
-    package_data={"xlformer.data": ["checksums.tsv"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",

@@ -8,4 +8,6 @@ source "$ROOT/launch/environment.sh"
 python=$(find_python)
 install "$python" test
 cd "$ROOT"
-exec .venv/bin/python -m pytest "$@"
+# Two processes: compiling is what most of the time goes to, and XLA does that on one
+# core. A file stays in one process, which its fixtures and compiled functions share.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

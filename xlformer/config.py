@@ -56,7 +56,7 @@ def default_config(model: str = "transformer_xl", **fields) -> ConfigDict:
                 "profile_steps": 0,  # how many steps it covers; 0 takes none
             },
             "optimizer": {
-                "name": "adam",  # adam, adamw, lamb or sgd
+                "name": "adam",  # adam, adamw, lamb, lamb_sha_rnn or sgd
                 "learning_rate": 2.5e-4,
                 "schedule": "cosine",  # cosine, cosine_after_warmup, inverse_sqrt,
                 # constant or plateau

@@ -24,11 +24,14 @@ from etils import epath
 from xlformer import command, config
 from xlformer.data import corpora, counting, local, pieces, sources
 from xlformer.data.folders import complete
-from xlformer.data.prepared import FORMAT, Prepared, load
+from xlformer.data.prepared import FORMAT, Prepared, encode_file, load
 from xlformer.data.stream import Stream
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError
 
+__all__ = ["Prepared", "benchmark", "encode_file", "load", "main", "prepare"]
+
+BLOCK = 1 << 24  # bytes in which words are counted at a time
 SPACES = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
 
 
@@ -44,7 +47,6 @@ class _Recipe:
     corpus: sources.Corpus | None  # None: a text of this machine
     source: dict  # tells one raw text from another
     read: Callable[[object], sources.Text]  # of a TFDS download manager
-    manual_dir: str
 
     @property
     def lines(self) -> bool:
@@ -128,7 +130,6 @@ def _recipe(data) -> _Recipe:
         corpus=corpus,
         source=source,
         read=read,
-        manual_dir=data.manual_dir if corpus else "",
     )
 
 
@@ -138,7 +139,6 @@ def _build(folder: pathlib.Path, recipe: _Recipe) -> None:
         recipe.read,
         folder.parent / "tfds" / _digest(recipe.source),
         download_dir=folder.parent / "downloads",
-        manual_dir=recipe.manual_dir,
     )
     texts = {split: corpora.read_split(builder, split) for split in sources.SPLITS}
     vocabulary = _count(recipe, texts)
@@ -210,8 +210,8 @@ def _words(recipe: _Recipe, documents: list[bytes], tokens: int) -> int:
         if recipe.corpus and recipe.corpus.spaced:
             document = document.replace(b" ", b"").replace(b"_", b" ")
         outside = True
-        for start in range(0, len(document), 1 << 24):
-            codes = np.frombuffer(document[start : start + (1 << 24)], np.uint8)
+        for start in range(0, len(document), BLOCK):
+            codes = np.frombuffer(document[start : start + BLOCK], np.uint8)
             space = np.isin(codes, SPACES)
             total += np.count_nonzero(space[:-1] & ~space[1:])
             total += int(outside and not space[0])

@@ -14,10 +14,8 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-from etils import epath
 
 from xlformer.data.sources import Text
-from xlformer.errors import UserError
 
 CHUNK = 1 << 18  # bytes of a record; one record per line would be 100 times slower
 VERSION = "1.0.0"  # of the builders: another one prepares everything again
@@ -71,17 +69,12 @@ def build(
     data_dir: str,
     *,
     download_dir,
-    manual_dir="",
 ):
     """Prepares the TFDS form of a corpus under data_dir, unless it is there."""
     import tensorflow_datasets as tfds
 
-    if manual_dir and not epath.Path(manual_dir).is_dir():
-        raise UserError(f"config.data.manual_dir={manual_dir}: no such directory")
     builder = _builder_class(name)(read=read, data_dir=os.fspath(data_dir))
-    config = tfds.download.DownloadConfig(
-        manual_dir=manual_dir or None, try_download_gcs=False
-    )
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(sys.stderr):  # what it prints is not our output
         builder.download_and_prepare(

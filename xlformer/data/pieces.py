@@ -27,7 +27,7 @@ class PieceVocabulary(Vocabulary):
 
     A text is encoded line by line. SentencePiece sees a line without its newline, which
     becomes the model's `</s>` where it has one; a Hugging Face tokenizer sees the
-    newline, and adds no special tokens.
+    newline, where there is one, and adds no special tokens.
     """
 
     kind = "pieces"
@@ -54,7 +54,9 @@ class PieceVocabulary(Vocabulary):
         parts = [np.zeros(0, self.dtype)]
         for start, block in line_blocks(as_bytes(text)):
             lines = decode_utf8(block, where, start).split("\n")
-            ends = [True] * (len(lines) - 1) + [close_line]
+            ends = [True] * (len(lines) - 1) + [
+                close_line and self._backend.closes_lines
+            ]
             if not lines[-1]:  # the block ended in a newline
                 lines, ends = lines[:-1], ends[:-1]
             for ids in self._backend.encode(lines, ends):
@@ -87,6 +89,8 @@ def _backend(data: bytes):
 
 
 class _SentencePiece:
+    closes_lines = True  # the last line of a file too
+
     def __init__(self, data: bytes):
         import sentencepiece
 
@@ -116,6 +120,8 @@ class _SentencePiece:
 
 
 class _HuggingFace:
+    closes_lines = False  # its newline would be part of the text
+
     def __init__(self, data: bytes):
         import tokenizers
 

@@ -152,11 +152,11 @@ def find(name: str) -> Corpus:
 def read_archive(corpus: Corpus, dl, manual_dir: str) -> Text:
     """Reads a public corpus through a TFDS download manager, or from manual_dir.
 
-    dl.manual_dir would raise where none was given, so it is not touched.
+    dl.manual_dir is not used: TFDS allows it only to builders that cannot download.
     """
     if manual_dir:
         try:
-            return _read_manual(corpus, epath.Path(dl.manual_dir))
+            return _read_manual(corpus, epath.Path(manual_dir))
         except UserError as error:
             raise UserError(f"{error}; {_remedy(corpus)}") from None
     reasons = []
@@ -195,6 +195,9 @@ def _remedy(corpus: Corpus) -> str:
 
 
 def _read_manual(corpus: Corpus, folder: epath.Path) -> Text:
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise UserError(f"config.data.manual_dir={folder}: no such directory")
     if (folder / corpus.archive).exists():
         path = folder / corpus.archive
         return _cut(corpus, _read_members(corpus, path, str(path)))

@@ -1,0 +1,109 @@
+"""The chunked cross-entropy against log_softmax, and what it never allocates."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from quick import jit
+
+from xlformer.kernels.cross_entropy import CHUNK_SIZE, softmax_nll
+
+N, D, V = 7, 5, 13
+ARGUMENTS = ("h_ND", "table_VD", "bias_V")
+
+
+def _arrays(dtype, V=V):
+    random = np.random.default_rng(0)
+    h_ND, table_VD = random.normal(size=(N, D)), random.normal(size=(V, D))
+    # Differences of 100 nats: the running maximum moves by that much between chunks.
+    bias_V = 50 * random.normal(size=V)
+    targets_N = random.integers(V, size=N)
+    targets_N[:2] = 0, V - 1
+    return [jnp.asarray(x, dtype) for x in (h_ND, table_VD, bias_V)], targets_N
+
+
+def _plain(h_ND, table_VD, bias_V, targets_N):
+    log_p_NV = jax.nn.log_softmax(h_ND @ table_VD.T + bias_V[None])
+    return -jnp.take_along_axis(log_p_NV, targets_N[:, None], axis=1)[:, 0]
+
+
+def _value_and_grad(function, targets_N, weights_N):
+    def loss(arrays):
+        nll_N = function(*arrays, targets_N)
+        return (nll_N * weights_N).sum(), nll_N
+
+    return jax.value_and_grad(loss, has_aux=True)
+
+
+def _check(dtype, chunk_size, tolerance):
+    arrays, targets_N = _arrays(dtype)
+    weights_N = jnp.asarray(np.random.default_rng(1).normal(size=N), dtype)
+    chunked = functools.partial(softmax_nll, chunk_size=chunk_size)
+    (_, nll_N), grads = jit(_value_and_grad(chunked, targets_N, weights_N))(arrays)
+    (_, expected_N), expected = _value_and_grad(_plain, targets_N, weights_N)(arrays)
+    assert nll_N.dtype == dtype
+    close = functools.partial(
+        np.testing.assert_allclose, rtol=tolerance, atol=tolerance
+    )
+    close(nll_N, expected_N)
+    for name, actual, array in zip(ARGUMENTS, grads, expected, strict=True):
+        close(actual, array, err_msg=name)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 7, V, V + 4])
+def test_values_and_gradients_in_float32(chunk_size):
+    _check(jnp.float32, chunk_size, 1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [3, V])
+def test_values_and_gradients_in_float64(chunk_size):
+    with jax.enable_x64(True):
+        _check(jnp.float64, chunk_size, 1e-12)
+
+
+@pytest.mark.parametrize("chunk_size", [3, V])
+def test_bfloat16_accumulates_in_float32(chunk_size):
+    (h_ND, table_VD, _), targets_N = _arrays(jnp.bfloat16)
+    bias_V = jnp.zeros(V, jnp.float32)
+    arrays, weights_N = (h_ND, table_VD.astype(jnp.float32), bias_V), jnp.ones(N)
+    chunked = functools.partial(softmax_nll, chunk_size=chunk_size)
+    (_, nll_N), grads = jit(_value_and_grad(chunked, targets_N, weights_N))(arrays)
+    exact = tuple(x.astype(jnp.float32) for x in arrays)
+    (_, expected_N), expected = _value_and_grad(_plain, targets_N, weights_N)(exact)
+    assert nll_N.dtype == jnp.float32
+    # Products of bfloat16 numbers are exact in float32; only the gradients are rounded.
+    np.testing.assert_allclose(nll_N, expected_N, atol=1e-5)
+    for actual, array, given in zip(grads, expected, arrays, strict=True):
+        assert actual.dtype == given.dtype
+        np.testing.assert_allclose(actual.astype(jnp.float32), array, atol=0.03)
+
+
+def _largest(text):
+    shapes = re.findall(r"\w+\[([\d,]+)\]", text)
+    return max(np.prod([int(n) for n in shape.split(",")]) for shape in shapes)
+
+
+def test_no_array_of_tokens_by_vocabulary():
+    words, chunk_size = 101, 11
+    arrays, targets_N = _arrays(jnp.float32, words)
+
+    def programs(chunk_size):
+        chunked = functools.partial(softmax_nll, chunk_size=chunk_size)
+        function = _value_and_grad(chunked, targets_N, jnp.ones(N))
+        yield str(jax.make_jaxpr(function)(arrays))
+        yield jit(function).lower(arrays).compile().as_text()
+
+    for program in programs(chunk_size):
+        assert _largest(program) == words * D  # the table and its gradient
+    for program in programs(words):
+        assert _largest(program) == words * N
+
+
+def test_the_default_chunk_is_smaller_than_a_word_vocabulary():
+    words = CHUNK_SIZE * 3
+    arrays, targets_N = _arrays(jnp.float32, words)
+    function = _value_and_grad(softmax_nll, targets_N, jnp.ones(N))
+    assert _largest(str(jax.make_jaxpr(function)(arrays))) == words * D < words * N

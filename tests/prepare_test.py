@@ -1,0 +1,299 @@
+"""Preparation: your own text, the card, what is refused, what is damaged."""
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from xlformer import config, prepare
+from xlformer.data import local, pieces, vocabulary
+from xlformer.errors import UserError
+
+
+def data_config(**fields):
+    data = config.default_config().data
+    data.update(corpus="text", **fields)
+    return data
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def book(tmp_path):
+    words = np.random.default_rng(3).choice(["be", "na\u00efve", "or", "not"], 499)
+    lines = (" ".join(words[i : i + 7]) for i in range(0, 499, 7))
+    path = tmp_path / "book.txt"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def joined(found):
+    return [found.vocabulary.decode(found.tokens[split]) for split in found.tokens]
+
+
+@pytest.mark.parametrize("unit", ["bytes", "chars"])
+def test_own_text_is_split_90_5_5_by_units(unit, book, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 7)  # words cross blocks
+    found = prepare.prepare(data_config(path=str(book), unit=unit))
+    raw = book.read_bytes()
+    text = raw if unit == "bytes" else raw.decode()
+    n = len(text)
+    cuts = (0, n * 90 // 100, n * 95 // 100, n)
+    expected = [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    assert joined(found) == expected
+    assert found.documents == {"train": None, "validation": None, "test": None}
+    assert found.vocabulary.size == (256 if unit == "bytes" else len(set(text)))
+    assert found.card["payload_sha256"] == sha256(raw)
+    words = [found.card["splits"][s]["words"] for s in found.tokens]
+    assert words == [len(piece.split()) for piece in expected]
+    sizes = [found.card["splits"][s]["bytes"] for s in found.tokens]
+    assert sizes == [len(vocabulary.as_bytes(piece)) for piece in expected]
+    for split in found.tokens:
+        file = found.directory / f"{split}.npy"
+        assert found.card["splits"][split]["sha256"] == sha256(file.read_bytes())
+        assert isinstance(found.tokens[split], np.memmap)
+
+
+def test_words_are_split_by_words_and_counted_on_train(book, tmp_path):
+    text = book.read_text(encoding="utf-8") + "never seen\n"
+    book.write_text(text, encoding="utf-8")
+    found = prepare.prepare(data_config(path=str(book), unit="words"))
+    symbols = found.vocabulary.symbols
+    assert symbols[:2] == ("<eos>", "<unk>") and "never" not in symbols
+    words = [
+        sum(w != "<eos>" for w in map(symbols.__getitem__, ids))
+        for ids in found.tokens.values()
+    ]
+    assert words == [450, 25, 26]  # of 501: cut at 450.9 and 475.95
+    assert found.vocabulary.decode(found.tokens["test"]).endswith("<unk> <unk>\n")
+    entropy = found.vocabulary.unigram_entropy()
+    counts = np.bincount(found.tokens["train"])
+    p = counts[counts > 0] / counts.sum()
+    assert entropy == pytest.approx(-(p * np.log(p)).sum())
+    assert 0 < entropy < math.log(found.vocabulary.size)
+
+
+@pytest.mark.parametrize("unit", ["bytes", "words"])
+def test_every_file_is_a_document(unit, tmp_path):
+    texts = [f"file {i} " + "x y " * (11 + i) for i in range(23)]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i:02}.txt").write_text(text)
+    (tmp_path / "23.txt").write_text("")  # no document
+    path = f"{tmp_path}/0*.txt; {tmp_path}/*.txt"
+    found = prepare.prepare(data_config(path=path, unit=unit, documents=True))
+    starts = found.documents["train"]
+    assert starts.dtype == np.int64 and starts[0] == 0
+    ends = [*starts[1:], len(found.tokens["train"])]
+    pieces_ = [
+        found.vocabulary.decode(found.tokens["train"][a:b])
+        for a, b in zip(starts, ends, strict=True)
+    ]
+    if unit == "bytes":
+        assert [p.decode() for p in pieces_[:-1]] == texts[: len(pieces_) - 1]
+        assert texts[len(pieces_) - 1].startswith(pieces_[-1].decode())
+        whole = b"".join(joined(found)).decode()
+        assert whole == "".join(texts)
+    else:
+        assert [p for p in pieces_[:-1]] == [
+            t.strip() + "\n" for t in texts[: len(pieces_) - 1]
+        ]
+    assert found.documents["test"][0] == 0
+    found = prepare.prepare(data_config(path=path, unit=unit))
+    assert found.documents["train"] is None
+
+
+def test_a_tokenizer_is_used_and_kept(book, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=263, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator([book.read_text(encoding="utf-8")], trainer)
+    model.save(str(tmp_path / "tokenizer.json"))
+    options = data_config(path=str(book), tokenizer=str(tmp_path / "tokenizer.json"))
+    found = prepare.prepare(options)
+    assert isinstance(found.vocabulary, pieces.PieceVocabulary)
+    assert found.tokens["train"].dtype == np.uint16
+    assert "".join(joined(found)) == book.read_text(encoding="utf-8")
+    counts = np.bincount(found.tokens["train"], minlength=263)
+    np.testing.assert_array_equal(found.vocabulary.counts_V, counts)
+
+
+def test_the_standard_library_is_there_without_a_network():
+    data = config.default_config().data
+    found = prepare.prepare(data)
+    text = local.read_stdlib()
+    for split, (document,) in text.splits.items():
+        assert found.vocabulary.decode(found.tokens[split]) == document
+    assert found.card["python"] == sys.version.split()[0]
+    assert len(found.card["payload_sha256"]) == 64
+    again = prepare.load(found.directory)
+    assert again.card == found.card and again.vocabulary.size == 256
+
+
+def test_what_is_prepared_is_found_again_until_the_text_changes(book, monkeypatch):
+    options = data_config(path=str(book))
+    one = prepare.prepare(options)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_build", "never".index)  # would raise
+        assert prepare.prepare(options).directory == one.directory
+    book.write_bytes(book.read_bytes()[1:])
+    assert prepare.prepare(options).directory != one.directory
+    options.unit = "chars"
+    assert prepare.prepare(options).directory != one.directory
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"path": ""}, "needs config.data.path"),
+        ({"path": "{tmp}/nothing.txt"}, "no such file: .*nothing.txt"),
+        ({"path": "{tmp}/*.nothing"}, r"no such file: .*\*.nothing"),
+        ({"path": "{tmp}"}, "is a directory"),
+        ({"path": "{tmp}/empty"}, "empty.* the text is empty: split 'train'"),
+        ({"path": "{tmp}/short"}, "short.* the text is empty: split"),
+        ({"path": "{tmp}/blank", "unit": "words"}, "blank.* the text is empty"),
+        ({"path": "{tmp}/bad", "unit": "chars"}, "/bad: byte 0xff at offset 60 is not"),
+        ({"path": "{tmp}/bad", "unit": "words"}, "/bad: byte 0xff at offset 60 is not"),
+        ({"path": "{tmp}/bad", "unit": "byte"}, "unit=byte: it is bytes, chars or"),
+        ({"path": "{tmp}/bad", "newline": "drop"}, "newline=drop is for"),
+        ({"path": "{tmp}/bad", "newline": "no"}, "newline=no: it is keep or drop"),
+        (
+            {"path": "{tmp}/bad", "tokenizer": "{tmp}/no"},
+            "data.tokenizer: .*/no",
+        ),
+        ({"corpus": "stdlib", "path": "{tmp}/bad"}, "need config.data.corpus=text"),
+        ({"corpus": "stdlib", "documents": True}, "need config.data.corpus=text"),
+        ({"corpus": "stdlib", "unit": "words"}, "stdlib has bytes"),
+    ],
+)
+def test_wrong_options_are_one_line(fields, message, tmp_path):
+    (tmp_path / "empty").touch()
+    (tmp_path / "short").write_bytes(b"a")
+    (tmp_path / "blank").write_bytes(b" \n" * 40)
+    (tmp_path / "bad").write_bytes(b"good text\n" * 6 + b"\xff" + b" text" * 40)
+    fields = {
+        key: value.replace("{tmp}", str(tmp_path)) if key != "documents" else value
+        for key, value in fields.items()
+    }
+    data = config.default_config().data
+    data.update({"corpus": "text"} | fields)
+    with pytest.raises(UserError, match=message) as caught:
+        prepare.prepare(data, directory=tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def damage_truncate(folder):
+    file = folder / "train.npy"
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def damage_ids(folder):
+    ids = np.array(np.load(folder / "train.npy"))
+    ids[7] = 250
+    np.save(folder / "train.npy", ids)
+
+
+def damage_negative(folder):
+    fields = json.loads((folder / "card.json").read_text())
+    fields["splits"]["test"]["tokens"] = -1
+    (folder / "card.json").write_text(json.dumps(fields))
+
+
+def damage_pickle(folder):
+    with open(folder / "test.npy", "wb") as file:
+        np.save(file, np.array([{}], object), allow_pickle=True)
+
+
+def damage_card(folder):
+    (folder / "card.json").write_text('{"format": 1, "splits": []}')
+
+
+def damage_vocabulary(folder):
+    (folder / "vocabulary.json").write_text("{}")
+
+
+DAMAGE = {
+    damage_truncate: "train.npy: .*prepare again",
+    damage_ids: "train.npy: token id out of range: 250 in a vocabulary of 10",
+    damage_negative: "test.npy: expected -1 of uint8.*prepare again",
+    damage_pickle: "test.npy: .*prepare again",
+    damage_card: "card.json: not a prepared corpus: .*prepare again",
+    damage_vocabulary: "vocabulary.json: not a stored vocabulary",
+    lambda folder: (folder / "validation.npy").unlink(): "validation.npy: ",
+    lambda folder: (folder / "card.json").unlink(): "card.json: not a prepared",
+    lambda folder: (folder / "vocabulary.json").unlink(): "cannot read the vocab",
+    lambda folder: (folder / "test-documents.npy").unlink(): "test-documents.npy: ",
+}
+
+
+@pytest.mark.parametrize("spoil", DAMAGE, ids=lambda d: DAMAGE[d].split(":")[0])
+def test_damaged_folders_are_noticed(spoil, tmp_path):
+    (tmp_path / "digits").write_text("0123456789" * 31)
+    options = data_config(path=f"{tmp_path}/digits", unit="chars", documents=True)
+    folder = prepare.prepare(options, directory=tmp_path / "out").directory
+    prepare.load(folder)
+    spoil(folder)
+    with pytest.raises(UserError, match=DAMAGE[spoil]):
+        prepare.load(folder)
+
+
+def test_a_text_to_score_is_encoded(book, tmp_path):
+    found = prepare.prepare(data_config(path=str(book), unit="chars"))
+    path = tmp_path / "other.txt"
+    path.write_text("not or be\n")
+    ids = prepare.encode_file(found.vocabulary, path)
+    assert found.vocabulary.decode(ids) == "not or be\n"
+    path.write_text("What?")
+    with pytest.raises(UserError, match=f"{path}: not in the vocabulary.*'W', 'h'"):
+        prepare.encode_file(found.vocabulary, path)
+    path.write_bytes(b"not \xe9")
+    with pytest.raises(UserError, match=f"{path}: byte 0xe9 at offset 4"):
+        prepare.encode_file(found.vocabulary, path)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=f"{path}: the text is empty"):
+        prepare.encode_file(found.vocabulary, path)
+    with pytest.raises(UserError, match="cannot read the text"):
+        prepare.encode_file(found.vocabulary, tmp_path / "nothing")
+
+
+CONFIG = """
+from xlformer import config
+def get_config():
+    return config.default_config()
+"""
+
+
+def test_the_command_prints_the_card_and_refuses_in_one_line(book, tmp_path, capsys):
+    (tmp_path / "own.py").write_text(CONFIG)
+    flags = [f"--config={tmp_path}/own.py", "--config.data.corpus=text"]
+    flags.append(f"--directory={tmp_path}/out")
+    assert prepare.main([*flags, f"--config.data.path={book}"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out[: out.index("\n}\n") + 2])["corpus"] == "text"
+    folder = pathlib.Path(out.split("directory ")[1].split("\n")[0])
+    assert folder.parent == tmp_path / "out" and prepare.load(folder)
+    assert prepare.main([*flags, "--config.data.path=/nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: config.data.path: no such file: /nowhere\n"
+
+
+def test_the_directory_is_the_flags_or_the_environments(book, tmp_path, monkeypatch):
+    options = data_config(path=str(book))
+    monkeypatch.setenv("XLFORMER_DATA", str(tmp_path / "environment"))
+    assert prepare.prepare(options).directory.parent == tmp_path / "environment"
+    options.directory = str(tmp_path / "config")
+    assert prepare.prepare(options).directory.parent == tmp_path / "config"
+    found = prepare.prepare(options, directory=tmp_path / "argument")
+    assert found.directory.parent == tmp_path / "argument"
+    assert os.path.isabs(found.directory)

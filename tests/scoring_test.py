@@ -1,0 +1,279 @@
+"""Every target once, and the same score however many rows the text is cut into."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from xlformer import models, scoring
+from xlformer.errors import UserError
+
+VOCAB_SIZE, TOKENS, SEGMENT, MEMORY, LAYERS = 17, 307, 5, 7, 3
+BASE = {
+    "vocab_size": VOCAB_SIZE,
+    "n_layer": LAYERS,
+    "d_model": 14,
+    "n_head": 2,
+    "d_head": 7,
+    "d_inner": 23,
+    "memory_length": MEMORY,
+    "scan_layers": True,
+    "untie_r": True,
+    "init_std": 0.5,
+}
+DOCUMENTS = np.array([0, 3, 17, 61, 62, 211])
+CASES = {
+    "plain": {},
+    "documents": {},
+    "extended": {"extended_length": 3},
+    "extended documents": {"extended_length": 3},
+    "same_length": {"same_length": True},
+    "window": {"window": 4},
+    "clamp": {"clamp_length": 3},
+    "attended zeros": {"attend_zero_memory": True},
+    "no memory": {"memory_length": 0},
+}
+ACCURACY = 1e-5  # relative, of the summed nll
+
+
+@pytest.fixture(autouse=True)
+def small_calls(monkeypatch):
+    """Several calls for this text, each of a few segments."""
+    monkeypatch.setattr(scoring, "TOKENS_PER_CALL", 7 * SEGMENT)
+
+
+@functools.cache
+def text():
+    return np.random.default_rng(13).integers(0, VOCAB_SIZE, TOKENS).astype(np.uint8)
+
+
+@functools.cache
+def made(case):
+    model = models.build(models.TransformerXLConfig(**BASE | CASES[case]))
+    return model, jax.jit(model.init)(jax.random.key(5))
+
+
+def documents_of(case):
+    return DOCUMENTS if "documents" in case else None
+
+
+@functools.cache
+def evaluator(case, rows):
+    model, _ = made(case)
+    return scoring.Evaluator(model, batch_size=rows, segment_length=SEGMENT)
+
+
+def planned(case, rows, warmup, tokens=TOKENS):
+    return scoring.plan(
+        tokens,
+        batch_size=rows,
+        segment_length=SEGMENT,
+        memory_length=scoring.reach(made(case)[0]),
+        n_layer=LAYERS,
+        warmup=warmup,
+    )
+
+
+@functools.cache
+def nats(case, rows, warmup):
+    plan = planned(case, rows, warmup)
+    assert len(plan.start_B) == rows
+    params = made(case)[1]
+    documents = documents_of(case)
+    score = evaluator(case, rows).score(params, text(), plan, documents=documents)
+    assert score.targets == plan.targets
+    return score.nats
+
+
+def how_often_scored(plan, tokens):
+    """For each target, from the very arrays that the model is given."""
+    counts = np.zeros(tokens, int)
+    ids = np.arange(tokens)
+    for step in range(plan.steps):
+        batch = scoring._batch(plan, ids, None, step, 0)
+        scored_BT = batch["scored_BT"]
+        np.testing.assert_array_equal(
+            batch["targets_BT"][scored_BT], batch["inputs_BT"][scored_BT] + 1
+        )
+        np.add.at(counts, batch["targets_BT"][scored_BT], 1)
+    return counts
+
+
+@pytest.mark.parametrize("warmup", ["exact", "fill", "none"])
+def test_every_target_is_scored_once(warmup):
+    sizes = itertools.product(
+        (2, 3, 5, 7, 31, 97), (1, 2, 3, 7, 31), (1, 3, 5, 101), (0, 1, 7, 23), (1, 3)
+    )
+    for tokens, rows, segment, memory, layers in sizes:
+        plan = scoring.plan(
+            tokens,
+            batch_size=rows,
+            segment_length=segment,
+            memory_length=memory,
+            n_layer=layers,
+            warmup=warmup,
+        )
+        where = (tokens, rows, segment, memory, layers)
+        counts = how_often_scored(plan, tokens)
+        assert counts.max() == 1 and counts[0] == 0, where
+        B = len(plan.start_B)
+        assert B <= rows, where
+        expected = B * (tokens // B - 1) if warmup == "none" else tokens - 1
+        assert counts.sum() == plan.targets == expected, where
+        if warmup == "none":
+            assert B == min(rows, tokens // 2), where
+        else:
+            # Segments begin where those of the one-row stream do.
+            assert not (plan.start_B % plan.segment_length).any(), where
+
+
+def test_warmup_replays_what_it_says():
+    steps = {w: planned("plain", 3, w).steps for w in ("exact", "fill", "none")}
+    each = -(-((TOKENS - 1) // SEGMENT + 1) // 3)
+    segments = -(-MEMORY // SEGMENT)
+    assert steps["fill"] == each + segments
+    assert steps["exact"] == each + LAYERS * segments
+    assert steps["none"] == -(-(TOKENS // 3 - 1) // SEGMENT)
+
+
+@pytest.mark.parametrize(("each", "expected"), [(24, "fill"), (25, "exact")])
+def test_exact_is_the_default_below_a_quarter_more_work(each, expected):
+    tokens = 3 * each * SEGMENT + 1
+    plan = planned("plain", 3, "auto", tokens)
+    replayed = LAYERS * -(-MEMORY // SEGMENT)  # 6: a quarter of 24
+    assert (plan.warmup, replayed) == (expected, 6)
+    assert planned("plain", 1, "auto", tokens).warmup == "exact"
+
+
+def test_unlimited_reach_is_exact_in_one_row_only():
+    settings = {"segment_length": 5, "memory_length": None, "n_layer": 3}
+    assert scoring.plan(97, batch_size=3, **settings).warmup == "none"
+    assert scoring.plan(97, batch_size=1, **settings).warmup == "exact"
+    for warmup in ("exact", "fill"):
+        with pytest.raises(UserError, match="batch_size=3.*without limit"):
+            scoring.plan(97, batch_size=3, warmup=warmup, **settings)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exact_warmup_gives_the_score_of_one_row(case):
+    if documents_of(case) is not None and not made(case)[0].resets_in_segment:
+        pytest.skip("this model resets only between segments")
+    expected = nats(case, 1, "exact")
+    assert np.isfinite(expected)
+    for rows in (3, 7):
+        assert nats(case, rows, "exact") == pytest.approx(expected, rel=ACCURACY)
+
+
+@pytest.mark.parametrize("case", ["plain", "extended", "attended zeros"])
+def test_fill_and_none_do_not(case):
+    expected = nats(case, 1, "exact")
+    for rows in (3, 7):
+        off = abs(nats(case, rows, "fill") - expected) / expected
+        assert off > 3 * ACCURACY, rows
+    _, params = made(case)
+    plan = planned(case, 3, "none")
+    score = evaluator(case, 3).score(params, text(), plan)
+    off = score.nats / score.targets / (expected / (TOKENS - 1)) - 1
+    assert abs(off) > 10 * ACCURACY
+
+
+@pytest.mark.parametrize("case", ["plain", "documents", "extended documents"])
+def test_equals_a_loop_over_the_text(case):
+    """One row, one segment after the other, nothing padded at the end."""
+    model, params = made(case)
+    apply = jax.jit(model.apply)
+    state, E = model.init_state(1), model.extended_length
+    starts = [0] if documents_of(case) is None else DOCUMENTS.tolist()
+    total = 0.0
+    for start in range(0, TOKENS - 1, SEGMENT):
+        stop = min(start + SEGMENT, TOKENS - 1)
+        index = np.arange(start - E, stop)
+        inputs_BT = text()[np.maximum(index, 0)][None].astype(np.int32)
+        targets_BT = text()[start + 1 : stop + 1][None].astype(np.int32)
+        resets_BT = np.isin(index, starts)[None]
+        nll_BT, state, _ = apply(
+            params, inputs_BT, targets_BT, state, resets_BT=resets_BT
+        )
+        total += float(nll_BT.sum())
+    assert nats(case, 1, "exact") == pytest.approx(total, rel=ACCURACY)
+
+
+def test_documents_change_the_score():
+    assert abs(nats("documents", 1, "exact") / nats("plain", 1, "exact") - 1) > 1e-3
+
+
+def test_length_of_a_call_changes_nothing(monkeypatch):
+    model, params = made("plain")
+    plan = planned("plain", 3, "exact")
+    for tokens in (1, 10**6):
+        monkeypatch.setattr(scoring, "TOKENS_PER_CALL", tokens)
+        whole = scoring.Evaluator(
+            model, batch_size=3, segment_length=SEGMENT, steps=plan.steps
+        )
+        score = whole.score(params, text(), plan)
+        assert score.nats == pytest.approx(nats("plain", 3, "exact"), rel=1e-6)
+
+
+@pytest.mark.parametrize("case", ["documents", "attended zeros", "extended"])
+def test_compile_leaves_nothing_to_compile(case):
+    model, params = made(case)
+    mine = scoring.Evaluator(model, batch_size=3, segment_length=SEGMENT)
+    mine.compile(params)
+    (before,) = mine._compiled
+    plan = planned(case, 3, "exact")
+    mine.score(params, text(), plan, documents=documents_of(case))
+    assert list(mine._compiled) == [before]
+
+
+def test_progress_is_told_the_fraction_and_may_give_up():
+    _, params = made("plain")
+    plan, seen = planned("plain", 3, "exact"), []
+    mine = evaluator("plain", 3)
+    assert mine.score(params, text(), plan, progress=lambda x: seen.append(x))
+    assert seen == sorted(seen) and seen[-1] == 1 and len(seen) > 3
+
+    def stop_at_second(fraction):
+        seen.append(fraction)
+        return len(seen) == 2
+
+    seen.clear()
+    assert mine.score(params, text(), plan, progress=stop_at_second) is None
+    assert len(seen) == 2
+
+
+def test_segment_longer_than_the_text_is_the_text():
+    plan = scoring.plan(
+        7, batch_size=3, segment_length=10**12, memory_length=5, n_layer=2
+    )
+    assert (plan.segment_length, len(plan.start_B), plan.targets) == (6, 1, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"warmup": "exactly"}, "--warmup=exactly is none of auto, exact, fill, none"),
+        ({"tokens": 1}, "the text has 1 tokens; at least 2"),
+        ({"batch_size": 0}, "--batch_size=0 and --segment_length=5 must be at least 1"),
+        ({"segment_length": -3}, "--segment_length=-3 must be at least 1"),
+    ],
+)
+def test_refuses(changes, message):
+    settings = {"tokens": 97, "batch_size": 3, "segment_length": 5}
+    settings |= {"memory_length": 7, "n_layer": 3} | changes
+    with pytest.raises(UserError, match=message):
+        scoring.plan(settings.pop("tokens"), **settings)
+
+
+def test_unigram_entropy_of_literal_tokens():
+    tokens = np.array([0, 0, 1, 3], np.uint8)
+    assert scoring.unigram_entropy(tokens, 5) == pytest.approx(1.5 * np.log(2))
+
+
+def test_reach_is_memory_and_extended_context():
+    model, _ = made("extended")
+    assert scoring.reach(model) == 10
+    unlimited = dataclasses.make_dataclass("M", ["memory_length"])(None)
+    assert scoring.reach(unlimited) is None

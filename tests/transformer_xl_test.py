@@ -1,0 +1,491 @@
+"""Transformer-XL: the contract for each option, and the paper's own claims."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from quick import compiler_options, jit
+
+from xlformer import models, testing
+from xlformer.errors import UserError
+from xlformer.layers import memory
+from xlformer.models import TransformerXLConfig
+
+V, D, TINY = 23, 8, 1e-9
+SMALL = dict(
+    vocab_size=V,
+    n_layer=2,
+    d_model=D,
+    n_head=2,
+    d_inner=11,
+    memory_length=13,
+    dropout=0.0,
+    scan_layers=True,
+    norm_epsilon=1e-3,
+)
+
+
+@functools.cache
+def _build(**fields):
+    return models.build(TransformerXLConfig(**SMALL | fields))
+
+
+@functools.cache
+def _params(model, dtype="float64"):
+    """Weights as large as those of testing.check_model, without compiling init."""
+    shapes, random = (
+        jax.eval_shape(model.init, jax.random.key(0)),
+        np.random.default_rng(0),
+    )
+    return jax.tree.map(
+        lambda x: (random.normal(size=x.shape) * x.size**-0.25).astype(dtype), shapes
+    )
+
+
+@functools.cache
+def _tokens(B, N):
+    return np.random.default_rng(B).integers(V, size=(B, N))
+
+
+@functools.cache
+def _apply(model):
+    return jit(model.apply, static_argnames=("train",))
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def _score(model, tokens_BN, sizes, *, params=None, state=None, **options):
+    """nll of the stream cut into segments of these sizes."""
+    params = _params(model) if params is None else params
+    state = model.init_state(len(tokens_BN), jnp.float64) if state is None else state
+    parts, start = [], 0
+    for size in sizes:
+        here = slice(start, start + size)
+        arrays = tokens_BN[:, here], tokens_BN[:, here] * 5 % V
+        nll_BT, state, _ = _apply(model)(params, *arrays, state, **options)
+        parts.append(nll_BT)
+        start += size
+    return np.concatenate(parts, axis=1), state
+
+
+def _close(actual, expected, tolerance=TINY):
+    np.testing.assert_allclose(actual, expected, atol=tolerance, rtol=0)
+
+
+CONTRACT = {
+    "post_norm": dict(memory_length=11),
+    "pre_norm": dict(pre_norm=True, final_norm=True, untie_r=True, memory_length=7),
+    "adaptive_div_4": dict(cutoffs=(5, 11), div_val=4, d_embed=16, memory_length=3),
+    "same_length": dict(same_length=True, memory_length=5, scan_layers=False),
+    "learned_relative": dict(attn_type=1, table_length=11, clamp_length=5),
+    "absolute": dict(attn_type=2, memory_length=0),
+    "learned_absolute": dict(attn_type=3, table_length=5, memory_length=0),
+    "attended_zeros": dict(attend_zero_memory=True),
+    "attended_zeros_window": dict(attend_zero_memory=True, window=5, memory_length=5),
+    "remat_extended": dict(remat="full", extended_length=3, memory_length=11),
+}
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_keeps_the_contract(name):
+    model = models.build(TransformerXLConfig(**SMALL | CONTRACT[name]))
+    testing.check_model(model, compiler_options=compiler_options())
+
+
+# The paper's claims (Dai et al. 2019) and their limits.
+
+
+def _one_pass(model, tokens_BN, *, starts=None, monkeypatch=None):
+    """Without memory, with the first visible key of each query given instead."""
+    config = dataclasses.replace(model.config, memory_length=0, same_length=False)
+    config = dataclasses.replace(config, window=model.config.attention_window)
+    one = models.build(config)
+    options = {}
+    if starts is not None:
+        start_BN = jnp.broadcast_to(jnp.asarray(starts), tokens_BN.shape)
+        monkeypatch.setattr(memory, "key_start", lambda *a, **k: start_BN)
+        options["resets_BT"] = np.zeros(tokens_BN.shape, bool)
+    return _score(one, tokens_BN, [tokens_BN.shape[1]], **options)[0]
+
+
+@pytest.mark.parametrize("sizes", [(3, 5, 2, 7), (7, 1, 5, 4)])
+@pytest.mark.parametrize("M", [2, 5])
+def test_bounded_memory_equals_a_mask_by_segment(M, sizes, monkeypatch):
+    """A query sees what lies at most M before its segment: in every layer."""
+    model, tokens_BN = _build(memory_length=M), _tokens(2, sum(sizes))
+    segments_BN, _ = _score(model, tokens_BN, sizes)
+    first = np.repeat(np.cumsum((0, *sizes[:-1])), sizes)
+    starts = np.maximum(0, first - M)
+    _close(
+        segments_BN, _one_pass(model, tokens_BN, starts=starts, monkeypatch=monkeypatch)
+    )
+    wrong = np.maximum(0, first - M - 1)
+    wrong_BN = _one_pass(model, tokens_BN, starts=wrong, monkeypatch=monkeypatch)
+    assert np.abs(segments_BN - wrong_BN).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(same_length=True), dict(window=5)], ids=["pytorch", "tensorflow"]
+)
+def test_a_window_within_the_memory_hides_the_segment_length(fields):
+    """... for a stream of any length, far beyond the memory."""
+    model, tokens_BN = _build(memory_length=5, **fields), _tokens(2, 17)
+    expected_BN = _one_pass(model, tokens_BN)
+    for sizes in ((3, 7, 7), (7, 2, 1, 7), (1,) * 17):
+        _close(_score(model, tokens_BN, sizes)[0], expected_BN)
+
+
+def test_the_window_that_same_length_means():
+    def window(**fields):
+        return TransformerXLConfig(**fields).attention_window
+
+    assert window(memory_length=7) is None
+    assert window(memory_length=7, same_length=True) == 6  # 7 keys, self included
+    assert window(memory_length=7, same_length=True, window=7) == 7
+    assert window(memory_length=7, window=3) == 3
+    model = _build(memory_length=7, same_length=True)
+    same, explicit = model, _build(memory_length=7, window=6)
+    tokens_BN = _tokens(2, 16)
+    _close(*(_score(m, tokens_BN, (11, 5))[0] for m in (same, explicit)), tolerance=0)
+
+
+@pytest.mark.parametrize("sizes", [(11,), (3, 3, 3, 2)], ids=["one_pass", "segments"])
+def test_the_last_output_reaches_exactly_layers_times_window(sizes):
+    model = _build(n_layer=3, window=2, memory_length=5)
+    tokens_BN = np.repeat(_tokens(1, 11), 12, axis=0)
+    places = np.arange(11)
+    tokens_BN[places, places] = (tokens_BN[places, places] + 1) % V
+    targets_BN = np.repeat(_tokens(1, 11), 12, axis=0)
+    state, start = model.init_state(12, jnp.float64), 0
+    for size in sizes:
+        arrays = tokens_BN[:, start : start + size], targets_BN[:, start : start + size]
+        nll_BT, state, _ = _apply(model)(_params(model), *arrays, state)
+        start += size
+    moved = np.asarray(nll_BT)[:-1, -1] != np.asarray(nll_BT)[-1, -1]
+    assert moved.tolist() == [False] * 4 + [True] * 7  # itself and 3 x 2 before it
+
+
+def test_empty_memory_is_no_memory_and_masked_zeros():
+    tokens_BT = _tokens(2, 5)
+    model = _build()
+    empty, _ = _score(model, tokens_BT, [5])
+    none, _ = _score(_build(memory_length=0), tokens_BT, [5])
+    _close(empty, none)
+    state = model.init_state(2, jnp.float64)
+    junk = state._replace(hidden_LBMD=jnp.full_like(state.hidden_LBMD, 7.0))
+    _close(_score(model, tokens_BT, [5], state=junk)[0], empty, tolerance=0)
+    attended, _ = _score(_build(attend_zero_memory=True), tokens_BT, [5])
+    assert np.abs(attended - empty).max() > 0.01
+    # The same zeros, declared valid, are those that are attended.
+    valid = state._replace(length_B=jnp.full(2, 13, jnp.int32))
+    _close(_score(model, tokens_BT, [5], state=valid)[0], attended)
+
+
+def test_no_output_depends_on_the_capacity_of_the_memory():
+    """Positions are distances: the same context further right in a larger buffer."""
+    small, large, tokens_BN = _build(memory_length=5), _build(), _tokens(2, 12)
+    sizes = (5, 7)
+    _close(_score(small, tokens_BN, sizes)[0], _score(large, tokens_BN, sizes)[0])
+
+
+def test_a_clamp_beyond_all_distances_changes_nothing():
+    tokens_BN, sizes = _tokens(2, 12), (5, 7)
+    plain, _ = _score(_build(), tokens_BN, sizes)
+    _close(_score(_build(clamp_length=13 + 7), tokens_BN, sizes)[0], plain, tolerance=0)
+    clamped, _ = _score(_build(clamp_length=3), tokens_BN, sizes)
+    _close(clamped[:, :4], plain[:, :4])
+    assert np.abs(clamped - plain)[:, 4:].max() > 1e-3
+
+
+def test_beyond_the_clamp_the_order_of_the_memory_does_not_matter():
+    model, order = _build(n_layer=1, clamp_length=4), np.array([2, 0, 3, 1])
+    tokens_BT = _tokens(2, 3)
+    full = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 13, D)))
+    state = model.init_state(2, jnp.float64)
+    state = state._replace(hidden_LBMD=full, length_B=jnp.full(2, 13, jnp.int32))
+    expected, _ = _score(model, tokens_BT, [3], state=state)
+
+    def permuted(first):
+        """Four slots from `first` on in another order."""
+        moved = full.at[:, :, first : first + 4].set(full[:, :, first + order])
+        return _score(model, tokens_BT, [3], state=state._replace(hidden_LBMD=moved))[0]
+
+    # Slot 9 is at distance 4 of the first query: it and all before are beyond.
+    _close(permuted(6), expected)
+    assert np.abs(permuted(7) - expected).max() > 1e-4
+
+
+def test_memory_ends_before_the_extended_part():
+    """The last extended_length inputs come again, so they are not remembered."""
+    model, params = _build(extended_length=3), _params(_build())
+    tokens_BT = _tokens(2, 7)
+    _, state = _score(model, tokens_BT, [7])
+    assert state.length_B.tolist() == [4, 4]
+    inputs_BTD = params["embedding"]["table"][tokens_BT] * D**0.5
+    _close(state.hidden_LBMD[0, :, -4:], inputs_BTD[:, :4])
+    assert not state.hidden_LBMD[:, :, :-4].any()
+
+
+def test_extended_inputs_come_without_targets():
+    model, tokens_BT = _build(extended_length=3), _tokens(2, 7)
+    state = model.init_state(2, jnp.float64)
+    whole, _, _ = _apply(model)(_params(model), tokens_BT, tokens_BT, state)
+    last, _, _ = _apply(model)(_params(model), tokens_BT, tokens_BT[:, 2:], state)
+    _close(last, whole[:, 2:])
+    for targets_BT in (tokens_BT[:, 4:], np.zeros((2, 8), int)):
+        with pytest.raises(UserError, match="extended_length=3 allows at most"):
+            model.apply(_params(model), tokens_BT, targets_BT, state)
+
+
+def test_resets_within_a_segment_are_refused_with_attended_zeros():
+    model, tokens_BT = _build(attend_zero_memory=True), _tokens(2, 5)
+    arrays = _params(model), tokens_BT, tokens_BT, model.init_state(2, jnp.float64)
+    resets_BT = np.zeros((2, 5), bool)
+    with pytest.raises(UserError, match="resets_BT has 5 columns"):
+        model.apply(*arrays, resets_BT=resets_BT)
+    with pytest.raises(UserError, match="resets_BT has 5 columns"):
+        model.log_probs(*arrays[:2], arrays[3], resets_BT=resets_BT)
+    with pytest.raises(UserError, match="resets_BT has 5 columns"):
+        x_BTD = jnp.zeros((2, 5, D))
+        model.trunk.apply(arrays[0], x_BTD, arrays[3], resets_BT=resets_BT)
+
+
+# Dropout, dtypes, gradients.
+
+
+def _train(model, key, **options):
+    tokens_BT = _tokens(3, 7)
+    rngs = {"dropout": jax.random.key(key)}
+    return _score(model, tokens_BT, [5, 2], train=True, rngs=rngs, **options)[0]
+
+
+@pytest.mark.parametrize("rate", ["dropout", "attention_dropout"])
+def test_dropout_is_on_in_training_and_follows_its_key(rate):
+    model = _build(**{rate: 0.3})
+    plain, _ = _score(model, _tokens(3, 7), [5, 2])
+    dropped = _train(model, 0)
+    assert (dropped != plain).mean() > 0.9
+    _close(_train(model, 0), dropped, tolerance=0)
+    assert (_train(model, 1) != dropped).mean() > 0.9
+
+
+def test_scanned_and_unrolled_layers_drop_the_same_units():
+    fields = dict(dropout=0.3, attention_dropout=0.2)
+    scanned, unrolled = _build(**fields), _build(**fields, scan_layers=False)
+    params = _params(scanned)
+    _close(_train(scanned, 0, params=params), _train(unrolled, 0, params=params))
+
+
+def test_dropout_without_a_key_is_an_error():
+    model, tokens_BT = _build(dropout=0.3), _tokens(3, 5)
+    arrays = tokens_BT, tokens_BT, model.init_state(3, jnp.float64)
+    for rngs in (None, {}, {"params": jax.random.key(0)}):
+        with pytest.raises(ValueError, match="needs rngs={'dropout': key}"):
+            model.apply(_params(model), *arrays, train=True, rngs=rngs)
+    # Without a rate there is nothing to draw.
+    _score(_build(), tokens_BT, [5], train=True)
+
+
+def test_recomputed_layers_have_the_same_gradients():
+    tokens_BT = _tokens(2, 5)
+
+    def grads(**fields):
+        model = _build(dropout=0.3, **fields)
+        _, state = _score(model, tokens_BT, [5])
+
+        def loss(params):
+            rngs = {"dropout": jax.random.key(0)}
+            options = dict(train=True, rngs=rngs)
+            return model.apply(params, tokens_BT, tokens_BT, state, **options)[0].mean()
+
+        return jit(jax.grad(loss))(_params(_build()))
+
+    jax.tree.map(_close, grads(remat="full"), grads())
+
+
+def test_log_probs_pass_no_gradient_on():
+    model, tokens_BT = _build(), _tokens(2, 5)
+    _, warm = _score(model, tokens_BT, [5])
+
+    def later(params, hidden_LBMD):
+        state = warm._replace(hidden_LBMD=hidden_LBMD)
+        log_probs_BTV, state = model.log_probs(params, tokens_BT, state)
+        return log_probs_BTV.sum() * 0 + state.hidden_LBMD.sum(), log_probs_BTV.sum()
+
+    grad = jit(jax.grad(lambda *a: later(*a)[0]))(_params(model), warm.hidden_LBMD)
+    assert not any(g.any() for g in jax.tree.leaves(grad))
+    grad = jit(jax.grad(lambda *a: later(*a)[1], 1))(_params(model), warm.hidden_LBMD)
+    assert not grad.any()
+
+
+def test_bfloat16_computes_near_float32_and_scores_in_float32():
+    exact, low = _build(dtype="float32"), _build(dtype="bfloat16")
+    params, tokens_BT = _params(exact, "float32"), _tokens(2, 7)
+
+    def score(model):
+        state = model.init_state(2)
+        return _score(model, tokens_BT, [5, 2], params=params, state=state)
+
+    (expected, _), (nll_BT, state) = score(exact), score(low)
+    assert state.hidden_LBMD.dtype == jnp.bfloat16 and nll_BT.dtype == np.float32
+    _close(nll_BT, expected, tolerance=0.15)
+    assert np.abs(nll_BT - expected).max() > 1e-4
+
+
+def test_init_is_float32_with_the_originals_spreads():
+    fields = dict(d_model=64, d_inner=128, cutoffs=(101,), div_val=2, vocab_size=501)
+    model = _build(**fields)
+    params = jit(model.init)(jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    layers, softmax = params["trunk"]["layers"], params["softmax"]
+    expected = [
+        (layers["attention"]["qkv"], 0, 0.02),
+        (params["embedding"]["table_0"], 0, 0.02),
+        (params["embedding"]["projection_1"], 0, 0.01),
+        (softmax["cluster_kernel"], 0, 0.02),
+        (layers["norm"]["scale"], 1, 0.02),
+        (layers["norm"]["bias"], 0, 0),
+        (softmax["bias"], 0, 0),
+    ]
+    for x, mean, deviation in expected:
+        assert abs(x.mean() - mean) <= 5 * deviation / x.size**0.5
+        assert abs(x.std() - deviation) <= 4 * deviation / x.size**0.5
+    # No two layers start alike.
+    assert (layers["attention"]["qkv"][0] != layers["attention"]["qkv"][1]).all()
+
+
+# Parameter counts, configurations, building.
+
+WT103 = (20000, 40000, 200000)
+LM1B = (60000, 100000, 640000)
+BASE = dict(n_layer=12, d_model=512, n_head=8, d_head=64, d_inner=2048)
+LARGE = dict(n_layer=24, d_model=1024, n_head=8, d_head=128, d_inner=3072)
+WT103_BASE = dict(
+    vocab_size=267735, n_layer=16, d_model=410, n_head=10, d_head=41, d_inner=2100,
+    cutoffs=WT103, tie_projections=(False, True, True, True),
+)  # fmt: skip
+WT103_LARGE = WT103_BASE | dict(
+    n_layer=18, d_model=1024, n_head=16, d_head=64, d_inner=4096, div_val=4
+)
+LM1B_BASE = dict(
+    vocab_size=793471, n_layer=18, d_model=1024, n_head=8, d_head=128, d_inner=4096,
+    cutoffs=LM1B, div_val=4,
+)  # fmt: skip
+LM1B_LARGE = LM1B_BASE | dict(
+    n_layer=24, d_model=1280, n_head=16, d_head=80, d_inner=8192
+)
+NVIDIA = dict(cutoffs=(19997, 39997, 199997), n_head=8, d_model=512, d_head=64)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (dict(vocab_size=204, **BASE), 41_055_436),
+        (dict(vocab_size=27, **BASE), 40_964_635),
+        (dict(vocab_size=204, **LARGE), 277_231_820),
+        (dict(vocab_size=27, **LARGE), 277_050_395),
+        (WT103_BASE, 151_107_538),
+        (WT103_BASE | dict(untie_r=True), 151_119_838),
+        (WT103_LARGE, 285_170_506),
+        (WT103_LARGE | dict(untie_r=True), 285_205_322),
+        (LM1B_BASE, 357_812_082),
+        (LM1B_BASE | dict(untie_r=True), 357_846_898),
+        (LM1B_LARGE, 841_295_982),
+        (LM1B_LARGE | dict(untie_r=True), 841_354_862),
+        (WT103_BASE | NVIDIA | dict(d_inner=2048), 191_950_298),
+    ],
+)
+def test_parameters_are_those_of_the_originals(fields, expected):
+    params = jax.eval_shape(_build(**fields).init, jax.random.key(0))
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(params)) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(n_layer=2.0), "n_layer=2.0 is not of type int"),
+        (dict(n_layer=True), "n_layer=True is not of type int"),
+        (dict(dropout="0.1"), "dropout='0.1' is not of type float"),
+        (dict(cutoffs=(5.0,)), r"cutoffs=\(5.0,\) is not of type"),
+        (dict(window=1.5), "window=1.5 is not of type"),
+        (dict(attn_type=4), r"attn_type=4 is none of \(0, 1, 2, 3\)"),
+        (dict(init="zeros"), "init='zeros' is none of .*'uniform'"),
+        (dict(init_scheme="jax"), "init_scheme='jax' is none of .*'tensorflow'"),
+        (dict(dtype="float16"), "dtype='float16' is none of .*'bfloat16'"),
+        (dict(remat="some"), "remat='some' is none of .*'full'"),
+        (dict(attention="flash"), "attention='flash' is none of .*'xla'"),
+        (dict(n_layer=0), "n_layer=0 must be at least 1"),
+        (dict(div_val=0), "div_val=0 must be at least 1"),
+        (dict(memory_length=-1), "memory_length=-1 must be not negative"),
+        (dict(clamp_length=-1), "clamp_length=-1 must be not negative"),
+        (dict(dropout=1.0), r"dropout=1.0 must be in \[0, 1\)"),
+        (dict(attention_dropout=-0.1), r"attention_dropout=-0.1 must be in \[0, 1\)"),
+        (dict(n_head=3), "n_head=3 does not divide .*d_model=8"),
+        (dict(d_model=9, d_head=3), "d_model=9 must be even"),
+        (
+            dict(attn_type=3, table_length=5, d_head=3, memory_length=0),
+            "n_head . d_head = d_model, found 6 and 8",
+        ),
+        (dict(attn_type=1), "table_length=0 with attn_type=1"),
+        (dict(attn_type=3, memory_length=0), "table_length=0 with attn_type=3"),
+        (dict(attn_type=2), "memory_length=13 with attn_type=2"),
+        (dict(attn_type=3, table_length=5), "memory_length=13 with attn_type=3"),
+        (dict(same_length=True, memory_length=0), "same_length with memory_length=0"),
+        (dict(window=-1), "window=-1 must not be negative"),
+        (dict(cutoffs=(5, 5)), r"cutoffs=\(5, 5\) must ascend"),
+        (dict(cutoffs=(0, 5)), r"cutoffs=\(0, 5\) must ascend"),
+        (dict(cutoffs=(5, 23)), r"cutoffs=\(5, 23\) .*vocab_size=23"),
+        (dict(vocab_size=0), "vocab_size=0 must be positive"),
+        (dict(tie_projections=(True, False)), "has 2 entries for 1 bins"),
+        (dict(cutoffs=(5, 7), div_val=4), "div_val=4 leaves no width in bin 2: .*=8"),
+    ],
+)
+def test_impossible_configurations_name_the_field_and_the_values(fields, message):
+    with pytest.raises(UserError, match=f"config.model.*{message}"):
+        TransformerXLConfig(**SMALL | fields)
+
+
+def test_types_2_and_3_take_memory_where_it_is_allowed():
+    for fields in (dict(attn_type=2), dict(attn_type=3, table_length=20)):
+        model = _build(**fields, allow_incoherent_positions=True)
+        nll_BN, state = _score(model, _tokens(2, 12), [5, 7])
+        assert np.isfinite(nll_BN).all() and state.length_B.tolist() == [12, 12]
+        assert not model.segments_equal_one_pass
+
+
+def test_whole_numbers_and_lists_are_taken_as_meant():
+    config = TransformerXLConfig(**SMALL | dict(dropout=0, cutoffs=[5, 7]))
+    assert config.dropout == 0.0 and type(config.dropout) is float
+    assert config.cutoffs == (5, 7)
+
+
+def test_the_vocabulary_comes_from_the_config_or_the_caller():
+    open_config = dict(name="transformer_xl", **SMALL) | dict(vocab_size=None)
+    closed = open_config | dict(vocab_size=V)
+    assert (
+        models.build(open_config, V) == models.build(closed) == models.build(closed, V)
+    )
+    assert models.build(TransformerXLConfig(**SMALL)).vocab_size == V
+    with pytest.raises(UserError, match="vocab_size is not set"):
+        models.build(open_config)
+    with pytest.raises(UserError, match="vocab_size=23 but the data has 29"):
+        models.build(closed, 29)
+    with pytest.raises(UserError, match="vocab_size=0 must be positive"):
+        models.build(open_config, 0)
+
+
+def test_unknown_names_are_met_with_the_nearest():
+    with pytest.raises(UserError, match="'n_layers', did you mean 'n_layer'?"):
+        models.build(dict(name="transformer_xl", n_layers=3), V)
+    with pytest.raises(UserError, match="name='transformer', did you mean 'transf"):
+        models.build(dict(name="transformer"), V)
+    with pytest.raises(UserError, match="name is missing; known: .*transformer_xl"):
+        models.build(dict(n_layer=3), V)

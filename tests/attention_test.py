@@ -96,7 +96,7 @@ def test_type_0_takes_the_biases_that_all_layers_share():
     params = _params(own, x_BTD, context_BSD, r_SD)
     expected = jit(own.apply)({"params": params}, x_BTD, context_BSD, r_SD=r_SD)
     rest = {k: x for k, x in params.items() if k not in "uv"}
-    actual = shared.apply(
+    actual = jit(shared.apply)(
         {"params": rest},
         *(x_BTD, context_BSD),
         r_SD=r_SD,
@@ -137,7 +137,7 @@ def test_without_position_terms_it_is_plain_causal_attention(attn_type):
 
 
 def test_dropout_of_probabilities_and_outputs_have_keys_of_their_own():
-    keys = jax.random.split(jax.random.key(0))
+    keys = tuple(jax.random.split(jax.random.key(0)))
     x_BTD, context_BSD, r_SD = _inputs(RELATIVE)
     params = _params(_layer(RELATIVE), x_BTD, context_BSD, r_SD)
 
@@ -150,6 +150,8 @@ def test_dropout_of_probabilities_and_outputs_have_keys_of_their_own():
     plain = apply()
     np.testing.assert_array_equal(apply(dropout=0.5, attention_dropout=0.5), plain)
     outputs = apply(keys, dropout=0.5)
+    same = apply((None, keys[1]), dropout=0.5)
+    np.testing.assert_array_equal(outputs, same)
     kept = outputs != 0
     np.testing.assert_allclose(outputs[kept], 2 * plain[kept], rtol=1e-5)
     assert 0.2 < kept.mean() < 0.8

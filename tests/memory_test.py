@@ -22,6 +22,7 @@ def test_append_keeps_the_newest():
     assert slots(0) == [1, 2, 3, 4, 5]
     assert slots(2) == [3, 4, 5, 10, 11]
     assert slots(5) == [10, 11, 12, 13, 14]
+    assert slots(6) == [11, 12, 13, 14, 15]
     assert slots(7) == [12, 13, 14, 15, 16]
 
 

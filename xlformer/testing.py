@@ -33,8 +33,8 @@ def check_model(
     """Raises AssertionError, naming the property and the difference, unless all hold:
 
     - state: init_state, what apply returns and state_axes agree; float64 stays float64;
-    - causal: no output depends on a later input, bit for bit;
     - rows: no row depends on another, and their order does not matter;
+    - causal: no output depends on a later input, bit for bit;
     - resets: a reset row is a fresh row from there, and other rows do not move;
     - padding: lengths_B, one for each row or one number, changes nothing before it;
     - segments: of any sizes, or one token, they equal one pass, as long as none starts
@@ -98,16 +98,22 @@ class _Case:
 
         fresh = model.init_state(ROWS, jnp.float64)
         nll_BT, warm = plain(inputs_BN[:, :TOKENS], targets_BN[:, :TOKENS], fresh)
-        for leaf in (nll_BT, *jax.tree.leaves(warm)):
-            if jnp.issubdtype(leaf.dtype, jnp.floating):
-                _require(leaf.dtype == jnp.float64, "state: float64 became", leaf.dtype)
+        for leaf in filter(_is_float, (nll_BT, *jax.tree.leaves(warm))):
+            _require(leaf.dtype == float, f"state: float64 became {leaf.dtype}")
         return cls(model, noisy, inputs_BN, targets_BN, jit, plain, full, fresh, warm)
 
-    @property
-    def segment(self):
-        """Inputs and targets of the segment that follows `warm`."""
-        here = slice(TOKENS, 2 * TOKENS)
+    def at(self, k: int):
+        """Inputs and targets of segment k; `warm` follows number 0."""
+        here = slice(k * TOKENS, (k + 1) * TOKENS)
         return self.inputs_BN[:, here], self.targets_BN[:, here]
+
+    def rows(self, state, rows):
+        """Some rows of a state."""
+        axes = self.model.state_axes()
+        return jax.tree.map(
+            lambda x, names: jnp.take(x, np.asarray(rows), names.index("batch")),
+            *(state, axes),
+        )
 
     def score(self, inputs_BT, targets_BT, state, resets_BT=None, lengths_B=None):
         """`full` with defaults, so that one compiled program serves them all."""
@@ -120,22 +126,24 @@ class _Case:
         return self.full(inputs_BT, targets_BT, state, resets_BT, lengths_B)
 
 
-def _require(holds, *message):
+def _require(holds, message: str):
     if not holds:
-        raise AssertionError(" ".join(map(str, message)))
+        raise AssertionError(message)
+
+
+def _is_float(x) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _close(name: str, actual, expected, tolerance: float = TOLERANCE) -> None:
     """Trees of equal shapes and, to the tolerance, values; 0 is bit for bit."""
-    if jax.tree.structure(actual) != jax.tree.structure(expected):
-        raise AssertionError(f"{name}: the structures differ")
+    trees = jax.tree.structure(actual), jax.tree.structure(expected)
+    _require(trees[0] == trees[1], f"{name}: structures {trees[0]} and {trees[1]}")
     pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     for x, y in pairs:
         x, y = np.asarray(x), np.asarray(y)
         _require(x.shape == y.shape, f"{name}: shapes {x.shape} and {y.shape}")
-        if not x.size or np.array_equal(x, y):
-            continue
-        difference = np.abs(x.astype(float) - y).max()
+        difference = np.abs(x.astype(float) - y).max(initial=0)
         _require(  # A nan is not <= anything.
             difference <= tolerance,
             f"{name}: differs by {difference:.3g}, allowed {tolerance:.3g}",
@@ -151,30 +159,26 @@ def _check_shapes(model: Model) -> None:
     params = jax.eval_shape(model.init, jax.random.key(0))
     state = jax.eval_shape(lambda: model.init_state(ROWS))
     nll_BT, after, aux = jax.eval_shape(model.apply, params, ids_BT, ids_BT, state)
-    _require(nll_BT.shape == ids_BT.shape, "state: nll_BT has shape", nll_BT.shape)
+    _require(nll_BT.shape == ids_BT.shape, f"state: nll_BT is {nll_BT}")
     for leaf in (aux.loss, *aux.metrics.values()):
-        _require(leaf.shape == (), "state: aux must hold scalars, found", leaf.shape)
-    names = [jax.tree.structure(state), jax.tree.structure(after)]
-    _require(names[0] == names[1], f"state: {names[0]} became {names[1]}")
-    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True)
-    for before, leaf in pairs:
-        same = before.shape == leaf.shape and before.dtype == leaf.dtype
-        _require(same, f"state: {before} became {leaf}")
+        _require(leaf.shape == (), f"state: aux must hold scalars, found {leaf}")
 
-    def check_axes(leaf, axes):
-        fits = len(axes) == leaf.ndim and "batch" in axes
-        fits = fits and leaf.shape[axes.index("batch")] == ROWS
-        _require(fits, f"state: state_axes gives {axes} for {leaf}")
+    def check_leaf(old, new, axes):
+        same = old.shape == new.shape and old.dtype == new.dtype
+        _require(same, f"state: {old} became {new}")
+        fits = len(axes) == old.ndim and "batch" in axes
+        fits = fits and old.shape[axes.index("batch")] == ROWS
+        _require(fits, f"state: state_axes gives {axes} for {old}")
 
     try:
-        jax.tree.map(check_axes, state, model.state_axes())
+        jax.tree.map(check_leaf, state, after, model.state_axes())
     except ValueError as error:
-        raise AssertionError(f"state: state_axes does not fit: {error}") from error
+        raise AssertionError(f"state: structures differ: {error}") from error
 
 
 def _check_causal(case: _Case) -> None:
     """Row b has another token at places[b]."""
-    inputs_BT, targets_BT = case.segment
+    inputs_BT, targets_BT = case.at(1)
     other_BT, places = inputs_BT.copy(), (0, 2, 3, 5, 6)
     for b, t in enumerate(places):
         other_BT[b, t] = (other_BT[b, t] + 1) % case.model.vocab_size
@@ -188,39 +192,28 @@ def _check_causal(case: _Case) -> None:
 
 
 def _check_rows(case: _Case) -> None:
-    inputs_BT, targets_BT = case.segment
+    inputs_BT, targets_BT = case.at(1)
     nll_BT, state = case.score(inputs_BT, targets_BT, case.warm)
-
-    def take(state, rows):
-        axes = case.model.state_axes()
-        return jax.tree.map(
-            lambda x, names: jnp.take(x, rows, names.index("batch")), state, axes
-        )
-
-    other_BT, others = inputs_BT.copy(), np.arange(1, ROWS)
+    other_BT, others = inputs_BT.copy(), range(1, ROWS)
     other_BT[0] = (other_BT[0] + 1) % case.model.vocab_size
     other = case.score(other_BT, targets_BT, case.warm)
-    _same("rows: other rows, when row 0 changes", other[0][1:], nll_BT[1:])
-    _same(
-        "rows: other rows' state, when row 0 changes",
-        take(other[1], others),
-        take(state, others),
-    )
+    name, kept = "rows: others, when row 0 changes", case.rows(state, others)
+    _same(name, (other[0][1:], case.rows(other[1], others)), (nll_BT[1:], kept))
     order = np.array([3, 0, 4, 2, 1])
-    permuted = case.score(inputs_BT[order], targets_BT[order], take(case.warm, order))
-    _close("rows: nll in another order", permuted[0], nll_BT[order])
-    _close("rows: state in another order", permuted[1], take(state, order))
+    warm = case.rows(case.warm, order)
+    permuted = case.score(inputs_BT[order], targets_BT[order], warm)
+    _close("rows: in another order", permuted, (nll_BT[order], case.rows(state, order)))
 
 
 def _two_segments(case: _Case, state, start_B, resets_BN=None):
-    """nll of rows from start_B on, at its place in the stream.
+    """nll of rows from start_B on, at its place in the stream; 0 before.
 
     The first segment ends at 2 TOKENS in every row, the next repeats what an extended
     length repeats, with its resets.
     """
     end = 2 * TOKENS
     again_B = np.maximum(start_B, end - case.model.extended_length)
-    nll_BN, rows_B1 = np.full(case.inputs_BN.shape, np.nan), np.arange(ROWS)[:, None]
+    nll_BN, rows_B1 = np.zeros(case.inputs_BN.shape), np.arange(ROWS)[:, None]
     for begin_B, length_B in ((start_B, end - start_B), (again_B, None)):
         index_BT = begin_B[:, None] + np.arange(TOKENS)[None]
         resets_BT = None if resets_BN is None else resets_BN[rows_B1, index_BT]
@@ -248,34 +241,30 @@ def _check_resets(case: _Case) -> None:
     two_BN = _two_segments(case, case.fresh, last_B)
     for b, row in enumerate(places):
         if not row:
-            _same(
-                "resets: a row without one", reset_BN[b, TOKENS:], still_BN[b, TOKENS:]
-            )
-            continue
+            first_B[b] = last_B[b] = reset_BN.shape[1]
+            _same("resets: a row without one", reset_BN[b], still_BN[b])
         first, last, name = first_B[b], last_B[b], f"resets at {row}: nll"
-        before = slice(TOKENS, first)
-        _close(f"{name} before them", reset_BN[b, before], still_BN[b, before])
-        between = slice(first, last)
-        _close(f"{name} between them", reset_BN[b, between], one_BN[b, between])
-        here, later = slice(last, 2 * TOKENS), slice(2 * TOKENS, None)
-        _close(f"{name} from there on", reset_BN[b, here], two_BN[b, here])
-        _close(f"{name} of the next segment", reset_BN[b, later], two_BN[b, later])
+        for where, expected_BN, here in (
+            ("before them", still_BN, slice(None, first)),
+            ("between them", one_BN, slice(first, last)),
+            ("from there on", two_BN, slice(last, 2 * TOKENS)),
+            ("of the next segment", two_BN, slice(max(last, 2 * TOKENS), None)),
+        ):
+            _close(f"{name} {where}", reset_BN[b, here], expected_BN[b, here])
 
 
 def _check_padding(case: _Case) -> None:
-    inputs_BT, targets_BT = case.segment
+    inputs_BT, targets_BT = case.at(1)
     lengths_B = np.array([SHORT, TOKENS, SHORT, 0, SHORT])
     padded = case.score(inputs_BT, targets_BT, case.warm, None, lengths_B)
     whole = case.score(inputs_BT, targets_BT, case.warm)
     short = case.plain(inputs_BT[:, :SHORT], targets_BT[:, :SHORT], case.warm)
-    expected_BT = np.zeros((ROWS, TOKENS))
-    expected_BT[:, :SHORT], expected_BT[1], expected_BT[3] = short[0], whole[0][1], 0
-    _close("padding: nll, 0 where padded", padded[0], expected_BT)
-    state = jax.tree.map(
-        lambda s, w, old, axes: _place(s, axes, {1: w, 3: old}),
-        *(short[1], whole[1], case.warm, case.model.state_axes()),
-    )
-    _close("padding: state", padded[1], state)
+    nothing = np.zeros((ROWS, 0)), case.warm
+    for rows, expected in (([0, 2, 4], short), ([1], whole), ([3], nothing)):
+        nll_BT = np.pad(expected[0], ((0, 0), (0, TOKENS - expected[0].shape[1])))
+        _close("padding: nll, 0 where padded", padded[0][rows,], nll_BT[rows])
+        states = (case.rows(state, rows) for state in (padded[1], expected[1]))
+        _close("padding: state", *states)
     valid_BT = np.arange(TOKENS)[None] < lengths_B[:, None]
     other_BT = np.where(valid_BT, inputs_BT, 0)
     other = case.score(other_BT, targets_BT, case.warm, None, lengths_B)
@@ -289,126 +278,89 @@ def _check_padding(case: _Case) -> None:
     _close("padding: one number and resets [B, 1]", numbers, arrays)
 
 
-def _place(leaf, axes, rows):
-    """The leaf with some rows of others."""
-    for b, other in rows.items():
-        index = (slice(None),) * axes.index("batch") + (b,)
-        leaf = leaf.at[index].set(other[index])
-    return leaf
+def _segments(case: _Case, sizes, apply):
+    """What `apply(first, start, end, state) -> y, state` gives for each segment.
 
-
-def _sizes(model: Model, sizes) -> list[int]:
-    """As many of the sizes as start within the memory; [] where none is promised."""
-    memory_length = model.memory_length
-    limit = sum(sizes) if memory_length is None else memory_length
+    One after the other, and for all at once. Only as many of the sizes as start within
+    the memory; None where nothing is promised.
+    """
+    model = case.model
+    limit = sum(sizes) if model.memory_length is None else model.memory_length
     if limit < 2 or not model.segments_equal_one_pass:
-        return []
-    starts = np.cumsum([0, *sizes[:-1]])
-    return [size for start, size in zip(starts, sizes, strict=True) if start <= limit]
-
-
-def _windows(model: Model, sizes):
-    """(first input, first target, end) of each segment."""
-    for start, end in zip(np.cumsum([0, *sizes[:-1]]), np.cumsum(sizes), strict=True):
-        yield max(0, start - model.extended_length), start, end
+        return None
+    state, parts, start = case.fresh, [], 0
+    for size in sizes:
+        if start <= limit:
+            first, end = max(0, start - model.extended_length), start + size
+            part, state = apply(first, start, end, state)
+            parts.append(part)
+            start = end
+    return np.concatenate(parts, axis=1), apply(0, 0, start, case.fresh)[0]
 
 
 def _check_segments(case: _Case) -> None:
-    sizes, state, parts = _sizes(case.model, [SHORT, TOKENS, SHORT]), case.fresh, []
-    if not sizes:
-        return
-    N = sum(sizes)
-    for first, start, end in _windows(case.model, sizes):
-        inputs_BT = case.inputs_BN[:, first:end]
-        nll_BT, state = case.plain(inputs_BT, case.targets_BN[:, start:end], state)
-        parts.append(nll_BT)
-    one_BN, _ = case.plain(case.inputs_BN[:, :N], case.targets_BN[:, :N], case.fresh)
-    name = f"segments: sizes {sizes} and one pass, nll"
-    _close(name, np.concatenate(parts, axis=1), one_BN)
+    def apply(first, start, end, state):
+        targets_BT = case.targets_BN[:, start:end]
+        return case.plain(case.inputs_BN[:, first:end], targets_BT, state)
+
+    sizes = SHORT, TOKENS, SHORT
+    if found := _segments(case, sizes, apply):
+        _close(f"segments: of {sizes} and one pass, nll", *found)
 
 
 def _check_single_tokens(case: _Case) -> None:
-    """The trunk, one vector at a time."""
-    sizes, state, parts = _sizes(case.model, [1] * TOKENS), case.fresh, []
-    if not sizes:
-        return
-    apply = case.jit(functools.partial(case.model.trunk.apply, case.params))
-    shape = ROWS, len(sizes), case.model.config.d_model
+    trunk = case.jit(functools.partial(case.model.trunk.apply, case.params))
+    shape = ROWS, TOKENS, case.model.config.d_model
     x_BND = np.random.default_rng(0).normal(size=shape)
-    for first, _, end in _windows(case.model, sizes):
-        y_BTD, state = apply(x_BND[:, first:end], state)
-        parts.append(y_BTD[:, -1:])
-    one_BND, _ = apply(x_BND, case.fresh)
-    name = "segments: the trunk by single tokens and in one pass"
-    _close(name, np.concatenate(parts, axis=1), one_BND)
+
+    def apply(first, start, end, state):
+        y_BTD, state = trunk(x_BND[:, first:end], state)
+        return y_BTD[:, start - first :], state
+
+    if found := _segments(case, [1] * TOKENS, apply):
+        _close("segments: the trunk by single tokens and in one pass", *found)
 
 
 def _check_gradient(case: _Case) -> None:
-    inputs_BT, targets_BT = case.segment
-
-    def later(params, nudges):
-        """All that a later segment can make of the first: its state, and that nudged.
-
-        Differentiated by the weights of the first segment and by the state.
-        """
-        _, state, _ = case.model.apply(params, inputs_BT, targets_BT, case.warm)
-        leaves, tree = jax.tree.flatten(state)
-        floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
-        carried = sum(x.sum() for x, f in zip(leaves, floating, strict=True) if f)
-        nudges = iter(nudges)
-        leaves = [
-            x + next(nudges) if f else x for x, f in zip(leaves, floating, strict=True)
-        ]
-        state = jax.tree.unflatten(tree, leaves)
-        nll_BT, _, aux = case.model.apply(case.params, inputs_BT, targets_BT, state)
+    def both(state, params):
+        """Of a gradient to the state given, and one out of the state returned."""
+        nll_BT, _, aux = case.model.apply(case.params, *case.at(1), state)
+        _, after, _ = case.model.apply(params, *case.at(1), case.warm)
+        carried = sum(x.sum() for x in jax.tree.leaves(after) if _is_float(x))
         return nll_BT.sum() + aux.loss + carried
 
-    floats = [x for x in jax.tree.leaves(case.warm) if jnp.issubdtype(x.dtype, float)]
-    nudges = [jnp.zeros_like(x) for x in floats]
-    weights, states = case.jit(jax.grad(later, argnums=(0, 1)))(case.params, nudges)
-    zeros = functools.partial(jax.tree.map, np.zeros_like)
-    _same("gradient: through the state to the weights", weights, zeros(weights))
-    _same("gradient: to the state", states, zeros(states))
+    grad = case.jit(jax.grad(both, argnums=(0, 1), allow_int=True))
+    names = "to the state given", "from the state returned to the weights"
+    for name, tree in zip(names, grad(case.warm, case.params), strict=True):
+        leaves = [x for x in jax.tree.leaves(tree) if _is_float(x)]
+        _same(f"gradient: {name}", leaves, [np.zeros(x.shape) for x in leaves])
 
 
 def _check_loops(case: _Case) -> None:
-    model, (inputs_BT, targets_BT) = case.model, case.segment
-    nll_BT, state = case.plain(inputs_BT, targets_BT, case.warm)
-    eager = model.apply(case.params, inputs_BT, targets_BT, case.warm)[:2]
+    model, apply = case.model, functools.partial(case.model.apply, case.params)
+    nll_BT, state = case.plain(*case.at(1), case.warm)
+    eager = apply(*case.at(1), case.warm)[:2]
     _close("loops: without jit", eager, (nll_BT, state))
-    later = slice(2 * TOKENS, 3 * TOKENS)
-    pairs = (
-        (inputs_BT, case.inputs_BN[:, later]),
-        (
-            targets_BT,
-            case.targets_BN[:, later],
-        ),
-    )
-    next_BT, last = case.plain(pairs[0][1], pairs[1][1], state)
+    next_BT, last = case.plain(*case.at(2), state)
 
-    @case.jit
-    def scan(state, inputs_NBT, targets_NBT):
-        def body(state, segment):
-            nll_BT, state, _ = model.apply(case.params, *segment, state)
-            return state, nll_BT
+    def body(state, segment):
+        nll_BT, state, _ = apply(*segment, state)
+        return state, nll_BT
 
-        return lax.scan(body, state, (inputs_NBT, targets_NBT))
-
-    scanned = scan(case.warm, np.stack(pairs[0]), np.stack(pairs[1]))
-    _close(
-        "loops: lax.scan over segments", scanned, (last, np.stack([nll_BT, next_BT]))
-    )
+    segments = jax.tree.map(lambda *x: np.stack(x), case.at(1), case.at(2))
+    scanned = case.jit(functools.partial(lax.scan, body))(case.warm, segments)
+    looped = last, np.stack([nll_BT, next_BT])
+    _close("loops: lax.scan over segments", scanned, looped)
     if hasattr(model.config, "scan_layers"):
         flipped = not model.config.scan_layers
         config = dataclasses.replace(model.config, scan_layers=flipped)
         other = dataclasses.replace(model, config=config)
-        apply = case.jit(functools.partial(other.apply, case.params))
-        found = apply(inputs_BT, targets_BT, case.warm)[:2]
+        found = case.jit(other.apply)(case.params, *case.at(1), case.warm)[:2]
         _close(f"loops: scan_layers={flipped}", found, (nll_BT, state))
 
 
 def _check_log_probs(case: _Case) -> None:
-    inputs_BT, targets_BT = case.segment
+    inputs_BT, targets_BT = case.at(1)
     nll_BT, state = case.plain(inputs_BT, targets_BT, case.warm)
     log_probs = case.jit(functools.partial(case.model.log_probs, case.params))
     log_probs_BTV, after = log_probs(inputs_BT, case.warm)
@@ -418,8 +370,8 @@ def _check_log_probs(case: _Case) -> None:
 
 
 CHECKS = (
-    _check_causal,
     _check_rows,
+    _check_causal,
     _check_padding,
     _check_resets,
     _check_segments,

@@ -28,7 +28,7 @@ def attention(
             "BTHK,BSHK->BHTS", qu_BTHK, k_BSHK, preferred_element_type=dtype
         )
         if r_SHK is not None:
-            scores_BHTS += _position_scores(qw_BTHK, r_SHK, S, dtype, causal)
+            scores_BHTS += _position_scores(qw_BTHK, r_SHK, S, dtype)
     with jax.named_scope("softmax"):
         mask = visible(T, S, window=window, causal=causal)[None, None]
         if key_start_BT is not None:
@@ -57,11 +57,12 @@ def visible(T: int, S: int, *, window: int | None, causal: bool = True) -> np.nd
     return mask_TS if window is None else mask_TS & (abs(distance_TS) <= window)
 
 
-def _position_scores(qw_BTHK, r_SHK, S, dtype, causal):
+def _position_scores(qw_BTHK, r_SHK, S, dtype):
     # Columns in descending distance, S-1 first. Causal attention has no rows for the
-    # negative distances; one junk row stands for them, which the mask hides.
+    # negative distances; one junk row stands for them, which the mask hides. (A single
+    # query has none either, and the shift needs the column.)
     r_WHK = r_SHK[::-1]
-    if causal:
+    if r_SHK.shape[0] == S:
         r_WHK = jnp.pad(r_WHK, ((0, 1), (0, 0), (0, 0)))
     raw_BHTW = jnp.einsum(
         "BTHK,WHK->BHTW", qw_BTHK, r_WHK, preferred_element_type=dtype

@@ -54,8 +54,9 @@ def compute_dtype(name: str, params=None):
 class Model:
     """A frozen configuration and the pure functions that it defines.
 
-    Subclasses define `_module` (a Linen module with the methods `nll`, `log_probs` and
-    `run_trunk`), `init_state` and `state_axes`.
+    Subclasses define `_module`, `memory_length`, `init_state` and `state_axes`. The
+    Linen module scores when called, and has the methods `log_probs` and `run_trunk`;
+    the latter reads only the parameters under 'trunk'.
     """
 
     config: Any
@@ -192,8 +193,8 @@ class Model:
         if resets_BT is not None and resets_BT.shape[1] > 1:
             if not self.resets_in_segment:
                 raise UserError(
-                    f"resets_BT has {resets_BT.shape[1]} columns, but this model resets "
-                    "only before a segment, [B, 1] (Model.resets_in_segment is False)"
+                    f"resets_BT has {resets_BT.shape[1]} columns, but this model can "
+                    "reset only before a segment, [B, 1]: resets_in_segment is False"
                 )
         return expand_resets(resets_BT, T)
 

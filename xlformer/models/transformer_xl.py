@@ -7,7 +7,6 @@ the original's options, and the counter-examples that its paper compares with.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 

@@ -105,10 +105,9 @@ class TransformerXLConfig:
                 raise UserError(f"config.model.{field}={value!r} is not of type {name}")
             object.__setattr__(self, field, value)
         for field, choices in CHOICES.items():
-            if getattr(self, field) not in choices:
-                raise UserError(
-                    f"config.model.{field}={getattr(self, field)!r} is none of {choices}"
-                )
+            value = getattr(self, field)
+            if value not in choices:
+                raise UserError(f"config.model.{field}={value!r} is none of {choices}")
         for field in (*POSITIVE, *NOT_NEGATIVE):
             if getattr(self, field) < (field in POSITIVE):
                 least = "at least 1" if field in POSITIVE else "not negative"

@@ -1,0 +1,337 @@
+"""check_model passes a model of another kind and fails every broken one, by name."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from quick import compiler_options
+
+from xlformer import testing
+from xlformer.models import Model, TransformerXL, TransformerXLConfig
+from xlformer.models.base import Aux, Trunk, compute_dtype
+
+CONFIG = TransformerXLConfig(
+    vocab_size=23,
+    n_layer=1,
+    d_model=8,
+    n_head=2,
+    d_inner=11,
+    memory_length=13,
+    dropout=0.0,
+    scan_layers=True,
+)
+
+
+def check(model):
+    testing.check_model(model, compiler_options=compiler_options())
+
+
+# A recurrent model: h_t = tanh(x_t + w h_t-1).
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentConfig:
+    vocab_size: int = 19
+    d_model: int = 5
+    dtype: str = "auto"
+    dropout: float = 0.0
+    carried: bool = True
+
+
+class Cell(nn.Module):
+    carried: bool
+
+    @nn.compact
+    def __call__(self, x_BTD, state, resets_BT, lengths):
+        D = x_BTD.shape[-1]
+        weights_DD = self.param("weights", nn.initializers.normal(), (D, D))
+
+        def body(h_BD, step):
+            x_BD, reset_B, valid_B = step
+            before_BD = jnp.where(reset_B[:, None], 0, h_BD)
+            new_BD = jnp.tanh(x_BD + before_BD @ weights_DD)
+            h_BD = jnp.where(valid_B[:, None], new_BD, h_BD)
+            return h_BD, h_BD
+
+        if resets_BT is None:
+            resets_BT = jnp.zeros(x_BTD.shape[:2], bool)
+        h_BD = state if self.carried else jnp.zeros_like(x_BTD[:, 0])
+        steps = x_BTD, resets_BT, _valid(x_BTD[..., 0], lengths)
+        steps = jax.tree.map(lambda x: x.swapaxes(0, 1), steps)
+        h_BD, y_TBD = lax.scan(body, h_BD, steps)
+        return y_TBD.swapaxes(0, 1), h_BD if self.carried else ()
+
+
+class RecurrentModule(nn.Module):
+    config: RecurrentConfig
+
+    def setup(self):
+        self.embedding = nn.Embed(self.config.vocab_size, self.config.d_model)
+        self.trunk = Cell(self.config.carried)
+
+    def __call__(self, ids_BT, targets_BT, state, *, lengths=None, **options):
+        log_p_BTV, state = self.log_probs(ids_BT, state, lengths=lengths, **options)
+        nll_BT = -jnp.take_along_axis(log_p_BTV, targets_BT[..., None], 2)[..., 0]
+        return jnp.where(_valid(nll_BT, lengths), nll_BT, 0), state
+
+    def log_probs(self, ids_BT, state, **options):
+        y_BTD, state = self.run_trunk(self.embedding(ids_BT), state, **options)
+        return jax.nn.log_softmax(self.embedding.attend(y_BTD)), state
+
+    def run_trunk(self, x_BTD, state, *, resets_BT=None, lengths=None, key=None):
+        del key
+        return self.trunk(x_BTD, state, resets_BT, lengths)
+
+
+def _valid(x_BT, lengths):
+    if lengths is None:
+        return jnp.ones(x_BT.shape, bool)
+    B, T = x_BT.shape
+    return jnp.arange(T)[None] < jnp.broadcast_to(lengths, (B,))[:, None]
+
+
+class Recurrent(Model):
+    @property
+    def memory_length(self):
+        return None if self.config.carried else 0
+
+    def init_state(self, batch_size, dtype=None):
+        if not self.config.carried:
+            return ()
+        dtype = dtype or compute_dtype(self.config.dtype)
+        return jnp.zeros((batch_size, self.config.d_model), dtype)
+
+    def state_axes(self):
+        return ("batch", "embed") if self.config.carried else ()
+
+    def _module(self, dtype):
+        return RecurrentModule(self.config)
+
+
+@pytest.mark.parametrize("carried", [True, False])
+def test_a_model_of_another_kind_passes(carried):
+    check(Recurrent(RecurrentConfig(carried=carried)))
+
+
+class ForgetsAfterThreeTokens(Recurrent):
+    """Unlimited memory is claimed; the state of a segment of over 3 tokens is lost."""
+
+    def apply(self, params, inputs_BT, targets_BT, state, **options):
+        nll_BT, after, aux = super().apply(
+            params, inputs_BT, targets_BT, state, **options
+        )
+        lost = inputs_BT.shape[1] > 3 and options.get("lengths_B") is None
+        return nll_BT, after * 0 if lost else after, aux
+
+
+# Broken models. Each changes the least that breaks one property.
+
+
+class Broken(TransformerXL):
+    """`change` sees everything that apply gets and gives."""
+
+    def apply(self, params, inputs_BT, targets_BT, state, **options):
+        options = self.options(dict(resets_BT=None, lengths_B=None) | options)
+        arrays = inputs_BT, targets_BT
+        nll_BT, after, aux = super().apply(params, *arrays, state, **options)
+        return *self.change(inputs_BT, state, nll_BT, after), aux
+
+    def options(self, options):
+        return options
+
+    def change(self, inputs_BT, before, nll_BT, after):
+        del inputs_BT, before
+        return nll_BT, after
+
+
+class LeaksTheFuture(Broken):
+    def change(self, inputs_BT, before, nll_BT, after):
+        return nll_BT + 1e-7 * jnp.roll(inputs_BT, -1, axis=1), after
+
+
+class IgnoresItsInput(Broken):
+    def apply(self, params, inputs_BT, *arrays, **options):
+        return super().apply(params, inputs_BT * 0, *arrays, **options)
+
+
+class MixesRows(Broken):
+    def change(self, inputs_BT, before, nll_BT, after):
+        return nll_BT + 1e-9 * nll_BT.mean(0, keepdims=True), after
+
+
+class MixesRowsOfTheState(Broken):
+    def change(self, inputs_BT, before, nll_BT, after):
+        mean = after.hidden_LBMD.mean(1, keepdims=True)
+        return nll_BT, after._replace(hidden_LBMD=after.hidden_LBMD + 1e-9 * mean)
+
+
+class NumbersItsRows(Broken):
+    def change(self, inputs_BT, before, nll_BT, after):
+        return nll_BT + 1e-7 * jnp.arange(len(nll_BT))[:, None], after
+
+
+class IgnoresResets(Broken):
+    def options(self, options):
+        return options | dict(resets_BT=None)
+
+
+class ResetsOnlyOnce(Broken):
+    def options(self, options):
+        resets_BT = options["resets_BT"]
+        if resets_BT is not None:
+            first_BT = jnp.cumsum(resets_BT, axis=1) == 1
+            options["resets_BT"] = resets_BT & first_BT
+        return options
+
+
+class ResetsAllRows(Broken):
+    def options(self, options):
+        resets_BT = options["resets_BT"]
+        if resets_BT is not None:
+            every_BT = jnp.broadcast_to(
+                resets_BT.any(0, keepdims=True), resets_BT.shape
+            )
+            options["resets_BT"] = every_BT
+        return options
+
+
+class ForgetsShortResets(Broken):
+    def options(self, options):
+        resets_BT = options["resets_BT"]
+        if resets_BT is not None and resets_BT.shape[1] == 1:
+            options["resets_BT"] = None
+        return options
+
+
+class LetsPaddingIn(Broken):
+    """Into the memory; the nll is masked."""
+
+    def apply(self, params, inputs_BT, targets_BT, state, *, lengths_B=None, **options):
+        arrays = params, inputs_BT, targets_BT, state
+        nll_BT, _, aux = super().apply(*arrays, lengths_B=lengths_B, **options)
+        return nll_BT, super().apply(*arrays, **options)[1], aux
+
+
+class ScoresPadding(Broken):
+    def options(self, options):
+        return options | dict(lengths_B=None)
+
+
+class LosesItsMemory(Broken):
+    def change(self, inputs_BT, before, nll_BT, after):
+        return nll_BT, before
+
+
+class LosesItsTrunksMemory(Broken):
+    @property
+    def trunk(self):
+        class Forgetful(Trunk):
+            def apply(self, params, x_BTD, state, **options):
+                return super().apply(params, x_BTD, state, **options)[0], state
+
+        return Forgetful(self)
+
+
+class BoastsOfItsMemory(Broken):
+    """Says 13, holds 3."""
+
+    memory_length = 13
+
+    def __init__(self, config):
+        super().__init__(dataclasses.replace(config, memory_length=3))
+
+
+class TakesGradients(Broken):
+    def apply(self, params, inputs_BT, targets_BT, state, **options):
+        nll_BT, after, aux = super().apply(
+            params, inputs_BT, targets_BT, state, **options
+        )
+        return nll_BT + state.hidden_LBMD.sum() * 1e-30, after, aux
+
+
+class GivesGradients(Broken):
+    def apply(self, params, inputs_BT, targets_BT, state, **options):
+        nll_BT, after, aux = super().apply(
+            params, inputs_BT, targets_BT, state, **options
+        )
+        leak = params["softmax"]["bias"].sum() * 1e-30
+        return nll_BT, after._replace(hidden_LBMD=after.hidden_LBMD + leak), aux
+
+
+class DiffersWithoutJit(Broken):
+    def change(self, inputs_BT, before, nll_BT, after):
+        return nll_BT + 1e-7 * (not isinstance(nll_BT, jax.core.Tracer)), after
+
+
+class DiffersUnrolled(Broken):
+    def change(self, inputs_BT, before, nll_BT, after):
+        return nll_BT + 1e-7 * (not self.config.scan_layers), after
+
+
+class ComputesInFloat32(Broken):
+    def change(self, inputs_BT, before, nll_BT, after):
+        return nll_BT.astype(jnp.float32), after
+
+
+class ChangesTheDtypeOfItsState(Broken):
+    def change(self, inputs_BT, before, nll_BT, after):
+        return nll_BT, after._replace(length_B=after.length_B.astype(jnp.float32))
+
+
+class NamesTheWrongAxis(Broken):
+    def state_axes(self):
+        axes = super().state_axes()
+        return axes._replace(hidden_LBMD=("batch", "layers", "memory", "embed"))
+
+
+class HasVectorMetrics(Broken):
+    def apply(self, *arrays, **options):
+        nll_BT, after, _ = super().apply(*arrays, **options)
+        return nll_BT, after, Aux(nll_BT.mean() * 0, {"nats": nll_BT[0]})
+
+
+class HasUnnormalisedLogProbs(Broken):
+    def log_probs(self, *arrays, **options):
+        log_probs_BTV, after = super().log_probs(*arrays, **options)
+        return log_probs_BTV + 1e-7, after
+
+
+BROKEN = {
+    LeaksTheFuture: "causal: outputs before a changed token 2: differs by",
+    IgnoresItsInput: "causal: no output from token 0 on",
+    MixesRows: "rows: others, when row 0 changes: differs by",
+    MixesRowsOfTheState: "rows: others, when row 0 changes: differs by",
+    NumbersItsRows: "rows: in another order: differs by",
+    IgnoresResets: r"resets at \[0\]: nll from there on: differs by",
+    ResetsOnlyOnce: r"resets at \[2, 5\]: nll from there on: differs by",
+    ResetsAllRows: "resets: a row without one: differs by",
+    ForgetsShortResets: r"padding: one number and resets \[B, 1\]: differs by",
+    LetsPaddingIn: "padding: state: differs by",
+    ScoresPadding: "padding: nll, 0 where padded: differs by",
+    LosesItsMemory: "segments: of .* one pass, nll: differs by",
+    LosesItsTrunksMemory: "segments: the trunk by single tokens .* differs by",
+    BoastsOfItsMemory: "segments: of .* one pass, nll: differs by",
+    TakesGradients: "gradient: to the state given: differs by",
+    GivesGradients: "gradient: from the state returned .*: differs by",
+    DiffersWithoutJit: "loops: without jit: differs by",
+    DiffersUnrolled: "loops: scan_layers=False: differs by",
+    ComputesInFloat32: "state: float64 became float32",
+    ChangesTheDtypeOfItsState: "state: .*int32.* became .*float32",
+    NamesTheWrongAxis: "state: state_axes gives",
+    HasVectorMetrics: "state: aux must hold scalars",
+    HasUnnormalisedLogProbs: "log_probs: at the targets, and -nll: differs by",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN, ids=lambda kind: kind.__name__)
+def test_a_broken_model_fails_by_the_property_it_breaks(kind):
+    with pytest.raises(AssertionError, match=f"^{BROKEN[kind]}"):
+        check(kind(CONFIG))
+
+
+def test_a_state_that_is_lost_now_and_then_is_noticed():
+    with pytest.raises(AssertionError, match="segments: of .* differs by"):
+        check(ForgetsAfterThreeTokens(RecurrentConfig()))

@@ -113,18 +113,25 @@ class Checkpoints:
     # Saving --------------------------------------------------------------------------
 
     def save(
-        self, step: int, state, *, config: Mapping, metric: float | None = None
+        self,
+        step: int,
+        state,
+        *,
+        config: Mapping,
+        metric: float | None = None,
+        replace: bool = False,
     ) -> bool:
         """Starts saving and returns once the state may be donated.
 
         A failure of the previous save shows here or in wait(). Returns False, and saves
-        nothing, for the step that this object restored or saved last. Steps after
+        nothing, for the step that this object restored or saved last, unless it is to
+        replace it (a kill before that is done costs this one step). Steps after
         `step`, which a rewind or a fall back to it left behind, are deleted: they
         belong to a future that did not happen.
         """
         if self._manager is None:
             raise ValueError("opened with read_only=True")
-        if step == self._current:
+        if step == self._current and not replace:
             return False
         self.wait()
         finite = metric is not None and math.isfinite(metric)

@@ -8,12 +8,38 @@ import optax
 from jax import lax
 
 from xlformer.errors import UserError
+from xlformer.training import optimizers
 from xlformer.training.state import Place, TrainState
+
+AT_LEAST = {
+    "train": {
+        "steps": 1,
+        "batch_size": 1,
+        "segment_length": 1,
+        "micro_batches": 1,
+        "segments_per_call": 1,
+        "keep": 1,
+        "log_every": 0,
+        "eval_every": 0,
+        "save_every": 0,
+        "profile_start": 0,
+        "profile_steps": 0,
+    },
+    "optimizer": {"learning_rate": 0, "warmup_steps": 0, "clip_norm": 0},
+    "eval": {"batch_size": 1, "segment_length": 1, "max_tokens": 0},
+}
 
 
 def check(config) -> None:
     """Raises UserError for what no step can do."""
     train = config.train
+    for section, fields in AT_LEAST.items():
+        for field, least in fields.items():
+            value = config[section][field]
+            if not value >= least:  # NaN is refused too.
+                raise UserError(
+                    f"config.{section}.{field}={value} must be at least {least}"
+                )
     if train.batch_size % train.micro_batches:
         raise UserError(
             f"config.train.batch_size={train.batch_size} is not divisible by "
@@ -22,12 +48,13 @@ def check(config) -> None:
     extended = config.model.get("extended_length", 0)
     if train.variable_length and extended:
         raise UserError(
-            f"config.train.variable_length with config.model.extended_length="
-            f"{extended}: padding on the right and context on the left do not go together"
+            f"config.train.variable_length with config.model.extended_length={extended}"
+            ": padding on the right and context on the left do not go together"
         )
-    for field in ("steps", "batch_size", "segment_length", "micro_batches"):
-        if train[field] < 1:
-            raise UserError(f"config.train.{field}={train[field]} must be at least 1")
+    if not 0 <= train.ema_decay < 1:
+        raise UserError(
+            f"config.train.ema_decay={train.ema_decay} must be at least 0 and below 1"
+        )
 
 
 def make_step(config, model, optimizer, schedule):
@@ -88,6 +115,20 @@ def make_steps(step_fn):
         return lax.scan(step_fn, state, batches)
 
     return steps_fn
+
+
+def make_plateau(config):
+    """Returns update(state.plateau, validation loss), compiled."""
+
+    def update(plateau: optimizers.Plateau, loss) -> optimizers.Plateau:
+        return optimizers.plateau_update(
+            plateau,
+            loss,
+            factor=config.optimizer.plateau_factor,
+            patience=config.optimizer.plateau_patience,
+        )
+
+    return jax.jit(update)
 
 
 def loss_weights(shape, length, *, half: bool) -> jax.Array:
@@ -175,5 +216,6 @@ def _update(config, optimizer, schedule, state, batch, grads, carried, metrics):
         "norm/grad": norm,
         "train/learning_rate": rate,
         "train/finite": finite,
+        "train/skipped": state.skipped,
         "train/skipped_in_a_row": state.skipped_in_a_row,
     }

@@ -1,0 +1,504 @@
+"""A run from its first step to its last, with everything that may come in between."""
+
+import itertools
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from training_runs import (
+    SYMBOLS,
+    assert_same,
+    bag,
+    everything,
+    final_state,
+    quick_jit,
+    refusal,
+    text_config,
+    write_text,
+)
+
+from xlformer import config as config_lib
+from xlformer import models, runs
+from xlformer.data.prepared import Prepared
+from xlformer.data.stream import Stream
+from xlformer.data.vocabulary import ByteVocabulary, WordVocabulary
+from xlformer.scoring import Evaluator
+from xlformer.train import main, train
+from xlformer.training import faults, metrics
+from xlformer.training.checkpoints import Checkpoints
+
+TOTAL = 24
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly():
+    with quick_jit():
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def config(text):
+    found = everything(text_config(text))
+    found.data.directory = str(text.parent / "prepared")
+    return found
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, tmp_path_factory):
+    """(work directory, result, console) of a run to the end; not to be changed."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        lines = []
+        patch.setattr(metrics.Writer, "console", lambda _, line: lines.append(line))
+        result = train(config, workdir)
+    return workdir, result, "\n".join(lines)
+
+
+@pytest.fixture
+def finished(uninterrupted, tmp_path):
+    return shutil.copytree(uninterrupted[0], tmp_path / "finished")
+
+
+def final(workdir, config):
+    return final_state(workdir, config, models.build(config.model, vocab_size=SYMBOLS))
+
+
+def losses(workdir):
+    """Everything that was logged, without the time that it took."""
+    measured = ("time", "perf/tokens_per_s")
+    return [
+        {k: v for k, v in record.items() if k not in measured}
+        for record in metrics.read(workdir)
+    ]
+
+
+def assert_same_run(workdir, reference, config):
+    step, found, _ = final(workdir, config)
+    expected_step, expected, _ = final(reference, config)
+    assert step == expected_step == TOTAL
+    assert_same(found, expected)
+    checkpoints = [
+        Checkpoints(d / "checkpoints", read_only=True) for d in (workdir, reference)
+    ]
+    assert checkpoints[0].steps() == checkpoints[1].steps()
+    assert checkpoints[0].best() == checkpoints[1].best()
+
+
+def signal_at(monkeypatch, step, number=signal.SIGTERM):
+    """The signal comes while the batch of a step is made."""
+    real = Stream.at
+
+    def at(self, k):
+        if k == step:
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)  # for the thread that notices it
+        return real(self, k)
+
+    monkeypatch.setattr(Stream, "at", at)
+
+
+# A run --------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_what_the_others_read(config, uninterrupted):
+    workdir, result, _ = uninterrupted
+    assert result["step"] == TOTAL and result["interrupted"] is None
+    evals = [r["eval/nats_per_token"] for r in metrics.read(workdir, kind="eval")]
+    assert len(evals) == 3 and evals[2] < evals[1] < evals[0] < np.log(SYMBOLS) + 0.1
+    assert result["eval/nats_per_token"] == evals[-1] < 1.9
+    assert result["train/loss_nats"] < 1.9
+    json.dumps(result)
+    assert runs.read_config(workdir).to_dict() == config.to_dict()
+    run = runs.load(workdir)
+    assert run.vocabulary.size == SYMBOLS and run.averaged and run.step == TOTAL
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    assert checkpoints.steps() == [18, 24] and checkpoints.best() == 24
+    card = json.loads((workdir / "data.json").read_text())
+    assert card["corpus"] == "text" and len(card["payload_sha256"]) == 64
+    assert not list(workdir.glob("*.tmp"))
+
+
+def test_the_log_says_where_it_is_and_how_fast(uninterrupted):
+    workdir, _, console = uninterrupted
+    line = (
+        r"step +(\d+)/24  loss \d\.\d{4}  bpc \d\.\d{4}  \S+ tokens/s  eta \d:\d\d:\d\d"
+    )
+    assert [int(s) for s in re.findall(line, console)] == list(range(2, 25, 2))
+    assert re.findall(r"step (\d+)  validation bpc", console) == ["8", "16", "24"]
+    assert "parameters" in console and "an epoch is" in console
+    assert console.count("compiled the step") == 1
+    records = [
+        json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
+    for record in records:
+        nats = "eval/nats_per_token" if record["kind"] == "eval" else "train/loss_nats"
+        bpc = record["eval/bpc" if record["kind"] == "eval" else "train/bpc"]
+        assert bpc == pytest.approx(record[nats] / np.log(2))
+    train_records = [r for r in records if r["kind"] == "train"]
+    assert [r["step"] for r in train_records] == list(range(2, 25, 2))
+    assert all(r["perf/tokens_per_s"] > 0 for r in train_records)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(config, finished, capsys):
+    before = final(finished, config)
+    result = train(config, finished)
+    assert "the run is complete: 24 of 24 steps" in capsys.readouterr().err
+    assert result["step"] == TOTAL and result["interrupted"] is None
+    assert (
+        result["eval/nats_per_token"]
+        == metrics.read(finished)[-2]["eval/nats_per_token"]
+    )
+    assert_same(final(finished, config)[1], before[1])
+
+
+def test_lines_come_at_their_multiples_whatever_one_call_makes(text, tmp_path):
+    config = text_config(text, steps=11, segments_per_call=3, log_every=4)
+    config.train.update(eval_every=0, save_every=0)
+    train(config, tmp_path, model=bag(vocab_size=SYMBOLS))
+    steps = [r["step"] for r in metrics.read(tmp_path, kind="train")]
+    assert steps == [6, 9, 11]  # the first call's end at or after 4 and 8, and the last
+    assert [r["step"] for r in metrics.read(tmp_path, kind="eval")] == [11]
+
+
+# Interrupted and resumed --------------------------------------------------------------
+
+
+COMMAND = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from training_runs import everything, quick_jit, text_config
+from xlformer import config
+from xlformer.train import main
+text, workdir = sys.argv[1:]
+made = everything(text_config(text))
+made.data.directory = workdir + "-prepared"
+config.load = lambda *_: made
+with quick_jit():
+    sys.exit(main(["--config=made", "--workdir=" + workdir]))
+"""
+
+
+class Process:
+    """The command in a session of its own, its standard error in a file."""
+
+    def __init__(self, text, workdir):
+        self.log = workdir.parent / "log.txt"
+        here = pathlib.Path(__file__).parent
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "error", "-c", COMMAND, here, text, workdir],
+                env=os.environ | {"PYTHONPATH": str(here.parent)},
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def wait_for(self, pattern):
+        end = time.monotonic() + 60
+        while not re.search(pattern, self.log.read_text()):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < end, self.log.read_text()
+            time.sleep(0.003)
+
+    def signal(self, number):
+        os.killpg(self.process.pid, number)
+        return self.process.wait(timeout=60)
+
+    def finish(self):
+        assert self.process.wait(timeout=60) == 0, self.log.read_text()
+
+
+def test_killed_at_random_moments_it_ends_bit_by_bit_as_if_it_never_was(
+    text, config, uninterrupted, tmp_path
+):
+    workdir = tmp_path / "killed"
+    seed = time.time_ns()
+    print("seed", seed)  # shown if this fails
+    chance = random.Random(seed)
+    for first in (2, 12):
+        process = Process(text, workdir)
+        step = chance.randrange(first, first + 9)
+        process.wait_for(rf"step +({'|'.join(map(str, range(step, TOTAL + 1)))})/24")
+        time.sleep(chance.random() * 0.2)
+        assert process.signal(signal.SIGKILL) == -signal.SIGKILL
+    Process(text, workdir).finish()
+    assert_same_run(workdir, uninterrupted[0], config)
+    assert losses(workdir) == losses(uninterrupted[0])
+
+
+def test_a_signal_while_it_compiles_ends_it_at_once(text, tmp_path):
+    process = Process(text, tmp_path / "run")
+    process.wait_for("no checkpoint")
+    assert process.signal(signal.SIGTERM) == faults.INTERRUPTED
+    assert "SIGTERM: stopped before the first step" in process.log.read_text()
+    assert not (tmp_path / "run" / "checkpoints" / "1").exists()
+
+
+@pytest.mark.parametrize("step", [3, 16])
+def test_a_signal_saves_that_step_and_the_rest_is_the_same(
+    config, uninterrupted, tmp_path, monkeypatch, capfd, step
+):
+    monkeypatch.setattr(config_lib, "load", lambda *_: config)
+    argv = ["--config=made", f"--workdir={tmp_path}"]
+    with monkeypatch.context() as patch:
+        signal_at(patch, step)
+        assert main(argv) == faults.INTERRUPTED == 42
+    out, err = capfd.readouterr()
+    saved = Checkpoints(tmp_path / "checkpoints", read_only=True).latest()
+    assert step < saved <= step + 2 and json.loads(out)["step"] == saved
+    assert f"SIGTERM: saved at step {saved}" in err.splitlines()
+    assert main(argv) == 0
+    out, err = capfd.readouterr()
+    assert f"resuming from the checkpoint of step {saved}" in err
+    assert_same_run(tmp_path, uninterrupted[0], config)
+
+
+@pytest.mark.parametrize("step", [8, 24])
+def test_a_signal_in_a_validation_leaves_it_for_later(
+    config, uninterrupted, tmp_path, monkeypatch, step
+):
+    real, calls = Evaluator.score, itertools.count(1)
+
+    def score(self, *args, progress, **kwargs):
+        if next(calls) == step // config.train.eval_every:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        return real(self, *args, progress=progress, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "score", score)
+        assert train(config, tmp_path)["interrupted"] == "SIGTERM"
+    saved, found, _ = final(tmp_path, config)
+    assert saved == step and int(found.evaluated) == max(step - 8, 0)
+    result = train(config, tmp_path)
+    assert result["eval/nats_per_token"] == uninterrupted[1]["eval/nats_per_token"]
+    assert_same_run(tmp_path, uninterrupted[0], config)
+    assert losses(tmp_path) == losses(uninterrupted[0])
+    # And it is done now.
+    again = train(config, tmp_path)
+    assert again["step"] == TOTAL
+
+
+def test_a_run_that_was_too_short_goes_on(text, tmp_path):
+    model = bag(vocab_size=SYMBOLS)
+    config = text_config(text, steps=8, segments_per_call=2)
+    assert train(config, tmp_path / "a", model=model)["step"] == 8
+    config.train.steps = 24
+    assert train(config, tmp_path / "a", model=model)["step"] == 24
+    train(config, tmp_path / "b", model=model)
+    a, b = (final_state(tmp_path / d, config, model)[1] for d in "ab")
+    assert_same(a, b)  # The schedule is constant.
+
+
+# Whose directory it is ----------------------------------------------------------------
+
+
+def test_a_second_process_is_refused_by_name(config, finished, monkeypatch, capsys):
+    monkeypatch.setattr(config_lib, "load", lambda *_: config)
+    before = (finished / "metrics.jsonl").read_bytes()
+    with faults.WorkdirLock(finished):
+        assert main(["--config=made", f"--workdir={finished}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and f"in use by pid {os.getpid()} on host" in line
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_a_run_killed_in_its_first_seconds_left_is_no_foreign_directory(
+    text, tmp_path
+):
+    for name in ("lock", "metrics.jsonl", "vocabulary.json.tmp", "config.json.tmp"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "vocabulary.json").write_text("another text's, but nothing was learnt")
+    config = text_config(text, steps=1)
+    train(config, tmp_path, model=bag(vocab_size=SYMBOLS))
+    assert "symbols" in json.loads((tmp_path / "vocabulary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"model.d_model": 24}, ["params/", "float32[9,16]", "float32[9,24]"]),
+        ({"train.segment_length": 13}, ["segment_length", "step 24"]),
+        (
+            {"train.batch_size": 3},
+            ["carried/hidden_LBMD", "float32[2,2,5,16]", "[2,3,5,16]"],
+        ),
+        ({"data.unit": "bytes"}, ["vocabulary of 9 symbols", "256"]),
+    ],
+    ids=lambda x: next(iter(x), "") if isinstance(x, dict) else "",
+)
+def test_a_resumed_run_refuses_another_config(config, finished, changes, fragments):
+    config = config.copy_and_resolve_references()
+    config.train.steps = 48
+    before = {p: p.read_bytes() for p in finished.rglob("*.json*") if p.is_file()}
+    for field, value in changes.items():
+        section, name = field.split(".")
+        config[section][name] = value
+    line = refusal(train, config, finished)
+    assert all(fragment in line for fragment in fragments), line
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_resumed_run_refuses_another_text(config, finished, tmp_path):
+    other = tmp_path / "other.txt"  # of the same length, with the same symbols
+    there = pathlib.Path(config.data.path).read_text()
+    other.write_text(there[:100] + there[:99:-1])
+    config = config.copy_and_resolve_references()
+    config.data.path, config.train.steps = str(other), 48
+    line = refusal(train, config, finished)
+    assert "was trained on another text" in line and str(finished) in line
+
+
+# Losses that are not finite -----------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_with_what_helps(text, tmp_path):
+    config = text_config(text, save_every=3)
+    line = refusal(train, config, tmp_path, model=bag(vocab_size=9, nan_steps=(6,)))
+    assert "not finite at step 7" in line and "last good checkpoint is step 6" in line
+    assert "config.optimizer.learning_rate=0.02" in line and "skip_nonfinite" in line
+    model = bag(vocab_size=SYMBOLS)
+    step, found, _ = final_state(tmp_path, config, model)
+    assert step == 6
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found.params))
+    assert train(config, tmp_path, model=model)["step"] == 24
+
+
+def test_one_bad_step_among_several_in_a_call_stops_too(text, tmp_path):
+    config = text_config(text, segments_per_call=6, eval_every=0)
+    # Infinite with a finite gradient: the steps after it look well.
+    model = bag(vocab_size=SYMBOLS, inf_steps=(8,))
+    line = refusal(train, config, tmp_path, model=model)
+    assert "not finite at step 9" in line and "checkpoint is step 6" in line
+
+
+def test_skipping_goes_on_until_ten_in_a_row(text, tmp_path):
+    config = text_config(text, skip_nonfinite=True, segments_per_call=2)
+    few = bag(vocab_size=SYMBOLS, nan_steps=(2, 3, *range(8, 17)))
+    assert train(config, tmp_path / "few", model=few)["step"] == 24
+    _, found, _ = final_state(tmp_path / "few", config, few)
+    assert int(found.skipped) == 11 and int(found.skipped_in_a_row) == 0
+    assert metrics.read(tmp_path / "few", kind="train")[-1]["train/skipped"] == 11
+    ten = bag(vocab_size=SYMBOLS, nan_steps=tuple(range(9, 19)))
+    line = refusal(train, config, tmp_path / "ten", model=ten)
+    assert "not finite" in line and "last good checkpoint is step 18" in line
+
+
+# The text and the model ---------------------------------------------------------------
+
+
+def test_your_own_model_is_trained_like_ours(text, tmp_path):
+    config = text_config(text)
+    config.optimizer.learning_rate = 0.3
+    result = train(config, tmp_path, model=bag(vocab_size=SYMBOLS))
+    evals = [r["eval/nats_per_token"] for r in metrics.read(tmp_path, kind="eval")]
+    assert evals[2] < evals[0] and result["step"] == 24
+    assert "bag/seen" in metrics.read(tmp_path, kind="train")[0]
+    line = refusal(train, config, tmp_path / "b", model=bag(vocab_size=8))
+    assert "the model knows 8 ids, the data has 9" in line
+
+
+def carried_by_hand(stream, steps, starts):
+    """How many tokens each row of a bag holds after that many steps."""
+    seen = []
+    for row in range(2):
+        position = row * stream.row_length
+        count = 0
+        for k in range(steps):
+            _, offset, length = stream.place(k)
+            for t in range(offset, offset + length):
+                count = 0 if t == 0 or position + t in starts else count
+                count += 1
+        seen.append(count)
+    return seen
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_memory_ends_where_a_row_or_a_document_begins(tmp_path, documents):
+    (tmp_path / "a.txt").write_text("abcdefghi" * 11)  # 99 characters
+    (tmp_path / "b.txt").write_text("ihgfedcba" * 13)
+    model = bag(vocab_size=9)
+    config = text_config(f"{tmp_path}/a.txt;{tmp_path}/b.txt", steps=17)
+    config.data.documents = documents
+    train(config, tmp_path / "run", model=model)
+    _, found, _ = final_state(tmp_path / "run", config, model)
+    seen = np.asarray(found.carried["seen_VB"]).sum(axis=0).tolist()
+    stream = Stream(np.zeros(194, np.uint8), batch_size=2, segment_length=7)
+    assert stream.row_length == 97 and stream.steps_per_epoch == 13
+    assert seen == carried_by_hand(stream, 17, {99} if documents else ())
+    assert seen == ([28, 26] if documents else [28, 28])  # the second epoch
+
+
+def test_a_trace_of_the_chosen_steps_is_written(text, tmp_path):
+    config = text_config(text, steps=8, segments_per_call=3)
+    config.train.update(profile_start=2, profile_steps=2)
+    train(config, tmp_path, model=bag(vocab_size=SYMBOLS))
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
+
+
+def test_outside_of_the_main_thread_it_runs_without_signals(text, tmp_path):
+    found = []
+    config = text_config(text, steps=2, eval_every=0)
+    model = bag(vocab_size=SYMBOLS)
+    call = lambda: found.append(train(config, tmp_path, model=model))  # noqa: E731
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert found[0]["step"] == 2
+
+
+# Every config -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpora():
+    """Random tokens, and a vocabulary of 31 symbols for bytes and for words."""
+    tokens = np.random.default_rng(7).integers(0, 31, 601).astype(np.uint8)
+    counts = [100 - k for k in range(31)]
+    words = ["<eos>", *(f"w{k}" for k in range(30))]
+    vocabularies = {
+        "bytes": ByteVocabulary(range(97, 128), counts),
+        "words": WordVocabulary(words, counts),
+    }
+    splits = ("train", "validation", "test")
+    return {
+        unit: Prepared(
+            tokens={split: tokens for split in splits},
+            documents={split: None for split in splits},
+            vocabulary=vocabulary,
+            card={"corpus": unit, "payload_sha256": unit},
+            directory=None,
+        )
+        for unit, vocabulary in vocabularies.items()
+    }
+
+
+@pytest.mark.parametrize("name", config_lib.names())
+def test_every_config_trains_two_steps(name, corpora, tmp_path, monkeypatch):
+    config = config_lib.load(f"{name}:debug")
+    words = config.data.corpus in ("wikitext103", "lm1b", "penn")
+    prepared = corpora["words" if words else "bytes"]
+    monkeypatch.setattr("xlformer.train.prepare.prepare", lambda data: prepared)
+    result = train(config, tmp_path)
+    assert result["step"] == config.train.steps == 2
+    unit = "ppl" if words else "bpc"
+    assert 0 < result[f"eval/{unit}"] < 200
+    assert [r["step"] for r in metrics.read(tmp_path, kind="train")] == [1, 2]
+    assert runs.read_config(tmp_path).name == name

@@ -1,0 +1,171 @@
+"""What steps_test.py, train_test.py and bad_input_test.py share: models, configs, runs.
+
+`Bag` is the smallest model with a carried state and everything that the step relies on:
+it compiles in a tenth of the time, and its state can be counted by hand.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import quick
+
+from xlformer import config as config_lib
+from xlformer.errors import UserError
+from xlformer.layers.memory import expand_resets
+from xlformer.models import Aux, Model
+from xlformer.training import optimizers, state
+from xlformer.training.checkpoints import Checkpoints
+
+PERIOD = "the cat sat on"  # 14 characters, 9 symbols: learnt in a few steps
+SYMBOLS = len(set(PERIOD))
+
+
+@contextlib.contextmanager
+def quick_jit():
+    """The code under test compiles at the lowest level of optimization."""
+    options, real = quick.compiler_options(), jax.jit
+    with mock.patch.object(
+        jax, "jit", functools.partial(real, compiler_options=options)
+    ):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class BagConfig:
+    vocab_size: int = 13
+    dropout: float = 0.0
+    nan_steps: tuple[int, ...] = ()  # where the loss is not a number
+    inf_steps: tuple[int, ...] = ()  # where it is infinite and its gradient is not
+
+
+@dataclasses.dataclass(frozen=True)
+class Bag(Model):
+    """logits = table[token] + how often each symbol came since the last reset."""
+
+    @property
+    def memory_length(self):
+        return None
+
+    def init(self, key):
+        V = self.vocab_size
+        return {"table_VV": 0.1 * jax.random.normal(key, (V, V)), "gain": jnp.zeros(())}
+
+    def init_state(self, batch_size, dtype=None):
+        return {"seen_VB": jnp.zeros((self.vocab_size, batch_size), jnp.float32)}
+
+    def state_axes(self):
+        return {"seen_VB": ("vocab", "batch")}
+
+    def apply(self, params, inputs_BT, targets_BT, state, *, resets_BT=None,
+              lengths_B=None, step=None, train=False, rngs=None):  # fmt: skip
+        B, T = inputs_BT.shape
+        resets_BT = jnp.zeros((B, 1), bool) if resets_BT is None else resets_BT
+        resets_BT = expand_resets(resets_BT, T)
+        lengths_B = T if lengths_B is None else lengths_B
+        valid_BT = jnp.arange(T)[None] < jnp.broadcast_to(lengths_B, (B,))[:, None]
+        keep = 1.0
+        if train and self.config.dropout:
+            shape = (B, 1, self.vocab_size)
+            keep = jax.random.bernoulli(rngs["dropout"], 1 - self.config.dropout, shape)
+
+        def one(seen_BV, column):
+            token_B, reset_B, valid_B = column
+            new_BV = jax.nn.one_hot(token_B, self.vocab_size) * valid_B[:, None]
+            seen_BV = jnp.where(reset_B[:, None], 0, seen_BV) + new_BV
+            return seen_BV, seen_BV
+
+        columns = (inputs_BT.T, resets_BT.T, valid_BT.T)
+        seen_BV, seen_TBV = jax.lax.scan(one, state["seen_VB"].T, columns)
+        seen_BTV = jnp.swapaxes(jnp.log1p(seen_TBV), 0, 1)
+        logits_BTV = params["table_VV"][inputs_BT] * keep + params["gain"] * seen_BTV
+        log_p_BTV = jax.nn.log_softmax(logits_BTV)
+        nll_BT = -jnp.take_along_axis(log_p_BTV, targets_BT[..., None], -1)[..., 0]
+        if self.config.nan_steps and step is not None:
+            bad = jnp.isin(step, jnp.array(self.config.nan_steps))
+            nll_BT = nll_BT * jnp.where(bad, jnp.nan, 1.0)
+        if self.config.inf_steps and step is not None:
+            bad = jnp.isin(step, jnp.array(self.config.inf_steps))
+            nll_BT = nll_BT + jnp.where(bad, jnp.inf, 0.0)
+        return (
+            jnp.where(valid_BT, nll_BT, 0),
+            {"seen_VB": seen_BV.T},
+            Aux(jnp.zeros(()), {"bag/seen": seen_BV.sum()}),
+        )
+
+
+def bag(**fields):
+    return Bag(BagConfig(**fields))
+
+
+def small_config(**train):
+    """For steps: two layers, nothing random, sgd without clipping."""
+    config = config_lib.load("quickstart:debug")
+    config.train.update(steps=17, **train)
+    config.optimizer.update(name="sgd", learning_rate=0.1, schedule="constant")
+    config.optimizer.update(warmup_steps=0, clip_norm=0.0)
+    return config
+
+
+def write_text(path, repeats=61):
+    path.write_text(PERIOD * repeats, encoding="utf-8")
+    return path
+
+
+def text_config(text, **train):
+    """For runs: the same on a file of characters; 24 steps, all kinds of events."""
+    config = config_lib.load(f"text:path={text},unit=chars,debug")
+    config.train.update(steps=24, save_every=6, eval_every=8, log_every=2)
+    config.train.update(**train)
+    config.optimizer.update(learning_rate=0.02, schedule="constant")
+    return config
+
+
+def everything(config):
+    """Whatever has a state that a resumed run must find again."""
+    config.model.scan_layers = True
+    config.model.dropout = 0.1
+    config.train.update(variable_length=True, ema_decay=0.75, segments_per_call=2)
+    config.optimizer.update(schedule="plateau", plateau_factor=0.75)
+    return config
+
+
+def final_state(workdir, config, model):
+    """(step, state, config) of the latest checkpoint of a run."""
+    optimizer = optimizers.build(config.optimizer)
+    create = functools.partial(state.create, config, model, optimizer)
+    abstract = jax.eval_shape(create, jax.random.key(0))
+    return Checkpoints(workdir / "checkpoints", read_only=True).restore(abstract)
+
+
+def assert_same(a, b):
+    """Bit for bit, whatever the tree."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+        assert x.dtype == y.dtype
+        where = jax.tree_util.keystr(path)
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=where)
+
+
+def assert_close(a, b, atol=1e-6):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+        where = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=where)
+
+
+def refusal(call, *args, **kwargs) -> str:
+    """The line of the UserError that a call must raise."""
+    try:
+        call(*args, **kwargs)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("no UserError")

@@ -1,0 +1,62 @@
+"""Between two lines of the log: the mean loss, and tokens per second of training."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import numpy as np
+
+from xlformer.training import metrics
+
+
+class Progress:
+    """Collects losses and time, and turns them into a record and a line.
+
+    score: (nats) -> ('bpc' or 'ppl', value).
+    """
+
+    def __init__(self, config, writer: metrics.Writer, score):
+        self._train, self._writer, self._score = config.train, writer, score
+        self._per_step = config.train.batch_size * config.train.segment_length
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets everything; the clock runs from here."""
+        self._losses, self._steps = [], 0
+        self._start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Time inside of it is not training."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - start
+
+    def add(self, losses: np.ndarray, finite: np.ndarray) -> None:
+        """The losses of one call; those of dropped steps enter no mean."""
+        self._losses += losses[finite].tolist()
+        self._steps += len(losses)
+
+    def log(self, step: int, values: dict) -> None:
+        """Writes a record and a line, and starts anew."""
+        loss = float(np.mean(self._losses)) if self._losses else float("nan")
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        rate = self._steps * self._per_step / seconds
+        unit, score = self._score(loss)
+        values = values | {"train/loss_nats": loss, f"train/{unit}": score}
+        self._writer.write(step, values | {"perf/tokens_per_s": rate})
+        total = self._train.steps
+        line = metrics.format_progress(
+            step=step,
+            total=total,
+            loss_nats=loss,
+            score=score,
+            unit=unit,
+            tokens_per_s=rate,
+            eta_s=(total - step) * self._per_step / rate,
+        )
+        self._writer.console(line)
+        self.restart()

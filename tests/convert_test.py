@@ -6,12 +6,11 @@ import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import jit
 
 from xlformer import convert, models
-from xlformer.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = sorted(p.stem for p in GOLDEN.glob("attn*.npz"))
@@ -23,7 +22,9 @@ def _load(name):
     with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
         arrays = dict(arrays)
     hparams = json.loads(bytes(arrays["config"]))
-    state = {k[len("params/") :]: x for k, x in arrays.items() if k.startswith("params/")}
+    state = {
+        k[len("params/") :]: x for k, x in arrays.items() if k.startswith("params/")
+    }
     return hparams, state, arrays
 
 
@@ -44,7 +45,7 @@ def _check_case(name, dtype, nll_tolerance, gradient_tolerance):
     config, params = convert.from_original(state_dict, hparams)
     assert jax.tree.leaves(params)[0].dtype == dtype
     model = models.build(dataclasses.replace(config, scan_layers=True))
-    step = jax.jit(jax.value_and_grad(functools.partial(_loss, model), has_aux=True))
+    step = jit(jax.value_and_grad(functools.partial(_loss, model), has_aux=True))
     memory = model.init_state(hparams["batch"])
     for s in range(len(hparams["lens"])):
         segment = {
@@ -60,7 +61,9 @@ def _check_case(name, dtype, nll_tolerance, gradient_tolerance):
             expected = segment["memory"][:-1]  # The last entry is never read.
             m = expected.shape[1]
             assert (np.asarray(memory.length_B) == m).all()
-            hidden = np.asarray(memory.hidden_LBMD)[:, :, memory.hidden_LBMD.shape[2] - m :]
+            hidden = np.asarray(memory.hidden_LBMD)[
+                :, :, memory.hidden_LBMD.shape[2] - m :
+            ]
             np.testing.assert_allclose(
                 hidden.transpose(0, 2, 1, 3), expected, atol=10 * nll_tolerance, rtol=0
             )
@@ -106,7 +109,7 @@ def test_equals_hugging_face(name):
         expected = dict(arrays)
     tokens_BN, T = expected["tokens"], int(expected["segment_length"])
     state = model.init_state(len(tokens_BN))
-    apply = jax.jit(model.log_probs)
+    apply = jit(model.log_probs)
     for s in range(tokens_BN.shape[1] // T):
         inputs_BT = tokens_BN[:, s * T : (s + 1) * T]
         log_probs_BTV, state = apply(params, inputs_BT, state)
@@ -114,4 +117,6 @@ def test_equals_hugging_face(name):
             log_probs_BTV, expected[f"seg{s}/log_probs"], atol=1e-5, rtol=0
         )
         memory = np.asarray(state.hidden_LBMD).transpose(0, 2, 1, 3)
-        np.testing.assert_allclose(memory, expected[f"seg{s}/memory"], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(
+            memory, expected[f"seg{s}/memory"], atol=1e-5, rtol=0
+        )

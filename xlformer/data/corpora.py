@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -76,7 +76,7 @@ def build(
     builder = _builder_class(name)(read=read, data_dir=os.fspath(data_dir))
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(sys.stderr):  # what it prints is not our output
+    with contextlib.redirect_stdout(io.StringIO()):  # It prints two lines of its own.
         builder.download_and_prepare(
             file_format="array_record",  # the default one would need TensorFlow
             download_dir=download_dir,

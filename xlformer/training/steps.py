@@ -51,6 +51,12 @@ def check(config) -> None:
             f"config.train.variable_length with config.model.extended_length={extended}"
             ": padding on the right and context on the left do not go together"
         )
+    if config.model.get("attend_zero_memory") and (extended or config.data.documents):
+        raise UserError(
+            "config.model.attend_zero_memory=True with config.data.documents="
+            f"{config.data.documents} and config.model.extended_length={extended}: "
+            "attended zeros can be put back only before a segment, not within it"
+        )
     if not 0 <= train.ema_decay < 1:
         raise UserError(
             f"config.train.ema_decay={train.ema_decay} must be at least 0 and below 1"

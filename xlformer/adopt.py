@@ -7,9 +7,14 @@ import json
 import pathlib
 import sys
 
-from xlformer import command, convert, evaluate, models, runs
+import jax
+import numpy as np
+from etils import epath
+
+from xlformer import command, convert, evaluate, models, prepare, runs
 from xlformer import config as config_lib
 from xlformer.data import vocabulary as vocabularies
+from xlformer.data.prepared import encode_file
 from xlformer.data.vocabulary import (
     ByteVocabulary,
     CharVocabulary,
@@ -26,7 +31,7 @@ PROBE_TOKENS = 20_000
 def adopt(
     model_config, params, workdir, *, vocabulary=None, hparams=None, overrides=()
 ):
-    """Writes config.json, vocabulary.json and one checkpoint, of step 0.
+    """Writes config.json, vocabulary.json and one checkpoint, of step 0, in float32.
 
     Args:
       model_config, params: of `convert.from_original` or `convert.from_hf`.
@@ -35,28 +40,65 @@ def adopt(
       hparams: the originals' settings, for the segment length of evaluation.
       overrides: 'a.b=v' of the written config, such as data.corpus=wikitext103.
     """
-    workdir = pathlib.Path(workdir)
-    if workdir.exists() and any(workdir.iterdir()):
-        raise UserError(f"--workdir={workdir} is not empty; name a new directory")
-    if vocabulary is not None and vocabulary.size != model_config.vocab_size:
-        raise UserError(
-            f"--vocab has {vocabulary.size} symbols, the weights {model_config.vocab_size}"
-        )
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    config = _config(model_config, params, hparams or {}, overrides)
+    _check_size(config, vocabulary, model_config.vocab_size)
+    workdir = _new_directory(workdir)
+    with Checkpoints(workdir / runs.CHECKPOINTS) as checkpoints:
+        checkpoints.save(0, {"params": params}, config=config.to_dict())
+    try:
+        if vocabulary is not None:
+            text = vocabulary.to_json()
+            (workdir / runs.VOCABULARY).write_text(text, encoding="utf-8")
+        text = config_lib.to_json(config)
+        (workdir / runs.CONFIG).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be written: {error}") from error
+
+
+def _config(model_config, params, hparams, overrides):
     fields = dataclasses.asdict(model_config)
     config = config_lib.default_config("transformer_xl", **fields)
     config.name = "converted"
     config.data.corpus = "text"
-    segment_length = (hparams or {}).get("tgt_len", 64)
+    segment_length = max(hparams.get("tgt_len") or 64, 1)
     config.train.segment_length = config.eval.segment_length = segment_length
     for override in overrides:
-        config_lib.set_field(config, *override.split("=", 1))
-    models.build(config.model)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(workdir / runs.CHECKPOINTS) as checkpoints:
-        checkpoints.save(0, {"params": params}, config=config.to_dict())
-    if vocabulary is not None:
-        (workdir / runs.VOCABULARY).write_text(vocabulary.to_json(), encoding="utf-8")
-    (workdir / runs.CONFIG).write_text(config_lib.to_json(config), encoding="utf-8")
+        field, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--config.{field} needs a value: --config.{field}=VALUE")
+        config_lib.set_field(config, field, text)
+    expected = jax.eval_shape(models.build(config.model).init, jax.random.key(0))
+    if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
+        raise UserError(
+            f"--config.model overrides ({', '.join(overrides)}) ask for another shape "
+            "than the weights have"
+        )
+    return config
+
+
+def _check_size(config, vocabulary, vocab_size) -> None:
+    """Before anything is written."""
+    name = "--vocab"
+    if vocabulary is None:
+        if not runs.names_data(config):
+            return
+        vocabulary, name = prepare.prepare(config.data).vocabulary, "the data"
+    if vocabulary.size != vocab_size:
+        raise UserError(
+            f"{name} has {vocabulary.size} symbols, the weights have {vocab_size}"
+        )
+
+
+def _new_directory(workdir) -> epath.Path:
+    workdir = epath.Path(workdir)
+    try:
+        if workdir.exists() and any(workdir.iterdir()):
+            raise UserError(f"--workdir={workdir} is not empty; name a new directory")
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: not a directory: {error}") from error
+    return workdir
 
 
 def read_vocabulary(path: str) -> Vocabulary:
@@ -87,7 +129,8 @@ def read_vocabulary(path: str) -> Vocabulary:
 
 def _read(args):
     if args.format == "hf":
-        return (*convert.from_hf(args.source), {})
+        config, params = convert.from_hf(args.source)
+        return config, params, read_json(pathlib.Path(args.source) / "config.json")
     state, hparams = read_state(args.source)
     if args.hparams:
         hparams = read_json(pathlib.Path(args.hparams))
@@ -106,7 +149,7 @@ def _probe(args, overrides) -> None:
     """Warns when the loss exceeds the unigram entropy."""
     if not args.probe and not any(o.startswith("data.") for o in overrides):
         print(
-            "no probe: pass --probe=FILE or --config.data.corpus=NAME to check the order"
+            "no probe: --probe=FILE or --config.data.corpus=NAME would check the order"
         )
         return
     card = evaluate.evaluate(args.workdir, text=args.probe, max_tokens=PROBE_TOKENS)
@@ -127,6 +170,10 @@ def _main(argv) -> int:
     parser.add_argument("--probe", help="a text file, scored at the end as a check")
     args, overrides = parser.parse_with_overrides(argv)
     vocabulary = read_vocabulary(args.vocab) if args.vocab else None
+    if args.probe and vocabulary is not None:
+        encode_file(vocabulary, args.probe)  # Before anything is written.
+    elif args.probe and not any(o.startswith("data.") for o in overrides):
+        raise UserError(f"--probe={args.probe} needs --vocab=FILE to be encoded with")
     model_config, params, hparams = _read(args)
     adopt(
         model_config,

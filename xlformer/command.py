@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+
+import jax
 
 from xlformer.errors import UserError, did_you_mean
 
@@ -48,8 +52,29 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[Sequence[str] | None], int], argv=None) -> int:
     """Calls main(argv); a UserError becomes its one line and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        # A terminal that lacks a character shows '?'.
+        sys.stdout.reconfigure(errors="replace")
     try:
         return main(argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR_EXIT_CODE
+        message = str(error)
+    except MemoryError as error:
+        message = f"out of memory: {reason(error)}"
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        message = f"out of memory on the device: {reason(error)}"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `... | head` has read what it wanted.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    print(f"error: {message}", file=sys.stderr)
+    return USER_ERROR_EXIT_CODE
+
+
+def reason(error: Exception) -> str:
+    """The beginning of a message that may be pages long, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

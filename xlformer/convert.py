@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from xlformer import hparams as hparams_lib
 from xlformer import models
 from xlformer.errors import UserError
 from xlformer.layers.adaptive import Bins
@@ -65,7 +66,7 @@ def from_original(
     Raises:
       UserError: a name is missing or too many, or a shape does not fit.
     """
-    config = _config(hparams, table_length=_table_length(hparams))
+    config = hparams_lib.to_config(hparams)
     return config, _read(config, state, reverse_clusters=True)
 
 
@@ -92,6 +93,8 @@ def from_hf(directory: str | pathlib.Path) -> tuple[TransformerXLConfig, dict]:
     hparams = read_json(directory / "config.json")
     if "vocab_size" not in hparams or hparams.get("model_type") != "transfo-xl":
         raise UserError(f"{directory}/config.json: model_type is not 'transfo-xl'")
+    if type(hparams["vocab_size"]) is not int:
+        raise UserError(f"{directory}/config.json: vocab_size is not a whole number")
     files = [directory / n for n in ("model.safetensors", "pytorch_model.bin")]
     found = next((f for f in files if f.is_file()), None)
     if found is None:
@@ -102,55 +105,12 @@ def from_hf(directory: str | pathlib.Path) -> tuple[TransformerXLConfig, dict]:
         "n_token": hparams["vocab_size"],
         "tie_weight": hparams.get("tie_word_embeddings", True),
     }
-    config = _config(
+    config = hparams_lib.to_config(
         {"cutoffs": [], **hparams, **renamed},
         attend_zero_memory=True,
         norm_epsilon=hparams.get("layer_norm_epsilon", 1e-5),
     )
     return config, _read(config, state, reverse_clusters=False)
-
-
-def _table_length(hparams) -> int:
-    if hparams.get("attn_type", 0) not in (LEARNED_RELATIVE, LEARNED_ABSOLUTE):
-        return 0
-    return sum(hparams.get(name, 0) for name in ("tgt_len", "ext_len", "mem_len"))
-
-
-def _config(hparams, **fields) -> TransformerXLConfig:
-    required = ("n_token", "n_layer", "n_head", "d_model", "d_head", "d_inner")
-    missing = [name for name in required if name not in hparams]
-    if missing:
-        raise UserError(f"hparams lack {', '.join(missing)}")
-    vocab_size = hparams["n_token"]
-    cutoffs = tuple(c for c in hparams.get("cutoffs") or () if c < vocab_size)
-    bins = len(cutoffs) + 1
-    tied = tuple(map(bool, hparams.get("tie_projs") or ()))
-    attn_type = hparams.get("attn_type", 0)
-    memory_length = hparams.get("mem_len", 0)
-    return TransformerXLConfig(
-        vocab_size=vocab_size,
-        n_layer=hparams["n_layer"],
-        n_head=hparams["n_head"],
-        d_model=hparams["d_model"],
-        d_head=hparams["d_head"],
-        d_inner=hparams["d_inner"],
-        d_embed=max(hparams.get("d_embed") or 0, 0),
-        memory_length=memory_length,
-        extended_length=hparams.get("ext_len", 0),
-        attn_type=attn_type,
-        pre_norm=bool(hparams.get("pre_lnorm", False)),
-        untie_r=bool(hparams.get("untie_r", False)) or attn_type == LEARNED_RELATIVE,
-        clamp_length=max(hparams.get("clamp_len", 0), 0),
-        same_length=bool(hparams.get("same_length", False)),
-        allow_incoherent_positions=attn_type > LEARNED_RELATIVE and memory_length > 0,
-        dropout=hparams.get("dropout", 0.0),
-        attention_dropout=hparams.get("dropatt", 0.0),
-        cutoffs=cutoffs,
-        div_val=hparams.get("div_val", 1),
-        tie_weights=bool(hparams.get("tie_weight", True)),
-        tie_projections=(tied + (False,) * bins)[:bins] if any(tied) else (),
-        **fields,
-    )
 
 
 def _entries(config: TransformerXLConfig, *, reverse_clusters: bool) -> Iterator[Entry]:
@@ -290,21 +250,14 @@ def _layer_entries(config, i):
 def _read(config, state, *, reverse_clusters):
     """Fills a tree of the model's shapes from the state's arrays."""
     state = {name: np.asarray(x) for name, x in state.items() if name not in BUFFERS}
-    dtype = np.result_type(*state.values()) if state else np.float32
-    if not np.issubdtype(dtype, np.floating):
-        raise UserError(f"the state dict holds {dtype} arrays, expected floats")
+    _check(config, state, reverse_clusters)
+    dtype = np.result_type(*state.values())
     shapes = jax.eval_shape(models.build(config).init, jax.random.key(0))
     tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, dtype), shapes)
     for entry in _entries(config, reverse_clusters=reverse_clusters):
         if entry.name not in state:
-            if entry.tied:
-                continue
-            raise UserError(f"the state dict lacks {entry.name!r}")
-        found = state.pop(entry.name)
-        if found.shape != entry.shape:
-            raise UserError(
-                f"{entry.name} has shape {found.shape}, the hparams say {entry.shape}"
-            )
+            continue  # A tied one.
+        found = state[entry.name]
         leaf = tree
         for key in entry.path:
             leaf = leaf[key]
@@ -314,11 +267,29 @@ def _read(config, state, *, reverse_clusters):
                 f"{entry.name} is tied in the hparams but differs in the file"
             )
         leaf[entry.index] = turned
-    if state:
-        raise UserError(
-            f"the state dict has unexpected names: {', '.join(sorted(state))}"
-        )
     return tree
+
+
+def _check(config, state, reverse_clusters) -> None:
+    """Before anything as large as the hparams say is made."""
+    known = set()
+    for entry in _entries(config, reverse_clusters=reverse_clusters):
+        known.add(entry.name)
+        if entry.name not in state:
+            if entry.tied:
+                continue
+            raise UserError(f"the state dict lacks {entry.name!r}")
+        found = state[entry.name]
+        if found.shape != entry.shape:
+            raise UserError(
+                f"{entry.name} has shape {found.shape}, the hparams say {entry.shape}"
+            )
+        if not np.issubdtype(found.dtype, np.floating):
+            raise UserError(f"{entry.name} holds {found.dtype}, expected floats")
+    unexpected = sorted(set(state) - known)
+    if unexpected:
+        shown = ", ".join(unexpected[:8]) + ", ..." * (len(unexpected) > 8)
+        raise UserError(f"the state dict has unexpected names: {shown}")
 
 
 if __name__ == "__main__":

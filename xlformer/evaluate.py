@@ -16,11 +16,10 @@ import time
 import jax
 from etils import epath
 
-from xlformer import command, prepare, runs, scoring
-from xlformer.data.prepared import encode_file
+from xlformer import command, runs, scored_text, scoring
 from xlformer.errors import UserError
 
-SOFTWARE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+SOFTWARE = ("xlformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def evaluate(
@@ -42,9 +41,10 @@ def evaluate(
     """Returns the card: what was scored, how, and with which result.
 
     Settings that are None come from config.eval of the run; lengths are in tokens. With
-    max_tokens only the beginning is scored (what is per byte or word is then wrong).
-    Raises UserError.
+    max_tokens only the beginning is scored, and nothing is said per byte or word.
+    progress is called with the fraction done. Raises UserError.
     """
+    _check(memory_length=memory_length, clamp_length=clamp_length)
     run = runs.load(workdir, checkpoint=checkpoint, params=params)
     defaults = run.config.eval
     visible = {
@@ -53,8 +53,9 @@ def evaluate(
         "same_length": _first(same_length, defaults.same_length or None),
     }
     model = runs.for_reading(run.model, visible)
-    tokens, documents, data = _data(run, split, text)
-    tokens = tokens[:max_tokens] if max_tokens else tokens
+    tokens, documents, data = scored_text.read(run, split, text)
+    if 0 < max_tokens < len(tokens):
+        tokens, data = tokens[:max_tokens], {**data, "bytes": None, "words": None}
     plan = scoring.plan(
         len(tokens),
         batch_size=_first(batch_size, defaults.batch_size),
@@ -64,11 +65,16 @@ def evaluate(
         warmup=warmup,
     )
     evaluator = scoring.Evaluator(
-        model, batch_size=len(plan.start_B), segment_length=plan.segment_length
+        model,
+        batch_size=len(plan.start_B),
+        segment_length=plan.segment_length,
+        steps=plan.steps,
     )
     score = evaluator.score(
         run.params, tokens, plan, documents=documents, progress=progress
     )
+    if score is None:
+        raise UserError("the evaluation was given up")
     count = sum(x.size for x in jax.tree.leaves(run.params))
     card = {
         "run": run.config.name,
@@ -90,65 +96,47 @@ def evaluate(
         **_machine(),
     }
     entropy = scoring.unigram_entropy(tokens, run.vocabulary.size)
-    if card["nats_per_token"] > entropy:
+    if not card["nats_per_token"] <= entropy:  # NaN warns too.
         card["warning"] = (
             f"the loss {card['nats_per_token']:.4f} exceeds the unigram entropy "
             f"{entropy:.4f} of this text: wrong vocabulary order, or an untrained model"
         )
+    if model.memory_length is None:
+        card["note"] = "unlimited reach: equal only for an equal number of rows"
     return card
+
+
+def _check(**lengths) -> None:
+    """-1 is the model's own; anything else below 0 is a slip."""
+    for name, value in lengths.items():
+        if value is not None and value < -1:
+            raise UserError(f"--{name}={value} must not be negative (-1: the model's)")
 
 
 def results(nats: float, targets: int, data: dict) -> dict:
     """What is derived from the summed nll.
 
-    bits_per_byte and word_ppl divide by what the text stands for, whatever its tokens.
+    bits_per_byte and word_ppl divide by what the text stands for, whatever its tokens;
+    None where that is unknown, or too large for a number.
     """
-    per_token = nats / targets
+    per_token, (size, words) = nats / targets, (data["bytes"], data["words"])
     return {
         "tokens_scored": targets,
         "nats": nats,
         "nats_per_token": per_token,
         "bpc": per_token / math.log(2),
         "ppl": _exp(per_token),
-        "bits_per_byte": nats / math.log(2) / data["bytes"],
-        "word_ppl": _exp(nats / data["words"]) if data["words"] else None,
+        "bits_per_byte": nats / math.log(2) / size if size else None,
+        "word_ppl": _exp(nats / words) if words else None,
     }
 
 
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
+def _exp(x: float) -> float | None:
+    return math.exp(x) if x < 700 else None
 
 
 def _first(value, default):
     return default if value is None else value
-
-
-def _data(run: runs.Run, split: str, text: str | None):
-    """Tokens, where documents begin, and what the card says about them."""
-    if text is not None:
-        tokens = encode_file(run.vocabulary, text)
-        content = epath.Path(text).read_bytes()
-        words = len(content.split())
-        facts = {"corpus": str(text), "split": "text", "payload_sha256": ""}
-        return tokens, None, {**facts, "bytes": len(content), "words": words}
-    prepared = prepare.prepare(run.config.data)
-    if prepared.vocabulary.size != run.vocabulary.size:
-        raise UserError(
-            f"the prepared data has {prepared.vocabulary.size} symbols, the run's "
-            f"{runs.VOCABULARY} {run.vocabulary.size}"
-        )
-    if split not in prepared.tokens:
-        raise UserError(f"--split={split} is none of {', '.join(prepared.tokens)}")
-    card = prepared.card
-    facts = {
-        "corpus": card["corpus"],
-        "unit": card["unit"],
-        "newline": card["newline"],
-        "split": split,
-        "payload_sha256": card["payload_sha256"],
-        **{k: card["splits"][split][k] for k in ("bytes", "words")},
-    }
-    return prepared.tokens[split], prepared.documents[split], facts
 
 
 def _machine() -> dict:
@@ -156,9 +144,16 @@ def _machine() -> dict:
     return {
         "device": f"{device.device_kind} x{jax.device_count()}",
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in SOFTWARE},
+        **{name: _version(name) for name in SOFTWARE},
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # Run from its source.
+        return "not installed"
 
 
 def table(cards: list[dict]) -> str:
@@ -204,7 +199,9 @@ def _main(argv) -> int:
     parser.add_argument("--batch_size", type=int, help="rows")
     parser.add_argument("--warmup", default="auto", help=", ".join(scoring.WARMUPS))
     args = parser.parse(argv)
-    lengths = _numbers(args.memory_length) if args.memory_length else [None]
+    lengths = [None] if args.memory_length is None else _numbers(args.memory_length)
+    for length in lengths:  # All of them before the first is scored.
+        _check(memory_length=length)
     cards = [
         evaluate(
             args.workdir,
@@ -225,17 +222,26 @@ def _main(argv) -> int:
     print(table(cards))
     for warning in {c["warning"] for c in cards if "warning" in c}:
         print(f"warning: {warning}", file=sys.stderr)
-    found = cards if len(cards) > 1 else cards[0]
+    found = [_finite(card) for card in cards]
+    found = found if len(found) > 1 else found[0]
     print(json.dumps(found))
     _write(args.workdir, cards[0]["split"], json.dumps(found, indent=2), table(cards))
     return 0
+
+
+def _finite(card: dict) -> dict:
+    """JSON has no NaN and no infinity: null."""
+    return {
+        name: None if isinstance(x, float) and not math.isfinite(x) else x
+        for name, x in card.items()
+    }
 
 
 def _write(workdir, split: str, as_json: str, as_table: str) -> None:
     for suffix, content in (("json", as_json), ("txt", as_table)):
         path = epath.Path(workdir) / f"evaluation-{split}.{suffix}"
         try:
-            path.write_text(content + "\n")
+            path.write_text(content + "\n", encoding="utf-8")
         except OSError as error:  # A read-only directory is no reason to lose the card.
             print(f"warning: {path} was not written: {error}", file=sys.stderr)
 

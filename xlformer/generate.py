@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Sequence
 
@@ -41,7 +42,9 @@ class Sampling:
 
     def __post_init__(self):
         if self.temperature < 0 or not np.isfinite(self.temperature):
-            raise UserError(f"--temperature={self.temperature} must not be negative")
+            raise UserError(
+                f"--temperature={self.temperature} must be finite and not negative"
+            )
         if self.top_k < 0:
             raise UserError(f"--top_k={self.top_k} must not be negative")
         if not 0 < self.top_p <= 1:
@@ -49,24 +52,22 @@ class Sampling:
 
     def draw(self, key: jax.Array, log_probs_RV: jax.Array) -> jax.Array:
         """One token a row."""
-        if self.temperature == 0:
+        if self.temperature < np.finfo(np.float32).tiny:
             return jnp.argmax(log_probs_RV, axis=-1)
-        logits_RV = log_probs_RV / self.temperature
-        if 0 < self.top_k < logits_RV.shape[-1]:
-            least_R = jax.lax.top_k(logits_RV, self.top_k)[0][:, -1]
-            logits_RV = jnp.where(logits_RV < least_R[:, None], -jnp.inf, logits_RV)
-        if self.top_p < 1:
-            logits_RV = _keep_mass(logits_RV, self.top_p)
-        return jax.random.categorical(key, logits_RV)
-
-
-def _keep_mass(logits_RV, top_p):
-    """Drops what lies beyond the first tokens that reach the mass, never the first."""
-    sorted_RV = jnp.sort(logits_RV, axis=-1, descending=True)
-    p_RV = jax.nn.softmax(sorted_RV)
-    before_RV = jnp.cumsum(p_RV, axis=-1) - p_RV
-    least_R = jnp.where(before_RV < top_p, sorted_RV, jnp.inf).min(axis=-1)
-    return jnp.where(logits_RV < least_R[:, None], -jnp.inf, logits_RV)
+        # A small temperature must not send the largest one to -inf too.
+        logits_RV = log_probs_RV - log_probs_RV.max(axis=-1, keepdims=True)
+        logits_RV /= self.temperature
+        V = logits_RV.shape[-1]
+        if self.top_k in (0, V) and self.top_p == 1:
+            return jax.random.categorical(key, logits_RV)
+        # The most probable first; of equals those with the smaller id.
+        logits_RK, ids_RK = jax.lax.top_k(logits_RV, min(self.top_k or V, V))
+        p_RK = jax.nn.softmax(logits_RK)
+        # What lies beyond the first tokens that reach the mass is dropped.
+        before_RK = jnp.cumsum(p_RK, axis=-1) - p_RK
+        logits_RK = jnp.where(before_RK < self.top_p, logits_RK, -jnp.inf)
+        chosen_R = jax.random.categorical(key, logits_RK)
+        return jnp.take_along_axis(ids_RK, chosen_R[:, None], axis=1)[:, 0]
 
 
 def generate(
@@ -82,7 +83,7 @@ def generate(
     """Continues every prompt by num_tokens.
 
     Args:
-      model: with a memory; see `for_generation`.
+      model: with a memory; see `for_generation`. Compiled functions are kept for it.
       params: of the model.
       prompts: token ids of each row, at least one; lengths may differ.
       num_tokens: to generate.
@@ -94,34 +95,19 @@ def generate(
       tokens_RN, and their log-probabilities in nats under the model itself (at
       temperature 1, nothing cut off).
     """
+    if num_tokens < 1:
+        raise UserError(f"num_tokens={num_tokens} must be at least 1")
     model = for_generation(model)
     state, last_R = _prefill(model, params, prompts)
     # Row r draws from its own key: its text does not depend on the other rows.
     keys_R = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.key(seed), jnp.arange(len(prompts))
     )
-
-    @jax.jit
-    def block(params, state, last_R, start):
-        def one(carry, index):
-            state, last_R = carry
-            log_probs_R1V, state = model.log_probs(params, last_R[:, None], state)
-            log_probs_RV = log_probs_R1V[:, 0]
-            step_keys_R = jax.vmap(jax.random.fold_in, (0, None))(keys_R, index)
-            next_R = jax.vmap(lambda k, p: sampling.draw(k, p[None])[0])(
-                step_keys_R, log_probs_RV
-            ).astype(jnp.int32)
-            chosen_R = jnp.take_along_axis(log_probs_RV, next_R[:, None], axis=1)[:, 0]
-            return (state, next_R), (next_R, chosen_R)
-
-        carry, (tokens_NR, chosen_NR) = jax.lax.scan(
-            one, (state, last_R), start + jnp.arange(BLOCK)
-        )
-        return carry, tokens_NR.T, chosen_NR.T
-
     tokens, chosen = [], []
     for start in range(0, num_tokens, BLOCK):
-        (state, last_R), tokens_RN, chosen_RN = block(params, state, last_R, start)
+        (state, last_R), tokens_RN, chosen_RN = _block(
+            model, sampling, params, keys_R, state, last_R, start
+        )
         count = min(BLOCK, num_tokens - start)
         tokens.append(np.asarray(tokens_RN)[:, :count])
         chosen.append(np.asarray(chosen_RN)[:, :count])
@@ -130,8 +116,32 @@ def generate(
     return np.concatenate(tokens, axis=1), np.concatenate(chosen, axis=1)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _block(model, sampling, params, keys_R, state, last_R, start):
+    """BLOCK more tokens: ((state, last_R), tokens_RN, their log-probabilities)."""
+
+    def one(carry, index):
+        state, last_R = carry
+        log_probs_R1V, state = model.log_probs(params, last_R[:, None], state)
+        log_probs_RV = log_probs_R1V[:, 0]
+        step_keys_R = jax.vmap(jax.random.fold_in, (0, None))(keys_R, index)
+        next_R = jax.vmap(lambda k, p: sampling.draw(k, p[None])[0])(
+            step_keys_R, log_probs_RV
+        ).astype(jnp.int32)
+        chosen_R = jnp.take_along_axis(log_probs_RV, next_R[:, None], axis=1)[:, 0]
+        return (state, next_R), (next_R, chosen_R)
+
+    carry, (tokens_NR, chosen_NR) = jax.lax.scan(
+        one, (state, last_R), start + jnp.arange(BLOCK)
+    )
+    return carry, tokens_NR.T, chosen_NR.T
+
+
 def for_generation(model: models.Model) -> models.Model:
-    """The model whose tokens see the same, however many a call holds."""
+    """The model whose tokens see the same, however many a call holds.
+
+    Extended context has no place here: nothing is recomputed, the memory takes all.
+    """
     M = model.memory_length
     if M is None:
         return model
@@ -142,46 +152,69 @@ def for_generation(model: models.Model) -> models.Model:
         )
     window = getattr(model.config, "attention_window", None)
     window = M if window is None else min(window, M)
-    return runs.for_reading(model, {"window": window})
+    changes = {"window": window}
+    if model.extended_length:
+        changes["extended_length"] = 0
+    return runs.for_reading(model, changes)
 
 
 def _prefill(model, params, prompts):
     """The state after all but the last token of each prompt, and that token."""
     if not prompts or not all(len(p) for p in prompts):
         raise UserError("--prompt is empty: at least one token is needed to continue")
+    for prompt in prompts:
+        bad = [i for i in map(int, prompt) if not 0 <= i < model.vocab_size]
+        if bad:
+            raise UserError(
+                f"token id out of range: {bad[0]} of {model.vocab_size} symbols"
+            )
     lengths_R = np.array([len(p) - 1 for p in prompts])
     width = PREFILL * -(-int(lengths_R.max()) // PREFILL)
     ids_RT = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         ids_RT[row, : len(prompt) - 1] = prompt[:-1]
-
-    @jax.jit
-    def advance(params, state, ids_RT, lengths_R):
-        return model.apply(params, ids_RT, ids_RT, state, lengths_B=lengths_R)[1]
-
     state = model.init_state(len(prompts))
     for start in range(0, width, PREFILL):
         valid_R = np.clip(lengths_R - start, 0, PREFILL).astype(np.int32)
-        state = advance(params, state, ids_RT[:, start : start + PREFILL], valid_R)
+        part_RT = ids_RT[:, start : start + PREFILL]
+        state = _advance(model, params, state, part_RT, valid_R)
     return state, jnp.array([p[-1] for p in prompts], jnp.int32)
 
 
-class _Printer:
-    """Writes the first row to the terminal as it grows, whole characters only."""
+@functools.partial(jax.jit, static_argnums=0)
+def _advance(model, params, state, ids_RT, lengths_R):
+    return model.apply(params, ids_RT, ids_RT, state, lengths_B=lengths_R)[1]
 
-    def __init__(self, vocabulary):
-        self._vocabulary, self._written, self._tokens = vocabulary, "", []
 
-    def __call__(self, tokens_RN):
-        self._tokens.extend(tokens_RN[0].tolist())
-        text = _text(self._vocabulary, self._tokens)
-        if not text.startswith(self._written):
-            return  # A piece changed what came before it; the end shows all of it.
-        # The last characters may still change while a multi-byte one is incomplete.
-        safe = text.rstrip("\ufffd")
-        sys.stdout.write(safe[len(self._written) :])
+class Printer:
+    """Writes the first row as it grows, whole characters only.
+
+    What a token looks like may depend on the one before it (a space between words, the
+    bytes of one character), so a block is decoded together with the last one written.
+    """
+
+    def __init__(self, vocabulary, prompt: np.ndarray):
+        self._vocabulary = vocabulary
+        self._before: list[int] = []  # written already; context of what follows
+        self._waiting: list[int] = prompt.tolist()
+
+    def __call__(self, tokens_RN: np.ndarray) -> None:
+        self._waiting += tokens_RN[0].tolist()
+        self._write(final=False)
+
+    def finish(self) -> None:
+        """Writes what waited for the rest of a character."""
+        self._write(final=True)
+        print()
+
+    def _write(self, final: bool) -> None:
+        old = _text(self._vocabulary, self._before)
+        text = _text(self._vocabulary, [*self._before, *self._waiting])
+        if text.endswith("\ufffd") and not final:
+            return
+        sys.stdout.write(text[len(old) :])
         sys.stdout.flush()
-        self._written = safe
+        self._before, self._waiting = self._waiting or self._before, []
 
 
 def _text(vocabulary, ids) -> str:
@@ -192,17 +225,19 @@ def _text(vocabulary, ids) -> str:
 
 
 def _prompts(args, vocabulary) -> list[np.ndarray]:
-    texts = list(args.prompt or [])
-    if args.prompt_file:
+    texts = [("--prompt", text) for text in args.prompt or []]
+    if args.prompt_file is not None:
+        where = f"--prompt_file={args.prompt_file}"
         try:
-            texts.append(epath.Path(args.prompt_file).read_bytes())
+            texts.append((where, epath.Path(args.prompt_file).read_bytes()))
         except OSError as error:
-            raise UserError(f"--prompt_file={args.prompt_file}: {error}") from error
-    if not texts or not all(texts):
-        raise UserError("--prompt is empty: pass --prompt or --prompt_file")
-    prompts = [
-        vocabulary.encode(text, close_line=False, where="--prompt") for text in texts
-    ]
+            raise UserError(f"{where}: {error}") from error
+    if not texts:
+        raise UserError("nothing to continue: pass --prompt or --prompt_file")
+    prompts = [vocabulary.encode(x, close_line=False, where=w) for w, x in texts]
+    for (where, _), prompt in zip(texts, prompts, strict=True):
+        if not len(prompt):
+            raise UserError(f"{where} is empty: at least one token is needed")
     if args.preset == "paper":
         prompts = [p[-PAPER_CONTEXT:] for p in prompts]
     return [p for p in prompts for _ in range(args.num_samples)]
@@ -236,11 +271,18 @@ def _main(argv) -> int:
             f"--num_tokens={args.num_tokens} and --num_samples={args.num_samples} must "
             "be at least 1"
         )
+    if not 0 <= args.seed < 1 << 32:
+        raise UserError(f"--seed={args.seed} must be from 0 to {(1 << 32) - 1}")
+    if args.memory_length is not None and args.memory_length < -1:
+        raise UserError(
+            f"--memory_length={args.memory_length} must not be negative "
+            "(-1: the model's)"
+        )
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     run = runs.load(args.workdir, checkpoint=args.checkpoint, params=args.params)
     model = runs.for_reading(run.model, {"memory_length": args.memory_length})
     prompts = _prompts(args, run.vocabulary)
-    sys.stdout.write(_text(run.vocabulary, prompts[0]))
+    printer = Printer(run.vocabulary, prompts[0])
     tokens_RN, _ = generate(
         model,
         run.params,
@@ -248,9 +290,9 @@ def _main(argv) -> int:
         num_tokens=args.num_tokens,
         seed=args.seed,
         sampling=sampling,
-        on_tokens=_Printer(run.vocabulary),
+        on_tokens=printer,
     )
-    print()
+    printer.finish()
     for row in range(1, len(prompts)):
         text = _text(run.vocabulary, [*prompts[row], *tokens_RN[row]])
         print(f"--- {row + 1} of {len(prompts)}\n{text}")

@@ -36,9 +36,32 @@ class Run:
 def read_config(workdir) -> ConfigDict:
     """The resolved config of a work directory; UserError if it holds no run."""
     path = epath.Path(workdir) / CONFIG
-    if not path.exists():
-        raise UserError(f"--workdir={workdir} holds no run: there is no {CONFIG} in it")
-    return config_lib.from_json(path.read_text())
+    try:
+        if not path.exists():
+            raise UserError(
+                f"--workdir={workdir} holds no run: there is no {CONFIG} in it"
+            )
+        config = config_lib.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise UserError(f"{path} is not a resolved config: {error!r}") from error
+    # config.model checks itself.
+    defaults = config_lib.default_config().to_dict()
+    _check_types(config.to_dict(), {**defaults, "model": {}}, f"{path}: config")
+    return config
+
+
+def _check_types(found: Mapping, defaults: Mapping, where: str) -> None:
+    """The file may come from anywhere: every option has the type of its default."""
+    for name, like in defaults.items():
+        value = found[name]
+        if isinstance(like, Mapping):
+            _check_types(value, like, f"{where}.{name}")
+            continue
+        allowed = (int, float) if isinstance(like, float) else (type(like),)
+        if type(value) not in allowed:
+            raise UserError(
+                f"{where}.{name}={value!r:.50} is not of type {type(like).__name__}"
+            )
 
 
 def load(workdir, *, checkpoint: str = "best", params: str | None = None) -> Run:
@@ -59,7 +82,8 @@ def load(workdir, *, checkpoint: str = "best", params: str | None = None) -> Run
     model = models.build(config.model, vocab_size=vocabulary.size)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
     step = _step(checkpoints, checkpoint)
-    params = params or ("ema" if config.train.ema_decay else "raw")
+    if params is None:
+        params = "ema" if config.train.ema_decay else "raw"
     if params not in ("raw", "ema"):
         raise UserError(f"--params={params} is neither raw nor ema")
     if params == "ema" and not config.train.ema_decay:
@@ -76,14 +100,24 @@ def _vocabulary(workdir, config) -> Vocabulary:
     """The run's own; converted weights without one take that of their data."""
     if (workdir / VOCABULARY).exists() or not config.model.vocab_size:
         return vocabularies.load(workdir / VOCABULARY)
+    if not names_data(config):
+        raise UserError(
+            f"--workdir={workdir} has no {VOCABULARY}, and its config names no data: "
+            "convert again with --vocab=FILE, or with --config.data.corpus=NAME"
+        )
     return prepare.prepare(config.data).vocabulary
+
+
+def names_data(config: ConfigDict) -> bool:
+    """False where converted weights came without data."""
+    return config.data.corpus != "text" or bool(config.data.path)
 
 
 def _step(checkpoints: Checkpoints, which: str) -> int | None:
     if which in ("best", "latest"):
         best = checkpoints.best() if which == "best" else None
         return checkpoints.latest() if best is None else best
-    if not which.isdigit():
+    if not (which.isascii() and which.isdigit() and len(which) < 19):
         raise UserError(f"--checkpoint={which} is neither best, latest nor a step")
     return int(which)
 

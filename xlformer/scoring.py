@@ -10,6 +10,8 @@ tokens of each row lack their context. How that is mended is `warmup`:
 - fill: replays ceil(memory / segment) segments: the memory is full, but what is in it
   came from a shorter past.
 - none: rows of n // B tokens, as the originals do: B (n // B - 1) targets.
+
+A state of unlimited reach (a recurrence, prefix sums) is exact in one row only.
 """
 
 from __future__ import annotations
@@ -61,7 +63,11 @@ def plan(
     n_layer: int,
     warmup: str = "auto",
 ) -> Plan:
-    """Cuts a stream of `tokens` into rows; memory_length None is unlimited reach."""
+    """Cuts a stream of `tokens` into rows; memory_length None is unlimited reach.
+
+    'auto' is exact where that adds less than a quarter of the work, else fill; with
+    unlimited reach it is none. A segment is never longer than the text.
+    """
     if warmup not in WARMUPS:
         raise UserError(f"--warmup={warmup} is none of {', '.join(WARMUPS)}")
     if tokens < 2:
@@ -71,13 +77,19 @@ def plan(
             f"--batch_size={batch_size} and --segment_length={segment_length} must be "
             "at least 1"
         )
-    T = segment_length
-    if warmup == "none":
+    T = min(segment_length, tokens - 1)
+    endless = memory_length is None and batch_size > 1
+    if endless and warmup in ("exact", "fill"):
+        raise UserError(
+            f"--warmup={warmup} with --batch_size={batch_size}: this model's state "
+            "reaches back without limit; use 1 row, or --warmup=none"
+        )
+    if warmup == "none" or endless:
         batch_size = min(batch_size, tokens // 2)
         length = tokens // batch_size
         start_B = np.arange(batch_size) * length
         steps = math.ceil((length - 1) / T)
-        return Plan(T, steps, start_B, start_B, start_B + length - 1, warmup)
+        return Plan(T, steps, start_B, start_B, start_B + length - 1, "none")
     segments = math.ceil((tokens - 1) / T)
     rows = min(batch_size, segments)
     each = math.ceil(segments / rows)
@@ -102,13 +114,19 @@ class Score(NamedTuple):
 
 
 class Evaluator:
-    """A model's scoring function, compiled once for rows of fixed shape."""
+    """A model's scoring function, compiled once for rows of fixed shape.
 
-    def __init__(self, model, *, batch_size: int, segment_length: int):
+    steps: of the longest plan, if known: no call is longer than it needs to be.
+    """
+
+    def __init__(
+        self, model, *, batch_size: int, segment_length: int, steps: int | None = None
+    ):
         self._model = model
         self._segment_length = segment_length
         self._batch_size = batch_size
-        self._steps = max(1, TOKENS_PER_CALL // (batch_size * segment_length))
+        at_most = max(1, TOKENS_PER_CALL // (batch_size * segment_length))
+        self._steps = min(at_most, steps or at_most)
         self._scan = jax.jit(self._score_segments, donate_argnums=1)
         self._compiled: dict[Any, Any] = {}
 
@@ -150,7 +168,12 @@ class Evaluator:
                 _batch(plan_, tokens, documents, k, self._model.extended_length)
                 for k in range(step, step + self._steps)
             ]
-            yield {name: np.stack([b[name] for b in chunk]) for name in chunk[0]}
+            batch = {name: np.stack([b[name] for b in chunk]) for name in chunk[0]}
+            # The same shape with documents and without: one compiled function.
+            only_before = not self._model.resets_in_segment
+            if only_before and documents is None and not self._model.extended_length:
+                batch["resets_BT"] = batch["resets_BT"][:, :, :1]
+            yield batch
 
     def score(
         self,
@@ -203,9 +226,9 @@ def _batch(plan_: Plan, tokens, documents, step: int, extended: int) -> dict:
     # A row that starts before the text, and the first segment of one that does not.
     resets_BT = (index_BT == 0) | ((step == 0) & (index_BT == start_B[:, None]))
     if documents is not None:
-        resets_BT |= np.isin(index_BT, documents)
-    elif not extended:
-        resets_BT = resets_BT[:, :1]
+        found_BT = np.searchsorted(documents, index_BT)
+        found_BT = np.minimum(found_BT, len(documents) - 1)
+        resets_BT |= documents[found_BT] == index_BT
     return {
         "inputs_BT": inputs_BT.astype(np.int32),
         "targets_BT": targets_BT.astype(np.int32),

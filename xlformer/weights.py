@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import pathlib
-import zipfile
 
 import numpy as np
 
+from xlformer import command
 from xlformer.errors import UserError
 
 STATE_DICT_RECIPE = (
@@ -50,29 +50,36 @@ def read_json(path: pathlib.Path) -> dict:
         found = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
+    return _object(found, path)
+
+
+def _object(found, where) -> dict:
     if not isinstance(found, dict):
         raise UserError(
-            f"{path} holds a JSON {type(found).__name__}, expected an object"
+            f"{where} holds a JSON {type(found).__name__}, expected an object"
         )
     return found
 
 
 def _read_npz(path):
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # NpzFile, not np.load: that takes an npy or a pickle of the same name.
+        with np.lib.npyio.NpzFile(path, allow_pickle=False) as arrays:
             state = dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    # A hostile file can raise anything: zlib.error, MemoryError, NotImplementedError.
+    except Exception as error:
         raise UserError(
-            f"{path} is not a readable npz of plain arrays: {error}"
+            f"{path} is not a readable npz of plain arrays: {command.reason(error)}"
         ) from error
     hparams = None
     if "config" in state:
         try:
-            hparams = json.loads(bytes(state.pop("config")))
-        except ValueError as error:
+            hparams = json.loads(state.pop("config").tobytes())
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: entry 'config' is not JSON: {error}") from error
+        hparams = _object(hparams, f"{path}: entry 'config'")
         prefix = "params/"
         state = {k[len(prefix) :]: x for k, x in state.items() if k.startswith(prefix)}
     return state, hparams
@@ -86,12 +93,18 @@ def _read_safetensors(path):
             f"{path}: pip install 'xlformer[convert]' to read it"
         ) from error
     try:
-        return safetensors.numpy.load_file(path), None
+        state = safetensors.numpy.load_file(path)
     # The library raises its own error, OSError or KeyError for a dtype numpy lacks.
     except Exception as error:
         raise UserError(
-            f"{path} is not a readable safetensors file: {error}"
+            f"{path} is not a readable safetensors file: {command.reason(error)}"
         ) from error
+    return {name: _widened(x) for name, x in state.items()}, None
+
+
+def _widened(x: np.ndarray) -> np.ndarray:
+    """bfloat16, which is no float to numpy, as float32."""
+    return x.astype(np.float32) if x.dtype.name == "bfloat16" else x
 
 
 def _read_torch(path):
@@ -107,6 +120,16 @@ def _read_torch(path):
             f"{STATE_DICT_RECIPE} ({type(error).__name__})"
         ) from error
     plain = isinstance(state, dict) and all(torch.is_tensor(x) for x in state.values())
-    if not plain:
+    if not plain or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path} holds no state dict; {STATE_DICT_RECIPE}")
-    return {name: x.float().numpy() for name, x in state.items()}, None
+    try:
+        return {name: _numpy(x) for name, x in state.items()}, None
+    except Exception as error:  # Sparse, quantised or without data.
+        raise UserError(
+            f"{path} holds tensors that are no plain arrays: {command.reason(error)}"
+        ) from error
+
+
+def _numpy(tensor) -> np.ndarray:
+    half = tensor.is_floating_point() and tensor.element_size() < 4
+    return (tensor.float() if half else tensor).numpy()

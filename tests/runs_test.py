@@ -125,8 +125,8 @@ def test_config_that_is_no_config(workdir, content):
     [
         (("train", "stepz"), 3, "config.train has no field 'stepz', did you mean"),
         (("wings",), {"a": 3}, "config has no field 'wings'"),
-        (("train",), 3, "config.json is not a resolved config"),
-        (("train",), None, "config.json is not a resolved config"),
+        (("train",), 3, "config.train=3 is not a section"),
+        (("train",), None, "config.train=None is not a section"),
         (("train", "steps"), "many", "config.train.steps='many' is not of type int"),
         (("train", "steps"), {"a": 1}, "config.train.steps={'a': 1} is not of type"),
         (("train", "ema_decay"), "x", "config.train.ema_decay='x'"),

@@ -188,11 +188,14 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """Reads what to_json wrote; unknown fields of another version are errors."""
+    """Reads what to_json wrote, which may come from anywhere.
+
+    Raises UserError for unknown fields, of another version say, and for wrong types.
+    """
     try:
         found = json.loads(text)
         config = default_config(found["model"]["name"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"config.json is not a resolved config: {error!r}") from error
     _update(config, found, "config")
     config.lock()
@@ -200,15 +203,26 @@ def from_json(text: str) -> ConfigDict:
 
 
 def _update(node: ConfigDict, found: Mapping, where: str) -> None:
+    if not isinstance(found, Mapping):
+        raise UserError(f"config.json: {where}={found!r:.50} is not a section")
     for key, value in found.items():
         if key not in node:
             near = did_you_mean(key, node)
-            raise UserError(f"config.json: {where} has no field {key!r}{near}")
-        if isinstance(node[key], ConfigDict):
-            _update(node[key], value, f"{where}.{key}")
-        else:
-            with node.ignore_type():
-                node[key] = tuple(value) if isinstance(value, list) else value
+            raise UserError(f"config.json: {where} has no field {key!r:.50}{near}")
+        like = node[key]
+        if isinstance(like, ConfigDict):
+            _update(like, value, f"{where}.{key}")
+            continue
+        value = tuple(value) if isinstance(value, list) else value
+        allowed = (int, float) if isinstance(like, float) else (type(like),)
+        # The fields of config.model are checked where it is built.
+        if where != "config.model" and type(value) not in allowed:
+            raise UserError(
+                f"config.json: {where}.{key}={value!r:.50} is not of type "
+                f"{type(like).__name__}"
+            )
+        with node.ignore_type():
+            node[key] = value
 
 
 def shrink(config: ConfigDict) -> ConfigDict:

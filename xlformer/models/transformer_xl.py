@@ -151,7 +151,9 @@ class TrunkModule(nn.Module):
         def run_layer(x_BTD, scanned):
             params, memory_BMD, table_ND, index = scanned
             if config.attn_type == LEARNED_ABSOLUTE:
-                x_BTD = x_BTD + table_ND.astype(self.dtype)[-1 - index_BT]
+                # Right-aligned; what lies beyond the table uses its first row.
+                rows_BT = jnp.maximum(config.table_length - 1 - index_BT, 0)
+                x_BTD = x_BTD + table_ND.astype(self.dtype)[rows_BT]
             y_BTD = layer.apply(
                 {"params": params},
                 x_BTD,

@@ -124,6 +124,10 @@ def test_another_model_is_an_error_and_no_damage(copied, caplog):
     with pytest.raises(UserError, match="params/new as nothing"):
         Checkpoints(copied, read_only=True).restore(other)
 
+    other = abstract_state()._replace(opt_state=(None, (), ()))  # adam, and then sgd
+    with pytest.raises(UserError, match="has opt_state/1/mu .1 in all."):
+        Checkpoints(copied, read_only=True).restore(other)
+
     other = abstract_state()  # a cast would be silent
     other.params["bias"] = jax.ShapeDtypeStruct((8,), jnp.float32)
     with pytest.raises(UserError, match=r"bfloat16\[8\]"):

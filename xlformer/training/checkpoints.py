@@ -219,7 +219,9 @@ class Checkpoints:
         arrays, whatever devices saved them. step None is the latest. Raises UserError
         if the checkpoint is damaged: which one to score is the caller's decision.
         """
-        return self._one(step, lambda path, sealed: read_state(path, sealed, abstract))
+        return self._one(
+            step, lambda path, sealed: read_state(path, sealed, abstract, whole=False)
+        )
 
     def config(self, step: int | None = None) -> dict:
         """The config saved with a step (default: the latest), verified."""
@@ -257,7 +259,7 @@ class Checkpoints:
             abstract_state,
         )
         config = read_config(path, sealed)
-        return read_state(path, sealed, placed), config
+        return read_state(path, sealed, placed, whole=True), config
 
     def _path(self, step) -> epath.Path:
         return self.directory / str(step)

@@ -56,14 +56,21 @@ def read_config(directory: epath.Path, sealed: Mapping) -> dict:
     return config
 
 
-def read_state(directory: epath.Path, sealed: Mapping, abstract):
-    """Reads the leaves of `abstract`, which may be a part of what was saved.
+def read_state(directory: epath.Path, sealed: Mapping, abstract, *, whole: bool):
+    """Reads the leaves of `abstract`, which with whole=False may be a part of them.
 
     A leaf with a sharding becomes a jax.Array, one without a numpy array. Raises
     Corrupt for damage and UserError for a checkpoint of something else.
     """
     wanted = leaves.flatten(abstract)
     _check_layouts(directory, wanted, sealed["layouts"])
+    extra = sorted(set(sealed["layouts"]) - set(wanted)) if whole else []
+    if extra:
+        # Adam's moments, say, after a change to sgd: to drop them would go unnoticed.
+        raise UserError(
+            f"{directory}: the checkpoint has {extra[0]} ({len(extra)} in all), which "
+            "this config has not: the model or the optimizer is not the one it had"
+        )
     stored = leaves.to_disk(wanted)
     try:
         values = leaves.flatten(_read_arrays(directory, leaves.nest(stored)))

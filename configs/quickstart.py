@@ -16,7 +16,7 @@ from xlformer.config import default_config, shrink
 VOCAB_SIZE = 256  # bytes
 PARAMETERS = 675_968
 
-STEPS = 2500  # at 0.05 s each on two cores
+STEPS = 3200  # at 0.054 s each on two cores
 LEARNING_RATE = 4e-3
 
 
@@ -36,7 +36,7 @@ def get_config(debug=False, batch=0):
     )
     config.data.corpus = "stdlib"
     config.train.update(steps=STEPS, batch_size=16, segment_length=64)
-    config.train.update(log_every=50, eval_every=500, save_every=500)
+    config.train.update(log_every=50, eval_every=800, save_every=800)
     config.optimizer.update(learning_rate=LEARNING_RATE, warmup_steps=100)
     config.optimizer.schedule = "cosine_after_warmup"
     config.eval.update(segment_length=64, batch_size=16)

@@ -127,7 +127,7 @@ CASES = {
     "unknown unit": ("data.unit=letters", ["data.unit=letters", "chars"]),
     "missing tokenizer": ("data.tokenizer=no.model", ["no.model"]),
     "wrong checksum": (
-        ["--config=enwik8_base:debug", "data.manual_dir={files}", HERE],
+        ["--config=enwik8_base:debug", "--manual_dir={files}", HERE],
         ["enwik8.zip", "sha256"],
     ),
     "archive missing": (

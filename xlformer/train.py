@@ -310,8 +310,12 @@ def _main(argv) -> int:
     parser = command.Parser(prog="python -m xlformer.train", description=__doc__)
     parser.add_argument("--config", required=True, help="NAME[:args] or FILE.py[:args]")
     parser.add_argument("--workdir", required=True)
+    parser.add_argument("--manual_dir", help="where archives lie that you fetched")
     args, overrides = parser.parse_with_overrides(argv)
-    result = train(config_lib.load(args.config, overrides), args.workdir)
+    config = config_lib.load(args.config, overrides)
+    if args.manual_dir is not None:
+        config.data.manual_dir = args.manual_dir
+    result = train(config, args.workdir)
     print(json.dumps(result))
     return faults.INTERRUPTED if result["interrupted"] else 0
 

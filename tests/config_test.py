@@ -53,7 +53,7 @@ def test_text_field_takes_anything():
         ("train.step=3", "config.train has no field 'step', did you mean 'steps'?"),
         ("trian.steps=3", "config has no field 'trian', did you mean 'train'?"),
         ("train.steps.x=3", "config.train.steps has no field 'x'"),
-        ("train.steps=many", "--config.train.steps=many: expected int, found 2"),
+        ("train.steps=many", "--config.train.steps=many: expected int, as in 2"),
         ("train.steps=1.5", "expected int"),
         ("train.steps=True", "expected int"),
         ("model.pre_norm=1", "expected bool"),

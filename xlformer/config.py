@@ -178,7 +178,7 @@ def _convert(text: str, like, what: str):
         value = tuple(value)
     if like is not None and type(value) is not type(like):
         expected = type(like).__name__
-        raise UserError(f"{what}={text}: expected {expected}, found {like!r} before it")
+        raise UserError(f"{what}={text}: expected {expected}, as in {like!r}")
     return value
 
 

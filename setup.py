@@ -14,7 +14,7 @@ EXTRAS = {
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
-        "ruff>=0.9",
+        "ruff>=0.17,<0.18",  # Another minor version may format otherwise.
         "safetensors>=0.4",
         "tensorboardX>=2.6",
         "tokenizers>=0.20",

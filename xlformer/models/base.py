@@ -228,7 +228,8 @@ def _lengths(lengths_B):
 class Trunk:
     """A model without embedding and softmax, for people who bring vectors.
 
-    `apply` takes the model's whole parameter tree or the trunk's part of it.
+    `apply` takes the model's whole parameter tree or the trunk's part of it, which
+    `init` makes alone. Where there are no tokens, build the model with vocab_size=1.
     """
 
     model: Model

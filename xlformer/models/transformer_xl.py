@@ -127,8 +127,7 @@ class TrunkModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, state, *, resets_BT=None, lengths=None, key=None):
         config = self.config
-        init = _initializers(config)
-        B, T, D = x_BTD.shape
+        B, T, _ = x_BTD.shape
         M = config.memory_length
         hidden_LBMD = state.hidden_LBMD.astype(self.dtype)
         key_start_BT = None
@@ -136,55 +135,56 @@ class TrunkModule(nn.Module):
             hidden_LBMD = _zero_rows(hidden_LBMD, resets_BT)
         elif M or resets_BT is not None:
             key_start_BT = memory_lib.key_start(state.length_B, resets_BT, M=M, T=T)
-        index_BT = _backward_index(B, T, lengths)
-        x_BTD = self._add_sinusoid(x_BTD, index_BT)
-        x_BTD = dropout(x_BTD, config.dropout, _fold(key, INPUT_KEY))
-        shared = self._shared(M + T, _fold(key, POSITION_KEY), init)
         # The last extended_length inputs come again with the next segment.
         if lengths is None:
             end = max(0, T - config.extended_length)
         else:
             end = jnp.maximum(0, lengths - config.extended_length)
+        index_BT = _backward_index(B, T, lengths)
+        x_BTD = self._add_sinusoid(x_BTD, index_BT)
+        x_BTD = dropout(x_BTD, config.dropout, _fold(key, INPUT_KEY))
+        shared = self._shared(M + T, _fold(key, POSITION_KEY))
+        y_BTD, hidden_LBMD = self._run_layers(
+            x_BTD, hidden_LBMD, shared, key_start_BT, index_BT, end, key
+        )
+        if config.final_norm:
+            scale_init = _initializers(config)["norm_scale"]
+            norm = LayerNorm(config.norm_epsilon, scale_init, name="final_norm")
+            y_BTD = norm(y_BTD)
+        length_B = state.length_B
+        if not config.attend_zero_memory:
+            length_B = memory_lib.next_length(length_B, resets_BT, end, M=M)
+        y_BTD = dropout(y_BTD, config.dropout, _fold(key, OUTPUT_KEY))
+        return y_BTD, Memory(hidden_LBMD, length_B)
 
+    def _run_layers(self, x_BTD, hidden_LBMD, shared, key_start_BT, index_BT, end, key):
+        """One scan over the stacked parameters: (last output, new memory)."""
+        config = self.config
         layer = Layer(config, self.dtype, parent=None)
+        params = self.param("layers", self._init_layers, layer, x_BTD, shared)
+        tables_LND = None
+        if config.attn_type == LEARNED_ABSOLUTE:
+            shape = (config.n_layer, config.table_length, x_BTD.shape[-1])
+            tables_LND = self.param("position", _initializers(config)["kernel"], shape)
 
         def run_layer(x_BTD, scanned):
             params, memory_BMD, table_ND, index = scanned
-            if config.attn_type == LEARNED_ABSOLUTE:
+            if table_ND is not None:
                 # Right-aligned; what lies beyond the table uses its first row.
                 rows_BT = jnp.maximum(config.table_length - 1 - index_BT, 0)
                 x_BTD = x_BTD + table_ND.astype(self.dtype)[rows_BT]
+            layer_key = _fold(_fold(key, LAYERS_KEY), index)
             y_BTD = layer.apply(
-                {"params": params},
-                x_BTD,
-                memory_BMD,
-                shared,
-                key_start_BT,
-                _fold(_fold(key, LAYERS_KEY), index),
+                {"params": params}, x_BTD, memory_BMD, shared, key_start_BT, layer_key
             )
             return y_BTD, memory_lib.append(memory_BMD, x_BTD, end)
 
-        tables_LND = None
-        if config.attn_type == LEARNED_ABSOLUTE:
-            shape = (config.n_layer, config.table_length, D)
-            tables_LND = self.param("position", init["kernel"], shape)
-        params = self.param("layers", self._init_layers, layer, x_BTD, shared)
-        body = jax.checkpoint(run_layer) if config.remat == "full" else run_layer
-        y_BTD, hidden_LBMD = lax.scan(
-            body,
+        return lax.scan(
+            jax.checkpoint(run_layer) if config.remat == "full" else run_layer,
             x_BTD,
             (params, hidden_LBMD, tables_LND, jnp.arange(config.n_layer)),
             unroll=1 if config.scan_layers else config.n_layer,
         )
-        if config.final_norm:
-            y_BTD = LayerNorm(
-                config.norm_epsilon, init["norm_scale"], name="final_norm"
-            )(y_BTD)
-        length_B = memory_lib.next_length(state.length_B, resets_BT, end, M=M)
-        if config.attend_zero_memory:
-            length_B = state.length_B
-        y_BTD = dropout(y_BTD, config.dropout, _fold(key, OUTPUT_KEY))
-        return y_BTD, Memory(hidden_LBMD, length_B)
 
     def _init_layers(self, key, layer, x_BTD, shared):
         """One layer's initialisation, mapped over the layers' keys."""
@@ -208,7 +208,7 @@ class TrunkModule(nn.Module):
         )
         return x_BTD + table_TD[index_BT]
 
-    def _shared(self, S, key, init):
+    def _shared(self, S, key):
         """What all layers use: the sinusoid of the distances, and u and v if tied."""
         config = self.config
         if config.attn_type != RELATIVE:
@@ -218,8 +218,11 @@ class TrunkModule(nn.Module):
         r_SD = dropout(r_SD, config.dropout, key)
         if config.untie_r:
             return r_SD, None
-        shape = (config.n_head, config.head_width)
-        return r_SD, tuple(self.param(name, init["kernel"], shape) for name in "uv")
+        shape, kernel = (
+            (config.n_head, config.head_width),
+            _initializers(config)["kernel"],
+        )
+        return r_SD, tuple(self.param(name, kernel, shape) for name in "uv")
 
 
 class TransformerXLModule(nn.Module):

@@ -14,7 +14,7 @@ from xlformer import evaluate, runs, scored_text, scoring
 from xlformer.data.vocabulary import CharVocabulary, WordVocabulary
 from xlformer.training.checkpoints import Checkpoints
 
-# design.md, 'What every result says'
+# What every result must say of itself.
 FIELDS = {
     "corpus", "payload_sha256", "unit", "newline", "split", "tokens_scored", "bytes",
     "words", "words_are", "segment_length", "memory_length", "clamp_length", "window",

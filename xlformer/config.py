@@ -44,7 +44,7 @@ def default_config(model: str = "transformer_xl", **fields) -> ConfigDict:
                 "segment_length": 64,  # tokens of a row in one step
                 "micro_batches": 1,  # gradient accumulation over groups of rows
                 "segments_per_call": 1,  # steps inside one compiled call
-                "variable_length": False,  # Transformer-XL's varlen (systems.md A.7)
+                "variable_length": False,  # the original's varlen: see data/stream.py
                 "half_loss": False,  # score only the later half of each segment
                 "skip_nonfinite": False,  # drop a step whose loss is not finite
                 "ema_decay": 0.0,  # average of the parameters; 0 keeps none

@@ -35,7 +35,7 @@ INPUT_KEY, POSITION_KEY, OUTPUT_KEY, LAYERS_KEY = range(4)
 
 
 def _initializers(config: TransformerXLConfig) -> dict[str, Any]:
-    """Initialisers by role (systems.md A.6: the originals' two tables)."""
+    """Initialisers by role: the PyTorch original's table, or TensorFlow's."""
     normal = nn.initializers.normal
     if config.init == "uniform":
         low, high = -config.init_range, config.init_range

@@ -159,7 +159,7 @@ def _lamb(config):
 
 
 def _lamb_sha_rnn(config):
-    """The fork of LAMB that SHA-RNN was trained with (systems.md E): moments are not
+    """The fork of LAMB that SHA-RNN was trained with: moments are not
     corrected for their start at zero, min(|p|, 10) / |update| is floored at 0.25, and
     weight decay spares nothing. Its epsilon was 1e-6."""
     return [

@@ -32,7 +32,7 @@ def start(program, *args):
     return process
 
 
-def finish(process, timeout=10):
+def finish(process, timeout=30):
     try:
         _, errors = process.communicate(timeout=timeout)
         return process.returncode, errors

@@ -236,7 +236,8 @@ def test_killed_at_random_moments_it_ends_bit_by_bit_as_if_it_never_was(
         step = chance.randrange(first, first + 9)
         process.wait_for(rf"step +({'|'.join(map(str, range(step, TOTAL + 1)))})/24")
         time.sleep(chance.random() * 0.2)
-        assert process.signal(signal.SIGKILL) == -signal.SIGKILL
+        # 0: so late a moment that the run was already over.
+        assert process.signal(signal.SIGKILL) in (-signal.SIGKILL, 0)
     Process(text, workdir).finish()
     assert_same_run(workdir, uninterrupted[0], config)
     assert losses(workdir) == losses(uninterrupted[0])

@@ -1,12 +1,13 @@
-"""Penn Treebank, words, 3 layers: what fits two CPU cores in about 25 minutes.
+"""Penn Treebank, words, 3 layers: what fits two CPU cores in half an hour.
 
 Paper:    the paper's own row (54.52 test perplexity with 24M parameters, variational
           dropout and weight averaging) cannot be followed: its hyper-parameters were
           never published, and nobody is known to have reproduced it. This is another,
           ten times smaller run, and does not promise that figure.
 Command:  python -m xlformer.train --config=penn --workdir=runs/penn
-Hardware: 2 CPU cores: meant for about 25 minutes
-Expected: to be measured, in test perplexity per word (with <eos>), by
+Hardware: 2 CPU cores (AMD EPYC): 29 minutes
+Expected: test perplexity per word (with <eos>) 89.54, validation 95.46 (jax 0.10.2,
+          2026-11-22; two runs agreed to the bit), by
           python -m xlformer.evaluate --workdir=runs/penn --split=test
           with segment 70 and memory 70 (config.eval)
 """

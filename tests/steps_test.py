@@ -161,7 +161,10 @@ def test_variable_lengths_are_the_unpadded_segments_in_one_compiled_step():
 
 def test_weights_count_the_valid_targets_and_with_half_the_later_ones():
     weights = functools.partial(steps.loss_weights, (2, 7))
-    rows = lambda *values: [[float(v) for v in values]] * 2  # noqa: E731
+
+    def rows(*values):
+        return [[float(v) for v in values]] * 2
+
     np.testing.assert_array_equal(weights(7, half=False), rows(1, 1, 1, 1, 1, 1, 1))
     np.testing.assert_array_equal(weights(5, half=False), rows(1, 1, 1, 1, 1, 0, 0))
     np.testing.assert_array_equal(weights(7, half=True), rows(0, 0, 0, 1, 1, 1, 1))
@@ -258,8 +261,7 @@ def test_the_average_follows_the_parameters():
     average = start.params
     assert_same(start.ema, start.params)
     for found in after:
-        mix = lambda a, p: 0.75 * a + 0.25 * p  # noqa: E731
-        average = jax.tree.map(mix, average, found.params)
+        average = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * p, average, found.params)
         assert_close(found.ema, average)
     none, _ = Run(small_config()).states(1)
     assert none[1].ema is None

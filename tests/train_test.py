@@ -33,6 +33,7 @@ from xlformer.scoring import Evaluator
 from xlformer.train import main, train
 from xlformer.training import faults, metrics
 from xlformer.training.checkpoints import Checkpoints
+from xlformer.training.locks import WorkdirLock
 
 TOTAL = 24
 
@@ -309,7 +310,7 @@ def test_a_run_that_was_too_short_goes_on(text, tmp_path):
 def test_a_second_process_is_refused_by_name(config, finished, monkeypatch, capsys):
     monkeypatch.setattr(config_lib, "load", lambda *_: config)
     before = (finished / "metrics.jsonl").read_bytes()
-    with faults.WorkdirLock(finished):
+    with WorkdirLock(finished):
         assert main(["--config=made", f"--workdir={finished}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and f"in use by pid {os.getpid()} on host" in line

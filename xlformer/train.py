@@ -23,6 +23,7 @@ from xlformer.data.stream import Stream
 from xlformer.errors import UserError
 from xlformer.training import faults, metrics, optimizers, state, steps
 from xlformer.training.checkpoints import Checkpoints
+from xlformer.training.locks import WorkdirLock
 from xlformer.training.profiler import Profiler
 from xlformer.training.progress import Progress
 from xlformer.validation import Validation
@@ -58,7 +59,7 @@ def train(config: ConfigDict, workdir, model: models.Model | None = None) -> dic
             )
         run = _Training(config, workdir, model, prepared, interrupt)
         try:
-            with faults.WorkdirLock(workdir), metrics.Writer(workdir) as writer:
+            with WorkdirLock(workdir), metrics.Writer(workdir) as writer:
                 return run.start(writer)
         except OSError as error:
             if error.errno not in NO_ROOM:

@@ -63,7 +63,7 @@ def test_only_an_epochs_first_segment_resets():
 def test_hosts_concatenate_to_the_global_batch(hosts, documents, options):
     options = {"batch_size": 6, "documents": documents, "extended_length": 2} | options
     whole = make(**options)
-    parts = [make(**options, shard_index=i, shard_count=hosts) for i in range(hosts)]
+    parts = [make(**options, rows=r) for r in np.split(np.arange(6), hosts)]
     for step in (0, 1, 5, 11, 12, 40):
         expected, found = whole.at(step), [part.at(step) for part in parts]
         for key in ("inputs_BT", "targets_BT", "resets_BT"):
@@ -71,6 +71,15 @@ def test_hosts_concatenate_to_the_global_batch(hosts, documents, options):
             np.testing.assert_array_equal(joined, expected[key])
         for key in ("length", "epoch", "offset"):
             assert {int(f[key]) for f in found} == {int(expected[key])}
+
+
+def test_rows_need_not_lie_side_by_side():
+    options = {"batch_size": 6, "documents": np.array([0, 5, 331, 332, 700])}
+    whole, part = make(**options), make(**options, rows=[1, 2, 5])
+    for step in (0, 1, 11):
+        for key in ("inputs_BT", "targets_BT", "resets_BT"):
+            expected = whole.at(step)[key][[1, 2, 5]]
+            np.testing.assert_array_equal(part.at(step)[key], expected)
 
 
 def test_documents_reset_at_their_first_token():
@@ -159,8 +168,3 @@ def test_a_segment_longer_than_a_row_names_both_values():
     message = r"config\.train\.segment_length=13 .*config\.train\.batch_size=3 .* 13 "
     with pytest.raises(UserError, match=message):
         make(TOKENS[:41])
-
-
-def test_hosts_must_divide_the_batch():
-    with pytest.raises(UserError, match=r"config\.train\.batch_size=3 .* 2 hosts"):
-        make(shard_count=2)

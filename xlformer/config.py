@@ -71,6 +71,11 @@ def default_config(model: str = "transformer_xl", **fields) -> ConfigDict:
                 "plateau_factor": 0.5,
                 "plateau_patience": 0,  # evaluations without improvement
             },
+            "mesh": {
+                "data": -1,  # copies of the model; -1: as many as there are devices
+                "fsdp": 1,  # devices that share one copy, gathered as it is used
+                "tensor": 1,  # devices that share each layer's heads and widths
+            },
             "eval": {
                 "split": "validation",
                 "batch_size": 8,
@@ -243,6 +248,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     if model.get("cutoffs"):
         model.div_val = min(model.div_val, 2)
         model.tie_projections = model.tie_projections[: len(model.cutoffs) + 1]
+    config.mesh.update(data=1, fsdp=1, tensor=1)  # a batch of two has no more
     train.update(steps=2, batch_size=2, segment_length=7)
     train.update(log_every=1, eval_every=2, save_every=2)
     train.micro_batches = min(train.micro_batches, 2)

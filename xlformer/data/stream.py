@@ -20,7 +20,7 @@ LONGEST_EXTRA = 15
 
 
 class Stream:
-    """Segments of `tokens` in batch_size rows, of which this shard makes its slice.
+    """Segments of `tokens` in batch_size rows, of which it makes those in `rows`.
 
     `documents` are the sorted positions in `tokens` where a document begins. With
     `extended_length` E every segment is preceded by the E tokens before it.
@@ -40,14 +40,8 @@ class Stream:
         documents: np.ndarray | None = None,
         variable_length: bool = False,
         seed: int = 0,
-        shard_index: int = 0,
-        shard_count: int = 1,
+        rows: np.ndarray | None = None,
     ):
-        if batch_size % shard_count:
-            raise UserError(
-                f"config.train.batch_size={batch_size} does not divide among"
-                f" {shard_count} hosts"
-            )
         row_length = len(tokens) // batch_size
         if segment_length < 1 or row_length <= segment_length:
             raise UserError(
@@ -55,10 +49,10 @@ class Stream:
                 f" {len(tokens)} tokens in config.train.batch_size={batch_size} rows"
                 f" give rows of {row_length} (one more than a segment is needed)"
             )
-        rows = batch_size // shard_count
-        self._first_row = shard_index * rows
+        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         grid_BL = tokens[: batch_size * row_length].reshape(batch_size, row_length)
-        self._rows_BL = grid_BL[self._first_row : self._first_row + rows]
+        self._grid_BL = grid_BL[self._rows[0] : self._rows[-1] + 1]  # still mapped
+        self._picked = self._rows - self._rows[0]
         self._documents = None if documents is None else np.asarray(documents, np.int64)
         self.segment_length = segment_length
         self.extended_length = extended_length
@@ -87,13 +81,13 @@ class Stream:
         need one flag for each input.
         """
         epoch, offset, length = self.place(step)
-        rows, extended = len(self._rows_BL), self.extended_length
+        rows, extended = len(self._rows), self.extended_length
         lack = max(extended - offset, 0)  # tokens before the row's first
         start, stop = offset - extended + lack, offset + length
         inputs_BT = np.zeros((rows, extended + self.width), np.int32)
-        inputs_BT[:, lack : extended + length] = self._rows_BL[:, start:stop]
+        inputs_BT[:, lack : extended + length] = self._segment(start, stop)
         targets_BT = np.zeros((rows, self.width), np.int32)
-        targets_BT[:, :length] = self._rows_BL[:, offset + 1 : stop + 1]
+        targets_BT[:, :length] = self._segment(offset + 1, stop + 1)
         return {
             "inputs_BT": inputs_BT,
             "targets_BT": targets_BT,
@@ -103,15 +97,19 @@ class Stream:
             "offset": np.int32(offset),
         }
 
+    def _segment(self, start: int, stop: int) -> np.ndarray:
+        part_BT = self._grid_BL[:, start:stop]
+        return part_BT if len(part_BT) == len(self._rows) else part_BT[self._picked]
+
     def _resets(self, offset: int, lack: int, start: int, stop: int) -> np.ndarray:
-        rows = len(self._rows_BL)
+        rows = len(self._rows)
         if self._documents is None and not self.extended_length:
             return np.full((rows, 1), offset == 0)
         resets_BT = np.zeros((rows, self.extended_length + self.width), bool)
         if lack or offset == 0:
             resets_BT[:, lack] = True  # the row's first token
         if self._documents is not None:
-            base = (np.arange(rows) + self._first_row) * self.row_length
+            base = self._rows * self.row_length
             low = np.searchsorted(self._documents, base + start)
             high = np.searchsorted(self._documents, base + stop)
             for row in np.flatnonzero(high > low):

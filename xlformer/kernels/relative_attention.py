@@ -48,7 +48,7 @@ def relative_attention(
         padding on the left.
       causal: no key after the query is visible.
       dropout_rate: rate of dropout on the attention probabilities.
-      dropout_key: a jax.random key; None switches dropout off.
+      dropout_key: a jax.random key, or one for each row, [B]; None switches it off.
       implementation: 'auto' or a name of IMPLEMENTATIONS.
 
     Returns:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xlformer.kernels.dropout import bernoulli
+
 
 def attention(
     qu_BTHK,
@@ -39,7 +41,7 @@ def attention(
         scores_BHTS = jnp.where(mask, scores_BHTS, jnp.finfo(dtype).min)
         p_BHTS = jax.nn.softmax(scores_BHTS)
         if dropout_rate:
-            keep = jax.random.bernoulli(dropout_key, 1 - dropout_rate, p_BHTS.shape)
+            keep = bernoulli(dropout_key, 1 - dropout_rate, p_BHTS.shape)
             p_BHTS = jnp.where(keep, p_BHTS / (1 - dropout_rate), 0)
     with jax.named_scope("values"):
         return jnp.einsum("BHTS,BSHK->BTHK", p_BHTS.astype(v_BSHK.dtype), v_BSHK)

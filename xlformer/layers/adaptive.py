@@ -16,6 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from xlformer.kernels.cross_entropy import softmax_nll
+from xlformer.sharding import constrain
+
+AXES = {
+    "embedding/table": ("vocab", "embed"),
+    "embedding/projection": (None, "embed"),
+    "softmax/table": ("vocab", "embed"),
+    "softmax/projection": ("embed", None),
+    "softmax/bias": ("vocab",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +93,14 @@ class AdaptiveEmbedding(nn.Module):
     def __call__(self, ids_BT):
         with jax.named_scope("embedding"):
             if self.bins.div_val == 1:
-                return self._project(self.table[ids_BT].astype(self.dtype), 0)
+                table_VE = constrain(self.table, "vocab", None)
+                return self._project(table_VE[ids_BT].astype(self.dtype), 0)
             y_BTD = jnp.zeros((*ids_BT.shape, self.bins.d_model), self.dtype)
             edges = self.bins.edges
             for b, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
                 rows_BT = jnp.clip(ids_BT - start, 0, stop - start - 1)
-                x_BTE = getattr(self, f"table_{b}")[rows_BT].astype(self.dtype)
+                table_VE = constrain(getattr(self, f"table_{b}"), "vocab", None)
+                x_BTE = table_VE[rows_BT].astype(self.dtype)
                 inside_BT = (ids_BT >= start) & (ids_BT < stop)
                 y_BTD = jnp.where(inside_BT[..., None], self._project(x_BTE, b), y_BTD)
             return y_BTD
@@ -190,8 +201,12 @@ class AdaptiveSoftmax(nn.Module):
         start, stop = self.bins.edges[b : b + 2]
         source = embedding if self.tie_weights else self
         if self.bins.div_val == 1:
-            return source.table[start:stop], self.bias[start:stop]
-        return getattr(source, f"table_{b}"), self.bias[start:stop]
+            table_VE = source.table[start:stop]
+        else:
+            table_VE = getattr(source, f"table_{b}")
+        # Gathered over fsdp as it is used: a lookup in a table that is split by both
+        # axes is beyond XLA's partitioner (jax 0.10.2).
+        return constrain(table_VE, "vocab", None), self.bias[start:stop]
 
     def _project(self, h_ND, b, embedding):
         if not self.bins.projects(b):

@@ -8,11 +8,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from xlformer.kernels.dropout import dropout
 from xlformer.kernels.relative_attention import relative_attention
 from xlformer.layers import positions
-from xlformer.layers.feed_forward import dropout
+from xlformer.sharding import constrain
 
 RELATIVE, LEARNED_RELATIVE, SINUSOID, LEARNED_ABSOLUTE = range(4)
+AXES = {
+    "attention/qkv": ("embed", None, "heads", None),
+    "attention/output": ("heads", None, "embed"),
+    "attention/position": ("embed", "heads", None),
+    "attention/distance": (None, "heads", None),
+    "attention/distance_bias": (None, "heads"),
+    "attention/u": ("heads", None),
+    "attention/v": ("heads", None),
+}
 
 
 class Attention(nn.Module):
@@ -56,7 +66,7 @@ class Attention(nn.Module):
           r_SD: sinusoid of each distance (type 0).
           biases: (u_HK, v_HK) shared by all layers, unless own_biases.
           key_start_BT: first visible key of each query.
-          keys: jax.random keys (probabilities, output); None switches dropout off.
+          keys: (probabilities, output), each a key a row; None switches dropout off.
         """
         probability_key, output_key = keys or (None, None)
         D, S = x_BTD.shape[-1], context_BSD.shape[1]
@@ -67,6 +77,10 @@ class Attention(nn.Module):
             q_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, qkv_DCHK[:, 0])
             k_BSHK = jnp.einsum("BSD,DHK->BSHK", context_BSD, qkv_DCHK[:, 1])
             v_BSHK = jnp.einsum("BSD,DHK->BSHK", context_BSD, qkv_DCHK[:, 2])
+            q_BTHK, k_BSHK, v_BSHK = (
+                constrain(x, "batch", None, "heads", None)
+                for x in (q_BTHK, k_BSHK, v_BSHK)
+            )
         with jax.named_scope("positions"):
             qu_BTHK, qw_BTHK, r_SHK = self._position_terms(q_BTHK, r_SD, biases, S)
         y_BTHK = relative_attention(

@@ -1,4 +1,4 @@
-"""Dropout, layer normalisation and the position-wise feed-forward network."""
+"""Layer normalisation and the position-wise feed-forward network."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from xlformer.kernels.dropout import dropout
+from xlformer.sharding import constrain
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes entries with probability `rate` and rescales; None switches it off."""
-    if key is None or not rate:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+AXES = {
+    "feed_forward/in_kernel": ("embed", "mlp"),
+    "feed_forward/in_bias": ("mlp",),
+    "feed_forward/out_kernel": ("mlp", "embed"),
+}
 
 
 def layer_norm(x: jax.Array, scale_D, bias_D, epsilon: float) -> jax.Array:
@@ -57,6 +58,7 @@ class FeedForward(nn.Module):
         out_D = self.param("out_bias", nn.initializers.zeros, (D,)).astype(self.dtype)
         with jax.named_scope("feed_forward"):
             h_BTF = nn.relu(jnp.einsum("BTD,DF->BTF", x_BTD, in_DF) + in_F[None, None])
+            h_BTF = constrain(h_BTF, "batch", None, "mlp")
             h_BTF = dropout(h_BTF, self.dropout, keys[0])
             y_BTD = jnp.einsum("BTF,FD->BTD", h_BTF, out_FD) + out_D[None, None]
             return dropout(y_BTD, self.dropout, keys[1])

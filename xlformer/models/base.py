@@ -10,6 +10,8 @@ Training, evaluation, generation and `testing.check_model` know nothing else.
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from xlformer.errors import UserError
+from xlformer.kernels.dropout import Keys
 from xlformer.layers.memory import expand_resets
 
 
@@ -48,6 +51,25 @@ def compute_dtype(name: str, params=None):
         device.platform == "gpu" and float(device.compute_capability) >= 8.0
     )
     return jnp.dtype(jnp.bfloat16 if native else jnp.float32)
+
+
+def param_axes(params, table: Mapping[str, tuple]):
+    """Logical axis names of parameters by the end of their path.
+
+    Args:
+      params: a tree of arrays or shapes.
+      table: names by 'module/parameter'; a number at the end of the parameter does not
+        count ('embedding/table' is table_0 too). Leaves under 'layers' have one more
+        axis in front. What is not in the table is not split.
+    """
+
+    def name(path, leaf):
+        keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        last = re.sub(r"_\d+$", "", "/".join(keys[-2:]))
+        names = table.get(last, (None,) * (len(leaf.shape) - ("layers" in keys)))
+        return (None,) * ("layers" in keys) + tuple(names)
+
+    return jax.tree_util.tree_map_with_path(name, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +139,13 @@ class Model:
         """Logical axis names of each leaf of the state; 'batch' is among them."""
         raise NotImplementedError
 
+    def param_axes(self, params):
+        """Logical axis names of each leaf of `params`, a tree of arrays or shapes.
+
+        sharding.RULES says which names a mesh splits. By default nothing is split.
+        """
+        return jax.tree.map(lambda leaf: (None,) * len(leaf.shape), params)
+
     def apply(
         self,
         params,
@@ -143,8 +172,10 @@ class Model:
           lengths_B: valid inputs of each row, or one number; the rest is padding on
             the right: it enters no memory and its nll is 0.
           step: for schedules inside a model.
-          train: dropout on; needs rngs={'dropout': key} if any rate is positive.
-          rngs: see train.
+          train: dropout on; needs rngs if any rate is positive.
+          rngs: 'dropout', one key; and 'rows', a key for each row, [B], by default
+            folded from it. What differs between rows must be drawn from 'rows': under a
+            mesh each device calls this with its own rows.
 
         Returns:
           nll_BT in nats, in position order; the new state, without gradient; Aux.
@@ -164,7 +195,7 @@ class Model:
             jax.lax.stop_gradient(state),
             resets_BT=self._resets(resets_BT, inputs_BT.shape[1]),
             lengths=_lengths(lengths_B),
-            key=self._dropout_key(train, rngs),
+            keys=self._dropout_keys(train, rngs, inputs_BT.shape[0]),
         )
         return (
             nll_BT,
@@ -198,12 +229,16 @@ class Model:
                 )
         return expand_resets(resets_BT, T)
 
-    def _dropout_key(self, train: bool, rngs: dict | None):
+    def _dropout_keys(self, train: bool, rngs: dict | None, B: int) -> Keys | None:
         if not train or not self._has_dropout:
             return None
         if not rngs or "dropout" not in rngs:
             raise ValueError("train=True with dropout needs rngs={'dropout': key}")
-        return rngs["dropout"]
+        key = rngs["dropout"]
+        rows_B = rngs.get("rows")
+        if rows_B is None:
+            rows_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+        return Keys(key, rows_B)
 
     @property
     def _has_dropout(self) -> bool:
@@ -267,7 +302,7 @@ class Trunk:
             jax.lax.stop_gradient(state),
             resets_BT=self.model._resets(resets_BT, x_BTD.shape[1]),
             lengths=_lengths(lengths_B),
-            key=self.model._dropout_key(train, rngs),
+            keys=self.model._dropout_keys(train, rngs, x_BTD.shape[0]),
             method="run_trunk",
         )
         return y_BTD, jax.lax.stop_gradient(state)

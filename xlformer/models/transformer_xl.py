@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from xlformer.kernels.dropout import dropout, fold
+from xlformer.layers import adaptive, attention, feed_forward, positions
 from xlformer.layers import memory as memory_lib
-from xlformer.layers import positions
 from xlformer.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Bins
 from xlformer.layers.attention import (
     LEARNED_ABSOLUTE,
@@ -25,10 +26,11 @@ from xlformer.layers.attention import (
     SINUSOID,
     Attention,
 )
-from xlformer.layers.feed_forward import FeedForward, LayerNorm, dropout
+from xlformer.layers.feed_forward import FeedForward, LayerNorm
 from xlformer.layers.memory import Memory
-from xlformer.models.base import Model, compute_dtype
+from xlformer.models.base import Model, compute_dtype, param_axes
 from xlformer.models.transformer_xl_config import TransformerXLConfig
+from xlformer.sharding import constrain
 
 # Which number is folded into the dropout key for what, beside the layers.
 INPUT_KEY, POSITION_KEY, OUTPUT_KEY, LAYERS_KEY = range(4)
@@ -67,7 +69,7 @@ class Layer(nn.Module):
     def __call__(self, x_BTD, memory_BMD, shared, key_start_BT=None, key=None):
         """Args: the layer's input, its memory, (r_SD, (u, v)) shared by all layers."""
         config, init = self.config, _initializers(self.config)
-        keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
+        keys = [fold(key, i) for i in range(4)]
         norm = functools.partial(
             LayerNorm, epsilon=config.norm_epsilon, scale_init=init["norm_scale"]
         )
@@ -75,7 +77,7 @@ class Layer(nn.Module):
             norm(name="attention_norm"),
             norm(name="norm"),
         )
-        attention = Attention(
+        attend = Attention(
             n_head=config.n_head,
             d_head=config.head_width,
             attn_type=config.attn_type,
@@ -90,7 +92,7 @@ class Layer(nn.Module):
             implementation=config.attention,
             name="attention",
         )
-        feed_forward = FeedForward(
+        network = FeedForward(
             d_inner=config.d_inner,
             dropout=config.dropout,
             kernel_init=init["kernel"],
@@ -104,7 +106,7 @@ class Layer(nn.Module):
             # Memory is stored as it was and normalised at use, by the same norm.
             context_BSD = attention_norm(context_BSD)
             queries_BTD = context_BSD[:, memory_BMD.shape[1] :]
-        y_BTD = x_BTD + attention(
+        y_BTD = x_BTD + attend(
             queries_BTD,
             context_BSD,
             r_SD=r_SD,
@@ -113,9 +115,11 @@ class Layer(nn.Module):
             keys=keys[:2],
         )
         if config.pre_norm:
-            return y_BTD + feed_forward(feed_forward_norm(y_BTD), keys[2:])
-        y_BTD = attention_norm(y_BTD)
-        return feed_forward_norm(y_BTD + feed_forward(y_BTD, keys[2:]))
+            y_BTD = y_BTD + network(feed_forward_norm(y_BTD), keys[2:])
+        else:
+            y_BTD = attention_norm(y_BTD)
+            y_BTD = feed_forward_norm(y_BTD + network(y_BTD, keys[2:]))
+        return constrain(y_BTD, "batch", None, None)
 
 
 class TrunkModule(nn.Module):
@@ -125,7 +129,7 @@ class TrunkModule(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BTD, state, *, resets_BT=None, lengths=None, key=None):
+    def __call__(self, x_BTD, state, *, resets_BT=None, lengths=None, keys=None):
         config = self.config
         B, T, _ = x_BTD.shape
         M = config.memory_length
@@ -142,8 +146,9 @@ class TrunkModule(nn.Module):
             end = jnp.maximum(0, lengths - config.extended_length)
         index_BT = _backward_index(B, T, lengths)
         x_BTD = self._add_sinusoid(x_BTD, index_BT)
-        x_BTD = dropout(x_BTD, config.dropout, _fold(key, INPUT_KEY))
-        shared = self._shared(M + T, _fold(key, POSITION_KEY))
+        shared_key, key = (None, None) if keys is None else keys
+        x_BTD = dropout(x_BTD, config.dropout, fold(key, INPUT_KEY))
+        shared = self._shared(M + T, fold(shared_key, POSITION_KEY))
         y_BTD, hidden_LBMD = self._run_layers(
             x_BTD, hidden_LBMD, shared, key_start_BT, index_BT, end, key
         )
@@ -154,7 +159,7 @@ class TrunkModule(nn.Module):
         length_B = state.length_B
         if not config.attend_zero_memory:
             length_B = memory_lib.next_length(length_B, resets_BT, end, M=M)
-        y_BTD = dropout(y_BTD, config.dropout, _fold(key, OUTPUT_KEY))
+        y_BTD = dropout(y_BTD, config.dropout, fold(key, OUTPUT_KEY))
         return y_BTD, Memory(hidden_LBMD, length_B)
 
     def _run_layers(self, x_BTD, hidden_LBMD, shared, key_start_BT, index_BT, end, key):
@@ -173,7 +178,7 @@ class TrunkModule(nn.Module):
                 # Right-aligned; what lies beyond the table uses its first row.
                 rows_BT = jnp.maximum(config.table_length - 1 - index_BT, 0)
                 x_BTD = x_BTD + table_ND.astype(self.dtype)[rows_BT]
-            layer_key = _fold(_fold(key, LAYERS_KEY), index)
+            layer_key = fold(fold(key, LAYERS_KEY), index)
             y_BTD = layer.apply(
                 {"params": params}, x_BTD, memory_BMD, shared, key_start_BT, layer_key
             )
@@ -256,9 +261,9 @@ class TransformerXLModule(nn.Module):
         )
 
     def __call__(
-        self, ids_BT, targets_BT, state, *, resets_BT=None, lengths=None, key=None
+        self, ids_BT, targets_BT, state, *, resets_BT=None, lengths=None, keys=None
     ):
-        y_BTD, state = self._forward(ids_BT, state, resets_BT, lengths, key)
+        y_BTD, state = self._forward(ids_BT, state, resets_BT, lengths, keys)
         B, T = targets_BT.shape
         h_ND = y_BTD[:, -T:].reshape(B * T, -1)
         nll_BT = self.softmax(h_ND, targets_BT.reshape(-1), self.embedding).reshape(
@@ -276,13 +281,14 @@ class TransformerXLModule(nn.Module):
         log_p_NV = self.softmax.log_probs(y_BTD.reshape(B * T, D), self.embedding)
         return log_p_NV.reshape(B, T, -1), state
 
-    def run_trunk(self, x_BTD, state, *, resets_BT=None, lengths=None, key=None):
-        return self.trunk(x_BTD, state, resets_BT=resets_BT, lengths=lengths, key=key)
+    def run_trunk(self, x_BTD, state, *, resets_BT=None, lengths=None, keys=None):
+        return self.trunk(x_BTD, state, resets_BT=resets_BT, lengths=lengths, keys=keys)
 
-    def _forward(self, ids_BT, state, resets_BT, lengths, key):
+    def _forward(self, ids_BT, state, resets_BT, lengths, keys):
         x_BTD = self.embedding(ids_BT) * self.config.d_model**0.5
+        x_BTD = constrain(x_BTD, "batch", None, None)
         return self.run_trunk(
-            x_BTD, state, resets_BT=resets_BT, lengths=lengths, key=key
+            x_BTD, state, resets_BT=resets_BT, lengths=lengths, keys=keys
         )
 
 
@@ -328,12 +334,21 @@ class TransformerXL(Model):
     def state_axes(self) -> Memory:
         return memory_lib.AXES
 
+    def param_axes(self, params):
+        return param_axes(
+            params, attention.AXES | feed_forward.AXES | adaptive.AXES | _AXES
+        )
+
     def _module(self, dtype) -> TransformerXLModule:
         return TransformerXLModule(self.config, dtype)
 
 
-def _fold(key, data):
-    return None if key is None else jax.random.fold_in(key, data)
+# The learned absolute positions of type 3, [L, N, D]; u and v shared by all layers.
+_AXES = {
+    "trunk/position": (None, None, "embed"),
+    "trunk/u": ("heads", None),
+    "trunk/v": ("heads", None),
+}
 
 
 def _backward_index(B, T, lengths):

@@ -9,6 +9,7 @@ from jax import lax
 
 from xlformer.errors import UserError
 from xlformer.training import optimizers
+from xlformer.training.gradients import make_gradients
 from xlformer.training.state import Place, TrainState
 
 AT_LEAST = {
@@ -66,13 +67,14 @@ def check(config) -> None:
 def make_step(config, model, optimizer, schedule):
     """Returns step(state, batch) for the batches of data.stream.Stream.
 
-    Dropout: the key is fold_in(fold_in(key(seed), step), micro batch); whoever replays
-    a step drops the same units, however many segments one call holds.
+    Dropout: the keys are key = fold_in(key(seed), step) and, for each row of the batch,
+    fold_in(key, row): whoever replays a step drops the same units, however many
+    segments one call holds, in whatever micro batches and on whatever mesh.
     """
     train = config.train
     base_key = jax.random.key(config.seed)
 
-    def loss_fn(params, carried, batch, step, key):
+    def loss_fn(params, carried, batch, rngs):
         nll_BT, carried, aux = model.apply(
             params,
             batch["inputs_BT"],
@@ -80,32 +82,24 @@ def make_step(config, model, optimizer, schedule):
             carried,
             resets_BT=batch["resets_BT"],
             lengths_B=batch["length"] if train.variable_length else None,
-            step=step,
+            step=batch["step"],
             train=True,
-            rngs={"dropout": key},
+            rngs=rngs,
         )
         weights_BT = loss_weights(nll_BT.shape, batch["length"], half=train.half_loss)
         mean = (nll_BT * weights_BT).sum() / weights_BT.sum()
-        return mean + aux.loss, (mean, carried, aux.metrics)
+        return mean + aux.loss, (carried, {"train/loss_nats": mean, **aux.metrics})
 
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    gradients = make_gradients(
+        loss_fn, micro_batches=train.micro_batches, state_axes=model.state_axes()
+    )
 
     def step_fn(state: TrainState, batch) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(base_key, state.step)
-
-        def one(micro):
-            index, carried, batch = micro
-            micro_key = jax.random.fold_in(key, index)
-            (_, out), grads = grad_fn(
-                state.params, carried, batch, state.step, micro_key
-            )
-            return grads, out
-
         with jax.named_scope("gradients"):
-            grads, (nlls, carried, metrics) = _over_micro_batches(
-                one, state, batch, model.state_axes(), train.micro_batches
+            grads, (carried, metrics) = gradients(
+                state.params, state.carried, {**batch, "step": state.step}, key
             )
-        metrics = {"train/loss_nats": nlls.mean(), **metrics}
         with jax.named_scope("update"):
             return _update(
                 config, optimizer, schedule, state, batch, grads, carried, metrics
@@ -123,18 +117,19 @@ def make_steps(step_fn):
     return steps_fn
 
 
-def make_plateau(config):
-    """Returns update(state.plateau, validation loss), compiled."""
+def make_evaluated(config):
+    """Returns note(plateau, loss of a validation, step): what the state remembers."""
 
-    def update(plateau: optimizers.Plateau, loss) -> optimizers.Plateau:
-        return optimizers.plateau_update(
+    def note(plateau: optimizers.Plateau, loss, step):
+        plateau = optimizers.plateau_update(
             plateau,
             loss,
             factor=config.optimizer.plateau_factor,
             patience=config.optimizer.plateau_patience,
         )
+        return plateau, jnp.asarray(step, jnp.int32)
 
-    return jax.jit(update)
+    return note
 
 
 def loss_weights(shape, length, *, half: bool) -> jax.Array:
@@ -144,47 +139,6 @@ def loss_weights(shape, length, *, half: bool) -> jax.Array:
     if half:
         counts_BT &= index_BT >= length // 2
     return counts_BT.astype(jnp.float32)
-
-
-def _over_micro_batches(one, state, batch, axes, n):
-    """Sums gradients over n groups of rows, each with its own part of the memory."""
-    scalars = {name: x for name, x in batch.items() if jnp.ndim(x) == 0}
-    if n == 1:
-        grads, (nll, carried, metrics) = one((0, state.carried, batch))
-        return grads, (nll[None], carried, metrics)
-
-    def split(x, axis):
-        shape = (*x.shape[:axis], n, x.shape[axis] // n, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x.reshape(shape), axis, 0)
-
-    def join(x, axis):
-        x = jnp.moveaxis(x, 0, axis)
-        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-    batch_axes = batch_axis(state.carried, axes)
-    rows = {name: split(x, 0) for name, x in batch.items() if name not in scalars}
-    carried = jax.tree.map(split, state.carried, batch_axes)
-
-    def body(grads, micro):
-        index, carried, rows = micro
-        more, out = one((index, carried, {**rows, **scalars}))
-        return jax.tree.map(jnp.add, grads, more), out
-
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-
-    grads, (nlls, carried, metrics) = lax.scan(
-        body, zeros, (jnp.arange(n), carried, rows)
-    )
-    grads = jax.tree.map(lambda g: g / n, grads)
-    carried = jax.tree.map(join, carried, batch_axes)
-    return grads, (nlls, carried, jax.tree.map(jnp.mean, metrics))
-
-
-def batch_axis(carried, axes):
-    """Which axis of each leaf of a model's state is the batch."""
-    structure = jax.tree.structure(carried)
-    names = structure.flatten_up_to(axes)
-    return structure.unflatten([n.index("batch") for n in names])
 
 
 def _update(config, optimizer, schedule, state, batch, grads, carried, metrics):

@@ -1,0 +1,225 @@
+"""Any mesh gives the numbers of a single device, and wastes no traffic."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import quick
+from jax.sharding import PartitionSpec as P
+from training_runs import bag, refusal
+
+from xlformer import config as config_lib
+from xlformer import models, sharding
+from xlformer.data.stream import Stream
+from xlformer.training import optimizers, state, steps
+
+V, B, T, M = 24, 8, 7, 5
+TOKENS = np.random.default_rng(0).integers(0, V, 1009).astype(np.uint8)
+MESHES = {
+    "one": {"data": 1},
+    "data 8": {"data": 8},
+    "data 2 x fsdp 4": {"data": 2, "fsdp": 4},
+    "data 2 x tensor 4": {"data": 2, "tensor": 4},
+    "2 x 2 x 2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+MODELS = {
+    "unrolled": {"dropout": 0.1, "attention_dropout": 0.1},
+    "scanned, adaptive": {"scan_layers": True, "cutoffs": (8, 16), "div_val": 2},
+    "remat, learned": {"remat": "full", "attn_type": 1, "table_length": 12},
+}
+
+
+def make_config(micro_batches=1, **fields):
+    config = config_lib.load("quickstart:debug")
+    sizes = {"n_layer": 2, "d_model": 16, "n_head": 4, "d_head": 4, "d_inner": 32}
+    if fields.get("div_val"):
+        fields["tie_projections"] = (False, True, True)
+    config.model.update(memory_length=M, **sizes, **fields)
+    config.train.update(batch_size=B, segment_length=T, ema_decay=0.5)
+    config.train.micro_batches = micro_batches
+    config.optimizer.update(learning_rate=0.01, schedule="constant", warmup_steps=0)
+    config.optimizer.epsilon = 1e-3  # or Adam divides one rounding error by another
+    return config
+
+
+class Trainer:
+    """Three steps on a mesh, parameters born where they stay."""
+
+    def __init__(self, config, mesh, model=None):
+        mesh = sharding.make_mesh(mesh)
+        model = model or models.build(config.model, vocab_size=V)
+        optimizer = optimizers.build(config.optimizer)
+        schedule = optimizers.learning_rate(config.optimizer, 3)
+        step = steps.make_step(config, model, optimizer, schedule)
+        create = functools.partial(state.create, config, model, optimizer)
+        key = jax.random.key(5)
+        abstract = jax.eval_shape(create, key)
+        placed = sharding.train_state(mesh, abstract, model)
+        self.stream = Stream(TOKENS, batch_size=B, segment_length=T)
+        rows = sharding.Rows(mesh, B).shardings(self.stream.at(0))
+        with jax.set_mesh(mesh):
+            self.state = quick.jit(create, out_shardings=placed)(key)
+            self.step = quick.jit(
+                step,
+                donate_argnums=0,
+                in_shardings=(placed, rows),
+                out_shardings=(placed, sharding.replicated(mesh)),
+            )
+            self.lowered = self.step.lower(abstract, self.stream.at(0))
+
+    def run(self):
+        for k in range(3):
+            self.state, metrics = self.step(self.state, self.stream.at(k))
+            metrics["train/loss_nats"].block_until_ready()
+        return jax.device_get((self.state, metrics))
+
+
+@functools.cache
+def single(name, micro_batches):
+    return Trainer(make_config(micro_batches, **MODELS[name]), MESHES["one"]).run()
+
+
+@pytest.mark.parametrize(
+    ("name", "micro_batches", "mesh"),
+    [
+        *(("unrolled", 1, mesh) for mesh in list(MESHES)[1:]),
+        ("unrolled", 2, "2 x 2 x 2"),
+        ("scanned, adaptive", 1, "2 x 2 x 2"),
+        ("scanned, adaptive", 1, "data 2 x fsdp 4"),
+        ("remat, learned", 1, "data 2 x tensor 4"),
+    ],
+)
+def test_any_mesh_gives_the_numbers_of_one_device(name, micro_batches, mesh):
+    config = make_config(micro_batches, **MODELS[name])
+    found = Trainer(config, MESHES[mesh]).run()
+    expected = single(name, 1)
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(found),
+        jax.tree.leaves(expected),
+        strict=True,
+    ):
+        where = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6, err_msg=where)
+
+
+# Traffic ------------------------------------------------------------------------------
+
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+    r"(?:-start)?\("
+)
+
+
+def collectives(trainer):
+    """(kind, [shapes]) of each in the compiled step."""
+    text = trainer.lowered.compile().as_text()
+    found = [COLLECTIVE.search(line) for line in text.splitlines()]
+    return [
+        (m[2], [tuple(map(int, filter(None, s.split(",")))) for s in
+                re.findall(r"\w\d+\[([\d,]*)\]", m[1])])
+        for m in found
+        if m
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_data_parallel_traffic_is_one_sum_of_the_gradient(micro_batches):
+    sizes = MESHES["data 8"] if micro_batches == 1 else {"data": 4, "tensor": 1}
+    config = make_config(micro_batches, **MODELS["unrolled"])
+    trainer = Trainer(config, sizes)
+    found = collectives(trainer)
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    moved = sum(math.prod(shape) for _, shapes in found for shape in shapes)
+    gradient = sum(x.size for x in jax.tree.leaves(trainer.state.params))
+    assert moved == gradient + 1  # and the loss
+
+
+@pytest.mark.parametrize("mesh", list(MESHES)[1:])
+def test_the_memory_is_never_moved(mesh):
+    config = make_config(**MODELS["unrolled"])
+    config.model.memory_length = 11  # no other array has an axis of it
+    trainer = Trainer(config, MESHES[mesh])
+    assert not [s for _, shapes in collectives(trainer) for s in shapes if 11 in s]
+    placed = trainer.state.carried.hidden_LBMD.sharding
+    split = MESHES[mesh]["data"] * MESHES[mesh].get("fsdp", 1)
+    assert placed.shard_shape((2, B, 11, 16)) == (2, B // split, 11, 16)
+
+
+def test_parameters_and_moments_are_split_by_the_rules():
+    trainer = Trainer(make_config(), MESHES["2 x 2 x 2"])
+    params, opt_state = trainer.state.params, trainer.state.opt_state
+    layers = params["trunk"]["layers"]
+    expected = {
+        "qkv": (layers["attention"]["qkv"], P(None, "fsdp", None, "tensor", None)),
+        "output": (layers["attention"]["output"], P(None, "tensor", None, "fsdp")),
+        "in": (layers["feed_forward"]["in_kernel"], P(None, "fsdp", "tensor")),
+        "table": (params["embedding"]["table"], P("tensor", "fsdp")),
+        "norm": (layers["norm"]["scale"], P()),
+    }
+    for leaf, spec in expected.values():
+        wanted = jax.sharding.NamedSharding(leaf.sharding.mesh, spec)
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+    for moments in (opt_state[1].mu, opt_state[1].nu, trainer.state.ema):
+        for x, y in zip(jax.tree.leaves(moments), jax.tree.leaves(params), strict=True):
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+def test_a_model_without_names_is_copied_and_its_rows_are_split():
+    config = make_config()
+    config.train.ema_decay = 0.0
+    found = Trainer(config, MESHES["data 2 x fsdp 4"], bag(vocab_size=V))
+    assert found.state.params["table_VV"].sharding.is_fully_replicated
+    assert found.state.carried["seen_VB"].sharding.spec == P(None, ("data", "fsdp"))
+    one = Trainer(config, MESHES["one"], bag(vocab_size=V))
+    a, b = found.run()[0].params, one.run()[0].params
+    np.testing.assert_allclose(a["table_VV"], b["table_VV"], rtol=1e-5, atol=1e-6)
+
+
+# What does not fit --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fragments"),
+    [
+        ({"data": 3, "fsdp": 4}, ["data=3", "fsdp=4", "8 devices"]),
+        ({"data": -1, "tensor": 3}, ["data=-1", "tensor=3", "8 devices"]),
+        ({"data": -1, "fsdp": -1}, ["data=-1", "fsdp=-1", "at most one"]),
+        ({"data": 0}, ["data=0", "at least 1"]),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_one_line(sizes, fragments):
+    line = refusal(sharding.make_mesh, sizes)
+    assert line.startswith("config.mesh: ")
+    assert all(fragment in line for fragment in fragments), line
+
+
+def test_a_batch_and_heads_that_do_not_fit_are_one_line():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    line = refusal(sharding.check, make_config(micro_batches=4), mesh)
+    assert "batch_size=8" in line and "micro_batches=4" in line and "4 row" in line
+    config = make_config()
+    config.model.n_head = 3
+    line = refusal(sharding.check, config, mesh)
+    assert "n_head=3" in line and "config.mesh.tensor=2" in line
+
+
+def test_sizes_of_a_flag():
+    assert sharding.parse_mesh("data=2,tensor=4") == {"data": 2, "tensor": 4}
+    assert sharding.make_mesh({"tensor": 2, "data": -1}).shape["data"] == 4
+    assert "--mesh=rows=2: 'rows=2'" in refusal(sharding.parse_mesh, "rows=2")
+
+
+def test_rows_of_a_process_come_in_order():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    rows = sharding.Rows(mesh, B)
+    np.testing.assert_array_equal(rows.mine, np.arange(B))
+    assert sharding.padded(5, mesh) == 8 and sharding.padded(8, mesh) == 8
+    x_NBT = np.arange(3 * B * 2).reshape(3, B, 2)
+    placed = rows._global(x_NBT, rows.shardings({"x": x_NBT}, axis=1)["x"], 1)
+    np.testing.assert_array_equal(placed, x_NBT)
+    assert placed.addressable_shards[0].data.shape == (3, 2, 2)
+    assert int(rows._global(jnp.int32(7), sharding.replicated(mesh), 1)) == 7

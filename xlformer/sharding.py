@@ -1,0 +1,260 @@
+"""Where arrays live: one mesh (data, fsdp, tensor) and one table of rules.
+
+Models name the axes of their parameters and their state; RULES says over which axes of
+the mesh a name is split. Everything else is the compiler's: jit with NamedSharding.
+
+    data     rows of the batch; parameters are copies
+    fsdp     rows of the batch too; parameters and optimizer are split and gathered
+             layer by layer when they are used (Zhao et al. 2023, arXiv:2304.11277)
+    tensor   heads, feed-forward and vocabulary (Shoeybi et al. 2019, arXiv:1909.08053)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from xlformer.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+# A mesh axis is used once in an array: the leftmost name that asks for it gets it.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+
+# The mesh -----------------------------------------------------------------------------
+
+
+def make_mesh(sizes: Mapping[str, int], *, where: str = "config.mesh") -> Mesh:
+    """The mesh of all devices; a size of -1 is whatever is left.
+
+    In one process a smaller mesh takes the first devices. Raises UserError.
+    """
+    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
+    shown = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(
+            f"{where}: {shown}: sizes are at least 1, and at most one is -1"
+        )
+    have = jax.device_count()
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        sizes[free[0]] = max(have // fixed, 1)
+    wanted = math.prod(sizes.values())
+    if wanted > have or (free and wanted < have):
+        raise UserError(f"{where}: {shown} does not fit onto {have} devices")
+    if wanted < have and jax.process_count() > 1:
+        raise UserError(
+            f"{where}: {shown} leaves {have - wanted} of {have} devices idle, which "
+            "several hosts cannot do"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+        devices=jax.devices()[:wanted],
+    )
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """'data=2,fsdp=4' of a --mesh flag as sizes; unnamed axes are 1."""
+    sizes = {}
+    for item in filter(None, text.split(",")):
+        axis, _, size = item.partition("=")
+        if axis not in AXES or not size.lstrip("-").isdigit():
+            raise UserError(
+                f"--mesh={text}: {item!r} is not AXIS=SIZE with an axis of "
+                f"{', '.join(AXES)}"
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def check(config, mesh: Mesh) -> None:
+    """Raises UserError where this mesh cannot hold this config."""
+    train, shards = config.train, row_shards(mesh)
+    if train.batch_size % (shards * train.micro_batches):
+        raise UserError(
+            f"config.train.batch_size={train.batch_size} is not divisible by "
+            f"config.train.micro_batches={train.micro_batches} times the "
+            f"{shards} row shards of config.mesh (data={mesh.shape['data']} x "
+            f"fsdp={mesh.shape['fsdp']})"
+        )
+    heads, tensor = config.model.get("n_head", 0), mesh.shape["tensor"]
+    if heads % tensor:
+        raise UserError(
+            f"config.model.n_head={heads} is not divisible by config.mesh.tensor="
+            f"{tensor}"
+        )
+
+
+# Names to shardings -------------------------------------------------------------------
+
+
+def spec(
+    shape: Sequence[int], names: Sequence[str | None], sizes: Mapping[str, int]
+) -> PartitionSpec:
+    """The rules applied to one array, for mesh axes of these sizes.
+
+    What does not divide evenly stays whole: a vocabulary may have any size.
+    """
+    used, parts = set(), []
+    for size, name in zip(shape, names, strict=True):
+        axes = [a for a in RULES.get(name, ()) if a not in used]
+        axes = [a for a in axes if sizes.get(a, 1) > 1]
+        if size % math.prod(sizes[a] for a in axes):
+            axes = []
+        used.update(axes)
+        parts.append(tuple(axes) or None)
+    return PartitionSpec(*parts)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Tells the compiler how an intermediate value is split; outside a mesh, nothing.
+
+    Without it the compiler may split the model's width by `fsdp`, as the parameters
+    are, and sum activations where it should have gathered weights.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    # An axis may be split already: `data` is, where gradients are computed.
+    free = {a: mesh.shape[a] for a in AXES if types.get(a) == AxisType.Auto}
+    if math.prod(free.values()) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, names, free))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _named(mesh: Mesh, shape, names) -> NamedSharding:
+    return NamedSharding(mesh, spec(shape, names, mesh.shape))
+
+
+def carried(mesh: Mesh, state, axes):
+    """Shardings of a model's state (or its shapes), by model.state_axes()."""
+    structure = jax.tree.structure(state)
+    names = structure.flatten_up_to(axes)
+    leaves = structure.flatten_up_to(state)
+    found = [_named(mesh, x.shape, n) for x, n in zip(leaves, names, strict=True)]
+    return structure.unflatten(found)
+
+
+def parameters(mesh: Mesh, params, axes):
+    """Shardings of a model's parameters (or their shapes), by model.param_axes."""
+    return jax.tree.map(lambda x, names: _named(mesh, x.shape, names), params, axes)
+
+
+def train_state(mesh: Mesh, state, model):
+    """Shardings of a TrainState: moments and averages lie where their parameter does.
+
+    A leaf belongs to a parameter if its path ends with that of the parameter and the
+    shapes are equal: so optax lays out moments, traces and averages.
+    """
+    found = parameters(mesh, state.params, model.param_axes(state.params))
+    by_path = {
+        _path(path): (x.shape, sharding)
+        for (path, x), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(state.params),
+            jax.tree.leaves(found),
+            strict=True,
+        )
+    }
+
+    def place(path, x):
+        path = _path(path)
+        for start in range(len(path)):
+            shape, sharding = by_path.get(path[start:], (None, None))
+            if shape == x.shape:
+                return sharding
+        return replicated(mesh)
+
+    placed = jax.tree_util.tree_map_with_path(place, state)
+    rows = carried(mesh, state.carried, model.state_axes())
+    return placed._replace(carried=rows)
+
+
+def _path(path) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def with_shardings(abstract, shardings):
+    """jax.ShapeDtypeStructs that say where their arrays shall be."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract,
+        shardings,
+    )
+
+
+# Batches ------------------------------------------------------------------------------
+
+
+class Rows:
+    """The rows of a batch on a mesh: which are this process's, how they get there.
+
+    Attributes:
+      mine: ascending rows that the devices of this process hold. Processes that differ
+        only in `tensor` hold the same ones.
+    """
+
+    def __init__(self, mesh: Mesh, batch_size: int):
+        self.mesh, self.batch_size = mesh, batch_size
+        sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+        parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+        found = {r for (part,) in parts for r in range(*part.indices(batch_size))}
+        self.mine = np.array(sorted(found))
+
+    def shardings(self, batch: Mapping, *, axis: int = 0) -> dict:
+        """Of a dict of arrays with the rows at `axis`; scalars are copied."""
+
+        def place(x):
+            if np.ndim(x) <= axis:
+                return replicated(self.mesh)
+            split = (None,) * axis + (RULES["batch"],)
+            return NamedSharding(self.mesh, PartitionSpec(*split))
+
+        return {name: place(x) for name, x in batch.items()}
+
+    def put(self, batch: Mapping, *, axis: int = 0) -> Mapping:
+        """Global arrays of what has been made of the rows `mine` only."""
+        if jax.process_count() == 1:
+            return batch  # jit splits it
+        shardings = self.shardings(batch, axis=axis)
+        return {k: self._global(x, shardings[k], axis) for k, x in batch.items()}
+
+    def _global(self, x, sharding, axis):
+        x = np.asarray(x)
+        if x.ndim <= axis:
+            return jax.make_array_from_callback(x.shape, sharding, lambda _: x)
+        shape = (*x.shape[:axis], self.batch_size, *x.shape[axis + 1 :])
+
+        def local(index):
+            start, stop, _ = index[axis].indices(self.batch_size)
+            first = int(np.searchsorted(self.mine, start))
+            here = (*index[:axis], slice(first, first + stop - start))
+            return x[here]
+
+        return jax.make_array_from_callback(shape, sharding, local)
+
+
+def padded(rows: int, mesh: Mesh) -> int:
+    """At least `rows`, so many that every device has equally many."""
+    shards = row_shards(mesh)
+    return -(-rows // shards) * shards

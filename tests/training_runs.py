@@ -16,6 +16,7 @@ import quick
 
 from xlformer import config as config_lib
 from xlformer.errors import UserError
+from xlformer.kernels.dropout import bernoulli
 from xlformer.layers.memory import expand_resets
 from xlformer.models import Aux, Model
 from xlformer.training import optimizers, state
@@ -71,7 +72,7 @@ class Bag(Model):
         keep = 1.0
         if train and self.config.dropout:
             shape = (B, 1, self.vocab_size)
-            keep = jax.random.bernoulli(rngs["dropout"], 1 - self.config.dropout, shape)
+            keep = bernoulli(rngs["rows"], 1 - self.config.dropout, shape)
 
         def one(seen_BV, column):
             token_B, reset_B, valid_B = column

@@ -47,6 +47,9 @@ def default_config(model: str = "transformer_xl", **fields) -> ConfigDict:
                 "variable_length": False,  # the original's varlen: see data/stream.py
                 "half_loss": False,  # score only the later half of each segment
                 "skip_nonfinite": False,  # drop a step whose loss is not finite
+                "spike_factor": 0.0,  # a loss so many times its average makes the run
+                # go back and leave out that segment; 0 is off
+                "spike_after": 100,  # steps before the first that can be a spike
                 "ema_decay": 0.0,  # average of the parameters; 0 keeps none
                 "log_every": 100,
                 "eval_every": 1000,  # validation; 0 only at the end
@@ -75,6 +78,11 @@ def default_config(model: str = "transformer_xl", **fields) -> ConfigDict:
                 "data": -1,  # copies of the model; -1: as many as there are devices
                 "fsdp": 1,  # devices that share one copy, gathered as it is used
                 "tensor": 1,  # devices that share each layer's heads and widths
+            },
+            "hosts": {
+                "start_limit": 300.0,  # seconds until all must have joined
+                "heartbeat": 100.0,  # seconds until a host that does nothing is missing
+                "phase_limit": 3600.0,  # the same while it compiles, saves, validates
             },
             "eval": {
                 "split": "validation",

@@ -16,7 +16,7 @@ import time
 import jax
 from etils import epath
 
-from xlformer import command, runs, scored_text, scoring
+from xlformer import command, runs, scored_text, scoring, sharding
 from xlformer.errors import UserError
 
 SOFTWARE = ("xlformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -36,16 +36,19 @@ def evaluate(
     batch_size: int | None = None,
     warmup: str = "auto",
     max_tokens: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
     progress=None,
 ) -> dict:
     """Returns the card: what was scored, how, and with which result.
 
     Settings that are None come from config.eval of the run; lengths are in tokens. With
     max_tokens only the beginning is scored, and nothing is said per byte or word.
-    progress is called with the fraction done. Raises UserError.
+    mesh shares the rows; by default it is all devices. progress is called with the
+    fraction done. Raises UserError.
     """
     _check(memory_length=memory_length, clamp_length=clamp_length)
-    run = runs.load(workdir, checkpoint=checkpoint, params=params)
+    mesh = mesh or sharding.make_mesh({"data": -1})
+    run = runs.load(workdir, checkpoint=checkpoint, params=params, mesh=mesh)
     defaults = run.config.eval
     visible = {
         "memory_length": _first(memory_length, defaults.memory_length),
@@ -69,6 +72,7 @@ def evaluate(
         batch_size=len(plan.start_B),
         segment_length=plan.segment_length,
         steps=plan.steps,
+        mesh=mesh,
     )
     score = evaluator.score(
         run.params, tokens, plan, documents=documents, progress=progress
@@ -93,7 +97,7 @@ def evaluate(
         **results(score.nats, score.targets, data),
         "seconds": round(score.seconds, 3),
         "tokens_per_s": round(score.targets / score.seconds, 1),
-        **_machine(),
+        **_machine(mesh),
     }
     entropy = scoring.unigram_entropy(tokens, run.vocabulary.size)
     if not card["nats_per_token"] <= entropy:  # NaN warns too.
@@ -139,10 +143,10 @@ def _first(value, default):
     return default if value is None else value
 
 
-def _machine() -> dict:
-    device = jax.devices()[0]
+def _machine(mesh) -> dict:
+    device = mesh.devices.flat[0]
     return {
-        "device": f"{device.device_kind} x{jax.device_count()}",
+        "device": f"{device.device_kind} x{mesh.size}",
         "python": platform.python_version(),
         **{name: _version(name) for name in SOFTWARE},
         "date": time.strftime("%Y-%m-%d"),
@@ -198,7 +202,9 @@ def _main(argv) -> int:
     parser.add_argument("--same_length", nargs="?", const="true", help="true or false")
     parser.add_argument("--batch_size", type=int, help="rows")
     parser.add_argument("--warmup", default="auto", help=", ".join(scoring.WARMUPS))
+    parser.add_argument("--mesh", default="data=-1", help=sharding.MESH_HELP)
     args = parser.parse(argv)
+    mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh), where="--mesh")
     lengths = [None] if args.memory_length is None else _numbers(args.memory_length)
     for length in lengths:  # All of them before the first is scored.
         _check(memory_length=length)
@@ -215,6 +221,7 @@ def _main(argv) -> int:
             same_length=_bool(args.same_length),
             batch_size=args.batch_size,
             warmup=args.warmup,
+            mesh=mesh,
             progress=Progress(),
         )
         for length in lengths

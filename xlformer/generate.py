@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from xlformer import command, models, runs
+from xlformer import command, models, runs, sharding
 from xlformer.errors import UserError
 
 PREFILL = 64  # prompt tokens in one compiled call
@@ -78,6 +78,7 @@ def generate(
     num_tokens: int,
     seed: int = 0,
     sampling: Sampling = Sampling(),
+    mesh: jax.sharding.Mesh | None = None,
     on_tokens: Callable[[np.ndarray], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Continues every prompt by num_tokens.
@@ -89,6 +90,7 @@ def generate(
       num_tokens: to generate.
       seed: same seed, same prompts, same tokens.
       sampling: how to draw.
+      mesh: shares the rows, by default one device; params must lie on it.
       on_tokens: called with each finished block, [R, n].
 
     Returns:
@@ -97,20 +99,24 @@ def generate(
     """
     if num_tokens < 1:
         raise UserError(f"num_tokens={num_tokens} must be at least 1")
-    model = for_generation(model)
-    state, last_R = _prefill(model, params, prompts)
+    model, count = for_generation(model), len(prompts)
+    mesh = mesh or sharding.make_mesh({"data": 1})
+    # Copies of the last prompt make the rows divide.
+    more = sharding.padded(count, mesh) - count
+    state, last_R = _prefill(model, params, [*prompts, *prompts[-1:] * more], mesh)
     # Row r draws from its own key: its text does not depend on the other rows.
     keys_R = jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.key(seed), jnp.arange(len(prompts))
+        jax.random.key(seed), jnp.arange(count + more)
     )
     tokens, chosen = [], []
     for start in range(0, num_tokens, BLOCK):
-        (state, last_R), tokens_RN, chosen_RN = _block(
-            model, sampling, params, keys_R, state, last_R, start
-        )
-        count = min(BLOCK, num_tokens - start)
-        tokens.append(np.asarray(tokens_RN)[:, :count])
-        chosen.append(np.asarray(chosen_RN)[:, :count])
+        with jax.set_mesh(mesh):
+            (state, last_R), tokens_RN, chosen_RN = _block(
+                model, sampling, params, keys_R, state, last_R, start
+            )
+        size = min(BLOCK, num_tokens - start)
+        tokens.append(np.asarray(tokens_RN)[:count, :size])
+        chosen.append(np.asarray(chosen_RN)[:count, :size])
         if on_tokens is not None:
             on_tokens(tokens[-1])
     return np.concatenate(tokens, axis=1), np.concatenate(chosen, axis=1)
@@ -158,7 +164,7 @@ def for_generation(model: models.Model) -> models.Model:
     return runs.for_reading(model, changes)
 
 
-def _prefill(model, params, prompts):
+def _prefill(model, params, prompts, mesh):
     """The state after all but the last token of each prompt, and that token."""
     if not prompts or not all(len(p) for p in prompts):
         raise UserError("--prompt is empty: at least one token is needed to continue")
@@ -173,11 +179,14 @@ def _prefill(model, params, prompts):
     ids_RT = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         ids_RT[row, : len(prompt) - 1] = prompt[:-1]
-    state = model.init_state(len(prompts))
+    init_state = functools.partial(model.init_state, len(prompts))
+    placed = sharding.carried(mesh, jax.eval_shape(init_state), model.state_axes())
+    state = jax.jit(init_state, out_shardings=placed)()
     for start in range(0, width, PREFILL):
         valid_R = np.clip(lengths_R - start, 0, PREFILL).astype(np.int32)
         part_RT = ids_RT[:, start : start + PREFILL]
-        state = _advance(model, params, state, part_RT, valid_R)
+        with jax.set_mesh(mesh):
+            state = _advance(model, params, state, part_RT, valid_R)
     return state, jnp.array([p[-1] for p in prompts], jnp.int32)
 
 
@@ -260,6 +269,7 @@ def _main(argv) -> int:
     parser.add_argument("--memory_length", type=int)
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
     parser.add_argument("--params", help="raw or ema; default: ema where it is kept")
+    parser.add_argument("--mesh", default="data=-1", help=sharding.MESH_HELP)
     args = parser.parse(argv)
     paper = args.preset == "paper"
     if args.num_tokens is None:
@@ -279,7 +289,10 @@ def _main(argv) -> int:
             "(-1: the model's)"
         )
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    run = runs.load(args.workdir, checkpoint=args.checkpoint, params=args.params)
+    mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh), where="--mesh")
+    run = runs.load(
+        args.workdir, checkpoint=args.checkpoint, params=args.params, mesh=mesh
+    )
     model = runs.for_reading(run.model, {"memory_length": args.memory_length})
     prompts = _prompts(args, run.vocabulary)
     printer = Printer(run.vocabulary, prompts[0])
@@ -290,6 +303,7 @@ def _main(argv) -> int:
         num_tokens=args.num_tokens,
         seed=args.seed,
         sampling=sampling,
+        mesh=mesh,
         on_tokens=printer,
     )
     printer.finish()

@@ -19,9 +19,8 @@ import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from etils import epath
 
-from xlformer import command, config
+from xlformer import command, config, storage
 from xlformer.data import corpora, counting, local, pieces, sources
 from xlformer.data.folders import complete
 from xlformer.data.prepared import FORMAT, Prepared, encode_file, load
@@ -81,10 +80,10 @@ def prepare(data, *, directory=None) -> Prepared:
     )
     name = f"{recipe.name}-{recipe.unit}-{_digest(recipe.key())}"
     build = functools.partial(_build, recipe=recipe)
-    if "://" not in root:
+    if not storage.is_remote(root):
         return load(complete(pathlib.Path(root).expanduser() / name, build))
     # tokens are mapped from a local copy of what lies in the remote directory
-    remote = epath.Path(root) / name
+    remote = storage.path(root) / name
     copies = pathlib.Path("~/.cache/xlformer/copies").expanduser()
     copy = copies / _digest({"root": root}) / name
     return load(complete(copy, build, remote))

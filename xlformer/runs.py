@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
-from xlformer import models, prepare
+from xlformer import models, prepare, sharding, storage
 from xlformer.data import vocabulary as vocabularies
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError
@@ -35,7 +35,7 @@ class Run:
 
 def read_config(workdir) -> ConfigDict:
     """The resolved config of a work directory; UserError if it holds no run."""
-    path = epath.Path(workdir) / CONFIG
+    path = storage.path(workdir) / CONFIG
     if not path.exists():
         raise UserError(f"--workdir={workdir} holds no run: there is no {CONFIG} in it")
     try:
@@ -45,7 +45,13 @@ def read_config(workdir) -> ConfigDict:
     return config_lib.from_json(text)
 
 
-def load(workdir, *, checkpoint: str = "best", params: str | None = None) -> Run:
+def load(
+    workdir,
+    *,
+    checkpoint: str = "best",
+    params: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Run:
     """Loads a run for reading; works on any devices and never touches its state.
 
     Args:
@@ -53,11 +59,13 @@ def load(workdir, *, checkpoint: str = "best", params: str | None = None) -> Run
       checkpoint: best, latest or a step; best is the latest where none was validated.
       params: raw or ema; None is ema where the run keeps one, which is also what its
         validation scored.
+      mesh: where the parameters shall lie; by default on the first device. It need not
+        be like the one that saved them.
 
     Raises:
       UserError: no run, no such checkpoint, a damaged one, or one of another model.
     """
-    workdir = epath.Path(workdir)
+    workdir = storage.path(workdir)
     config = read_config(workdir)
     vocabulary = _vocabulary(workdir, config)
     model = models.build(config.model, vocab_size=vocabulary.size)
@@ -71,10 +79,11 @@ def load(workdir, *, checkpoint: str = "best", params: str | None = None) -> Run
         raise UserError("--params=ema but the run has config.train.ema_decay=0.0")
     name = {"raw": "params", "ema": "ema"}[params]
     abstract = jax.eval_shape(model.init, jax.random.key(0))
+    mesh = mesh or sharding.make_mesh({"data": 1})
+    placed = sharding.parameters(mesh, abstract, model.param_axes(abstract))
+    abstract = sharding.with_shardings(abstract, placed)
     found = checkpoints.restore_params(step, {name: abstract})[name]
-    return Run(
-        workdir, config, model, jax.device_put(found), vocabulary, step, params == "ema"
-    )
+    return Run(workdir, config, model, found, vocabulary, step, params == "ema")
 
 
 def _vocabulary(workdir, config) -> Vocabulary:

@@ -17,15 +17,17 @@ A state of unlimited reach (a recurrence, prefix sums) is exact in one row only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xlformer import sharding
 from xlformer.errors import UserError
 
 WARMUPS = ("auto", "exact", "fill", "none")
@@ -117,17 +119,35 @@ class Evaluator:
     """A model's scoring function, compiled once for rows of fixed shape.
 
     steps: of the longest plan, if known: no call is longer than it needs to be.
+    mesh: splits the rows, by default one device. Rows that score nothing are added
+      until they divide.
     """
 
     def __init__(
-        self, model, *, batch_size: int, segment_length: int, steps: int | None = None
+        self,
+        model,
+        *,
+        batch_size: int,
+        segment_length: int,
+        steps: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ):
         self._model = model
+        self._mesh = mesh or sharding.make_mesh({"data": 1})
         self._segment_length = segment_length
-        self._batch_size = batch_size
+        self._rows = sharding.Rows(self._mesh, sharding.padded(batch_size, self._mesh))
         at_most = max(1, TOKENS_PER_CALL // (batch_size * segment_length))
         self._steps = min(at_most, steps or at_most)
-        self._scan = jax.jit(self._score_segments, donate_argnums=1)
+        init_state = functools.partial(model.init_state, self._rows.batch_size)
+        placed = sharding.carried(
+            self._mesh, jax.eval_shape(init_state), model.state_axes()
+        )
+        self._init_state = jax.jit(init_state, out_shardings=placed)
+        self._scan = jax.jit(
+            self._score_segments,
+            donate_argnums=1,
+            out_shardings=(placed, sharding.replicated(self._mesh)),
+        )
         self._compiled: dict[Any, Any] = {}
 
     def _score_segments(self, params, state, batches):
@@ -145,24 +165,30 @@ class Evaluator:
 
     def compile(self, params) -> None:
         """Compiles for parameters of these shapes, so that no signal waits for it."""
-        plan_ = _whole_rows(self._batch_size, self._segment_length)
+        plan_ = _whole_rows(self._rows.batch_size, self._segment_length)
         batch = next(
             self._batches(plan_, np.zeros(plan_.last_B.max() + 1, np.int32), None)
         )
-        self._get(params, batch)
+        self._get(params, self._init_state(), batch)
 
-    def _get(self, params, batch):
+    def _get(self, params, state, batch):
         key = tuple((name, x.shape) for name, x in batch.items())
         if key not in self._compiled:
-            state = jax.eval_shape(lambda: self._model.init_state(self._rows(batch)))
-            self._compiled[key] = self._scan.lower(params, state, batch).compile()
+            placed = self._rows.shardings(batch, axis=1)
+            batch = sharding.with_shardings(batch, placed)
+            with jax.set_mesh(self._mesh):
+                self._compiled[key] = self._scan.lower(params, state, batch).compile()
         return self._compiled[key]
 
-    @staticmethod
-    def _rows(batch):
-        return batch["inputs_BT"].shape[1]
-
-    def _batches(self, plan_: Plan, tokens, documents) -> Iterator[dict]:
+    def _batches(self, plan_: Plan, tokens, documents) -> Iterator[Mapping]:
+        """Of this process's rows."""
+        mine = self._rows.mine
+        plan_ = dataclasses.replace(
+            plan_,
+            start_B=plan_.start_B[mine],
+            first_B=plan_.first_B[mine],
+            last_B=plan_.last_B[mine],
+        )
         for step in range(0, plan_.steps, self._steps):
             chunk = [
                 _batch(plan_, tokens, documents, k, self._model.extended_length)
@@ -173,7 +199,7 @@ class Evaluator:
             only_before = not self._model.resets_in_segment
             if only_before and documents is None and not self._model.extended_length:
                 batch["resets_BT"] = batch["resets_BT"][:, :, :1]
-            yield batch
+            yield self._rows.put(batch, axis=1)
 
     def score(
         self,
@@ -190,11 +216,11 @@ class Evaluator:
         the evaluation is given up and the result is None.
         """
         start = time.perf_counter()
-        state = self._model.init_state(len(plan_.start_B))
+        state, plan_ = self._init_state(), _pad(plan_, self._rows.batch_size)
         nats, calls = 0.0, math.ceil(plan_.steps / self._steps)
         pending = None
         for call, batch in enumerate(self._batches(plan_, tokens, documents)):
-            state, nll_NB = self._get(params, batch)(params, state, batch)
+            state, nll_NB = self._get(params, state, batch)(params, state, batch)
             # A lag of one: the device works while the host sums in float64.
             nats += (
                 0.0 if pending is None else float(np.asarray(pending, np.float64).sum())
@@ -204,6 +230,17 @@ class Evaluator:
                 return None
         nats += float(np.asarray(pending, np.float64).sum())
         return Score(nats, plan_.targets, time.perf_counter() - start)
+
+
+def _pad(plan_: Plan, rows: int) -> Plan:
+    """More rows, which read the beginning and score nothing."""
+    more = (0, rows - len(plan_.start_B))
+    return dataclasses.replace(
+        plan_,
+        start_B=np.pad(plan_.start_B, more),
+        first_B=np.pad(plan_.first_B, more),
+        last_B=np.pad(plan_.last_B, more),
+    )
 
 
 def _whole_rows(batch_size, segment_length) -> Plan:

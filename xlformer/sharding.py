@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from xlformer.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+MESH_HELP = "sizes of data, fsdp, tensor: data=2,fsdp=4 (default: data is all devices)"
 # A mesh axis is used once in an array: the leftmost name that asks for it gets it.
 RULES = {
     "batch": ("data", "fsdp"),

@@ -13,7 +13,7 @@ from xlformer.models import Model
 class Validation:
     """Scores one split; everything that does not fit shows when it is made."""
 
-    def __init__(self, config, model: Model, prepared: Prepared):
+    def __init__(self, config, model: Model, prepared: Prepared, mesh):
         settings = config.eval
         if settings.split not in prepared.tokens:
             known = ", ".join(prepared.tokens)
@@ -41,6 +41,7 @@ class Validation:
             batch_size=len(self._plan.start_B),
             segment_length=self._plan.segment_length,
             steps=self._plan.steps,
+            mesh=mesh,
         )
 
     def compile(self, params) -> None:

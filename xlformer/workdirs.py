@@ -4,33 +4,35 @@ config.json      the resolved config of the latest start
 vocabulary.json  what the ids mean
 data.json        the card of the prepared text: its checksum, its sizes
 checkpoints/     see training/checkpoints.py
-metrics.jsonl    and tensorboard/, profile/, lock
+metrics.jsonl    and tensorboard/, profile/, lock; in gs:// metrics-<number>-<id>.jsonl
 """
 
 from __future__ import annotations
 
 import json
-import os
 
 from etils import epath
 
 from xlformer import config as config_lib
-from xlformer import runs
+from xlformer import runs, storage
 from xlformer.data import vocabulary as vocabularies
 from xlformer.data.prepared import Prepared
 from xlformer.errors import UserError
 from xlformer.training import metrics
 
-DATA, PROFILE = "data.json", "profile"
-TEMPORARY = ".tmp"
+DATA, PROFILE, COMPILED = "data.json", "profile", "compilation_cache"
+NONCE, HEARTBEATS = "nonce", "hosts"  # see hosts.py
 WRITTEN = (runs.CONFIG, runs.VOCABULARY, DATA)
 # What a run that was killed in its first seconds can have left behind.
 OWN = {"lock", "metrics.jsonl", "tensorboard", PROFILE, runs.CHECKPOINTS, *WRITTEN}
-OWN |= {name + TEMPORARY for name in WRITTEN}
+OWN |= {COMPILED, NONCE, HEARTBEATS}
+OWN |= {name + storage.TEMPORARY for name in (*WRITTEN, "lock", NONCE)}
+PART = "metrics-"
 
 
 def refuse_foreign(workdir: epath.Path) -> None:
     """Raises UserError where files lie that no run has written; writes nothing."""
+    workdir = storage.path(workdir)
     if not workdir.exists():
         return
     if not workdir.is_dir():
@@ -39,7 +41,8 @@ def refuse_foreign(workdir: epath.Path) -> None:
     config = workdir / runs.CONFIG
     if runs.CONFIG in names and _sections(config) >= {"model", "train"}:
         return
-    strange = sorted(names - (OWN - {runs.CONFIG}))
+    known = (OWN - {runs.CONFIG}) | {n for n in names if n.startswith(PART)}
+    strange = sorted(names - known)
     if strange:
         raise UserError(
             f"--workdir={workdir} is no run and not empty (it has {strange[0]!r}); "
@@ -110,13 +113,8 @@ def last_metrics(workdir: epath.Path, step: int) -> dict:
 
 
 def write(path: epath.Path, text: str) -> None:
-    """Whole or not at all, where files can be renamed."""
+    """Whole or not at all, and a failure is one line."""
     try:
-        if "://" in str(path):
-            path.write_text(text)
-            return
-        temporary = path.parent / f"{path.name}{TEMPORARY}"
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        storage.write(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}") from error

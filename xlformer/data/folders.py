@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 
 from etils import epath
 
+from xlformer.errors import UserError
+
 INCOMPLETE = ".incomplete-"  # in the name of a folder that is not finished
+CARD = "card.json"
 
 
 def complete(
@@ -25,15 +31,22 @@ def complete(
 ) -> pathlib.Path:
     """Returns folder once `build` has filled it; a rename shows it as a whole.
 
-    With `remote` it is a copy of that directory, which is filled first if need be.
+    With `remote` it is a copy of that directory, which is filled first if need be. A
+    copy is compared with its card's checksums at every start, and made again if it is
+    damaged: a disk of this machine is not what the run trusts.
     """
-    if folder.is_dir():
+    if folder.is_dir() and (remote is None or not damaged(folder)):
         return folder
     with _locked(folder.parent):
-        if folder.is_dir():  # another process was first
-            return folder
-        _sweep(folder.parent)
         unfinished = folder.with_name(f"{folder.name}{INCOMPLETE}{os.getpid()}")
+        if folder.is_dir():
+            bad = "" if remote is None else damaged(folder)
+            if not bad:  # another process was first
+                return folder
+            line = f"{folder / bad} does not match its card: copying {remote} again"
+            print(f"xlformer: {line}", file=sys.stderr, flush=True)
+            folder.rename(unfinished)
+        _sweep(folder.parent)
         unfinished.mkdir()
         try:
             _fill(unfinished, build, remote)
@@ -45,8 +58,13 @@ def complete(
 
 
 def _fill(folder: pathlib.Path, build, remote: epath.Path | None) -> None:
-    if remote is not None and (remote / "card.json").exists():
+    if remote is not None and (remote / CARD).exists():
         _copy(remote, folder)
+        if bad := damaged(folder):
+            raise UserError(
+                f"{remote / bad} does not match the sha256 in its {CARD}: delete "
+                f"{remote} and prepare again"
+            )
     else:
         build(folder)
         if remote is not None:
@@ -55,15 +73,33 @@ def _fill(folder: pathlib.Path, build, remote: epath.Path | None) -> None:
         _sync(path)
 
 
+def damaged(folder: pathlib.Path) -> str:
+    """The name of a file that is not what the folder's card says, '' if all are."""
+    try:
+        splits = json.loads((folder / CARD).read_bytes()).get("splits", {})
+        sums = {f"{split}.npy": about["sha256"] for split, about in splits.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return CARD
+    for name, expected in sums.items():
+        try:
+            with open(folder / name, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            return name
+        if found != expected:
+            return name
+    return ""
+
+
 def _copy(source, target) -> None:
-    target = epath.Path(target)
-    target.mkdir(parents=True, exist_ok=True)
-    # card.json comes last: where it stands, everything does
-    names = sorted(
-        (p.name for p in epath.Path(source).iterdir()), key="card.json".__eq__
-    )
-    for name in names:
-        (epath.Path(source) / name).copy(target / name, overwrite=True)
+    source, target = epath.Path(source), epath.Path(target)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        # The card comes last: where it stands, everything does.
+        for name in sorted((p.name for p in source.iterdir()), key=CARD.__eq__):
+            (source / name).copy(target / name, overwrite=True)
+    except OSError as error:
+        raise UserError(f"{source}: not copied to {target}: {error}") from error
 
 
 @contextlib.contextmanager

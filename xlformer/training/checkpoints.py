@@ -22,6 +22,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from xlformer import storage
 from xlformer.errors import UserError
 from xlformer.training.integrity import (
     Corrupt,
@@ -48,7 +49,9 @@ class Checkpoints:
     ):
         if keep < 1:
             raise UserError(f"config.train.keep={keep}: at least one must be kept")
-        self.directory = epath.Path(directory).absolute()
+        directory = storage.path(directory)
+        remote = storage.is_remote(directory)  # absolute() puts that below the cwd
+        self.directory = directory if remote else directory.absolute()
         self.metric = metric
         self._keep = keep
         self._current = None  # the step that this process restored or saved last

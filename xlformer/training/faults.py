@@ -29,11 +29,11 @@ class Interrupt:
     the first is left to the loop, the second is answered by a line, the third ends the
     process. Outside the main thread it does nothing: Python allows no handlers there.
     In a job of several hosts leave SIGTERM to JAX's preemption service, which makes all
-    of them stop at the same step: signals=[SIGINT].
+    of them stop at the same step: signals=[SIGINT], instead=SIGTERM sends that on.
     """
 
-    def __init__(self, signals=(signal.SIGINT, signal.SIGTERM)):
-        self._signals = tuple(signals)
+    def __init__(self, signals=(signal.SIGINT, signal.SIGTERM), *, instead=None):
+        self._signals, self._instead = tuple(signals), instead
         self.armed = False
         self.requested: str | None = None
         self._count = 0
@@ -78,7 +78,10 @@ class Interrupt:
 
     def _notice(self, name: str) -> None:
         self._count += 1
-        if not self.armed:
+        if self._instead is not None and self._count < FORCING_SIGNALS:
+            os.kill(os.getpid(), self._instead)
+            return
+        if not self.armed and self._instead is None:
             self._leave(f"{name}: stopped before the first step, nothing to save")
         if self._count >= FORCING_SIGNALS:
             self._leave(f"{name}, for the third time: stopping without saving")

@@ -8,6 +8,7 @@ checksums of the config and of the seal itself.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Mapping
 
@@ -129,6 +130,11 @@ def _crc(item) -> int:
 
 
 def reason(error: Exception) -> str:
-    """The type and the beginning of a message that may be pages long."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"
+    """The type and the ends of a message that may be pages long.
+
+    tensorstore names the cause last, behind its paths; then come notes in brackets.
+    """
+    text = re.split(r" \[\w+='", " ".join(str(error).split()))[0]
+    if len(text) > 200:
+        text = f"{text[:80]} ... {text[-115:]}"
+    return f"{type(error).__name__}: {text}"

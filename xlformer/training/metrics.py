@@ -8,6 +8,11 @@ norm/grad. `metrics.jsonl` in the work directory has one object per line:
 A number that is not finite becomes "nan", "inf" or "-inf", in quotes: JSON has no such
 numbers. After a resume at step s the lines of later steps that the killed run had
 written stay in the file; `read` returns the last record of each (step, kind).
+
+In gs:// nothing can be appended: there the lines lie in metrics-000001-<id>.jsonl and
+so on. A part is written whole again as it grows, at least every FLUSH_S seconds while
+lines come, and when the run calls `flush` before it saves: whatever a checkpoint knows,
+the log knows too, and a kill costs at most the lines that the resumed run writes again.
 """
 
 from __future__ import annotations
@@ -18,13 +23,18 @@ import math
 import os
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 from etils import epath
 
+from xlformer import storage
+
 FILE = "metrics.jsonl"
+FLUSH_S = 30.0  # between two uploads of a part, unless the run asks for one
+PART_SIZE = 1 << 20  # characters; a longer part is not written again
 
 
 class Writer:
@@ -32,12 +42,13 @@ class Writer:
     does nothing at all."""
 
     def __init__(self, workdir, *, enabled: bool = True):
-        self._workdir = epath.Path(workdir)
+        self._workdir = storage.path(workdir)
         self._enabled = enabled
         self._file = self._events = None
         if enabled:
             self._workdir.mkdir(parents=True, exist_ok=True)
-            self._file = _open_for_append(self._workdir)
+            remote = storage.is_remote(self._workdir)
+            self._file = (_Parts if remote else _open_for_append)(self._workdir)
             self._events = _tensorboard(self._workdir)
 
     def write(self, step: int, values: Mapping[str, object], *, kind="train") -> None:
@@ -53,6 +64,11 @@ class Writer:
             for name, value in values.items():
                 if not isinstance(value, str):
                     self._events.add_scalar(name, float(value), int(step))
+
+    def flush(self) -> None:
+        """Makes every line visible to others now; locally they always are."""
+        if isinstance(self._file, _Parts):
+            self._file.upload()
 
     def console(self, line: str) -> None:
         if self._enabled:
@@ -73,9 +89,6 @@ class Writer:
 
 
 def _open_for_append(workdir: epath.Path):
-    """metrics.jsonl; where nothing can be appended (gs://), the next numbered part."""
-    if "://" in str(workdir):
-        return (workdir / f"metrics-{len(_parts(workdir)):04d}.jsonl").open("w")
     path = workdir / FILE
     file = open(path, "ab+")
     if file.tell():
@@ -85,12 +98,51 @@ def _open_for_append(workdir: epath.Path):
     return io.TextIOWrapper(file, encoding="utf-8")
 
 
+class _Parts:
+    """A file of lines in an object store."""
+
+    def __init__(self, workdir: epath.Path):
+        self._workdir = workdir
+        # Should two runs write at once after all, neither overwrites the other's parts.
+        self._id = uuid.uuid4().hex[:8]
+        names = [path.name for path in _parts(workdir)]
+        self._number = max([int(n.split("-")[1]) for n in names if "-" in n], default=0)
+        self._next()
+
+    def _next(self) -> None:
+        self._number += 1
+        self._path = self._workdir / f"metrics-{self._number:06d}-{self._id}.jsonl"
+        self._lines, self._new, self._uploaded = [], False, time.monotonic()
+
+    def write(self, line: str) -> None:
+        self._lines.append(line)
+        self._new = True
+
+    def flush(self) -> None:
+        """After each line; only now and then is it an upload."""
+        if time.monotonic() - self._uploaded >= FLUSH_S:
+            self.upload()
+
+    def upload(self) -> None:
+        if not self._new:
+            return
+        text = "".join(self._lines)
+        storage.write(self._path, text)
+        self._new, self._uploaded = False, time.monotonic()
+        if len(text) > PART_SIZE:
+            self._next()
+
+    def close(self) -> None:
+        self.upload()
+
+
 def _parts(workdir: epath.Path) -> list[epath.Path]:
+    """The files of lines, oldest first."""
     return sorted(workdir.glob("metrics*.jsonl"))
 
 
 def _tensorboard(workdir: epath.Path):
-    if "://" in str(workdir):
+    if storage.is_remote(workdir):
         return None  # tensorboardX appends, which object stores cannot
     try:
         import tensorboardX
@@ -105,7 +157,7 @@ def read(workdir, *, kind: str | None = None) -> list[dict]:
     Non-finite numbers come back as floats. A torn last line is skipped.
     """
     records = {}
-    for path in _parts(epath.Path(workdir)):
+    for path in _parts(storage.path(workdir)):
         for line in path.read_text().splitlines():
             try:
                 record = json.loads(line)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xlformer.training import optimizers
+from xlformer.training import optimizers, spikes
 
 
 class Place(NamedTuple):
@@ -34,6 +34,7 @@ class TrainState(NamedTuple):
       data: place of the last batch.
       plateau: best validation loss and the scale of the learning rate.
       evaluated: step of the last validation.
+      spikes: what the guard against loss spikes knows.
       skipped, skipped_in_a_row: steps dropped because the loss was not finite.
     """
 
@@ -45,6 +46,7 @@ class TrainState(NamedTuple):
     data: Place
     plateau: optimizers.Plateau
     evaluated: Any
+    spikes: spikes.Spikes
     skipped: Any
     skipped_in_a_row: Any
 
@@ -62,6 +64,7 @@ def create(config, model, optimizer, key: jax.Array) -> TrainState:
         data=Place(zero, zero, zero),
         plateau=optimizers.plateau_init(),
         evaluated=zero,
+        spikes=spikes.init(),
         skipped=zero,
         skipped_in_a_row=zero,
     )

@@ -8,7 +8,7 @@ import optax
 from jax import lax
 
 from xlformer.errors import UserError
-from xlformer.training import optimizers
+from xlformer.training import optimizers, spikes
 from xlformer.training.gradients import make_gradients
 from xlformer.training.state import Place, TrainState
 
@@ -25,8 +25,11 @@ AT_LEAST = {
         "save_every": 0,
         "profile_start": 0,
         "profile_steps": 0,
+        "spike_factor": 0,
+        "spike_after": 0,
     },
     "optimizer": {"learning_rate": 0, "warmup_steps": 0, "clip_norm": 0},
+    "hosts": {"start_limit": 1, "heartbeat": 1, "phase_limit": 1},
     "eval": {"batch_size": 1, "segment_length": 1, "max_tokens": 0},
 }
 
@@ -161,6 +164,14 @@ def _update(config, optimizer, schedule, state, batch, grads, carried, metrics):
         moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
     params, opt_state, ema, carried = moved
     skip = jnp.where(finite, 0, 1).astype(jnp.int32)
+    guard, loss = state.spikes, metrics["train/loss_nats"]
+    if train.spike_factor:
+        metrics["spike/ratio"] = spikes.ratio(
+            guard, loss, warmup=train.spike_after
+        )
+        guard = spikes.update(
+            guard, loss, factor=train.spike_factor, warmup=train.spike_after
+        )
     state = state._replace(
         step=state.step + 1,
         params=params,
@@ -168,6 +179,7 @@ def _update(config, optimizer, schedule, state, batch, grads, carried, metrics):
         ema=ema,
         carried=carried,
         data=Place(batch["epoch"], batch["offset"], batch["length"]),
+        spikes=guard,
         skipped=state.skipped + skip,
         skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
     )

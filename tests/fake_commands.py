@@ -1,0 +1,74 @@
+"""Commands that a test puts first on PATH, so that no real client is ever called."""
+
+import os
+import pathlib
+import shlex
+import stat
+import subprocess
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+TIMEOUT = 60
+
+
+def executable(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+class Bench:
+    """A directory of fakes. Every one that calls `note` is seen by `calls`."""
+
+    def __init__(self, directory, **fakes):
+        self.directory = directory
+        for name, text in fakes.items():
+            note = f'printf \'%q \' {name} "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"\n'
+            executable(
+                directory / "bin" / name,
+                f"#!/usr/bin/env bash\nnote() {{ {note}}}\n{text}",
+            )
+        (directory / "calls").touch()
+        (directory / "home").mkdir()
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("SLURM_")},
+            "PATH": f"{directory / 'bin'}:{os.environ['PATH']}",
+            "HOME": str(directory / "home"),
+            "FAKE": str(directory),
+            "POLL_SECONDS": "0.05",
+        }
+
+    def start(self, script, *args, **more):
+        """The running script, its output in the file `output`."""
+        with open(self.directory / "output", "wb") as output:
+            return subprocess.Popen(
+                ["bash", str(ROOT / "launch" / script), *args],
+                cwd=ROOT,
+                env={**self.environment, **more},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def run(self, script, *args, **more):
+        process = self.start(script, *args, **more)
+        try:
+            return process.wait(TIMEOUT)
+        finally:
+            process.kill()
+            process.wait()
+
+    def output(self):
+        return (self.directory / "output").read_text()
+
+    def calls(self):
+        lines = (self.directory / "calls").read_text().splitlines()
+        return [shlex.split(line) for line in lines]
+
+    def until(self, condition):
+        end = time.monotonic() + TIMEOUT
+        while not condition():
+            assert time.monotonic() < end, self.output()
+            time.sleep(0.02)

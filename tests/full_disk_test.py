@@ -1,0 +1,89 @@
+"""A disk that is full, and one that became read-only: a real one, of one megabyte."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+from training_runs import write_text
+
+# A mount namespace of its own: nothing is mounted outside, and root is not needed.
+UNSHARE = ["unshare", "--map-root-user", "--mount"]
+PROGRAM = """
+import pathlib, subprocess, sys
+sys.path.insert(0, sys.argv.pop(1))
+from training_runs import SYMBOLS, bag, quick_jit, text_config
+from xlformer import command, train
+from xlformer.training.checkpoints import Checkpoints
+
+text, disk = sys.argv[1:]
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=True)
+workdir = pathlib.Path(disk, "run")
+config = text_config(text, eval_every=0)
+config.data.directory = text + "-prepared"
+
+def call(steps):
+    config.train.steps = steps
+    model = bag(vocab_size=SYMBOLS)
+    code = command.run(lambda _: train.train(config, workdir, model=model)["step"])
+    found = Checkpoints(workdir / "checkpoints", read_only=True)
+    print("ended with", code, "latest", found.latest(), file=sys.stderr, flush=True)
+
+def fill(left):
+    with open(workdir.parent / "filler", "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            file.truncate(file.tell() - left)
+
+with quick_jit():
+    call(6)
+    fill(left=24 << 10)  # enough for the log, too little for a checkpoint
+    call(12)
+    fill(left=0)
+    call(12)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    call(12)
+    subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+    (workdir.parent / "filler").unlink()
+    call(12)
+"""
+
+
+def can_mount():
+    if not shutil.which("unshare"):
+        return False
+    command = [*UNSHARE, "mount", "-t", "tmpfs", "none", "/mnt"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="no mount namespaces for this user")
+def test_each_is_one_line_and_the_last_good_checkpoint_stays(tmp_path):
+    disk, text = tmp_path / "disk", write_text(tmp_path / "text.txt")
+    disk.mkdir()
+    here = pathlib.Path(__file__).parent
+    done = subprocess.run(
+        [*UNSHARE, sys.executable, "-c", PROGRAM, here, text, disk],
+        env=os.environ | {"PYTHONPATH": str(here.parent)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    # Orbax has much to say about a failed save; the last line is ours.
+    parts = [part.splitlines() for part in done.stderr.split("ended with ")]
+    ends = [part[0] for part in parts[1:]]
+    assert ends == ["6 latest 6", *["2 latest 6"] * 3, "12 latest 12"]
+    _, saving, logging, locked, freed = parts[:-1]
+    assert saving[-1].startswith(f"error: {disk}/run/checkpoints: saving failed")
+    assert "No space left on device" in saving[-1]
+    assert saving[-1].endswith("the latest checkpoint is step 6")
+    assert logging[-1].startswith(f"error: {disk}/run: ")
+    assert "No space left on device" in logging[-1]
+    assert locked[-1].startswith(f"error: {disk}/run: cannot be written: ")
+    assert "Read-only file system" in locked[-1]
+    assert "resuming from the checkpoint of step 6" in freed
+    assert len(logging) == len(locked) == 2  # where the last one ended, and the error

@@ -87,10 +87,10 @@ def _on_tpu_vm() -> bool:
 
 
 def _initialize(explicit, start_limit, heartbeat) -> None:
-    # JAX's own limit ends in an abort without a name; ours comes first.
+    # JAX's own limits end in an abort and a stack trace; ours, with a line, come first.
     options = {
         "initialization_timeout": int(start_limit) + 60,
-        "heartbeat_timeout_seconds": max(int(heartbeat), 1),
+        "heartbeat_timeout_seconds": int(2 * heartbeat) + 1,
     }
     try:
         jax.distributed.initialize(*explicit, **options)

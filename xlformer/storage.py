@@ -45,10 +45,16 @@ def _prepare() -> None:
 
 
 def write(file: epath.Path, text: str) -> None:
-    """Whole or not at all; an object appears only when it is complete."""
-    if is_remote(file):
-        file.write_text(text)
-        return
-    temporary = file.parent / f"{file.name}{TEMPORARY}"
-    temporary.write_text(text)
-    os.replace(temporary, file)
+    """Whole or not at all; UserError if not."""
+    try:
+        if is_remote(file):  # An object appears only when it is complete.
+            file.write_text(text)
+            return
+        temporary = file.parent / f"{file.name}{TEMPORARY}"
+        temporary.write_text(text)
+        os.replace(temporary, file)
+    except Exception as error:  # Of the network, of credentials: no common class.
+        reason = " ".join(str(error).split())[:200]
+        if not isinstance(error, OSError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise UserError(f"{file}: cannot be written: {reason}") from error

@@ -61,9 +61,9 @@ def _sections(path: epath.Path) -> set[str]:
 
 def describe(workdir: epath.Path, config, prepared: Prepared) -> None:
     """Writes what the run is: its config, vocabulary and data."""
-    write(workdir / runs.VOCABULARY, prepared.vocabulary.to_json())
-    write(workdir / DATA, json.dumps(prepared.card, indent=2) + "\n")
-    write(workdir / runs.CONFIG, config_lib.to_json(config))
+    storage.write(workdir / runs.VOCABULARY, prepared.vocabulary.to_json())
+    storage.write(workdir / DATA, json.dumps(prepared.card, indent=2) + "\n")
+    storage.write(workdir / runs.CONFIG, config_lib.to_json(config))
 
 
 def check_same_data(workdir: epath.Path, prepared: Prepared) -> None:
@@ -110,11 +110,3 @@ def last_metrics(workdir: epath.Path, step: int) -> dict:
         if record["step"] <= step:
             found |= record
     return {k: v for k, v in found.items() if k.startswith(("train/loss", "eval/"))}
-
-
-def write(path: epath.Path, text: str) -> None:
-    """Whole or not at all, and a failure is one line."""
-    try:
-        storage.write(path, text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from error

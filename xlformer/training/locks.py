@@ -110,18 +110,9 @@ class _Heartbeat:
         self._thread = threading.Thread(target=self._run, name="lock", daemon=True)
 
     def acquire(self) -> None:
-        try:
-            if owner := self._read():
-                self._outlast(owner)
-            self._write()
-        except UserError:
-            raise
-        except Exception as error:  # Of the network, of credentials: no common class.
-            text = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{self._path.parent}: cannot be written: "
-                f"{type(error).__name__}: {text}"
-            ) from error
+        if owner := self._read():
+            self._outlast(owner)
+        self._write()
         # Whoever found it free at the same moment has written by now: the last wins.
         time.sleep(self._period / 5)
         if (owner := self._read()) and not self._mine(owner):
@@ -199,6 +190,9 @@ class _Heartbeat:
             return _parse(self._path.read_text())
         except FileNotFoundError:
             return None
+        except Exception as error:  # Of the network, of credentials: no common class.
+            text = " ".join(str(error).split())[:200]
+            raise UserError(f"{self._path}: cannot be read: {text}") from error
 
     def _write(self) -> None:
         text = _to_json(self._me | {"time": time.time()}).decode()

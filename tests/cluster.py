@@ -1,0 +1,155 @@
+"""Several hosts on this machine: one process each, a log file each, one deadline."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).parent
+DEADLINE = 120  # seconds that one cluster may live: far more than it needs
+WORKER = """
+import json, sys, threading
+sys.path.insert(0, sys.argv.pop(1))
+from training_runs import bag, everything, quick_jit, text_config
+from xlformer import config, hosts, train
+from xlformer.data.stream import Stream
+spec = json.loads(sys.argv.pop(1))
+hosts.SLOW_VIEW_S = 1
+if spec["hang_at"] is not None:
+    real_at = Stream.at
+    def at(self, step):
+        if step == spec["hang_at"]:
+            print("hanging", flush=True)
+            threading.Event().wait()
+        return real_at(self, step)
+    Stream.at = at
+made = text_config(spec["text"], **spec["train"])
+made.data.directory = spec["text"] + "-prepared"
+made.mesh.update(spec["mesh"])
+made.hosts.update(start_limit=60.0, heartbeat=20.0)
+made.hosts.update(spec["hosts"])
+if spec["bag"]:
+    train.models.build = lambda *_, **__: bag(vocab_size=9, dropout=0.1)
+config.load = lambda *_: made
+real = train.train
+def quick_train(*args, **kwargs):
+    with quick_jit():  # not before the hosts have joined: it compiles something
+        return real(*args, **kwargs)
+train.train = quick_train
+sys.exit(train.main(["--config=made", *sys.argv[1:]]))
+"""
+# What would make a child of the tests something else than a host of its own.
+STRIPPED = re.compile("XLA_|JAX_(?!COMPILATION|PERSISTENT)|TPU_|SLURM_")
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Cluster:
+    """Hosts that train `text`; leaves nothing running.
+
+    workdirs: one for all, or one for each host. train, hosts, mesh: fields of these
+    sections of the config, a dict, or one dict for each host. only: start these hosts
+    alone. hang_at: the step whose data the hosts but the first never get.
+    """
+
+    def __init__(
+        self,
+        text,
+        workdirs,
+        *,
+        count=2,
+        devices=1,
+        bag=True,
+        train=(),
+        hosts=(),
+        mesh=(),
+        only=None,
+        port=None,
+        hang_at=None,
+    ):
+        workdirs = workdirs if isinstance(workdirs, list) else [workdirs] * count
+        trains = train if isinstance(train, list) else [train] * count
+        port = port or free_port()
+        self.logs, self.processes = [], []
+        self._end = time.monotonic() + DEADLINE
+        environment = {k: v for k, v in os.environ.items() if not STRIPPED.match(k)}
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": "16"}
+        environment["PYTHONPATH"] = str(HERE.parent)
+        for host in range(count) if only is None else only:
+            spec = {"text": str(text), "bag": bag, "train": dict(trains[host])}
+            spec |= {"hang_at": hang_at if host else None}
+            spec |= {"hosts": dict(hosts), "mesh": {"data": -1, **dict(mesh)}}
+            log = pathlib.Path(f"{text}-{time.time_ns()}-{host}.log")
+            self.logs.append(log)
+            several = [
+                f"--coordinator=127.0.0.1:{port}",
+                f"--num_processes={count}",
+                f"--process_id={host}",
+            ]
+            command = [sys.executable, "-c", WORKER, HERE, json.dumps(spec)]
+            command += [f"--workdir={workdirs[host]}", *(several if count > 1 else [])]
+            with log.open("w") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        command,
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=file,
+                        stderr=file,
+                        start_new_session=True,
+                    )
+                )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def text(self, host=0):
+        return self.logs[host].read_text()
+
+    def everything(self):
+        return "\n".join(f"== {log.name}\n{log.read_text()}" for log in self.logs)
+
+    def wait_for(self, pattern, host=0):
+        while not (found := re.search(pattern, self.text(host))):
+            assert time.monotonic() < self._end, self.everything()
+            assert self.processes[host].poll() is None, self.everything()
+            time.sleep(0.01)
+        return found
+
+    def found(self, pattern, host=0):
+        """The match in the log of a host that has ended."""
+        match = re.search(pattern, self.text(host))
+        assert match, self.everything()
+        return match
+
+    def signal(self, number, host):
+        os.killpg(self.processes[host].pid, number)
+
+    def codes(self):
+        """Exit codes of all, once all have ended."""
+        try:
+            return [
+                p.wait(max(0.1, self._end - time.monotonic())) for p in self.processes
+            ]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"hang:\n{self.everything()}") from None
+
+    def finish(self):
+        assert set(self.codes()) == {0}, self.everything()
+        return json.loads(self.text().splitlines()[-1])

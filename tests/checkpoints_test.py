@@ -106,6 +106,62 @@ def test_leftovers_of_a_killed_writer_are_removed_by_the_next_writer_only(copied
     assert reader.latest() == 3
 
 
+# Refused steps ----------------------------------------------------------------------
+
+
+def empty_config(directory, step):
+    path = directory / str(step) / "config" / "metadata"
+    path.write_bytes(b"")
+    return path
+
+
+def names(directory):
+    return sorted(p.name for p in directory.iterdir())
+
+
+def test_a_refused_step_is_set_aside_once_an_older_one_is_restored(copied, caplog):
+    empty_config(copied, 2)
+    reader = Checkpoints(copied, read_only=True)
+    assert reader.restore(abstract_state())[0] == 1
+    assert names(copied) == ["1", "2"]
+    for other in ("2.corrupt", "2.corrupt1"):
+        with Checkpoints(copied) as checkpoints:
+            assert checkpoints.restore(abstract_state())[0] == 1
+            assert f"step 2 is set aside: {copied / other}" in caplog.text
+            assert checkpoints.steps() == [1] and "2" not in names(copied)
+            checkpoints.save(2, make_state(22), config=CONFIG)
+        assert_equal(reader.restore(abstract_state())[1], make_state(22))
+        empty_config(copied, 2)
+    assert names(copied) == ["1", "2", "2.corrupt", "2.corrupt1"]
+    assert (copied / "2.corrupt" / "config" / "metadata").read_bytes() == b""
+
+
+def test_where_nothing_is_intact_nothing_is_set_aside(copied):
+    for step in (1, 2):
+        empty_config(copied, step)
+    with Checkpoints(copied) as checkpoints:
+        with pytest.raises(UserError, match="no intact checkpoint"):
+            checkpoints.restore(abstract_state())
+        with pytest.raises(UserError, match="no intact checkpoint"):
+            checkpoints.restore(abstract_state(), 2)
+    assert names(copied) == ["1", "2"]
+
+
+def test_a_refused_step_that_cannot_be_renamed_is_replaced(copied, caplog, monkeypatch):
+    def rename(path, target):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    empty_config(copied, 2)
+    with Checkpoints(copied) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(checkpoints.directory), "rename", rename)
+            assert checkpoints.restore(abstract_state())[0] == 1
+        assert "step 2 stays: PermissionError: " in caplog.text
+        checkpoints.save(2, make_state(22), config=CONFIG)
+        assert_equal(checkpoints.restore(abstract_state())[1], make_state(22))
+    assert names(copied) == ["1", "2"]
+
+
 # Other shapes, other devices, other directories --------------------------------------
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import trained_run
 
-from xlformer import evaluate, runs, scored_text, scoring
+from xlformer import evaluate, runs, scored_text, scoring, sharding
 from xlformer.data.vocabulary import CharVocabulary, WordVocabulary
 from xlformer.training.checkpoints import Checkpoints
 
@@ -238,3 +238,17 @@ def test_beginning_of_a_text(workdir):
     found = evaluate.evaluate(workdir, max_tokens=31)
     assert found["tokens_scored"] == 30
     assert found["bits_per_byte"] is found["word_ppl"] is None
+
+
+@pytest.mark.parametrize("sizes", ["data=1", "data=4,fsdp=2", "data=2,tensor=2"])
+def test_any_mesh_gives_the_same_score(card, sizes):
+    found = card(f"--mesh={sizes}", "--batch_size=3")
+    devices = math.prod(sharding.parse_mesh(sizes).values())
+    assert found["device"].endswith(f" x{devices}")
+    assert found["nats"] == pytest.approx(card("--batch_size=3")["nats"], rel=1e-5)
+    assert found["batch_rows"] == 3
+
+
+def test_a_mesh_that_does_not_fit_is_one_line(workdir, capsys):
+    assert evaluate.main([f"--workdir={workdir}", "--mesh=data=16"]) == 2
+    assert "--mesh: data=16" in capsys.readouterr().err

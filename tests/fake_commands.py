@@ -1,8 +1,10 @@
 """Commands that a test puts first on PATH, so that no real client is ever called."""
 
+import contextlib
 import os
 import pathlib
 import shlex
+import signal
 import stat
 import subprocess
 import time
@@ -18,17 +20,21 @@ def executable(path, text):
     return path
 
 
+NOTE = """#!/usr/bin/env bash
+note() {
+    printf '%q ' NAME "$@" >>"$FAKE/calls"
+    echo >>"$FAKE/calls"
+}
+"""
+
+
 class Bench:
     """A directory of fakes. Every one that calls `note` is seen by `calls`."""
 
     def __init__(self, directory, **fakes):
         self.directory = directory
         for name, text in fakes.items():
-            note = f'printf \'%q \' {name} "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"\n'
-            executable(
-                directory / "bin" / name,
-                f"#!/usr/bin/env bash\nnote() {{ {note}}}\n{text}",
-            )
+            executable(directory / "bin" / name, NOTE.replace("NAME", name) + text)
         (directory / "calls").touch()
         (directory / "home").mkdir()
         self.environment = {
@@ -59,6 +65,14 @@ class Bench:
         finally:
             process.kill()
             process.wait()
+
+    def end(self):
+        """Kills what a script that fails a test has left: all have FAKE from here."""
+        mine = f"FAKE={self.directory}".encode()
+        for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mine in path.read_bytes().split(b"\0"):
+                    os.kill(int(path.parent.name), signal.SIGKILL)
 
     def output(self):
         return (self.directory / "output").read_text()

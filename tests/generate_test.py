@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import trained_run
 
-from xlformer import generate, models
+from xlformer import generate, models, sharding
 from xlformer.data.vocabulary import ByteVocabulary, CharVocabulary, WordVocabulary
 from xlformer.errors import UserError
 from xlformer.generate import Printer, Sampling
@@ -49,6 +49,21 @@ def main(capsys, workdir, *flags):
     """(return code, standard output, standard error)"""
     code = generate.main([f"--workdir={workdir}", *flags])
     return code, *capsys.readouterr()
+
+
+# Where rows lie --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_any_mesh_draws_the_same_tokens(made, sizes):
+    model, params = made
+    mesh = sharding.make_mesh(sizes)
+    placed = sharding.parameters(mesh, params, model.param_axes(params))
+    expected, log_p = sample(made, PROMPTS)
+    found, found_log_p = sample((model, jax.device_put(params, placed)), PROMPTS,
+                                mesh=mesh)  # fmt: skip
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(found_log_p, log_p, rtol=1e-5)
 
 
 # What is drawn ---------------------------------------------------------------------

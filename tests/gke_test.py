@@ -37,7 +37,8 @@ ARGS = [
 def bench(tmp_path):
     bench = Bench(tmp_path, kubectl=KUBECTL)
     (tmp_path / "states").write_text("Completed\n")
-    return bench
+    yield bench
+    bench.end()
 
 
 def applied(bench, *more):

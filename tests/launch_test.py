@@ -146,8 +146,9 @@ def test_processes_go_through_the_supervisor_and_only_for_training(
 def test_logs_of_the_hosts_of_a_run_in_a_bucket_lie_here(checkout, environment):
     args = ["--dry-run", "--processes=2", "--workdir=gs://bucket/run"]
     done = local(checkout, {**environment, "NPROC": "7"}, *args)
-    assert f"--log_dir={checkout}/runs/quickstart.hosts " in done.stdout
-    assert "NPROC=7 " in done.stdout
+    train = shlex.split(done.stdout.splitlines()[1])
+    assert f"--log_dir={checkout}/runs/quickstart.hosts" in train
+    assert train[:2] == ["train:", "NPROC=7"]
 
 
 @pytest.mark.parametrize(

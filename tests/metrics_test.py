@@ -58,6 +58,15 @@ def test_a_line_torn_by_a_kill_costs_only_itself(tmp_path):
     assert [r["step"] for r in metrics.read(tmp_path)] == [1, 3]
 
 
+def test_a_disk_that_is_full_at_the_end_is_reported_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "_open_for_append", lambda _: open("/dev/full", "w"))
+    writer = metrics.Writer(tmp_path)
+    writer._file.write("x")
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+    writer.close()  # nothing is left open, nothing is tried again
+
+
 def test_nothing_written_is_nothing_read(tmp_path):
     assert metrics.read(tmp_path) == []
     assert metrics.read(tmp_path / "missing") == []

@@ -2,6 +2,7 @@
 
 import fcntl
 import re
+import sys
 
 import object_store
 import pytest
@@ -53,6 +54,22 @@ def test_a_reader_sees_what_another_process_writes(place):
         assert list(place.iterdir()) == [path] and path.read_text() == text
 
 
+def test_what_cannot_be_written_is_one_line():
+    line = refusal(storage.write, storage.path("gs://nowhere/run/config.json"), "")
+    assert line.startswith("gs://nowhere/run/config.json: cannot be written: ")
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("missing", ["gcsfs", "google.cloud.storage"])
+def test_without_the_extra_the_line_names_it(missing, monkeypatch):
+    storage._prepare.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, missing, None)  # as if not installed
+        line = refusal(storage.path, f"{BUCKET}/run")
+    assert line == f"gs:// needs {missing}: pip install 'xlformer[gcs]'"
+    storage.path(f"{BUCKET}/run")
+
+
 # Logs ---------------------------------------------------------------------------------
 
 
@@ -69,7 +86,7 @@ def test_parts_are_numbered_visible_before_the_end_and_never_written_over(
         numbers += range(start_at, start_at + 3)
         assert [r["step"] for r in metrics.read(place)] == numbers
         writer.write(99, {"train/bpc": 0})  # lost: killed before the next upload
-    names = [path.name for path in metrics._parts(place)]
+    names = [path.name for path in metrics.parts(place)]
     assert [name[:15] for name in names] == [f"metrics-00000{i}-" for i in (1, 2, 3)]
     # A writer that is taken for dead starts where another one does.
     writers = [metrics.Writer(place) for _ in range(2)]
@@ -88,7 +105,7 @@ def test_a_part_is_uploaded_after_some_time_and_ends_at_some_size(
         for step in range(20):
             writer.write(step, {"train/bpc": step})
             assert len(metrics.read(place)) == step + 1
-    assert 2 < len(metrics._parts(place)) < 9
+    assert 2 < len(metrics.parts(place)) < 9
     monkeypatch.setattr(metrics, "FLUSH_S", 3600.0)
     before = len(requests())
     with metrics.Writer(place) as writer:
@@ -149,11 +166,11 @@ PREPARE = """
     from xlformer import config, prepare
     from xlformer.data import folders
     print("ready", flush=True)
-    with open(sys.argv[3]) as file:
+    with open(sys.argv[2]) as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # wait until both are there
     copy = folders._copy
     folders._copy = lambda *args: (print("copied", file=sys.stderr), copy(*args))
-    found = prepare.prepare(config.load(sys.argv[1]).data, directory=sys.argv[2])
+    found = prepare.prepare(config.load(sys.argv[1]).data)
     print(len(found.tokens["train"]), file=sys.stderr)
 """
 
@@ -163,11 +180,12 @@ def test_two_processes_copy_the_tokens_once(
 ):
     prepared = prepare.prepare(data)
     monkeypatch.setenv("HOME", str(tmp_path / "another-host"))
+    monkeypatch.setenv("XLFORMER_DATA", str(place))
     before = downloads(requests)
     name = f"text:path={text},unit=chars,debug"
     with open(tmp_path / "gate", "w") as gate:
         fcntl.flock(gate, fcntl.LOCK_EX)
-        processes = [start(PREPARE, name, place, tmp_path / "gate") for _ in range(2)]
+        processes = [start(PREPARE, name, tmp_path / "gate") for _ in range(2)]
     ends = [finish(process) for process in processes]
     assert [code for code, _ in ends] == [0, 0], ends
     said = [errors.split() for _, errors in ends]

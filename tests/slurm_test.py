@@ -7,7 +7,7 @@ import signal
 import pytest
 from fake_commands import ROOT, Bench
 
-# `steps` has the exit code of each srun in turn; 'wait' is a step that saves on SIGTERM.
+# `steps` has the exit code of each srun in turn; 'wait' runs until SIGTERM, and saves.
 SRUN = r"""
 note "$@"
 echo "${JAX_LOCAL_DEVICE_IDS:-unset}" >>"$FAKE/devices"
@@ -31,7 +31,8 @@ def bench(tmp_path):
         "SLURM_SUBMIT_DIR": str(ROOT),
     }
     bench.steps = lambda *codes: (tmp_path / "steps").write_text("\n".join(codes))
-    return bench
+    yield bench
+    bench.end()
 
 
 def test_one_step_with_the_words_as_given(bench):

@@ -27,6 +27,7 @@ case "$3 $4" in
         ;;
     "queued-resources delete")
         [[ -f $FAKE/state ]] || missing
+        [[ -z ${FAKE_DENIED:-} ]] || { echo "ERROR: PERMISSION_DENIED" >&2; exit 1; }
         rm "$FAKE/state"
         ;;
     "tpu-vm describe") echo "${FAKE_TPU_VM:-READY}" ;;
@@ -78,7 +79,8 @@ def bench(tmp_path):
     bench.environment.pop("PYTHON", None)
     bench.behave = (tmp_path / "behave").write_text
     bench.behave("exit 0")
-    return bench
+    yield bench
+    bench.end()
 
 
 def verbs(bench):
@@ -122,16 +124,16 @@ def test_the_whole_story(bench):
         assert shlex.split(line) == expected
     assert (bench.directory / "pip").read_text().count("[tpu,gcs]") == 2
     copied = bench.directory / "host-1" / "xlformer"
-    assert (copied / "xlformer" / "train.py").exists() and (
-        copied / "setup.py"
-    ).exists()
-    assert not (copied / ".git").exists() and not (copied / "runs").exists()
+    there = ["xlformer/train.py", "configs", "launch/worker.sh", "setup.py"]
+    assert all((copied / name).exists() for name in there)
+    assert not any((copied / name).exists() for name in [".git", "runs", ".jax_cache"])
 
 
 def test_a_failing_host_ends_the_others_and_all_start_again(bench):
     bench.behave("""
         [[ $attempt -eq 0 ]] || exit 0
         [[ $host == host-0 ]] || exit 134
+        echo $$ >"$FAKE/hanging"
         while :; do sleep 0.1; done  # hangs in a collective
     """)
     assert bench.run("tpu_vm.sh", *ARGS) == 0
@@ -139,6 +141,8 @@ def test_a_failing_host_ends_the_others_and_all_start_again(bench):
     assert len(trained(bench, 0)) == len(trained(bench, 1)) == 2
     assert "host host-1 failed with exit code 134" in bench.output()
     assert "restart 1 of 10" in bench.output()
+    pid = (bench.directory / "hanging").read_text().strip()
+    assert not pathlib.Path(f"/proc/{pid}").exists()
 
 
 def test_a_preempted_slice_is_made_again(bench):
@@ -186,6 +190,23 @@ def test_kept_slices_are_named_with_the_command_that_deletes_them(bench):
     assert "delete" not in verbs(bench)
     assert "delete --name=slice --zone=here-1" in bench.output()
     assert "billed" in bench.output()
+
+
+def test_a_slice_that_cannot_be_deleted_is_named(bench):
+    assert bench.run("tpu_vm.sh", *ARGS, FAKE_DENIED="yes") == 0
+    assert "PERMISSION_DENIED" in bench.output()
+    assert "MAY STILL RUN" in bench.output()
+
+
+def test_a_signal_while_waiting_for_the_slice_deletes_the_request(bench):
+    process = bench.start("tpu_vm.sh", *ARGS, FAKE_STATES="WAITING_FOR_RESOURCES")
+    try:
+        bench.until(lambda: "waiting for the slice" in bench.output())
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(30) == 42, bench.output()
+    finally:
+        process.kill()
+    assert verbs(bench) == ["create", "delete"]
 
 
 def test_existing_slices_are_neither_made_nor_deleted(bench):

@@ -26,6 +26,7 @@ def make_config(directory, text, **model):
     config.name = "tiny"
     config.data.update(corpus="text", path=str(text), unit="chars")
     config.data.directory = str(directory / "prepared")
+    config.mesh.data = 1
     config.train.update(steps=STEPS[-1], batch_size=2, segment_length=5, ema_decay=0.7)
     config.train.update(log_every=1, eval_every=1, save_every=1, keep=2)
     config.optimizer.learning_rate = 0.05

@@ -104,12 +104,16 @@ def generate(
     # Copies of the last prompt make the rows divide.
     more = sharding.padded(count, mesh) - count
     state, last_R = _prefill(model, params, [*prompts, *prompts[-1:] * more], mesh)
+    placed = jax.tree.map(lambda x: x.sharding, state)
     # Row r draws from its own key: its text does not depend on the other rows.
     keys_R = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.key(seed), jnp.arange(count + more)
     )
     tokens, chosen = [], []
     for start in range(0, num_tokens, BLOCK):
+        # Where the compiler has put them is not where the next call wants them.
+        last_R, keys_R = jax.device_put((last_R, keys_R), sharding.replicated(mesh))
+        state = jax.device_put(state, placed)
         with jax.set_mesh(mesh):
             (state, last_R), tokens_RN, chosen_RN = _block(
                 model, sampling, params, keys_R, state, last_R, start
@@ -181,13 +185,14 @@ def _prefill(model, params, prompts, mesh):
         ids_RT[row, : len(prompt) - 1] = prompt[:-1]
     init_state = functools.partial(model.init_state, len(prompts))
     placed = sharding.carried(mesh, jax.eval_shape(init_state), model.state_axes())
-    state = jax.jit(init_state, out_shardings=placed)()
+    state = jax.block_until_ready(jax.jit(init_state, out_shardings=placed)())
     for start in range(0, width, PREFILL):
         valid_R = np.clip(lengths_R - start, 0, PREFILL).astype(np.int32)
         part_RT = ids_RT[:, start : start + PREFILL]
         with jax.set_mesh(mesh):
             state = _advance(model, params, state, part_RT, valid_R)
-    return state, jnp.array([p[-1] for p in prompts], jnp.int32)
+            state = jax.device_put(state, placed)
+    return state, np.array([p[-1] for p in prompts], np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)

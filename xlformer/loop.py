@@ -135,6 +135,7 @@ class Loop:
         """To the last checkpoint, which has seen no spike, and around the segment."""
         index = spikes.data_index(spike.step - 1, self.skips)
         self.pending = None
+        self.clock.record(spike.step)
         with self._phase("restoring"):
             self.checkpoints.wait()
             self.state, self.step = self._state()

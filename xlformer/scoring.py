@@ -216,7 +216,8 @@ class Evaluator:
         the evaluation is given up and the result is None.
         """
         start = time.perf_counter()
-        state, plan_ = self._init_state(), _pad(plan_, self._rows.batch_size)
+        plan_ = _pad(plan_, self._rows.batch_size)
+        state = jax.block_until_ready(self._init_state())  # or there is no room for it
         nats, calls = 0.0, math.ceil(plan_.steps / self._steps)
         pending = None
         for call, batch in enumerate(self._batches(plan_, tokens, documents)):

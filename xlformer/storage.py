@@ -32,16 +32,15 @@ def is_remote(place) -> bool:
 def _prepare() -> None:
     try:
         # Orbax asks the third whether a bucket has folders.
-        for name in ("fsspec", "gcsfs", "google.cloud.storage"):
+        for name in ("fsspec.config", "gcsfs", "google.cloud.storage"):
             importlib.import_module(name)
     except ImportError as error:
         raise UserError(
             f"gs:// needs {error.name}: pip install 'xlformer[gcs]'"
         ) from error
     # A listing that is kept would hide what other processes write: a lock, a step.
-    sys.modules["fsspec"].config.conf.setdefault("gcs", {})["use_listings_cache"] = (
-        False
-    )
+    conf = sys.modules["fsspec.config"].conf
+    conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 
 def write(file: epath.Path, text: str) -> None:

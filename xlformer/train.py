@@ -8,6 +8,7 @@ run would have done. Each host of a job makes the same call.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import signal
@@ -16,14 +17,16 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from xlformer import command, hosts, models, prepare, sharding, storage, workdirs
+from xlformer import command, hosts, models, prepare, runs, sharding, storage, workdirs
 from xlformer import config as config_lib
 from xlformer.errors import UserError
 from xlformer.loop import Loop
 from xlformer.training import faults, goodput, metrics, steps
+from xlformer.training.checkpoints import Checkpoints
 from xlformer.training.locks import WorkdirLock
 from xlformer.training.watchdog import Watchdog
 
+M_ARENA_MAX = -8  # malloc.h
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -88,7 +91,11 @@ def train(
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
-            raise UserError(f"{workdir}: cannot be written: {error}") from error
+            left = Checkpoints(workdir / runs.CHECKPOINTS, read_only=True).latest()
+            raise UserError(
+                f"{workdir}: cannot be written: {error}; the latest checkpoint is "
+                f"{'none' if left is None else f'step {left}'}"
+            ) from error
 
 
 def _signals() -> dict:
@@ -128,6 +135,7 @@ def _main(argv) -> int:
             heartbeat=config.hosts.heartbeat,
         )
         _keep_compiled(workdir)
+        _keep_heap_small()
         result = train(config, workdir, started=goodput.process_start())
     if hosts.is_first():
         print(json.dumps(result))
@@ -138,6 +146,16 @@ def _keep_compiled(workdir) -> None:
     """A restarted run finds its programs in the work directory."""
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(workdir / workdirs.COMPILED))
+
+
+def _keep_heap_small() -> None:
+    """glibc's own arenas grow with every save: the writing threads come and go.
+
+    2,000 steps with 100 saves of 6.5 MiB made the resident size grow by 3.4 % from step
+    500 on, with two arenas by 0.5 to 1.5 % (tests/soak/memory.py; 2 cores, 2026-11-22).
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def main(argv=None) -> int:

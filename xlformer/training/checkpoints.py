@@ -6,11 +6,13 @@ One step is one directory with three items, committed together or not at all:
     config   the resolved config, JSON
     digest   JSON: see integrity.py
 
-Whatever is wrong with a checkpoint, the previous one is used, and the log says so.
+Whatever is wrong with a checkpoint, the previous one is used, and the log says so. The
+refused one becomes STEP.corrupt, which nothing reads or deletes.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Mapping
@@ -198,7 +200,7 @@ class Checkpoints:
             self._must_exist(step)
         steps = self.steps() if step is None else [step]
         tried = [s for s in steps if before is None or s < before]
-        reasons = []
+        reasons, refused = [], []
         for candidate in reversed(tried):
             found, fault = None, ""
             try:
@@ -206,14 +208,38 @@ class Checkpoints:
             except Corrupt as error:
                 fault = str(error)
             if _on_any_host(bool(fault)):
+                refused.append(candidate)
                 reasons.append(f"step {candidate}: {fault or 'refused elsewhere'}")
                 _log.error("%s: checkpoint refused: %s", self.directory, reasons[-1])
                 continue
-            if reasons:
+            if refused:
                 _log.error("fell back to the checkpoint of step %d", candidate)
+                self._set_aside(refused)
             self._current = candidate
             return candidate, *found
         raise UserError(self._nothing(reasons, before))
+
+    def _set_aside(self, refused: list[int]) -> None:
+        """Renames the steps that the writer gave up, once an older one is restored.
+
+        The next save would delete them, and with them what shows what happened.
+        """
+        if self._manager is None:
+            return
+        if jax.process_index() == 0:
+            for step in refused:
+                try:
+                    _log.error("step %d is set aside: %s", step, self._rename(step))
+                except Exception as error:  # Of a network, or there is no right to.
+                    _log.error("step %d stays: %s", step, reason(error))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("refused steps are set aside")
+        self._manager.reload()
+
+    def _rename(self, step: int) -> epath.Path:
+        names = (f"{step}.corrupt{n or ''}" for n in itertools.count())
+        free = next(x for x in map(self.directory.joinpath, names) if not x.exists())
+        return self._path(step).rename(free)
 
     def restore_params(self, step: int | None, abstract: Mapping):
         """Restores a part of the state: {'params': tree, 'ema': tree, ...}.

@@ -105,7 +105,7 @@ def read(workdir) -> list[dict]:
     Unlike metrics.read it keeps those of steps that were repeated later.
     """
     found = []
-    for path in metrics._parts(storage.path(workdir)):
+    for path in metrics.parts(storage.path(workdir)):
         for line in path.read_text().splitlines():
             try:
                 record = json.loads(line)

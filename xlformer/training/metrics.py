@@ -17,6 +17,7 @@ the log knows too, and a kill costs at most the lines that the resumed run write
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -72,14 +73,18 @@ class Writer:
 
     def console(self, line: str) -> None:
         if self._enabled:
-            print(line, file=sys.stderr, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # a run outlives its terminal
+                print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        if self._file:
-            self._file.close()
-        if self._events:
-            self._events.close()
+        file, events = self._file, self._events
         self._enabled, self._file, self._events = False, None, None
+        try:
+            if file:
+                file.close()
+        finally:  # also where the disk is full
+            if events:
+                events.close()
 
     def __enter__(self):
         return self
@@ -105,7 +110,7 @@ class _Parts:
         self._workdir = workdir
         # Should two runs write at once after all, neither overwrites the other's parts.
         self._id = uuid.uuid4().hex[:8]
-        names = [path.name for path in _parts(workdir)]
+        names = [path.name for path in parts(workdir)]
         self._number = max([int(n.split("-")[1]) for n in names if "-" in n], default=0)
         self._next()
 
@@ -136,7 +141,7 @@ class _Parts:
         self.upload()
 
 
-def _parts(workdir: epath.Path) -> list[epath.Path]:
+def parts(workdir: epath.Path) -> list[epath.Path]:
     """The files of lines, oldest first."""
     return sorted(workdir.glob("metrics*.jsonl"))
 
@@ -157,7 +162,7 @@ def read(workdir, *, kind: str | None = None) -> list[dict]:
     Non-finite numbers come back as floats. A torn last line is skipped.
     """
     records = {}
-    for path in _parts(storage.path(workdir)):
+    for path in parts(storage.path(workdir)):
         for line in path.read_text().splitlines():
             try:
                 record = json.loads(line)

@@ -166,9 +166,7 @@ def _update(config, optimizer, schedule, state, batch, grads, carried, metrics):
     skip = jnp.where(finite, 0, 1).astype(jnp.int32)
     guard, loss = state.spikes, metrics["train/loss_nats"]
     if train.spike_factor:
-        metrics["spike/ratio"] = spikes.ratio(
-            guard, loss, warmup=train.spike_after
-        )
+        metrics["spike/ratio"] = spikes.ratio(guard, loss, warmup=train.spike_after)
         guard = spikes.update(
             guard, loss, factor=train.spike_factor, warmup=train.spike_after
         )

@@ -99,8 +99,8 @@ main() {
     local train=("$python" -m xlformer.train "--config=$CONFIG" "--workdir=$WORKDIR")
     train+=(${REST[@]+"${REST[@]}"}) # bash before 4.4 calls an empty list unset
     local evaluate=("$python" -m xlformer.evaluate "--workdir=$WORKDIR" --split=test)
-    local sample=("$python" -m xlformer.generate "--workdir=$WORKDIR"
-        "--prompt=def " --num_tokens=300)
+    local sample=("$python" -m xlformer.generate "--workdir=$WORKDIR" --num_tokens=300)
+    [[ $CONFIG != quickstart ]] || sample+=("--prompt=def ") # it has learnt Python
     local prefix=""
     if [[ $PROCESSES -gt 1 ]]; then
         # Virtual devices hang in a collective when XLA sizes its thread pools by the

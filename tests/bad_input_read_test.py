@@ -130,7 +130,6 @@ def test_token_id_out_of_range(refused, workdir, tmp_path):
         (("--prompt=Zoë",), "--prompt: not in the vocabulary of 29 chars: 'Z'"),
         (("--prompt=",), "--prompt is empty"),
         ((PROMPT, "--prompt="), "--prompt is empty"),
-        ((), "nothing to continue: pass --prompt or --prompt_file"),
         (("--prompt_file=/nowhere/p.txt",), "--prompt_file=/nowhere/p.txt: "),
         (("--prompt_file=/",), "--prompt_file=/: "),
         (("--prompt_file=",), "--prompt_file="),

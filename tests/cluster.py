@@ -13,21 +13,21 @@ import time
 HERE = pathlib.Path(__file__).parent
 DEADLINE = 120  # seconds that one cluster may live: far more than it needs
 WORKER = """
-import json, sys, threading
+import json, sys, threading, time
 sys.path.insert(0, sys.argv.pop(1))
 from training_runs import bag, everything, quick_jit, text_config
 from xlformer import config, hosts, train
 from xlformer.data.stream import Stream
 spec = json.loads(sys.argv.pop(1))
 hosts.SLOW_VIEW_S = 1
-if spec["hang_at"] is not None:
-    real_at = Stream.at
-    def at(self, step):
-        if step == spec["hang_at"]:
-            print("hanging", flush=True)
-            threading.Event().wait()
-        return real_at(self, step)
-    Stream.at = at
+real_at = Stream.at
+def at(self, step):
+    if step == spec["hang_at"]:
+        print("hanging", flush=True)
+        threading.Event().wait()
+    time.sleep(spec["pace_s"])
+    return real_at(self, step)
+Stream.at = at
 made = text_config(spec["text"], **spec["train"])
 made.data.directory = spec["text"] + "-prepared"
 made.mesh.update(spec["mesh"])
@@ -51,6 +51,23 @@ def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def environment(devices):
+    """Of a process with so many devices, on CPU."""
+    found = {k: v for k, v in os.environ.items() if not STRIPPED.match(k)}
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    found |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": "16"}
+    return found | {"PYTHONPATH": str(HERE.parent)}
+
+
+def worker(text, workdir, *, train=(), hosts=(), mesh=(), bag=True, **more):
+    """The command of one host; without its coordinator. more: see WORKER."""
+    spec = {"text": str(text), "bag": bag, "hang_at": None, "pace_s": 0, **more}
+    spec |= {"train": dict(train), "hosts": dict(hosts)}
+    spec["mesh"] = {"data": -1, **dict(mesh)}
+    command = [sys.executable, "-c", WORKER, str(HERE), json.dumps(spec)]
+    return [*command, f"--workdir={workdir}"]
 
 
 class Cluster:
@@ -81,14 +98,7 @@ class Cluster:
         port = port or free_port()
         self.logs, self.processes = [], []
         self._end = time.monotonic() + DEADLINE
-        environment = {k: v for k, v in os.environ.items() if not STRIPPED.match(k)}
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": "16"}
-        environment["PYTHONPATH"] = str(HERE.parent)
         for host in range(count) if only is None else only:
-            spec = {"text": str(text), "bag": bag, "train": dict(trains[host])}
-            spec |= {"hang_at": hang_at if host else None}
-            spec |= {"hosts": dict(hosts), "mesh": {"data": -1, **dict(mesh)}}
             log = pathlib.Path(f"{text}-{time.time_ns()}-{host}.log")
             self.logs.append(log)
             several = [
@@ -96,13 +106,20 @@ class Cluster:
                 f"--num_processes={count}",
                 f"--process_id={host}",
             ]
-            command = [sys.executable, "-c", WORKER, HERE, json.dumps(spec)]
-            command += [f"--workdir={workdirs[host]}", *(several if count > 1 else [])]
+            command = worker(
+                text,
+                workdirs[host],
+                train=trains[host],
+                hosts=hosts,
+                mesh=mesh,
+                bag=bag,
+                hang_at=hang_at if host else None,
+            )
             with log.open("w") as file:
                 self.processes.append(
                     subprocess.Popen(
-                        command,
-                        env=environment,
+                        [*command, *(several if count > 1 else [])],
+                        env=environment(devices),
                         stdin=subprocess.DEVNULL,
                         stdout=file,
                         stderr=file,

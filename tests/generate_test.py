@@ -268,6 +268,14 @@ def test_command_continues_the_prompt(capsys, base):
     assert raw != first
 
 
+def test_without_a_prompt_it_continues_the_test_split(capsys, base):
+    code, out, _ = main(capsys, trained_run.trained(base), "--num_tokens=7")
+    text = trained_run.TEXT * trained_run.LINES
+    length = len(text) - len(text) * 95 // 100
+    assert code == 0 and out.startswith(text[-length:][: generate.OPENING])
+    assert len(out) == generate.OPENING + 7 + 1
+
+
 def test_command_prints_every_sample_of_every_prompt(capsys, base, tmp_path):
     prompt_file = tmp_path / "prompt.txt"
     prompt_file.write_text("日本\n", encoding="utf-8")

@@ -93,7 +93,7 @@ def test_three_steps_then_no_second_install(checkout, environment):
     steps = [
         f"-m xlformer.train --config=quickstart {run}",
         f"-m xlformer.evaluate {run} --split=test",
-        f"-m xlformer.generate {run} --prompt=def  --num_tokens=300",
+        f"-m xlformer.generate {run} --num_tokens=300 --prompt=def ",
     ]
     assert calls(environment) == [
         f"-m pip install --quiet --editable {checkout}",

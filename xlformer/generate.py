@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from xlformer import command, models, runs, sharding
+from xlformer import command, models, runs, scored_text, sharding
 from xlformer.errors import UserError
 
+OPENING = 32  # tokens of the test split that are continued where no prompt is given
 PREFILL = 64  # prompt tokens in one compiled call
 BLOCK = 16  # generated tokens in one compiled call
 PAPER_CONTEXT, PAPER_TOP_K, PAPER_TOKENS = 512, 40, 1000
@@ -238,7 +239,8 @@ def _text(vocabulary, ids) -> str:
     return decoded
 
 
-def _prompts(args, vocabulary) -> list[np.ndarray]:
+def _prompts(args, run: runs.Run) -> list[np.ndarray]:
+    vocabulary = run.vocabulary
     texts = [("--prompt", text) for text in args.prompt or []]
     if args.prompt_file is not None:
         where = f"--prompt_file={args.prompt_file}"
@@ -246,12 +248,15 @@ def _prompts(args, vocabulary) -> list[np.ndarray]:
             texts.append((where, epath.Path(args.prompt_file).read_bytes()))
         except OSError as error:
             raise UserError(f"{where}: {error}") from error
-    if not texts:
+    if not texts and not runs.names_data(run.config):
         raise UserError("nothing to continue: pass --prompt or --prompt_file")
     prompts = [vocabulary.encode(x, close_line=False, where=w) for w, x in texts]
     for (where, _), prompt in zip(texts, prompts, strict=True):
         if not len(prompt):
             raise UserError(f"{where} is empty: at least one token is needed")
+    if not texts:
+        tokens, _, _ = scored_text.read(run, "test", None)
+        prompts = [np.asarray(tokens[:OPENING])]
     if args.preset == "paper":
         prompts = [p[-PAPER_CONTEXT:] for p in prompts]
     return [p for p in prompts for _ in range(args.num_samples)]
@@ -299,7 +304,7 @@ def _main(argv) -> int:
         args.workdir, checkpoint=args.checkpoint, params=args.params, mesh=mesh
     )
     model = runs.for_reading(run.model, {"memory_length": args.memory_length})
-    prompts = _prompts(args, run.vocabulary)
+    prompts = _prompts(args, run)
     printer = Printer(run.vocabulary, prompts[0])
     tokens_RN, _ = generate(
         model,

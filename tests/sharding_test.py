@@ -213,6 +213,13 @@ def test_sizes_of_a_flag():
     assert "--mesh=rows=2: 'rows=2'" in refusal(sharding.parse_mesh, "rows=2")
 
 
+def test_data_takes_no_more_devices_than_divide_the_rows():
+    assert sharding.make_mesh({"data": -1}, rows=12).shape["data"] == 6
+    assert sharding.make_mesh({"data": -1, "fsdp": 2}, rows=12).shape["data"] == 3
+    assert sharding.make_mesh({"data": -1, "tensor": 2}, rows=7).shape["data"] == 1
+    assert sharding.make_mesh({"data": -1, "fsdp": 2}, rows=7).shape["data"] == 4
+
+
 def test_rows_of_a_process_come_in_order():
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     rows = sharding.Rows(mesh, B)

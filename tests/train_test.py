@@ -251,6 +251,22 @@ def test_a_signal_while_it_compiles_ends_it_at_once(text, tmp_path):
     assert not (tmp_path / "run" / "checkpoints" / "1").exists()
 
 
+def test_what_it_compiles_is_kept_in_its_directory(text, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    process = Process(text, tmp_path / "run")
+    process.wait_for("compiled the step")
+    process.signal(signal.SIGKILL)
+    kept = {p.name for p in (tmp_path / "run" / "compilation_cache").iterdir()}
+    assert [name for name in kept if name.startswith("jit_step")]
+    process = Process(text, tmp_path / "run")
+    process.wait_for("compiled the step")
+    process.signal(signal.SIGKILL)
+    found = {p.name for p in (tmp_path / "run" / "compilation_cache").iterdir()}
+    steps = [{n for n in x if n.startswith("jit_step")} for x in (kept, found)]
+    assert steps[0] == steps[1]
+
+
 @pytest.mark.parametrize("step", [3, 16])
 def test_a_signal_saves_that_step_and_the_rest_is_the_same(
     config, uninterrupted, tmp_path, monkeypatch, capfd, step

@@ -326,7 +326,12 @@ class Loop:
             f"({device.platform}), mesh {shown}"
         )
         if self.mesh.size < jax.device_count():
-            self._say(f"{jax.device_count() - self.mesh.size} devices stay idle")
+            idle = jax.device_count() - self.mesh.size
+            self._say(
+                f"{idle} of {jax.device_count()} devices stay idle: config.mesh and "
+                f"config.train.batch_size={self.config.train.batch_size} have no use "
+                "for them"
+            )
         params, carried = self.state.params, self.state.carried
         self._say(metrics.parameter_table(params))
         self._say(metrics.memory_estimate(params, self.state.opt_state, carried))

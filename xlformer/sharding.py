@@ -35,10 +35,13 @@ RULES = {
 # The mesh -----------------------------------------------------------------------------
 
 
-def make_mesh(sizes: Mapping[str, int], *, where: str = "config.mesh") -> Mesh:
+def make_mesh(
+    sizes: Mapping[str, int], *, rows: int = 0, where: str = "config.mesh"
+) -> Mesh:
     """The mesh of all devices; a size of -1 is whatever is left.
 
-    In one process a smaller mesh takes the first devices. Raises UserError.
+    In one process a smaller mesh takes the first devices, and data=-1 no more of them
+    than divide `rows`. Raises UserError.
     """
     sizes = {axis: sizes.get(axis, 1) for axis in AXES}
     shown = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
@@ -54,6 +57,11 @@ def make_mesh(sizes: Mapping[str, int], *, where: str = "config.mesh") -> Mesh:
     wanted = math.prod(sizes.values())
     if wanted > have or (free and wanted < have):
         raise UserError(f"{where}: {shown} does not fit onto {have} devices")
+    if free == ["data"] and rows and jax.process_count() == 1:
+        most, fsdp = sizes["data"], sizes["fsdp"]
+        fitting = [n for n in range(1, most + 1) if rows % (n * fsdp) == 0]
+        sizes["data"] = max(fitting, default=most)
+        wanted = math.prod(sizes.values())
     if wanted < have and jax.process_count() > 1:
         raise UserError(
             f"{where}: {shown} leaves {have - wanted} of {have} devices idle, which "

@@ -57,7 +57,8 @@ def train(
     workdir = storage.path(workdir)
     with faults.Interrupt(**_signals()) as interrupt:
         steps.check(config)
-        mesh = sharding.make_mesh(config.mesh)
+        rows = config.train.batch_size // config.train.micro_batches
+        mesh = sharding.make_mesh(config.mesh, rows=rows)
         sharding.check(config, mesh)
         if hosts.is_first():
             workdirs.refuse_foreign(workdir)

@@ -38,6 +38,28 @@ def test_before_the_first_step_a_signal_ends_even_a_long_c_call(number):
     assert errors.count("\n") == 1 and signal.Signals(number).name in errors
 
 
+def test_among_several_hosts_ctrl_c_becomes_the_signal_that_reaches_all():
+    process = start(
+        """
+        import signal
+        from xlformer.training.faults import Interrupt
+        signal.signal(signal.SIGTERM, lambda *_: print("told all", flush=True))
+        with Interrupt([signal.SIGINT], instead=signal.SIGTERM) as interrupt:
+            print("ready", flush=True)
+            while True:
+                signal.pause()
+        """
+    )
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "told all\n"
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "told all\n"
+    process.send_signal(signal.SIGINT)
+    code, errors = finish(process)
+    assert code == INTERRUPTED and "for the third time" in errors
+
+
 def test_once_armed_two_signals_wait_for_the_loop_and_the_third_does_not():
     process = start(IN_C, "armed")
     for word in "saving after this step", "still saving":

@@ -136,7 +136,7 @@ def _main(argv) -> int:
             heartbeat=config.hosts.heartbeat,
         )
         _keep_compiled(workdir)
-        _keep_heap_small()
+        keep_heap_small()
         result = train(config, workdir, started=goodput.process_start())
     if hosts.is_first():
         print(json.dumps(result))
@@ -149,7 +149,7 @@ def _keep_compiled(workdir) -> None:
         jax.config.update("jax_compilation_cache_dir", str(workdir / workdirs.COMPILED))
 
 
-def _keep_heap_small() -> None:
+def keep_heap_small() -> None:
     """glibc's own arenas grow with every save: the writing threads come and go.
 
     2,000 steps with 100 saves of 6.5 MiB made the resident size grow by 3.4 % from step

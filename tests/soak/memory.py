@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from xlformer import config as config_lib
-from xlformer.train import train
+from xlformer.train import keep_heap_small, train
 from xlformer.training.checkpoints import Checkpoints
 
 MIB = 2**20
@@ -70,6 +70,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         directory = pathlib.Path(directory)
         config = small_run(directory, steps=args.steps, save_every=args.save_every)
+        keep_heap_small()  # as the command does
         steps, bytes_, state = measure(config, directory / "run")
     for step, size in zip(steps[::5], bytes_[::5], strict=True):
         print(f"step {step:6.0f}  {size / MIB:8.2f} MiB")
@@ -77,9 +78,7 @@ def main() -> int:
     slope, start = np.polyfit(steps[late] - args.first, bytes_[late], 1)
     growth = slope * (args.steps - args.first)
     saves = int(late.sum()) - 1
-    arenas = os.environ.get("MALLOC_ARENA_MAX", "not set")
     print(
-        f"MALLOC_ARENA_MAX {arenas}; "
         f"{saves} saves from step {args.first} to {args.steps}: "
         f"{start / MIB:.2f} MiB {growth / MIB:+.2f} MiB ({growth / start:+.2%}), "
         f"{growth / state:+.2f} checkpoints of {state / MIB:.2f} MiB; "

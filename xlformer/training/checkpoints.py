@@ -174,11 +174,16 @@ class Checkpoints:
 
     def _fail(self, error: Exception):
         broken, self._current = self._manager, None
-        try:
-            broken.close()
-        except Exception:  # it repeats the error at hand
-            pass
-        self._manager = self._open()  # also removes what the failed save has left
+        if jax.process_count() > 1:
+            # To close and to open one waits for all hosts, and this may be the only one
+            # that failed. Its process ends.
+            self._manager = None
+        else:
+            try:
+                broken.close()
+            except Exception:  # it repeats the error at hand
+                pass
+            self._manager = self._open()  # also removes what the failed save has left
         left = self.latest()
         raise UserError(
             f"{self.directory}: saving failed ({reason(error)}); "

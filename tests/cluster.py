@@ -13,7 +13,7 @@ import time
 HERE = pathlib.Path(__file__).parent
 DEADLINE = 120  # seconds that one cluster may live: far more than it needs
 WORKER = """
-import json, sys, threading, time
+import json, resource, sys, threading, time
 sys.path.insert(0, sys.argv.pop(1))
 from training_runs import bag, everything, quick_jit, text_config
 from xlformer import config, hosts, train
@@ -25,6 +25,8 @@ def at(self, step):
     if step == spec["hang_at"]:
         print("hanging", flush=True)
         threading.Event().wait()
+    if step == spec["full_at"]:  # Python ignores the signal: writing fails
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
     time.sleep(spec["pace_s"])
     return real_at(self, step)
 Stream.at = at
@@ -63,7 +65,8 @@ def environment(devices):
 
 def worker(text, workdir, *, train=(), hosts=(), mesh=(), bag=True, **more):
     """The command of one host; without its coordinator. more: see WORKER."""
-    spec = {"text": str(text), "bag": bag, "hang_at": None, "pace_s": 0, **more}
+    spec = {"text": str(text), "bag": bag, "pace_s": 0}
+    spec |= {"hang_at": None, "full_at": None, **more}
     spec |= {"train": dict(train), "hosts": dict(hosts)}
     spec["mesh"] = {"data": -1, **dict(mesh)}
     command = [sys.executable, "-c", WORKER, str(HERE), json.dumps(spec)]
@@ -75,7 +78,8 @@ class Cluster:
 
     workdirs: one for all, or one for each host. train, hosts, mesh: fields of these
     sections of the config, a dict, or one dict for each host. only: start these hosts
-    alone. hang_at: the step whose data the hosts but the first never get.
+    alone. late: hang_at, the step whose data the hosts but the first never get, or
+    full_at, the one from which on their disk is full.
     """
 
     def __init__(
@@ -91,7 +95,7 @@ class Cluster:
         mesh=(),
         only=None,
         port=None,
-        hang_at=None,
+        **late,
     ):
         workdirs = workdirs if isinstance(workdirs, list) else [workdirs] * count
         trains = train if isinstance(train, list) else [train] * count
@@ -113,7 +117,7 @@ class Cluster:
                 hosts=hosts,
                 mesh=mesh,
                 bag=bag,
-                hang_at=hang_at if host else None,
+                **(late if host else {}),
             )
             with log.open("w") as file:
                 self.processes.append(

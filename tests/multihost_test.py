@@ -220,6 +220,18 @@ def test_a_host_that_hangs_is_named_within_the_heartbeat(text, tmp_path, stopped
         cluster.found(line, codes.index(HUNG))
 
 
+def test_a_disk_that_is_full_on_one_host_ends_all_and_costs_no_checkpoint(
+    text, tmp_path
+):
+    workdir = tmp_path / "run"
+    with Cluster(text, workdir, train=FIELDS, full_at=60) as cluster:
+        codes = cluster.codes()
+        assert codes[1] == 2 and codes[0] not in (0, 42), cluster.everything()
+        (line,) = errors(cluster)[1]
+        assert "saving failed" in line and "the latest checkpoint is step 50" in line
+    assert Checkpoints(workdir / "checkpoints", read_only=True).latest() == 50
+
+
 @pytest.mark.parametrize(
     ("flags", "line"),
     [

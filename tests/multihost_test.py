@@ -224,7 +224,8 @@ def test_a_disk_that_is_full_on_one_host_ends_all_and_costs_no_checkpoint(
     text, tmp_path
 ):
     workdir = tmp_path / "run"
-    with Cluster(text, workdir, train=FIELDS, full_at=60) as cluster:
+    hosts = {"heartbeat": 4.0}
+    with Cluster(text, workdir, train=FIELDS, hosts=hosts, full_at=60) as cluster:
         codes = cluster.codes()
         assert codes[1] == 2 and codes[0] not in (0, 42), cluster.everything()
         (line,) = errors(cluster)[1]

@@ -22,7 +22,7 @@ import numpy as np
 
 from xlformer import command, config, storage
 from xlformer.data import corpora, counting, local, pieces, sources
-from xlformer.data.folders import complete
+from xlformer.data.folders import CARD, complete
 from xlformer.data.prepared import FORMAT, Prepared, encode_file, load
 from xlformer.data.stream import Stream
 from xlformer.data.vocabulary import Vocabulary
@@ -65,20 +65,21 @@ class _Recipe:
         }
 
 
-def prepare(data, *, directory=None) -> Prepared:
+def prepare(data, *, directory=None, stored=False) -> Prepared:
     """Prepares what a config's data section describes, or finds it prepared.
 
     `directory` goes before config.data.directory, XLFORMER_DATA and ~/.cache/xlformer.
-    Several processes may call at once: one works, the others wait for it.
+    Several processes may call at once: one works, the others wait for it. stored: the
+    config was read from a work directory, maybe a stranger's. What lies in its
+    config.data.directory is read, but nothing is made there.
     """
     recipe = _recipe(data)
-    root = str(
-        directory
-        or data.directory
-        or os.environ.get("XLFORMER_DATA")
-        or "~/.cache/xlformer"
-    )
     name = f"{recipe.name}-{recipe.unit}-{_digest(recipe.key())}"
+    named = directory or data.directory
+    if stored and named:
+        card = storage.path(named).expanduser() / name / CARD
+        named = named if card.exists() else ""
+    root = str(named or os.environ.get("XLFORMER_DATA") or "~/.cache/xlformer")
     build = functools.partial(_build, recipe=recipe)
     if not storage.is_remote(root):
         return load(complete(pathlib.Path(root).expanduser() / name, build))

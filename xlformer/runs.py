@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from xlformer.errors import UserError
 from xlformer.training.checkpoints import Checkpoints
 
 CONFIG, VOCABULARY, CHECKPOINTS = "config.json", "vocabulary.json", "checkpoints"
+EVALUATION = "evaluation-"  # how the names of evaluate's results begin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,29 @@ def read_config(workdir) -> ConfigDict:
     return config_lib.from_json(text)
 
 
+def refuse_links(workdir, written: Iterable[str]) -> None:
+    """Raises UserError if one of these names, or what lies in it, is a symbolic link.
+
+    A link in a stranger's directory would have us write wherever it points to.
+    """
+    if storage.is_remote(workdir):
+        return
+    tops = [os.path.join(workdir, name) for name in sorted(written)]
+    inside = (
+        os.path.join(directory, name)
+        for top in tops
+        for directory, folders, files in os.walk(top)
+        for name in (*folders, *files)
+    )
+    for path in itertools.chain(tops, inside):
+        if os.path.islink(path):
+            raise UserError(
+                f"--workdir={workdir}: {os.path.relpath(path, workdir)} is a symbolic "
+                f"link to {os.readlink(path)}; what is written must lie in the work "
+                "directory itself"
+            )
+
+
 def load(
     workdir,
     *,
@@ -67,6 +93,8 @@ def load(
     """
     workdir = storage.path(workdir)
     config = read_config(workdir)
+    results = [p.name for p in workdir.iterdir() if p.name.startswith(EVALUATION)]
+    refuse_links(workdir, results)
     vocabulary = _vocabulary(workdir, config)
     model = models.build(config.model, vocab_size=vocabulary.size)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
@@ -95,7 +123,7 @@ def _vocabulary(workdir, config) -> Vocabulary:
             f"--workdir={workdir} has no {VOCABULARY}, and its config names no data: "
             "convert again with --vocab=FILE, or with --config.data.corpus=NAME"
         )
-    return prepare.prepare(config.data).vocabulary
+    return prepare.prepare(config.data, stored=True).vocabulary
 
 
 def names_data(config: ConfigDict) -> bool:

@@ -17,7 +17,7 @@ def read(run: runs.Run, split: str, text: str | None):
     """Tokens, where documents begin, and what the card says about them."""
     if text is not None:
         return own_text(run.vocabulary, text)
-    prepared = prepare.prepare(run.config.data)
+    prepared = prepare.prepare(run.config.data, stored=True)
     if split not in prepared.tokens:
         raise UserError(f"--split={split} is none of {', '.join(prepared.tokens)}")
     tokens = _translated(prepared, split, run)

@@ -38,6 +38,8 @@ def refuse_foreign(workdir: epath.Path) -> None:
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is not a directory")
     names = {path.name for path in workdir.iterdir()}
+    ours = {n for n in names if n.startswith((PART, runs.EVALUATION))} | (names & OWN)
+    runs.refuse_links(workdir, ours)
     config = workdir / runs.CONFIG
     if runs.CONFIG in names and _sections(config) >= {"model", "train"}:
         return

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import time
 from collections.abc import Mapping
 
 import jax
@@ -167,6 +168,11 @@ class Checkpoints:
         """Returns when everything is on disk; raises UserError if it is not."""
         try:
             if self._manager:
+                # Among several hosts Orbax waits for all, minutes, before it tells an
+                # error that this one has known from the beginning.
+                while self._manager.is_saving_in_progress():
+                    self._manager.check_for_errors()
+                    time.sleep(0.01)
                 self._manager.wait_until_finished()
                 self._manager.check_for_errors()
         except Exception as error:

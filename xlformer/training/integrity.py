@@ -47,6 +47,13 @@ def read_seal(directory: epath.Path) -> dict:
         raise Corrupt(f"the digest is unreadable ({reason(error)})") from error
     if not intact:
         raise Corrupt("the digest does not match its own checksum")
+    # Whoever wrote the digest could also make its checksum.
+    kinds = {"leaves": dict, "layouts": dict, "metric": dict, "config": int}
+    for name, kind in kinds.items():
+        if not isinstance(item.get(name), kind):
+            raise Corrupt(f"the digest has no {name}")
+    if any(type(x) is not float for x in item["metric"].values()):
+        raise Corrupt("the digest has a metric that is no number")
     return item
 
 
@@ -79,7 +86,7 @@ def read_state(directory: epath.Path, sealed: Mapping, abstract, *, whole: bool)
     except Exception as error:
         raise Corrupt(f"state: {reason(error)}") from error
     for path in stored:
-        if sums[path] != sealed["leaves"][path]:
+        if sums[path] != sealed["leaves"].get(path):
             raise Corrupt(f"state: {path} does not match its digest")
     restored = [leaves.from_disk(values.get(k), x) for k, x in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract), restored)

@@ -100,7 +100,7 @@ class Cluster:
         workdirs = workdirs if isinstance(workdirs, list) else [workdirs] * count
         trains = train if isinstance(train, list) else [train] * count
         port = port or free_port()
-        self.logs, self.processes = [], []
+        self.logs, self.processes, self._cats = [], [], []
         self._end = time.monotonic() + DEADLINE
         for host in range(count) if only is None else only:
             log = pathlib.Path(f"{text}-{time.time_ns()}-{host}.log")
@@ -119,7 +119,7 @@ class Cluster:
                 bag=bag,
                 **(late if host else {}),
             )
-            with self._sink(log) as file:
+            with self._sink(log, "full_at" in late) as file:
                 self.processes.append(
                     subprocess.Popen(
                         [*command, *(several if count > 1 else [])],
@@ -131,11 +131,15 @@ class Cluster:
                     )
                 )
 
-    @staticmethod
-    def _sink(log):
-        """A pipe into the file: a host whose disk is full can still say so."""
-        with log.open("w") as file:
-            return subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file).stdin
+    def _sink(self, log, piped):
+        """The file, or a pipe into it: a host whose disk is full can still say so."""
+        file = log.open("w")
+        if not piped:
+            return file
+        with file:
+            cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)
+        self._cats.append(cat)
+        return cat.stdin
 
     def __enter__(self):
         return self
@@ -145,6 +149,8 @@ class Cluster:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        for cat in self._cats:
+            cat.wait()
 
     def text(self, host=0):
         return self.logs[host].read_text()
@@ -172,8 +178,9 @@ class Cluster:
         """Exit codes of all, once all have ended."""
         try:
             return [
-                p.wait(max(0.1, self._end - time.monotonic())) for p in self.processes
-            ]
+                p.wait(max(0.1, self._end - time.monotonic()))
+                for p in [*self.processes, *self._cats]
+            ][: len(self.processes)]
         except subprocess.TimeoutExpired:
             raise AssertionError(f"hang:\n{self.everything()}") from None
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import time
+import sys
 from collections.abc import Mapping
 
 import jax
@@ -65,6 +65,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True,  # of a process that died while saving
             preservation_policy=_LatestAndBest(self._keep, self._best_of),
+            async_options=ocp.options.AsyncOptions(barrier_sync_fn=_barrier()),
         )
         try:
             return ocp.CheckpointManager(self.directory, options=options)
@@ -168,11 +169,6 @@ class Checkpoints:
         """Returns when everything is on disk; raises UserError if it is not."""
         try:
             if self._manager:
-                # Among several hosts Orbax waits for all, minutes, before it tells an
-                # error that this one has known from the beginning.
-                while self._manager.is_saving_in_progress():
-                    self._manager.check_for_errors()
-                    time.sleep(0.01)
                 self._manager.wait_until_finished()
                 self._manager.check_for_errors()
         except Exception as error:
@@ -303,6 +299,24 @@ class Checkpoints:
 
     def _path(self, step) -> epath.Path:
         return self.directory / str(step)
+
+
+def _barrier():
+    """Orbax's, at which a host that has failed does not wait for the others.
+
+    They could not finish without it, and its own error would be told after ten minutes.
+    """
+    if jax.process_count() == 1:
+        return None
+    wait = ocp.multihost.get_barrier_sync_fn()
+
+    def barrier(*, key: str, timeout_ms: int) -> None:
+        error = sys.exception()  # on the way out of a save
+        if error is not None:
+            raise error
+        wait(key=key, timeout_ms=timeout_ms)
+
+    return barrier
 
 
 class _LatestAndBest(checkpoint_managers.PreservationPolicy):

@@ -62,7 +62,7 @@ def test_a_killed_process_is_restarted_and_the_run_is_scored_and_sampled(tmp_pat
     said = log.read_text()
     steps = re.findall(r"resuming from the checkpoint of step (\d+)", said)
     assert len(steps) == 1 and int(steps[0]) >= 40 and int(steps[0]) % 20 == 0
-    assert re.search(r"host 0 failed .*-9 \(SIGKILL\)", said), said
+    assert re.search(r"host 0 of 2 failed .*-9 \(SIGKILL\)", said), said
     assert "160/160" in said and "restarts 1" in said
     assert re.search(r"^tokens_scored +\d+$", said, re.MULTILINE)
     assert "sample:" in said

@@ -81,8 +81,8 @@ class RecurrentModule(nn.Module):
         y_BTD, state = self.run_trunk(self.embedding(ids_BT), state, **options)
         return jax.nn.log_softmax(self.embedding.attend(y_BTD)), state
 
-    def run_trunk(self, x_BTD, state, *, resets_BT=None, lengths=None, key=None):
-        del key
+    def run_trunk(self, x_BTD, state, *, resets_BT=None, lengths=None, keys=None):
+        del keys
         return self.trunk(x_BTD, state, resets_BT, lengths)
 
 
@@ -299,6 +299,20 @@ class HasUnnormalisedLogProbs(Broken):
         return log_probs_BTV + 1e-7, after
 
 
+class ForgetsAsItCaches(Broken):
+    segments = True
+
+    def to_cache(self, params, state, *, segment_length=1):
+        cache = super().to_cache(params, state, segment_length=segment_length)
+        if (segment_length > 1) != self.segments:
+            return cache
+        return cache._replace(length_B=jnp.maximum(cache.length_B - 1, 0))
+
+
+class ForgetsAsItCachesForTokens(ForgetsAsItCaches):
+    segments = False
+
+
 BROKEN = {
     LeaksTheFuture: "causal: outputs before a changed token 2: differs by",
     IgnoresItsInput: "causal: no output from token 0 on",
@@ -323,6 +337,8 @@ BROKEN = {
     NamesTheWrongAxis: "state: state_axes gives",
     HasVectorMetrics: "state: aux must hold scalars",
     HasUnnormalisedLogProbs: "log_probs: at the targets, and -nll: differs by",
+    ForgetsAsItCaches: "cache of 7: nll of call 0: differs by",
+    ForgetsAsItCachesForTokens: "cache of 1: nll of call 0: differs by",
 }
 
 

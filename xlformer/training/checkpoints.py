@@ -13,6 +13,7 @@ refused one becomes STEP.corrupt, which nothing reads or deletes.
 from __future__ import annotations
 
 import itertools
+import contextlib
 import logging
 import math
 import sys
@@ -83,6 +84,9 @@ class Checkpoints:
     def __exit__(self, kind, error, trace):
         if kind is None:
             self.close()
+        elif jax.process_count() == 1:  # else it might wait for a host that is gone
+            with contextlib.suppress(UserError):  # another error is on its way
+                self.wait()  # a save that has begun is still worth having
 
     # Which steps there are -----------------------------------------------------------
 

@@ -244,6 +244,8 @@ def test_memory_that_no_machine_has(refused, base):
         (("--config=nowhere.py",), "no such file"),
         (("--config=text",), "config.data.corpus=text needs config.data.path"),
         (("--config=text:path=/nowhere/b",), "config.data.path: no such file"),
+        (("--config=text:path=s3://a/b",), "only local directories and gs:// are"),
+        (("--config=text:path=/proc/self/mem",), "cannot be read: "),
         (("--config=text:path=EMPTY",), "empty"),
         (("--config=text:path=LATIN,unit=chars",), "not valid UTF-8"),
         (("--config=text:path=LATIN,unit=letters",), "config.data.unit=letters"),

@@ -14,8 +14,7 @@ import platform
 import sysconfig
 
 import numpy as np
-from etils import epath
-
+from xlformer import storage
 from xlformer.data.sources import SPLITS, Text, check_not_empty
 from xlformer.data.vocabulary import decode_utf8
 from xlformer.errors import UserError
@@ -52,8 +51,14 @@ def read_stdlib(root: str | None = None) -> Text:
 
 def read_files(path: str, unit: str) -> Text:
     """Your own files, each a document, 90/5/5 of the whole counted in `unit`."""
-    paths = _expand(path)
-    documents = [(name, epath.Path(name).read_bytes()) for name in paths]
+    try:
+        paths = _expand(path)
+        documents = [(name, storage.path(name).read_bytes()) for name in paths]
+    except UserError:
+        raise
+    except Exception as error:  # of whatever library reads gs://
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"config.data.path={path}: cannot be read: {why}") from error
     if unit != "bytes":
         for name, data in documents:
             decode_utf8(data, name)
@@ -84,17 +89,17 @@ def _expand(path: str) -> list[str]:
     found = []
     for entry in filter(None, (part.strip() for part in path.split(";"))):
         name = os.path.expanduser(entry)
-        if epath.Path(name).is_dir():
+        if storage.path(name).is_dir():
             raise UserError(f"config.data.path: {entry} is a directory: use {entry}/*")
-        if epath.Path(name).exists():
+        if storage.path(name).exists():
             found.append(name)
             continue
         if "://" in name:
             folder, _, pattern = name.rpartition("/")
-            matches = map(os.fspath, epath.Path(folder).glob(pattern))
+            matches = map(os.fspath, storage.path(folder).glob(pattern))
         else:
             matches = glob.glob(name, recursive=True)
-        matches = sorted(m for m in matches if not epath.Path(m).is_dir())
+        matches = sorted(m for m in matches if not storage.path(m).is_dir())
         if not matches:
             raise UserError(f"config.data.path: no such file: {entry}")
         found += matches

@@ -14,6 +14,7 @@ import platform
 import sysconfig
 
 import numpy as np
+
 from xlformer import storage
 from xlformer.data.sources import SPLITS, Text, check_not_empty
 from xlformer.data.vocabulary import decode_utf8

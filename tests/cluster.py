@@ -78,7 +78,7 @@ class Cluster:
 
     workdirs: one for all, or one for each host. train, hosts, mesh: fields of these
     sections of the config, a dict, or one dict for each host. only: start these hosts
-    alone. late: hang_at, the step whose data the hosts but the first never get, or
+    alone. late, of all but the first: hang_at, the step whose data never come, or
     full_at, the one from which on their disk is full.
     """
 

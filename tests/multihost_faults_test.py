@@ -107,7 +107,9 @@ def test_a_disk_that_is_full_on_one_host_ends_all_and_costs_no_checkpoint(
 ):
     workdir = tmp_path / "run"
     hosts = {"heartbeat": 4.0}
-    with Cluster(text, workdir, train=FIELDS, hosts=hosts, full_at=60) as cluster:
+    # Paced, so that the save of step 50 is over before the disk is full.
+    late = {"full_at": 99, "pace_s": 0.04}
+    with Cluster(text, workdir, train=FIELDS, hosts=hosts, **late) as cluster:
         codes = cluster.codes()
         assert codes[1] == 2 and codes[0] not in (0, 42), cluster.everything()
         (line,) = errors(cluster)[1]

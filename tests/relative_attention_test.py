@@ -1,130 +1,83 @@
 """The attention operation against a double loop, in values and all gradients."""
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from quick import jit
+from attention_cases import (
+    CASES,
+    RESETS,
+    check_against_double_loop,
+    check_close,
+    check_no_gradient_crosses,
+    make_arrays,
+    probabilities,
+    values_and_gradients,
+)
 
 from xlformer.errors import UserError
-from xlformer.kernels import xla
-from xlformer.kernels.relative_attention import relative_attention
-
-NAMES = ("qu_BTHK", "qw_BTHK", "k_BSHK", "v_BSHK", "r_SHK")
-
-
-def _arrays(*, B=2, T=5, M=7, H=3, K=5, R=None, causal=True, dtype=np.float32, seed=0):
-    """The five array arguments; R is the width of (qw, r)."""
-    random, S = np.random.default_rng(seed), M + T
-    rows = S if causal else S + T - 1
-    shapes = (
-        (B, T, H, K),
-        (B, T, H, R or K),
-        (B, S, H, K),
-        (B, S, H, K),
-        (rows, H, R or K),
-    )
-    return [random.normal(size=shape).astype(dtype) for shape in shapes]
+from xlformer.kernels import blocked, dropout, pallas_tpu, xla
+from xlformer.kernels.pallas_tpu_case import Case, interpreted
+from xlformer.kernels.relative_attention import choose, relative_attention
 
 
-# (B, T) = (2, 5) and M = 7: three valid slots in row 0, none in row 1.
-PARTLY = np.array([[4] * 5, [7] * 5])
-RESETS = {
-    "at_0": np.array([[7] * 5, [0] * 5]),
-    "inside": np.array([[0, 0, 9, 9, 9], [2, 8, 8, 8, 8]]),
-    "last": np.array([[0, 0, 0, 0, 11], [0] * 5]),
-    "two": np.array([[0, 8, 8, 10, 10], [3, 3, 3, 10, 11]]),
-}
-CASES = {
-    "causal": {},
-    "window": dict(window=3),
-    "window_of_self": dict(window=0),
-    "head_size_7": dict(K=7),
-    "one_query": dict(T=1, M=11),
-    "no_memory": dict(T=7, M=0),
-    "memory_shorter": dict(T=7, M=3),
-    "memory_longer": dict(T=3, M=13),
-    "wider_positions": dict(R=6),
-    "no_positions": dict(r=False),
-    "bidirectional": dict(causal=False),
-    "bidirectional_one_query": dict(causal=False, T=1, M=3),
-    "bidirectional_window": dict(causal=False, window=2, T=7, M=3),
-    "bidirectional_no_positions": dict(causal=False, r=False),
-    "partly_filled": dict(key_start_BT=PARTLY),
-    "partly_filled_window": dict(key_start_BT=PARTLY, window=5),
-    **{f"reset_{name}": dict(key_start_BT=start) for name, start in RESETS.items()},
-}
-
-
-def _split(case):
-    """(arrays, options of the operation) of a case."""
-    case = dict(case)
-    keys = ("window", "key_start_BT")
-    options = {k: case.pop(k) for k in keys if k in case} | {
-        "causal": case.get("causal", True)
-    }
-    relative = case.pop("r", True)
-    arrays = _arrays(**case)
-    if not relative:
-        arrays[1] = arrays[4] = None
-    return arrays, options
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(blocked, "CHUNK_SIZE", 2)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_equal_the_double_loop(name):
-    arrays, options = _split(CASES[name])
-    dy_BTHK = np.random.default_rng(1).normal(size=arrays[0].shape).astype(np.float32)
+    check_against_double_loop("xla", name)
 
-    def loss(arrays):
-        y_BTHK = relative_attention(*arrays, **options)
-        return (y_BTHK * dy_BTHK).sum(), y_BTHK
 
-    (_, y_BTHK), grads = jit(jax.value_and_grad(loss, has_aux=True))(arrays)
-    assert y_BTHK.dtype == jnp.float32
-    exact = [None if x is None else x.astype(np.float64) for x in arrays]
-    expected_BTHK = reference.attention(*exact, **options)
-    np.testing.assert_allclose(y_BTHK, expected_BTHK, atol=1e-5, rtol=0)
-    expected = reference.attention_gradients(dy_BTHK, *exact, **options)
-    for argument, actual, array in zip(NAMES, grads, expected, strict=True):
-        if array is None:
-            assert actual is None
-            continue
-        np.testing.assert_allclose(
-            actual, array, atol=1e-5, rtol=1e-5, err_msg=f"gradient of {argument}"
-        )
+# Those in which the keys of a chunk, or its distances, are another part of all.
+CHUNKED = [
+    "causal",
+    "window",
+    "no_memory",
+    "memory_shorter",
+    "no_positions",
+    "bidirectional",
+    "bidirectional_window",
+    "bidirectional_one_query",
+    "partly_filled_window",
+    "reset_two",
+]
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_blocked_equals_the_double_loop(name, small_chunks):
+    check_against_double_loop("blocked", name)
 
 
 @pytest.mark.parametrize("name", sorted(RESETS))
 def test_no_gradient_crosses_a_reset(name):
-    """Of a query's output to keys and values before its start: exactly 0."""
-    start_BT = RESETS[name]
-    arrays = _arrays()
-    B, T, H, K = arrays[0].shape
+    check_no_gradient_crosses("xla", name)
 
-    def loss(k_BSHK, v_BSHK, weights_BT):
-        qu_BTHK, qw_BTHK, _, _, r_SHK = arrays
-        y_BTHK = relative_attention(
-            qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK, key_start_BT=start_BT
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocked_equals_xla_in_float64_with_dropout(causal):
+    """In chunks as large as they are, the last one not full."""
+    with jax.enable_x64(True):
+        arrays = make_arrays(B=1, T=140, M=25, H=2, causal=causal, dtype=np.float64)
+        options = dict(
+            causal=causal,
+            window=60,
+            dropout_rate=0.3,
+            dropout_key=jax.random.split(jax.random.key(0), 1),
         )
-        return (y_BTHK * weights_BT[..., None, None]).sum()
-
-    grad = jit(jax.grad(loss, argnums=(0, 1)))
-    for t in range(T):
-        weights_BT = np.zeros((B, T), np.float32)
-        weights_BT[:, t] = 1
-        for g_BSHK in map(np.asarray, grad(arrays[2], arrays[3], weights_BT)):
-            for b in range(B):
-                start, end = start_BT[b, t], 7 + t
-                assert not g_BSHK[b, :start].any() and not g_BSHK[b, end + 1 :].any()
-        # The values' gradient is the probability: it is the last one of the two.
-        assert (g_BSHK[0, start_BT[0, t] : 7 + t + 1] > 0).all()
+        found = values_and_gradients(arrays, "blocked", **options)
+        expected = values_and_gradients(arrays, "xla", **options)
+        check_close(*found, *expected, tolerance=1e-9)
 
 
 def test_bfloat16_stays_near_the_double_loop():
-    arrays = [jnp.asarray(x, jnp.bfloat16) for x in _arrays()]
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in make_arrays()]
     actual = relative_attention(*arrays, window=4)
     assert actual.dtype == jnp.bfloat16
     exact = [np.asarray(x, np.float64) for x in arrays]
@@ -134,7 +87,7 @@ def test_bfloat16_stays_near_the_double_loop():
 
 def test_float64_stays_float64():
     with jax.enable_x64(True):
-        arrays = _arrays(dtype=np.float64)
+        arrays = make_arrays(dtype=np.float64)
         actual = relative_attention(*arrays)
         assert actual.dtype == jnp.float64
         expected = reference.attention(*arrays)
@@ -144,7 +97,7 @@ def test_float64_stays_float64():
 @functools.cache
 def _uniform():
     """Equal scores and values 1: the output is the sum of the probabilities kept."""
-    qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK = _arrays(T=3, M=997, K=1)
+    qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK = make_arrays(T=3, M=997, K=1)
     zero = np.zeros_like
     return zero(qu_BTHK), zero(qw_BTHK), k_BSHK, np.ones_like(v_BSHK), zero(r_SHK)
 
@@ -171,13 +124,121 @@ def test_dropout_follows_its_key_alone():
     assert (np.asarray(one) != np.asarray(other)).mean() > 0.5
 
 
+def test_every_implementation_drops_what_the_hash_says(small_chunks):
+    keys, rate = jax.random.split(jax.random.key(0), 2), 0.4
+    kept_BTHS = probabilities("xla", rate=0.0, key=None)
+    B, T, H, S = kept_BTHS.shape
+    words = dropout.seeds(keys, B, H)[:, None, :, None]
+    query, key = (np.arange(n, dtype=np.int32) for n in (T, S))
+    keep_BTHS = dropout.keep_pairs(
+        *(words[..., 0], words[..., 1]),
+        *(query[None, :, None, None], key[None, None, None]),
+        rate,
+    )
+    expected_BTHS = np.where(keep_BTHS, kept_BTHS / (1 - rate), 0)
+    for name in ("xla", "blocked", "pallas_tpu"):
+        with interpreted(query_tile=8, key_tile=8):
+            found_BTHS = probabilities(name, rate=rate, key=keys)
+        np.testing.assert_allclose(found_BTHS, expected_BTHS, atol=1e-6, err_msg=name)
+
+
+def test_the_hash_has_no_pattern():
+    """Neither its means nor its products with neighbours differ from chance."""
+    B, H, T, S, rate = 2, 3, 200, 300, 0.3
+    words = dropout.seeds(jax.random.split(jax.random.key(3), B), B, H)[..., None, None]
+    keep = dropout.keep_pairs(
+        *(words[:, :, 0], words[:, :, 1]),
+        *(jnp.arange(T)[None, None, :, None], jnp.arange(S)[None, None, None]),
+        rate,
+    )
+    z_BHTS = (np.asarray(keep) - (1 - rate)) / (rate * (1 - rate)) ** 0.5
+    for axes in ((0, 1, 2, 3), (2, 3), (0, 1, 2), (0, 1, 3), (3,)):
+        n = np.prod([z_BHTS.shape[axis] for axis in axes])
+        means = z_BHTS.mean(axes) * n**0.5  # each of variance 1
+        assert np.abs(means).max() < 5
+        assert 0.5 < (means**2).mean() < 2 or means.size < 100
+    for axis in range(4):
+        for distance in (1, 2, 16, 64):
+            near = z_BHTS * np.roll(z_BHTS, distance, axis)
+            if distance < z_BHTS.shape[axis]:
+                assert abs(near.mean()) * near.size**0.5 < 5, (axis, distance)
+
+
+# The choice ---------------------------------------------------------------------------
+
+
 def test_an_unknown_implementation_is_named():
     with pytest.raises(UserError, match=r"attention='xlaa', did you mean 'xla'\?"):
-        relative_attention(*_arrays(), implementation="xlaa")
+        relative_attention(*make_arrays(), implementation="xlaa")
+
+
+def case(*, B=2, causal=True, window=None, **shape):
+    arrays = make_arrays(B=B, causal=causal, **{"H": 1, "K": 2, **shape})
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    qu_BTHK, _, k_BSHK, v_BSHK, r_SHK = shapes
+    return Case.of(
+        *(qu_BTHK, k_BSHK, v_BSHK, r_SHK),
+        key_start_BT=None,
+        window=window,
+        causal=causal,
+        rate=0.0,
+    )
+
+
+def test_auto_chooses_by_platform_and_shape():
+    for platform in ("cpu", "gpu"):
+        assert choose(case(T=255), platform) == "xla"
+        assert choose(case(T=256), platform) == "blocked"
+        assert choose(case(T=256, causal=False), platform) == "xla"
+        assert choose(case(T=256, causal=False, window=9), platform) == "blocked"
+    assert choose(case(T=64), "tpu") == "pallas_tpu"
+    assert choose(case(T=1), "tpu") == "xla"
+    assert choose(case(T=256, causal=False, window=9), "tpu") == "blocked"
+    assert choose(case(T=256, dtype=np.float64), "tpu") == "blocked"
+    assert choose(case(T=256, M=40_000, K=128, B=1), "tpu") == "blocked"
+
+
+def test_auto_says_once_what_and_why(caplog):
+    caplog.set_level(logging.INFO)
+    for _ in range(2):
+        choose(case(T=257, M=1), "cpu")
+    assert [r.getMessage() for r in caplog.records] == [
+        "attention=auto is 'blocked' for 257 queries, 258 keys on cpu: chunks of "
+        "queries skip keys out of sight"
+    ]
+
+
+def test_auto_falls_back_with_one_warning(caplog, monkeypatch):
+    def fail(case):
+        raise RuntimeError("Mosaic failed\nwith a long story")
+
+    monkeypatch.setattr(pallas_tpu, "compile_alone", fail)
+    for _ in range(2):
+        assert choose(case(T=300, M=3), "tpu") == "blocked"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().endswith("times the bytes: Mosaic failed")
+
+
+def test_an_explicit_kernel_that_cannot_run_is_refused():
+    arrays = make_arrays()
+    with pytest.raises(UserError) as error:
+        relative_attention(*arrays, implementation="pallas_tpu")
+    assert str(error.value) == (
+        "config.model.attention='pallas_tpu': needs a TPU, this is cpu: set 'auto' or "
+        "'blocked'"
+    )
+    with interpreted(query_tile=8, key_tile=8):
+        arrays = make_arrays(causal=False)
+        with pytest.raises(UserError, match="knows only causal attention"):
+            relative_attention(*arrays, causal=False, implementation="pallas_tpu")
+        arrays = make_arrays(B=1, H=1, T=8, M=60_000, K=128)
+        with pytest.raises(UserError, match=r"60008 keys with d_head=128 .* \d+ MiB"):
+            relative_attention(*arrays, implementation="pallas_tpu")
 
 
 def test_wrong_arguments_are_refused():
-    qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK = _arrays()
+    qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK = make_arrays()
     with pytest.raises(ValueError, match="both qw_BTHK and r_SHK"):
         relative_attention(qu_BTHK, None, k_BSHK, v_BSHK, r_SHK)
     with pytest.raises(ValueError, match="11 rows, expected 12"):

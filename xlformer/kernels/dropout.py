@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 
 class Keys(NamedTuple):
@@ -49,3 +51,40 @@ def fold(key: jax.Array | None, data) -> jax.Array | None:
     if not key.ndim:
         return jax.random.fold_in(key, data)
     return jax.vmap(jax.random.fold_in, (0, None))(key, data)
+
+
+# Attention probabilities --------------------------------------------------------------
+#
+# Each is kept or dropped by a hash of (row, head, query, key), so that a kernel makes
+# the bits of a tile again where it needs them, and every implementation drops the same
+# units. int32 and its wrap-around are all that a kernel of any platform has.
+
+
+def seeds(key: jax.Array, B: int, H: int) -> jax.Array:
+    """Two words for each row and head, [B, H, 2], int32; key as in `dropout`."""
+    if key.ndim:
+        bits = jax.vmap(lambda one: jax.random.bits(one, (H, 2), jnp.uint32))(key)
+    else:
+        bits = jax.random.bits(key, (B, H, 2), jnp.uint32)
+    return lax.bitcast_convert_type(bits, jnp.int32)
+
+
+def keep_pairs(seed_a, seed_b, queries, keys, rate: float):
+    """True where the probability of (query, key) is kept.
+
+    All are int32 and broadcast against each other; seed_a and seed_b are the words of
+    `seeds`. The mixing steps are lowbias32 (C. Wellons, 2018), the second word
+    in their middle.
+    """
+    x = _mix(queries ^ seed_a, 16, 0x7FEB352D) + keys
+    x = _mix(_mix(x, 16, 0x7FEB352D) ^ seed_b, 15, 0x846CA68B)
+    top = _shift(x ^ _shift(x, 16), 1)  # 31 bits, so that the sign says nothing
+    return top < np.int32(min(round((1 - rate) * 2**31), 2**31 - 1))
+
+
+def _mix(x, shift, factor):
+    return (x ^ _shift(x, shift)) * np.uint32(factor).astype(np.int32)
+
+
+def _shift(x, bits):
+    return lax.shift_right_logical(x, jnp.full_like(x, bits))

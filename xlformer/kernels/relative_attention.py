@@ -10,12 +10,24 @@ gradients of q, u and v fall out of autodiff outside of any kernel.
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import jax
 
 from xlformer.errors import UserError, did_you_mean
-from xlformer.kernels import xla
+from xlformer.kernels import blocked, pallas_tpu, xla
+from xlformer.kernels.dropout import seeds
+from xlformer.kernels.pallas_tpu_case import Case, refusal
 
-IMPLEMENTATIONS = {"xla": xla.attention}
+IMPLEMENTATIONS = {
+    "xla": xla.attention,
+    "blocked": blocked.attention,
+    "pallas_tpu": pallas_tpu.attention,
+}
+FEW_QUERIES = 64  # Of a tile of 128 a kernel would waste more than half.
+
+_log = logging.getLogger(__name__)
 
 
 def relative_attention(
@@ -47,24 +59,42 @@ def relative_attention(
         T and never past the query itself. It carries partly filled memory, resets and
         padding on the left.
       causal: no key after the query is visible.
-      dropout_rate: rate of dropout on the attention probabilities.
+      dropout_rate: rate of dropout on the attention probabilities. All implementations
+        drop the same ones.
       dropout_key: a jax.random key, or one for each row, [B]; None switches it off.
       implementation: 'auto' or a name of IMPLEMENTATIONS.
 
     Returns:
       The attended values [B, T, H, K] in the dtype of v.
+
+    Raises:
+      UserError: an implementation that is unknown, or cannot run this here.
     """
-    T, S = qu_BTHK.shape[1], k_BSHK.shape[1]
+    B, T, H, _ = qu_BTHK.shape
+    S = k_BSHK.shape[1]
     if (qw_BTHK is None) != (r_SHK is None):
         raise ValueError("pass both qw_BTHK and r_SHK, or neither")
     rows = S if causal else S + T - 1
     if r_SHK is not None and r_SHK.shape[0] != rows:
         raise ValueError(f"r_SHK has {r_SHK.shape[0]} rows, expected {rows}")
+    if dropout_key is None:
+        dropout_rate = 0.0
+    case = Case.of(
+        *(qu_BTHK, k_BSHK, v_BSHK, r_SHK),
+        key_start_BT=key_start_BT,
+        window=window,
+        causal=causal,
+        rate=dropout_rate,
+    )
     if implementation == "auto":
-        implementation = "xla"
-    if implementation not in IMPLEMENTATIONS:
+        implementation = choose(case, platform())
+    elif implementation not in IMPLEMENTATIONS:
         near = did_you_mean(implementation, ["auto", *IMPLEMENTATIONS])
         raise UserError(f"config.model.attention={implementation!r}{near}")
+    elif implementation == "pallas_tpu":
+        why_not = refusal(case, platform())
+        if why_not:
+            raise UserError(f"config.model.attention='pallas_tpu': {why_not}")
     with jax.named_scope(f"relative_attention_{implementation}"):
         return IMPLEMENTATIONS[implementation](
             qu_BTHK,
@@ -75,6 +105,58 @@ def relative_attention(
             window=window,
             key_start_BT=key_start_BT,
             causal=causal,
-            dropout_rate=dropout_rate if dropout_key is not None else 0.0,
-            dropout_key=dropout_key,
+            dropout_rate=dropout_rate,
+            seeds_BH2=seeds(dropout_key, B, H) if dropout_rate else None,
         )
+
+
+def platform() -> str:
+    """Of the mesh to compile for, which may be a machine that is not here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def choose(case: Case, platform: str) -> str:
+    """The implementation that 'auto' stands for; logs each choice once."""
+    name, why = "xla", f"{case.T} queries are fewer than two chunks"
+    if case.T >= 2 * blocked.CHUNK_SIZE:
+        name, why = "blocked", "chunks of queries skip keys out of sight"
+        if not case.causal and case.window is None:
+            name, why = "xla", "every query sees every key"
+    if platform == "tpu":
+        refused = refusal(case, platform)
+        if case.T < FEW_QUERIES:
+            refused = f"{case.T} queries are too few for a tile"
+        if refused:
+            why += f"; not pallas_tpu: {refused}"
+        elif _compiles(case):
+            name, why = "pallas_tpu", "scores stay on the chip"
+        else:
+            name, why = "blocked", "pallas_tpu does not compile"
+    _say(name, f"{case.T} queries, {case.S} keys on {platform}: {why}")
+    return name
+
+
+@functools.cache
+def _say(name: str, why: str) -> None:
+    _log.info("attention=auto is %r for %s", name, why)
+
+
+@functools.cache
+def _compiles(case: Case) -> bool:
+    """Whether the kernel compiles here; warns if not.
+
+    Asked while tracing, because a failure inside of the whole program comes too late.
+    """
+    try:
+        pallas_tpu.compile_alone(case)
+    except Exception as error:  # Whatever the compiler raises, there is another way.
+        line = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        _log.warning(
+            "attention=auto: the fused kernel does not compile for %s; 'blocked' runs "
+            "instead, which moves several times the bytes: %s",
+            case,
+            line,
+        )
+        return False
+    return True

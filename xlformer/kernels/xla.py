@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlformer.kernels.dropout import bernoulli
+from xlformer.kernels.dropout import keep_pairs
 
 
 def attention(
@@ -20,11 +20,44 @@ def attention(
     key_start_BT,
     causal,
     dropout_rate,
-    dropout_key,
+    seeds_BH2,
 ):
     """See kernels.relative_attention; every score is materialised, [B, H, T, S]."""
     T, S = qu_BTHK.shape[1], k_BSHK.shape[1]
+    return attend(
+        qu_BTHK,
+        qw_BTHK,
+        k_BSHK,
+        v_BSHK,
+        r_SHK,
+        mask_TS=visible(T, S, window=window, causal=causal),
+        key_start_BT=key_start_BT,
+        dropout_rate=dropout_rate,
+        seeds_BH2=seeds_BH2,
+    )
+
+
+def attend(
+    qu_BTHK,
+    qw_BTHK,
+    k_BSHK,
+    v_BSHK,
+    r_SHK,
+    *,
+    mask_TS,
+    key_start_BT,
+    dropout_rate,
+    seeds_BH2,
+    first_query=0,
+    first_key=0,
+):
+    """Attention of some queries over some keys, which are those from first_* on.
+
+    The distances of r end where the last query meets the first key.
+    """
+    T, S = mask_TS.shape
     dtype = jnp.promote_types(qu_BTHK.dtype, jnp.float32)
+    queries, keys = np.arange(T) + first_query, np.arange(S) + first_key
     with jax.named_scope("scores"):
         scores_BHTS = jnp.einsum(
             "BTHK,BSHK->BHTS", qu_BTHK, k_BSHK, preferred_element_type=dtype
@@ -32,16 +65,20 @@ def attention(
         if r_SHK is not None:
             scores_BHTS += _position_scores(qw_BTHK, r_SHK, S, dtype)
     with jax.named_scope("softmax"):
-        mask = visible(T, S, window=window, causal=causal)[None, None]
+        mask = mask_TS[None, None]
         if key_start_BT is not None:
-            mask = mask & (
-                np.arange(S)[None, None, None] >= key_start_BT[:, None, :, None]
-            )
+            mask = mask & (keys[None, None, None] >= key_start_BT[:, None, :, None])
         # Finite, so that a fully masked row makes no NaN; exp underflows to 0.
         scores_BHTS = jnp.where(mask, scores_BHTS, jnp.finfo(dtype).min)
         p_BHTS = jax.nn.softmax(scores_BHTS)
         if dropout_rate:
-            keep = bernoulli(dropout_key, 1 - dropout_rate, p_BHTS.shape)
+            keep = keep_pairs(
+                seeds_BH2[..., 0, None, None],
+                seeds_BH2[..., 1, None, None],
+                jnp.asarray(queries, jnp.int32)[None, None, :, None],
+                jnp.asarray(keys, jnp.int32)[None, None, None],
+                dropout_rate,
+            )
             p_BHTS = jnp.where(keep, p_BHTS / (1 - dropout_rate), 0)
     with jax.named_scope("values"):
         return jnp.einsum("BHTS,BSHK->BTHK", p_BHTS.astype(v_BSHK.dtype), v_BSHK)
@@ -60,9 +97,9 @@ def visible(T: int, S: int, *, window: int | None, causal: bool = True) -> np.nd
 
 
 def _position_scores(qw_BTHK, r_SHK, S, dtype):
-    # Columns in descending distance, S-1 first. Causal attention has no rows for the
-    # negative distances; one junk row stands for them, which the mask hides. (A single
-    # query has none either, and the shift needs the column.)
+    # Columns in descending distance, the largest first. Causal attention has no rows
+    # for the negative distances; one junk row stands for them, which the mask hides. (A
+    # single query has none either, and the shift needs the column.)
     r_WHK = r_SHK[::-1]
     if r_SHK.shape[0] == S:
         r_WHK = jnp.pad(r_WHK, ((0, 1), (0, 0), (0, 0)))

@@ -1,0 +1,149 @@
+"""Cases for the attention operation, and the check of one implementation on them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference
+from quick import jit
+
+from xlformer.kernels.relative_attention import relative_attention
+
+NAMES = ("qu_BTHK", "qw_BTHK", "k_BSHK", "v_BSHK", "r_SHK")
+
+
+def make_arrays(
+    *, B=2, T=5, M=7, H=3, K=5, R=None, causal=True, dtype=np.float32, seed=0
+):
+    """The five array arguments; R is the width of (qw, r)."""
+    random, S = np.random.default_rng(seed), M + T
+    rows = S if causal else S + T - 1
+    shapes = (
+        (B, T, H, K),
+        (B, T, H, R or K),
+        (B, S, H, K),
+        (B, S, H, K),
+        (rows, H, R or K),
+    )
+    return [random.normal(size=shape).astype(dtype) for shape in shapes]
+
+
+# (B, T) = (2, 5) and M = 7: three valid slots in row 0, none in row 1.
+PARTLY = np.array([[4] * 5, [7] * 5])
+RESETS = {
+    "at_0": np.array([[7] * 5, [0] * 5]),
+    "inside": np.array([[0, 0, 9, 9, 9], [2, 8, 8, 8, 8]]),
+    "last": np.array([[0, 0, 0, 0, 11], [0] * 5]),
+    "two": np.array([[0, 8, 8, 10, 10], [3, 3, 3, 10, 11]]),
+}
+CASES = {
+    "causal": {},
+    "window": dict(window=3),
+    "window_of_self": dict(window=0),
+    "head_size_7": dict(K=7),
+    "one_query": dict(T=1, M=11),
+    "no_memory": dict(T=7, M=0),
+    "memory_shorter": dict(T=7, M=3),
+    "memory_longer": dict(T=3, M=13),
+    "wider_positions": dict(R=6),
+    "no_positions": dict(r=False),
+    "bidirectional": dict(causal=False),
+    "bidirectional_one_query": dict(causal=False, T=1, M=3),
+    "bidirectional_window": dict(causal=False, window=2, T=7, M=3),
+    "bidirectional_no_positions": dict(causal=False, r=False),
+    "partly_filled": dict(key_start_BT=PARTLY),
+    "partly_filled_window": dict(key_start_BT=PARTLY, window=5),
+    **{f"reset_{name}": dict(key_start_BT=start) for name, start in RESETS.items()},
+}
+
+
+def split(case):
+    """(arrays, options of the operation) of a case."""
+    case = dict(case)
+    keys = ("window", "key_start_BT")
+    options = {k: case.pop(k) for k in keys if k in case} | {
+        "causal": case.get("causal", True)
+    }
+    relative = case.pop("r", True)
+    arrays = make_arrays(**case)
+    if not relative:
+        arrays[1] = arrays[4] = None
+    return arrays, options
+
+
+def values_and_gradients(arrays, implementation, **options):
+    """y and the gradients of (y * dy).sum(), compiled; dy is random."""
+    dy_BTHK = np.random.default_rng(1).normal(size=arrays[0].shape)
+
+    def loss(arrays):
+        y_BTHK = relative_attention(*arrays, implementation=implementation, **options)
+        return (y_BTHK * dy_BTHK.astype(y_BTHK.dtype)).sum(), y_BTHK
+
+    (_, y_BTHK), grads = jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+    return y_BTHK, grads
+
+
+def check_against_double_loop(implementation, name):
+    arrays, options = split(CASES[name])
+    y_BTHK, grads = values_and_gradients(arrays, implementation, **options)
+    assert y_BTHK.dtype == jnp.float32
+    exact = [None if x is None else x.astype(np.float64) for x in arrays]
+    dy_BTHK = np.random.default_rng(1).normal(size=y_BTHK.shape)
+    expected = reference.attention_gradients(dy_BTHK, *exact, **options)
+    expected_BTHK = reference.attention(*exact, **options)
+    check_close(y_BTHK, grads, expected_BTHK, expected)
+
+
+def check_close(y_BTHK, grads, expected_BTHK, expected, tolerance=1e-5):
+    np.testing.assert_allclose(y_BTHK, expected_BTHK, atol=tolerance, rtol=tolerance)
+    for argument, actual, array in zip(NAMES, grads, expected, strict=True):
+        if array is None:
+            assert actual is None
+            continue
+        np.testing.assert_allclose(
+            *(actual, array),
+            atol=tolerance,
+            rtol=tolerance,
+            err_msg=f"gradient of {argument}",
+        )
+
+
+def check_no_gradient_crosses(implementation, name):
+    """Of a query's output to keys and values before its start: exactly 0."""
+    start_BT = RESETS[name]
+    arrays = make_arrays()
+    B, T, H, K = arrays[0].shape
+
+    def loss(k_BSHK, v_BSHK, weights_BT):
+        qu_BTHK, qw_BTHK, _, _, r_SHK = arrays
+        y_BTHK = relative_attention(
+            *(qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK),
+            key_start_BT=start_BT,
+            implementation=implementation,
+        )
+        return (y_BTHK * weights_BT[..., None, None]).sum()
+
+    grad = jit(jax.grad(loss, argnums=(0, 1)))
+    for t in range(T):
+        weights_BT = np.zeros((B, T), np.float32)
+        weights_BT[:, t] = 1
+        for g_BSHK in map(np.asarray, grad(arrays[2], arrays[3], weights_BT)):
+            for b in range(B):
+                start, end = start_BT[b, t], 7 + t
+                assert not g_BSHK[b, :start].any() and not g_BSHK[b, end + 1 :].any()
+        # The values' gradient is the probability: it is the last one of the two.
+        assert (g_BSHK[0, start_BT[0, t] : 7 + t + 1] > 0).all()
+
+
+def probabilities(implementation, *, rate, key, T=11, M=6, H=2, B=2):
+    """[B, T, H, S] after dropout, seen through values that are one-hot."""
+    S = M + T
+    arrays = make_arrays(B=B, T=T, M=M, H=H, K=S)
+    one_hot_SS = np.eye(S, dtype=np.float32)
+    arrays[3] = np.broadcast_to(one_hot_SS[None, :, None], arrays[3].shape)
+
+    def apply(arrays, key):
+        return relative_attention(
+            *arrays, dropout_rate=rate, dropout_key=key, implementation=implementation
+        )
+
+    return np.asarray(jit(apply)(arrays, key))

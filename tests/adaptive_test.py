@@ -11,6 +11,7 @@ import pytest
 import reference
 from quick import jit
 
+from xlformer import sharding
 from xlformer.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Bins
 
 N, V, D = 7, 23, 8
@@ -195,3 +196,31 @@ def test_shapes_of_the_large_wikitext_tables():
         "table_3": (67735, 16),
     }
     assert [bins.projects(b) for b in range(4)] == [True] * 4
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
+)
+def test_tokens_of_the_tails_stay_on_their_device(sizes):
+    """Of a batch that the compiler has split, whatever a device's share of each bin."""
+    module, params, _, _ = _case("div_4")
+    random, mesh = np.random.default_rng(1), sharding.make_mesh(sizes)
+    h_ND = random.normal(size=(24, D)).astype(np.float32)
+    targets_N = np.sort(random.integers(V, size=24))  # some devices have no tail
+    weights_N = random.normal(size=24).astype(np.float32)
+
+    def loss(params, h_ND, targets_N):
+        nll_N = module.apply({"params": params}, targets_N[None], h_ND, targets_N)[1]
+        return (nll_N * weights_N).sum(), nll_N
+
+    grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    expected = jit(grad)(params, h_ND, targets_N)
+    rows = jax.sharding.NamedSharding(mesh, jax.P(sharding.RULES["batch"]))
+    with jax.set_mesh(mesh):
+        split = jit(grad, in_shardings=(None, rows, rows))
+        program = split.lower(params, h_ND, targets_N).compile()
+        found = split(params, h_ND, targets_N)
+    lines = re.findall(r".* (?:all|collective|reduce)-\w+\(.*", program.as_text())
+    assert lines and ("tensor" in sizes or "selected_nll" not in "".join(lines))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)

@@ -73,7 +73,7 @@ def _expected(params, x_BTD, context_BSD, position_terms, **options):
 
 def _check(layer, params, inputs, position_terms, **options):
     x_BTD, context_BSD, r_SD = inputs
-    actual = jit(layer.apply)({"params": params}, x_BTD, context_BSD, r_SD=r_SD)
+    actual, _ = jit(layer.apply)({"params": params}, x_BTD, context_BSD, r_SD=r_SD)
     expected = _expected(params, x_BTD, context_BSD, position_terms, **options)
     np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=1e-4)
 
@@ -94,9 +94,9 @@ def test_type_0_takes_the_biases_that_all_layers_share():
     own, shared = _layer(RELATIVE), _layer(RELATIVE, own_biases=False)
     x_BTD, context_BSD, r_SD = _inputs(RELATIVE)
     params = _params(own, x_BTD, context_BSD, r_SD)
-    expected = jit(own.apply)({"params": params}, x_BTD, context_BSD, r_SD=r_SD)
+    expected, _ = jit(own.apply)({"params": params}, x_BTD, context_BSD, r_SD=r_SD)
     rest = {k: x for k, x in params.items() if k not in "uv"}
-    actual = jit(shared.apply)(
+    actual, _ = jit(shared.apply)(
         {"params": rest},
         *(x_BTD, context_BSD),
         r_SD=r_SD,
@@ -143,9 +143,8 @@ def test_dropout_of_probabilities_and_outputs_have_keys_of_their_own():
 
     def apply(keys=None, **fields):
         layer = _layer(RELATIVE, **fields)
-        return np.asarray(
-            layer.apply({"params": params}, x_BTD, context_BSD, r_SD=r_SD, keys=keys)
-        )
+        arrays = {"params": params}, x_BTD, context_BSD
+        return np.asarray(layer.apply(*arrays, r_SD=r_SD, keys=keys)[0])
 
     plain = apply()
     np.testing.assert_array_equal(apply(dropout=0.5, attention_dropout=0.5), plain)

@@ -11,6 +11,7 @@ import pytest
 from quick import jit
 
 from xlformer import convert, models
+from xlformer.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = sorted(p.stem for p in GOLDEN.glob("attn*.npz"))
@@ -120,3 +121,14 @@ def test_equals_hugging_face(name):
         np.testing.assert_allclose(
             memory, expected[f"seg{s}/memory"], atol=1e-5, rtol=0
         )
+
+
+def test_a_model_that_the_original_lacks_is_refused():
+    config = models.TransformerXLConfig(
+        vocab_size=7, n_layer=1, d_model=4, n_head=2, d_head=2, d_inner=5,
+        positions="rotary",
+    )  # fmt: skip
+    model = models.build(config)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    with pytest.raises(UserError, match="config.model.positions='rotary'"):
+        convert.to_original(config, params)

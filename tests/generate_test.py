@@ -200,7 +200,7 @@ def test_cost_of_a_token_does_not_grow(made):
     sample(made, [PROMPTS[1]], 101, seed=3)
     assert generate._block._cache_size() == 1
     model = generate.for_generation(made[0])
-    state = model.init_state(1)
+    state = model.to_cache(made[1], model.init_state(1))
     _, after = jax.eval_shape(model.log_probs, made[1], jnp.zeros((1, 1), int), state)
     same = jax.tree.map(lambda a, b: a.shape == b.shape, state, after)
     assert all(jax.tree.leaves(same))

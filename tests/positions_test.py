@@ -54,3 +54,20 @@ def test_the_last_row_of_a_table_is_distance_0():
     assert positions.nearest_rows(3, 5, 0).tolist() == [2, 1, 0, 0, 0]
     assert positions.nearest_rows(7, 5, 2).tolist() == [6, 5, 5, 5, 5]
     assert positions.nearest_rows(3, 5, 11).tolist() == [2, 1, 0, 0, 0]
+
+
+def test_rotary_turns_pairs_as_complex_numbers():
+    """e^(i p w) times each pair: what is left of two turns is their difference."""
+    random = np.random.default_rng(0)
+    q_BTHK, k_BSHK = random.normal(size=(2, 3, 2, 6)), random.normal(size=(2, 7, 2, 6))
+    with jax.enable_x64(True):
+        turned = positions.rotated(jnp.asarray(q_BTHK), jnp.asarray(k_BSHK))
+        assert {x.dtype for x in turned} == {jnp.dtype("float64")}
+    frequencies = 10000 ** (-np.arange(3) / 3)
+    for x, found, first in zip((q_BTHK, k_BSHK), turned, (4, 0), strict=True):
+        angles = (first + np.arange(x.shape[1]))[:, None] * frequencies
+        expected = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * angles)[None, :, None]
+        np.testing.assert_allclose(found[..., :3], expected.real, atol=1e-12)
+        np.testing.assert_allclose(found[..., 3:], expected.imag, atol=1e-12)
+    low = positions.rotated(*(jnp.asarray(x, jnp.bfloat16) for x in (q_BTHK, k_BSHK)))
+    assert {x.dtype for x in low} == {jnp.dtype("bfloat16")}

@@ -105,6 +105,10 @@ def test_parameters_are_those_of_the_originals(fields, expected):
         (dict(attn_type=3, table_length=5), "memory_length=13 with attn_type=3"),
         (dict(same_length=True, memory_length=0), "same_length with memory_length=0"),
         (dict(window=-1), "window=-1 must not be negative"),
+        (dict(positions="rope"), "positions='rope' is none of .*'rotary'"),
+        (dict(positions="rotary", attn_type=2), "rotary' .*attn_type=2: .*set it to 0"),
+        (dict(positions="rotary", clamp_length=9), "rotary' with .*clamp_length=9"),
+        (dict(positions="rotary", d_head=5), "rotary' turns pairs, but d_head=5"),
         (dict(cutoffs=(5, 5)), r"cutoffs=\(5, 5\) must ascend"),
         (dict(cutoffs=(0, 5)), r"cutoffs=\(0, 5\) must ascend"),
         (dict(cutoffs=(5, 23)), r"cutoffs=\(5, 23\) .*vocab_size=23"),
@@ -137,6 +141,12 @@ def test_the_vocabulary_comes_from_the_config_or_the_caller():
         models.build(closed, 29)
     with pytest.raises(UserError, match="vocab_size=0 must be positive"):
         models.build(open_config, 0)
+
+
+def test_rotary_positions_have_no_parameters():
+    shapes = jax.eval_shape(_build(positions="rotary").init, jax.random.key(0))
+    assert set(shapes["trunk"]) == {"layers"}
+    assert set(shapes["trunk"]["layers"]["attention"]) == {"qkv", "output"}
 
 
 def test_unknown_names_are_met_with_the_nearest():

@@ -75,7 +75,7 @@ def default_config(model: str = "transformer_xl", **fields) -> ConfigDict:
                 "plateau_patience": 0,  # evaluations without improvement
             },
             "mesh": {
-                "data": -1,  # copies of the model; -1: as many as devices and rows allow
+                "data": -1,  # copies of the model; -1: what devices and rows allow
                 "fsdp": 1,  # devices that share one copy, gathered as it is used
                 "tensor": 1,  # devices that share each layer's heads and widths
             },

@@ -114,6 +114,10 @@ def from_hf(directory: str | pathlib.Path) -> tuple[TransformerXLConfig, dict]:
 
 
 def _entries(config: TransformerXLConfig, *, reverse_clusters: bool) -> Iterator[Entry]:
+    if config.positions != "original":
+        raise UserError(
+            f"config.model.positions={config.positions!r}: the original has none such"
+        )
     yield from _embedding_entries(config)
     yield from _softmax_entries(config, reverse_clusters)
     for i in range(config.n_layer):

@@ -105,7 +105,7 @@ def generate(
     # Copies of the last prompt make the rows divide.
     more = sharding.padded(count, mesh) - count
     state, last_R = _prefill(model, params, [*prompts, *prompts[-1:] * more], mesh)
-    placed = jax.tree.map(lambda x: x.sharding, state)
+    state, placed = _cached(model, params, state, mesh)
     # Row r draws from its own key: its text does not depend on the other rows.
     keys_R = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.key(seed), jnp.arange(count + more)
@@ -127,7 +127,7 @@ def generate(
     return np.concatenate(tokens, axis=1), np.concatenate(chosen, axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _block(model, sampling, params, keys_R, state, last_R, start):
     """BLOCK more tokens: ((state, last_R), tokens_RN, their log-probabilities)."""
 
@@ -199,6 +199,15 @@ def _prefill(model, params, prompts, mesh):
 @functools.partial(jax.jit, static_argnums=0)
 def _advance(model, params, state, ids_RT, lengths_R):
     return model.apply(params, ids_RT, ids_RT, state, lengths_B=lengths_R)[1]
+
+
+def _cached(model, params, state, mesh):
+    """The state in the form for single tokens, and its shardings."""
+    to_cache = functools.partial(model.to_cache, segment_length=1)
+    axes = model.cache_axes(segment_length=1)
+    placed = sharding.carried(mesh, jax.eval_shape(to_cache, params, state), axes)
+    with jax.set_mesh(mesh):
+        return jax.jit(to_cache, out_shardings=placed)(params, state), placed
 
 
 class Printer:

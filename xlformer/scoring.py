@@ -17,7 +17,6 @@ A state of unlimited reach (a recurrence, prefix sums) is exact in one row only.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -138,17 +137,27 @@ class Evaluator:
         self._rows = sharding.Rows(self._mesh, sharding.padded(batch_size, self._mesh))
         at_most = max(1, TOKENS_PER_CALL // (batch_size * segment_length))
         self._steps = min(at_most, steps or at_most)
-        init_state = functools.partial(model.init_state, self._rows.batch_size)
-        placed = sharding.carried(
-            self._mesh, jax.eval_shape(init_state), model.state_axes()
-        )
-        self._init_state = jax.jit(init_state, out_shardings=placed)
+        self._inputs = segment_length + model.extended_length
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        axes = model.cache_axes(segment_length=self._inputs)
+        abstract = jax.eval_shape(self._cold_state, params)
+        placed = sharding.carried(self._mesh, abstract, axes)
+        self._begin = jax.jit(self._cold_state, out_shardings=placed)
         self._scan = jax.jit(
             self._score_segments,
             donate_argnums=1,
             out_shardings=(placed, sharding.replicated(self._mesh)),
         )
         self._compiled: dict[Any, Any] = {}
+
+    def _cold_state(self, params):
+        """In the form that the model likes for scoring, of these very parameters."""
+        state = self._model.init_state(self._rows.batch_size)
+        return self._model.to_cache(params, state, segment_length=self._inputs)
+
+    def _init_state(self, params):
+        with jax.set_mesh(self._mesh):
+            return self._begin(params)
 
     def _score_segments(self, params, state, batches):
         def body(state, batch):
@@ -169,7 +178,7 @@ class Evaluator:
         batch = next(
             self._batches(plan_, np.zeros(plan_.last_B.max() + 1, np.int32), None)
         )
-        self._get(params, self._init_state(), batch)
+        self._get(params, self._init_state(params), batch)
 
     def _get(self, params, state, batch):
         key = tuple((name, x.shape) for name, x in batch.items())
@@ -217,7 +226,7 @@ class Evaluator:
         """
         start = time.perf_counter()
         plan_ = _pad(plan_, self._rows.batch_size)
-        state = jax.block_until_ready(self._init_state())  # or there is no room for it
+        state = jax.block_until_ready(self._init_state(params))  # or there is no room
         nats, calls = 0.0, math.ceil(plan_.steps / self._steps)
         pending = None
         for call, batch in enumerate(self._batches(plan_, tokens, documents)):

@@ -19,8 +19,7 @@ from jax import lax
 
 from xlformer.models.base import Model
 
-ROWS, TOKENS, SHORT = 5, 7, 2
-SEGMENTS = 4
+ROWS, TOKENS, SHORT, SEGMENTS = 5, 7, 2, 4
 TOLERANCE = 1e-9
 
 
@@ -42,7 +41,8 @@ def check_model(
       says `segments_equal_one_pass` False);
     - gradient: none crosses from one segment to the one before;
     - loops: jit or not, lax.scan over segments or Python, layers scanned or unrolled;
-    - log_probs: at the targets it is -nll.
+    - log_probs: at the targets it is -nll;
+    - cache: the state of to_cache, for segments and for single tokens, scores the same.
 
     With `resets_in_segment` False only a reset before the segment is tried. Dropout is
     off throughout.
@@ -144,10 +144,8 @@ def _close(name: str, actual, expected, tolerance: float = TOLERANCE) -> None:
         x, y = np.asarray(x), np.asarray(y)
         _require(x.shape == y.shape, f"{name}: shapes {x.shape} and {y.shape}")
         difference = np.abs(x.astype(float) - y).max(initial=0)
-        _require(  # A nan is not <= anything.
-            difference <= tolerance,
-            f"{name}: differs by {difference:.3g}, allowed {tolerance:.3g}",
-        )
+        message = f"{name}: differs by {difference:.3g}, allowed {tolerance:.3g}"
+        _require(difference <= tolerance, message)  # A nan is not <= anything.
 
 
 _same = functools.partial(_close, tolerance=0)
@@ -369,6 +367,25 @@ def _check_log_probs(case: _Case) -> None:
     _close("log_probs: state", after, state)
 
 
+def _check_cache(case: _Case) -> None:
+    """Far enough for every slot to be written and to be forgotten."""
+    resets_BT, lengths_B = np.zeros((ROWS, TOKENS), bool), [SHORT, TOKENS, 0, SHORT, 1]
+    resets_BT[np.arange(ROWS - 1), [0, 3, TOKENS - 1, 0]] = True
+    options = (resets_BT, None), (None, np.array(lengths_B)), ()
+    segments = [(case.score, case.at(k), x) for k, x in enumerate(options, 1)]
+    tokens, rows_B1 = [], np.arange(ROWS)[:, None]
+    for t in range(TOKENS, SEGMENTS * TOKENS):
+        token = case.inputs_BN[:, [t]], case.targets_BN[:, [t]]
+        tokens.append((case.full, token, (rows_B1 == t - TOKENS, None)))
+    for longest, calls in ((TOKENS, segments), (1, tokens)):
+        cache = case.model.to_cache(case.params, case.warm, segment_length=longest)
+        states = case.warm, cache
+        for i, (score, arrays, options) in enumerate(calls):
+            found = [score(*arrays, state, *options) for state in states]
+            _close(f"cache of {longest}: nll of call {i}", found[1][0], found[0][0])
+            states = [state for _, state in found]
+
+
 CHECKS = (
     _check_rows,
     _check_causal,
@@ -379,4 +396,5 @@ CHECKS = (
     _check_gradient,
     _check_loops,
     _check_log_probs,
+    _check_cache,
 )

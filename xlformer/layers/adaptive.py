@@ -9,14 +9,17 @@ Without cutoffs there is one bin, and the softmax is the plain one.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
-from xlformer.kernels.cross_entropy import softmax_nll
-from xlformer.sharding import constrain
+from xlformer.kernels.cross_entropy import selected_nll, softmax_nll
+from xlformer.sharding import RULES, constrain
 
 AXES = {
     "embedding/table": ("vocab", "embed"),
@@ -164,8 +167,7 @@ class AdaptiveSoftmax(nn.Module):
                 table_VE, bias_V = self._bin(b, embedding)
                 rows_N = jnp.clip(targets_N - start, 0, stop - start - 1)
                 h_NE = self._project(h_ND, b, embedding)
-                tail_N = softmax_nll(h_NE, table_VE, bias_V, rows_N)
-                nll_N += jnp.where(cluster_N == b, tail_N, 0)
+                nll_N += _tail_nll(h_NE, table_VE, bias_V, rows_N, cluster_N == b)
             return nll_N
 
     def log_probs(self, h_ND, embedding):
@@ -216,3 +218,24 @@ class AdaptiveSoftmax(nn.Module):
             return jnp.einsum("ND,ED->NE", h_ND, kernel_ED.astype(self.dtype))
         kernel_DE = getattr(self, f"projection_{b}").astype(self.dtype)
         return jnp.einsum("ND,DE->NE", h_ND, kernel_DE)
+
+
+def _tail_nll(h_NE, table_VE, bias_V, rows_N, selected_N):
+    """selected_nll, by each device for its own tokens.
+
+    Left to the compiler, tokens would be moved together across devices: a gather of all
+    of them. The `data` axis is split already where gradients are computed.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    free = [a for a in RULES["batch"] if types.get(a) == AxisType.Auto]
+    axes = tuple(a for a in free if mesh.shape[a] > 1)
+    if not axes or rows_N.shape[0] % math.prod(mesh.shape[a] for a in axes):
+        return selected_nll(h_NE, table_VE, bias_V, rows_N, selected_N)
+    return jax.shard_map(
+        selected_nll,
+        in_specs=(P(axes), P(), P(), P(axes), P(axes)),
+        out_specs=P(axes),
+        axis_names=set(axes),
+        check_vma=False,  # loops that end at another step on each device
+    )(h_NE, table_VE, bias_V, rows_N, selected_N)

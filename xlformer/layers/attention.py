@@ -7,13 +7,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from xlformer.kernels.dropout import dropout
 from xlformer.kernels.relative_attention import relative_attention
 from xlformer.layers import positions
 from xlformer.sharding import constrain
 
-RELATIVE, LEARNED_RELATIVE, SINUSOID, LEARNED_ABSOLUTE = range(4)
+RELATIVE, LEARNED_RELATIVE, SINUSOID, LEARNED_ABSOLUTE, ROTARY = range(5)
+OUTPUT_NAME = "attention_output"  # for policies of rematerialisation
 AXES = {
     "attention/qkv": ("embed", None, "heads", None),
     "attention/output": ("heads", None, "embed"),
@@ -26,12 +28,13 @@ AXES = {
 
 
 class Attention(nn.Module):
-    """Attention of type 0 to 3 of the original, without residual and norm.
+    """Attention of type 0 to 3 of the original, or 4, without residual and norm.
 
     0: relative, sinusoid r_d = W R_d, biases u and v (Dai et al. 2019, eq. in 3.3).
     1: relative, a learned row and a learned bias for each distance, and u; the code's
        superset of Shaw et al. 2018.
     2, 3: none here; absolute positions were added to the input.
+    4: rotary, no parameters.
     """
 
     n_head: int
@@ -57,6 +60,7 @@ class Attention(nn.Module):
         biases=None,
         key_start_BT=None,
         keys=None,
+        attend=None,
     ):
         """Attends from x to context = [memory; x].
 
@@ -67,6 +71,11 @@ class Attention(nn.Module):
           biases: (u_HK, v_HK) shared by all layers, unless own_biases.
           key_start_BT: first visible key of each query.
           keys: (probabilities, output), each a key a row; None switches dropout off.
+          attend: (qu, qw, k, v) -> (y_BTHK, what it keeps), instead of the operation:
+            where keys, values and positions of the memory are cached, context is x.
+
+        Returns:
+          y_BTD, and what attend keeps, else None.
         """
         probability_key, output_key = keys or (None, None)
         D, S = x_BTD.shape[-1], context_BSD.shape[1]
@@ -82,46 +91,61 @@ class Attention(nn.Module):
                 for x in (q_BTHK, k_BSHK, v_BSHK)
             )
         with jax.named_scope("positions"):
-            qu_BTHK, qw_BTHK, r_SHK = self._position_terms(q_BTHK, r_SD, biases, S)
-        y_BTHK = relative_attention(
-            qu_BTHK,
-            qw_BTHK,
-            k_BSHK,
-            v_BSHK,
-            r_SHK,
-            window=self.window,
-            key_start_BT=key_start_BT,
-            dropout_rate=self.attention_dropout,
-            dropout_key=probability_key,
-            implementation=self.implementation,
-        )
+            rows = None if attend else (r_SD, S)
+            qu_BTHK, qw_BTHK, r_SHK = self._position_terms(q_BTHK, biases, rows)
+        if attend:
+            y_BTHK, kept = attend(qu_BTHK, qw_BTHK, k_BSHK, v_BSHK)
+        else:
+            kept = None
+            if self.attn_type == ROTARY:
+                qu_BTHK, k_BSHK = positions.rotated(qu_BTHK, k_BSHK)
+            y_BTHK = relative_attention(
+                qu_BTHK,
+                qw_BTHK,
+                k_BSHK,
+                v_BSHK,
+                r_SHK,
+                window=self.window,
+                key_start_BT=key_start_BT,
+                dropout_rate=self.attention_dropout,
+                dropout_key=probability_key,
+                implementation=self.implementation,
+            )
+        y_BTHK = checkpoint_name(y_BTHK, OUTPUT_NAME)
         with jax.named_scope("output"):
             y_BTD = jnp.einsum("BTHK,HKD->BTD", y_BTHK, out_HKD)
-        return dropout(y_BTD, self.dropout, output_key)
+        return dropout(y_BTD, self.dropout, output_key), kept
 
     def _kernel(self, name, shape):
         return self.param(name, self.kernel_init, shape).astype(self.dtype)
 
-    def _position_terms(self, q_BTHK, r_SD, biases, S):
+    def _position_terms(self, q_BTHK, biases, rows):
+        """(qu_BTHK, qw_BTHK, r_SHK), the last only if `rows` = (r_SD, S) is given."""
         heads = (self.n_head, self.d_head)
         scale = self.d_head**-0.5
-        if self.attn_type in (SINUSOID, LEARNED_ABSOLUTE):
+        if self.attn_type in (SINUSOID, LEARNED_ABSOLUTE, ROTARY):
             return q_BTHK * scale, None, None
+        r_SHK = None
         if self.attn_type == RELATIVE:
             if self.own_biases:
                 biases = self._kernel("u", heads), self._kernel("v", heads)
             u_HK, v_HK = (b.astype(self.dtype)[None, None] for b in biases)
-            position_DHK = self._kernel("position", (r_SD.shape[-1], *heads))
-            r_SHK = jnp.einsum("SD,DHK->SHK", r_SD, position_DHK)
+            if rows:
+                r_SD, _ = rows
+                position_DHK = self._kernel("position", (r_SD.shape[-1], *heads))
+                r_SHK = jnp.einsum("SD,DHK->SHK", r_SD, position_DHK)
             return (q_BTHK + u_HK) * scale, (q_BTHK + v_HK) * scale, r_SHK
-        table_NHK = self._kernel("distance", (self.table_length, *heads))
-        bias_NH = self.param(
-            "distance_bias", nn.initializers.zeros, (self.table_length, self.n_head)
-        )
-        rows = positions.nearest_rows(self.table_length, S, self.clamp_length)
-        # The bias of a distance is one more column of (q, r).
-        bias_SH1 = bias_NH[rows][..., None].astype(self.dtype)
-        r_SHK = jnp.concatenate([table_NHK[rows], bias_SH1], axis=-1)
+        if rows:
+            table_NHK = self._kernel("distance", (self.table_length, *heads))
+            shape, zeros = (self.table_length, self.n_head), nn.initializers.zeros
+            bias_NH = self.param("distance_bias", zeros, shape).astype(self.dtype)
+            r_SHK = learned_rows(table_NHK, bias_NH, rows[1], self.clamp_length)
         ones = jnp.ones_like(q_BTHK[..., :1])
         qw_BTHK = jnp.concatenate([q_BTHK, ones], axis=-1) * scale
         return (q_BTHK + self._kernel("u", heads)[None, None]) * scale, qw_BTHK, r_SHK
+
+
+def learned_rows(table_NHK, bias_NH, S: int, clamp_length: int) -> jax.Array:
+    """Type 1: of each distance its row, and its bias as one more column of (q, r)."""
+    rows = positions.nearest_rows(table_NHK.shape[0], S, clamp_length)
+    return jnp.concatenate([table_NHK[rows], bias_NH[rows][..., None]], axis=-1)

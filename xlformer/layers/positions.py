@@ -26,6 +26,26 @@ def sinusoid(positions: np.ndarray | jax.Array, d_model: int, dtype) -> jax.Arra
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1).astype(dtype)
 
 
+def rotate(x_BSHK: jax.Array, table_SK: jax.Array) -> jax.Array:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): pairs (i, i + K/2) turned.
+
+    Products of a query and a key that are both turned depend on their distance only.
+    table_SK: the sinusoid of each position, of width K.
+    """
+    sin, cos = (part[None, :, None] for part in jnp.split(table_SK, 2, axis=-1))
+    a, b = jnp.split(x_BSHK.astype(table_SK.dtype), 2, axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return turned.astype(x_BSHK.dtype)
+
+
+def rotated(q_BTHK: jax.Array, k_BSHK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys turned by their place in [memory; segment]."""
+    S, K = k_BSHK.shape[1], k_BSHK.shape[-1]
+    dtype = jnp.promote_types(k_BSHK.dtype, jnp.float32)
+    table_SK = sinusoid(np.arange(S), K, dtype)
+    return rotate(q_BTHK, table_SK[S - q_BTHK.shape[1] :]), rotate(k_BSHK, table_SK)
+
+
 def distances(S: int, clamp_length: int) -> np.ndarray:
     """Distances 0 to S-1, none beyond clamp_length if that is positive."""
     return np.minimum(np.arange(S), clamp_length if clamp_length > 0 else S)

@@ -139,6 +139,28 @@ class Model:
         """Logical axis names of each leaf of the state; 'batch' is among them."""
         raise NotImplementedError
 
+    def to_cache(self, params, state, *, segment_length: int = 1):
+        """The state in the form that scoring and generation like; by default itself.
+
+        `apply`, `log_probs` and the trunk take it and return the same form, and give
+        the numbers that they give for `state`. It belongs to these parameters: it may
+        hold what was computed from them, so it passes no gradients on to them, knows
+        no dropout, and has no place in a checkpoint.
+
+        Args:
+          params: those that will be used with it.
+          state: of `init_state`, or what `apply` returned for one.
+          segment_length: the most inputs of a call. With 1 all rows advance together:
+            no lengths_B.
+        """
+        del params, segment_length
+        return state
+
+    def cache_axes(self, *, segment_length: int = 1):
+        """As state_axes, for what `to_cache` returns; a leaf may be of all rows."""
+        del segment_length
+        return self.state_axes()
+
     def param_axes(self, params):
         """Logical axis names of each leaf of `params`, a tree of arrays or shapes.
 

@@ -8,6 +8,7 @@ the original's options, and the counter-examples that its paper compares with.
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import flax.linen as nn
@@ -20,106 +21,18 @@ from xlformer.kernels.dropout import dropout, fold
 from xlformer.layers import adaptive, attention, feed_forward, positions
 from xlformer.layers import memory as memory_lib
 from xlformer.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Bins
-from xlformer.layers.attention import (
-    LEARNED_ABSOLUTE,
-    RELATIVE,
-    SINUSOID,
-    Attention,
-)
-from xlformer.layers.feed_forward import FeedForward, LayerNorm
+from xlformer.layers.attention import LEARNED_ABSOLUTE, RELATIVE, ROTARY, SINUSOID
+from xlformer.layers.cache import Ring
+from xlformer.layers.feed_forward import LayerNorm
 from xlformer.layers.memory import Memory
+from xlformer.models import transformer_xl_cache
 from xlformer.models.base import Model, compute_dtype, param_axes
 from xlformer.models.transformer_xl_config import TransformerXLConfig
+from xlformer.models.transformer_xl_layer import Layer, initializers
 from xlformer.sharding import constrain
 
 # Which number is folded into the dropout key for what, beside the layers.
 INPUT_KEY, POSITION_KEY, OUTPUT_KEY, LAYERS_KEY = range(4)
-
-
-def _initializers(config: TransformerXLConfig) -> dict[str, Any]:
-    """Initialisers by role: the PyTorch original's table, or TensorFlow's."""
-    normal = nn.initializers.normal
-    if config.init == "uniform":
-        low, high = -config.init_range, config.init_range
-
-        def kernel(key, shape, dtype=jnp.float32):
-            return jax.random.uniform(key, shape, dtype, low, high)
-    else:
-        kernel = normal(config.init_std)
-
-    def norm_scale(key, shape, dtype=jnp.float32):
-        return 1 + normal(config.init_std)(key, shape, dtype)
-
-    tensorflow = config.init_scheme == "tensorflow"
-    return {
-        "kernel": kernel,
-        "projection": normal(config.proj_init_std),
-        "norm_scale": nn.initializers.ones if tensorflow else norm_scale,
-        "cluster": nn.initializers.zeros if tensorflow else kernel,
-    }
-
-
-class Layer(nn.Module):
-    """Attention over [memory; x], then the feed-forward network; post- or pre-norm."""
-
-    config: TransformerXLConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x_BTD, memory_BMD, shared, key_start_BT=None, key=None):
-        """Args: the layer's input, its memory, (r_SD, (u, v)) shared by all layers."""
-        config, init = self.config, _initializers(self.config)
-        keys = [fold(key, i) for i in range(4)]
-        norm = functools.partial(
-            LayerNorm, epsilon=config.norm_epsilon, scale_init=init["norm_scale"]
-        )
-        attention_norm, feed_forward_norm = (
-            norm(name="attention_norm"),
-            norm(name="norm"),
-        )
-        attend = Attention(
-            n_head=config.n_head,
-            d_head=config.head_width,
-            attn_type=config.attn_type,
-            own_biases=config.untie_r,
-            table_length=config.table_length,
-            clamp_length=config.clamp_length,
-            window=config.attention_window,
-            dropout=config.dropout,
-            attention_dropout=config.attention_dropout,
-            kernel_init=init["kernel"],
-            dtype=self.dtype,
-            implementation=config.attention,
-            name="attention",
-        )
-        network = FeedForward(
-            d_inner=config.d_inner,
-            dropout=config.dropout,
-            kernel_init=init["kernel"],
-            dtype=self.dtype,
-            name="feed_forward",
-        )
-        r_SD, biases = shared
-        context_BSD = jnp.concatenate([memory_BMD, x_BTD], axis=1)
-        queries_BTD = x_BTD
-        if config.pre_norm:
-            # Memory is stored as it was and normalised at use, by the same norm.
-            context_BSD = attention_norm(context_BSD)
-            queries_BTD = context_BSD[:, memory_BMD.shape[1] :]
-        y_BTD = x_BTD + attend(
-            queries_BTD,
-            context_BSD,
-            r_SD=r_SD,
-            biases=biases,
-            key_start_BT=key_start_BT,
-            keys=keys[:2],
-        )
-        if config.pre_norm:
-            y_BTD = y_BTD + network(feed_forward_norm(y_BTD), keys[2:])
-        else:
-            y_BTD = attention_norm(y_BTD)
-            y_BTD = feed_forward_norm(y_BTD + network(y_BTD, keys[2:]))
-        return constrain(y_BTD, "batch", None, None)
 
 
 class TrunkModule(nn.Module):
@@ -133,11 +46,8 @@ class TrunkModule(nn.Module):
         config = self.config
         B, T, _ = x_BTD.shape
         M = config.memory_length
-        hidden_LBMD = state.hidden_LBMD.astype(self.dtype)
         key_start_BT = None
-        if config.attend_zero_memory:
-            hidden_LBMD = _zero_rows(hidden_LBMD, resets_BT)
-        elif M or resets_BT is not None:
+        if not config.attend_zero_memory and (M or resets_BT is not None):
             key_start_BT = memory_lib.key_start(state.length_B, resets_BT, M=M, T=T)
         # The last extended_length inputs come again with the next segment.
         if lengths is None:
@@ -149,47 +59,80 @@ class TrunkModule(nn.Module):
         shared_key, key = (None, None) if keys is None else keys
         x_BTD = dropout(x_BTD, config.dropout, fold(key, INPUT_KEY))
         shared = self._shared(M + T, fold(shared_key, POSITION_KEY))
-        y_BTD, hidden_LBMD = self._run_layers(
-            x_BTD, hidden_LBMD, shared, key_start_BT, index_BT, end, key
+        _check_form(state, T, lengths, keys)
+        y_BTD, state = self._run_layers(
+            x_BTD, state, resets_BT, shared, key_start_BT, index_BT, end, key
         )
         if config.final_norm:
-            scale_init = _initializers(config)["norm_scale"]
+            scale_init = initializers(config)["norm_scale"]
             norm = LayerNorm(config.norm_epsilon, scale_init, name="final_norm")
             y_BTD = norm(y_BTD)
-        length_B = state.length_B
         if not config.attend_zero_memory:
-            length_B = memory_lib.next_length(length_B, resets_BT, end, M=M)
-        y_BTD = dropout(y_BTD, config.dropout, fold(key, OUTPUT_KEY))
-        return y_BTD, Memory(hidden_LBMD, length_B)
+            length_B = memory_lib.next_length(state.length_B, resets_BT, end, M=M)
+            state = state._replace(length_B=length_B)
+        return dropout(y_BTD, config.dropout, fold(key, OUTPUT_KEY)), state
 
-    def _run_layers(self, x_BTD, hidden_LBMD, shared, key_start_BT, index_BT, end, key):
-        """One scan over the stacked parameters: (last output, new memory)."""
+    def _run_layers(
+        self, x_BTD, state, resets_BT, shared, key_start_BT, index_BT, end, key
+    ):
+        """One scan over the stacked parameters: (last output, state but its length)."""
         config = self.config
         layer = Layer(config, self.dtype, parent=None)
         params = self.param("layers", self._init_layers, layer, x_BTD, shared)
         tables_LND = None
-        if config.attn_type == LEARNED_ABSOLUTE:
+        if config.encoding == LEARNED_ABSOLUTE:
             shape = (config.n_layer, config.table_length, x_BTD.shape[-1])
-            tables_LND = self.param("position", _initializers(config)["kernel"], shape)
+            tables_LND = self.param("position", initializers(config)["kernel"], shape)
+        cached = not isinstance(state, Memory)
+        if cached and config.attend_zero_memory:
+            state = transformer_xl_cache.with_zeros(config, params, state, resets_BT)
+        elif not cached:
+            hidden_LBMD = state.hidden_LBMD.astype(self.dtype)
+            if config.attend_zero_memory:
+                hidden_LBMD = _zero_rows(hidden_LBMD, resets_BT)
+        carried, memories = state.scanned() if cached else (None, hidden_LBMD)
 
-        def run_layer(x_BTD, scanned):
-            params, memory_BMD, table_ND, index = scanned
+        def run_layer(carry, scanned):
+            x_BTD, carried = carry
+            params, memory, table_ND, index = scanned
             if table_ND is not None:
                 # Right-aligned; what lies beyond the table uses its first row.
                 rows_BT = jnp.maximum(config.table_length - 1 - index_BT, 0)
                 x_BTD = x_BTD + table_ND.astype(self.dtype)[rows_BT]
-            layer_key = fold(fold(key, LAYERS_KEY), index)
-            y_BTD = layer.apply(
-                {"params": params}, x_BTD, memory_BMD, shared, key_start_BT, layer_key
+            run = functools.partial(layer.apply, {"params": params}, x_BTD)
+            if not cached:
+                layer_key = fold(fold(key, LAYERS_KEY), index)
+                y_BTD, _ = run(memory, shared, key_start_BT, layer_key)
+                return (y_BTD, None), memory_lib.append(memory, x_BTD, end)
+            attend = state.attend(
+                *(carried, memory, index),
+                key_start_BT=key_start_BT,
+                end=end,
+                window=config.attention_window,
+                rotary=config.encoding == ROTARY,
+                implementation=config.attention,
             )
-            return y_BTD, memory_lib.append(memory_BMD, x_BTD, end)
+            y_BTD, kept = run(x_BTD[:, :0], shared, attend=attend)
+            return ((y_BTD, None), kept) if carried is None else ((y_BTD, kept), None)
 
-        return lax.scan(
-            jax.checkpoint(run_layer) if config.remat == "full" else run_layer,
-            x_BTD,
-            (params, hidden_LBMD, tables_LND, jnp.arange(config.n_layer)),
-            unroll=1 if config.scan_layers else config.n_layer,
-        )
+        run = _remat(config.remat, run_layer)
+        carry = x_BTD, carried
+        scanned = params, memories, tables_LND, jnp.arange(config.n_layer)
+        if config.scan_layers:
+            (y_BTD, carried), memories = lax.scan(run, carry, scanned)
+        else:
+            # Not scan(unroll=...): its body is one function that each layer calls, in
+            # which XLA's partitioner (jax 0.10.2, TPU) loses that `data` is split.
+            each = []
+            for index in range(config.n_layer):
+                one = jax.tree.map(operator.itemgetter(index), scanned)
+                carry, memory = run(carry, one)
+                each.append(memory)
+            y_BTD, carried = carry
+            memories = jax.tree.map(lambda *layers: jnp.stack(layers), *each)
+        if cached:
+            return y_BTD, state.after(carried, memories)
+        return y_BTD, state._replace(hidden_LBMD=memories)
 
     def _init_layers(self, key, layer, x_BTD, shared):
         """One layer's initialisation, mapped over the layers' keys."""
@@ -204,7 +147,7 @@ class TrunkModule(nn.Module):
 
     def _add_sinusoid(self, x_BTD, index_BT):
         """Type 2: one sinusoid on the input; the last token is position 0."""
-        if self.config.attn_type != SINUSOID:
+        if self.config.encoding != SINUSOID:
             return x_BTD
         if self.config.clamp_length > 0:
             index_BT = jnp.minimum(index_BT, self.config.clamp_length)
@@ -216,7 +159,7 @@ class TrunkModule(nn.Module):
     def _shared(self, S, key):
         """What all layers use: the sinusoid of the distances, and u and v if tied."""
         config = self.config
-        if config.attn_type != RELATIVE:
+        if config.encoding != RELATIVE:
             return None, None
         clamped = positions.distances(S, config.clamp_length)
         r_SD = positions.sinusoid(clamped, config.d_model, self.dtype)
@@ -225,7 +168,7 @@ class TrunkModule(nn.Module):
             return r_SD, None
         shape, kernel = (
             (config.n_head, config.head_width),
-            _initializers(config)["kernel"],
+            initializers(config)["kernel"],
         )
         return r_SD, tuple(self.param(name, kernel, shape) for name in "uv")
 
@@ -237,7 +180,7 @@ class TransformerXLModule(nn.Module):
     dtype: Any
 
     def setup(self):
-        config, init = self.config, _initializers(self.config)
+        config, init = self.config, initializers(self.config)
         bins = Bins(
             vocab_size=config.vocab_size,
             d_model=config.d_model,
@@ -307,7 +250,7 @@ class TransformerXL(Model):
     def segments_equal_one_pass(self) -> bool:
         """False for types 2 and 3, and for attended zeros that stay in sight."""
         config = self.config
-        if config.attn_type in (SINUSOID, LEARNED_ABSOLUTE):
+        if config.encoding in (SINUSOID, LEARNED_ABSOLUTE):
             return False
         # One pass keeps its M zeros to the end; segments push them out of the memory.
         window = config.attention_window
@@ -334,6 +277,19 @@ class TransformerXL(Model):
     def state_axes(self) -> Memory:
         return memory_lib.AXES
 
+    def to_cache(self, params, state: Memory, *, segment_length: int = 1):
+        """Keys and values; for single tokens in a ring (layers.cache)."""
+        dtype = compute_dtype(self.config.dtype, params)
+        layers = params.get("trunk", params)["layers"]
+        return jax.lax.stop_gradient(
+            transformer_xl_cache.to_cache(
+                self.config, layers, state, segment_length, dtype
+            )
+        )
+
+    def cache_axes(self, *, segment_length: int = 1):
+        return transformer_xl_cache.axes(self.config, segment_length)
+
     def param_axes(self, params):
         return param_axes(
             params, attention.AXES | feed_forward.AXES | adaptive.AXES | _AXES
@@ -349,6 +305,32 @@ _AXES = {
     "trunk/u": ("heads", None),
     "trunk/v": ("heads", None),
 }
+
+
+def _check_form(state, T: int, lengths, keys):
+    """Raises where a cached state cannot do what the plain one can."""
+    if isinstance(state, Memory):
+        return
+    if keys is not None:
+        raise ValueError("train=True needs the state of init_state, not of to_cache")
+    if state.longest is not None and T > state.longest:
+        raise ValueError(
+            f"a segment of {T} inputs, but the state was made by to_cache(..., "
+            f"segment_length={state.longest})"
+        )
+    if isinstance(state, Ring) and lengths is not None:
+        raise ValueError(
+            "lengths_B with a state of to_cache(..., segment_length=1): its rows "
+            "advance together"
+        )
+
+
+def _remat(name, run_layer):
+    """run_layer that keeps of its inside what `config.remat` says."""
+    if name == "none":
+        return run_layer
+    policy = jax.checkpoint_policies.save_only_these_names(attention.OUTPUT_NAME)
+    return jax.checkpoint(run_layer, policy=policy if name == "attention" else None)
 
 
 def _backward_index(B, T, lengths):

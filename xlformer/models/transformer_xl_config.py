@@ -10,15 +10,17 @@ from xlformer.kernels.relative_attention import IMPLEMENTATIONS
 from xlformer.layers.attention import (
     LEARNED_ABSOLUTE,
     LEARNED_RELATIVE,
+    ROTARY,
     SINUSOID,
 )
 
 CHOICES = {
     "attn_type": (0, 1, 2, 3),
+    "positions": ("original", "rotary"),
     "init": ("normal", "uniform"),
     "init_scheme": ("pytorch", "tensorflow"),
     "dtype": ("auto", "float32", "bfloat16", "float64"),
-    "remat": ("none", "full"),
+    "remat": ("none", "attention", "full"),
     "attention": ("auto", *IMPLEMENTATIONS),
 }
 POSITIVE = ("n_layer", "d_model", "n_head", "d_inner", "div_val")
@@ -49,6 +51,7 @@ class TransformerXLConfig:
     memory_length: int = 512  # mem_len: cached positions of each layer
     extended_length: int = 0  # ext_len: leading inputs that are recomputed
     attn_type: int = 0  # 0 relative, 1 learned relative, 2 sinusoid, 3 learned
+    positions: str = "original"  # those of attn_type; or rotary, not in the original
     pre_norm: bool = False  # pre_lnorm
     final_norm: bool = False  # one more norm before the softmax; not in the original
     untie_r: bool = False  # u and v of their own in each layer
@@ -73,13 +76,18 @@ class TransformerXLConfig:
     init_scheme: str = "pytorch"  # or tensorflow: norms 1, clusters 0
     dtype: str = "auto"  # to compute in; parameters are float32
     scan_layers: bool = False  # one compiled layer, looped; else unrolled
-    remat: str = "none"  # full: recompute each layer in the backward pass
+    remat: str = "none"  # recompute layers in backward: full, or all but attention
     attention: str = "auto"  # implementation of the attention operation
 
     @property
     def head_width(self) -> int:
         """d_head, derived from d_model if it is 0."""
         return self.d_head or self.d_model // self.n_head
+
+    @property
+    def encoding(self) -> int:
+        """attn_type, or layers.attention.ROTARY."""
+        return ROTARY if self.positions == "rotary" else self.attn_type
 
     @property
     def embedding_width(self) -> int:
@@ -123,6 +131,8 @@ class TransformerXLConfig:
         self._check_bins()
 
     def _check_attention(self):
+        if self.encoding == ROTARY:
+            self._check_rotary()
         width = self.n_head * self.head_width
         if not self.d_head and self.d_model % self.n_head:
             raise UserError(
@@ -163,6 +173,21 @@ class TransformerXLConfig:
             raise UserError(
                 f"config.model.same_length with memory_length={self.memory_length} "
                 f"shows distances up to {window}: a token must see itself"
+            )
+
+    def _check_rotary(self):
+        for field in ("attn_type", "clamp_length"):
+            value = getattr(self, field)
+            if value:
+                raise UserError(
+                    f"config.model.positions='rotary' with config.model.{field}="
+                    f"{value}: rotary positions replace those of attn_type=0 and "
+                    "cannot be clamped; set it to 0"
+                )
+        if self.head_width % 2:
+            raise UserError(
+                f"config.model.positions='rotary' turns pairs, but d_head="
+                f"{self.head_width} is odd"
             )
 
     def _check_bins(self):

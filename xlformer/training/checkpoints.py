@@ -12,8 +12,8 @@ refused one becomes STEP.corrupt, which nothing reads or deletes.
 
 from __future__ import annotations
 
-import itertools
 import contextlib
+import itertools
 import logging
 import math
 import sys

@@ -1,0 +1,90 @@
+"""Transformer-XL's memory as cached keys, values and position rows."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from xlformer.layers import cache as cache_lib
+from xlformer.layers import positions
+from xlformer.layers.attention import (
+    LEARNED_RELATIVE,
+    RELATIVE,
+    learned_rows,
+)
+from xlformer.layers.cache import Cache, Ring
+from xlformer.layers.feed_forward import layer_norm
+from xlformer.layers.memory import Memory
+from xlformer.models.transformer_xl_config import TransformerXLConfig
+
+
+def to_cache(
+    config: TransformerXLConfig, layers, state: Memory, segment_length: int, dtype
+) -> Cache | Ring:
+    """See Model.to_cache; layers: their stacked parameters."""
+    with jax.named_scope("to_cache"):
+        hidden_LBMD = state.hidden_LBMD.astype(dtype)
+        keys_LBMHK, values_LBMHK = _keys_values(config, layers, hidden_LBMD)
+        S = config.memory_length + segment_length
+        r_LSHK = _position_rows(config, layers["attention"], S, dtype)
+        cache = Cache(keys_LBMHK, values_LBMHK, r_LSHK, state.length_B)
+        return cache_lib.ring(cache) if is_ring(config, segment_length) else cache
+
+
+def is_ring(config: TransformerXLConfig, segment_length: int) -> bool:
+    """Single tokens, all of which enter the memory."""
+    return segment_length == 1 and config.memory_length > 0 == config.extended_length
+
+
+def axes(config: TransformerXLConfig, segment_length: int) -> Cache | Ring:
+    """Logical axis names of what to_cache gives."""
+    names = cache_lib.RING_AXES if is_ring(config, segment_length) else cache_lib.AXES
+    if config.encoding in (RELATIVE, LEARNED_RELATIVE):
+        return names
+    return names._replace(r_LCHK=None) if names[4:] else names._replace(r_LSHK=None)
+
+
+def with_zeros(config: TransformerXLConfig, layers, state, resets_BT):
+    """What `attend_zero_memory` sees after a reset: the keys and values of zeros."""
+    if resets_BT is None:
+        return state
+    zeros_LBMD = jnp.zeros((config.n_layer, 1, 1, config.d_model), state[0].dtype)
+    fresh = _keys_values(config, layers, zeros_LBMD)
+    reset_LBMHK = resets_BT[None, :, :1, None, None]
+    kept = [jnp.where(reset_LBMHK, *x) for x in zip(fresh, state, strict=False)]
+    return type(state)(*kept, *state[2:])
+
+
+def _keys_values(config, layers, hidden_LBMD):
+    """Of stored layer inputs: as Layer and Attention project them."""
+    dtype = hidden_LBMD.dtype
+
+    def one(params, hidden_BMD):
+        if config.pre_norm:
+            norm = params["attention_norm"]
+            hidden_BMD = layer_norm(
+                hidden_BMD, norm["scale"], norm["bias"], config.norm_epsilon
+            )
+        qkv_DCHK = params["attention"]["qkv"].astype(dtype)
+        return tuple(
+            jnp.einsum("BMD,DHK->BMHK", hidden_BMD, qkv_DCHK[:, c]) for c in (1, 2)
+        )
+
+    needed = {k: layers[k] for k in ("attention", "attention_norm")}
+    return jax.vmap(one)(needed, hidden_LBMD)
+
+
+def _position_rows(config, attention, S: int, dtype):
+    if config.encoding == RELATIVE:
+        clamped = positions.distances(S, config.clamp_length)
+        r_SD = positions.sinusoid(clamped, config.d_model, dtype)
+        position_LDHK = attention["position"].astype(dtype)
+        return jnp.einsum("SD,LDHK->LSHK", r_SD, position_LDHK)
+    if config.encoding == LEARNED_RELATIVE:
+        table_LNHK, bias_LNH = (
+            attention[name].astype(dtype) for name in ("distance", "distance_bias")
+        )
+        return jax.vmap(learned_rows, (0, 0, None, None))(
+            table_LNHK, bias_LNH, S, config.clamp_length
+        )
+    return None

@@ -1,0 +1,115 @@
+"""One layer of Transformer-XL, and how its parameters begin."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from xlformer.kernels.dropout import fold
+from xlformer.layers.attention import Attention
+from xlformer.layers.feed_forward import FeedForward, LayerNorm
+from xlformer.models.transformer_xl_config import TransformerXLConfig
+from xlformer.sharding import constrain
+
+
+def initializers(config: TransformerXLConfig) -> dict[str, Any]:
+    """Initialisers by role: the PyTorch original's table, or TensorFlow's."""
+    normal = nn.initializers.normal
+    if config.init == "uniform":
+        low, high = -config.init_range, config.init_range
+
+        def kernel(key, shape, dtype=jnp.float32):
+            return jax.random.uniform(key, shape, dtype, low, high)
+    else:
+        kernel = normal(config.init_std)
+
+    def norm_scale(key, shape, dtype=jnp.float32):
+        return 1 + normal(config.init_std)(key, shape, dtype)
+
+    tensorflow = config.init_scheme == "tensorflow"
+    return {
+        "kernel": kernel,
+        "projection": normal(config.proj_init_std),
+        "norm_scale": nn.initializers.ones if tensorflow else norm_scale,
+        "cluster": nn.initializers.zeros if tensorflow else kernel,
+    }
+
+
+class Layer(nn.Module):
+    """Attention over [memory; x], then the feed-forward network; post- or pre-norm."""
+
+    config: TransformerXLConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x_BTD, memory_BMD, shared, key_start_BT=None, key=None, attend=None
+    ):
+        """The layer's output, and what `attend` keeps.
+
+        Args:
+          x_BTD: the layer's input.
+          memory_BMD: its memory; without slots where `attend` brings its own.
+          shared: (r_SD, (u, v)), the same for all layers.
+          key_start_BT: first visible key of each query.
+          key: of dropout.
+          attend: see Attention.
+        """
+        config, init = self.config, initializers(self.config)
+        keys = [fold(key, i) for i in range(4)]
+        norm = functools.partial(
+            LayerNorm, epsilon=config.norm_epsilon, scale_init=init["norm_scale"]
+        )
+        attention_norm, feed_forward_norm = (
+            norm(name="attention_norm"),
+            norm(name="norm"),
+        )
+        attention = Attention(
+            n_head=config.n_head,
+            d_head=config.head_width,
+            attn_type=config.encoding,
+            own_biases=config.untie_r,
+            table_length=config.table_length,
+            clamp_length=config.clamp_length,
+            window=config.attention_window,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+            kernel_init=init["kernel"],
+            dtype=self.dtype,
+            implementation=config.attention,
+            name="attention",
+        )
+        network = FeedForward(
+            d_inner=config.d_inner,
+            dropout=config.dropout,
+            kernel_init=init["kernel"],
+            dtype=self.dtype,
+            name="feed_forward",
+        )
+        r_SD, biases = shared
+        context_BSD = jnp.concatenate([memory_BMD, x_BTD], axis=1)
+        queries_BTD = x_BTD
+        if config.pre_norm:
+            # Memory is stored as it was and normalised at use, by the same norm.
+            context_BSD = attention_norm(context_BSD)
+            queries_BTD = context_BSD[:, memory_BMD.shape[1] :]
+        more_BTD, kept = attention(
+            queries_BTD,
+            context_BSD,
+            r_SD=r_SD,
+            biases=biases,
+            key_start_BT=key_start_BT,
+            keys=keys[:2],
+            attend=attend,
+        )
+        y_BTD = x_BTD + more_BTD
+        if config.pre_norm:
+            y_BTD = y_BTD + network(feed_forward_norm(y_BTD), keys[2:])
+        else:
+            y_BTD = attention_norm(y_BTD)
+            y_BTD = feed_forward_norm(y_BTD + network(y_BTD, keys[2:]))
+        return constrain(y_BTD, "batch", None, None), kept

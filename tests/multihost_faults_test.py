@@ -111,7 +111,8 @@ def test_a_disk_that_is_full_on_one_host_ends_all_and_costs_no_checkpoint(
     late = {"full_at": 99, "pace_s": 0.04}
     with Cluster(text, workdir, train=FIELDS, hosts=hosts, **late) as cluster:
         codes = cluster.codes()
-        assert codes[1] == 2 and codes[0] not in (0, 42), cluster.everything()
+        # 1: worth another try, the death of another host looks the same.
+        assert codes[1] == 1 and codes[0] not in (0, 2, 42), cluster.everything()
         (line,) = errors(cluster)[1]
         assert "saving failed" in line and "the latest checkpoint is step 50" in line
     assert Checkpoints(workdir / "checkpoints", read_only=True).latest() == 50

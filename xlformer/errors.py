@@ -17,6 +17,13 @@ class UserError(Exception):
         super().__init__(" ".join(str(message).split()))
 
 
+class WorthAnotherTry(UserError):
+    """Perhaps only this host's, or only now: in a job of several, exit code 1.
+
+    A launcher then starts all hosts again, which it does not do for bad input.
+    """
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ', did you mean X?' for the nearest known name, else the list of all."""
     known = sorted(known)

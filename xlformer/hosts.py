@@ -24,7 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from xlformer import command, storage, workdirs
-from xlformer.errors import UserError
+from xlformer.errors import UserError, WorthAnotherTry
 from xlformer.training.watchdog import HUNG, Watchdog
 
 SLOW_VIEW_S = 20  # a shared directory may show a new file that much later (NFS: 3-60)
@@ -223,7 +223,8 @@ def leaving_at_once():
             code = 1
             if isinstance(error, UserError):
                 print(f"error: {error}", file=sys.stderr)
-                code = command.USER_ERROR_EXIT_CODE
+                if not isinstance(error, WorthAnotherTry):
+                    code = command.USER_ERROR_EXIT_CODE
             else:
                 traceback.print_exc()
             sys.stdout.flush()

@@ -171,6 +171,9 @@ CHECKS = {
     "step, data 2 x fsdp 2 x tensor 2": lambda: train_step(
         "v5e:2x4", MIXED, "auto", **TWO_LAYERS
     ),
+    "step, data 2 x fsdp 2 x tensor 2, layers one by one": lambda: train_step(
+        "v5e:2x4", MIXED, "pallas_tpu", **TWO_LAYERS | {"scan_layers": False}
+    ),
     "step, data 2 x fsdp 2 x tensor 2, xla": lambda: train_step(
         "v5e:2x4", MIXED, "xla", **TWO_LAYERS
     ),

@@ -23,6 +23,7 @@ CHOICES = {
     "remat": ("none", "attention", "full"),
     "attention": ("auto", *IMPLEMENTATIONS),
 }
+LARGEST = (1 << 31) - 1  # what XLA counts positions with
 POSITIVE = ("n_layer", "d_model", "n_head", "d_inner", "div_val")
 NOT_NEGATIVE = (
     "memory_length",
@@ -121,6 +122,11 @@ class TransformerXLConfig:
                 least = "at least 1" if field in POSITIVE else "not negative"
                 raise UserError(
                     f"config.model.{field}={getattr(self, field)} must be {least}"
+                )
+            if getattr(self, field) > LARGEST:
+                raise UserError(
+                    f"config.model.{field}={getattr(self, field)} is out of memory for "
+                    f"any machine: at most {LARGEST}"
                 )
         for field in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, field) < 1:

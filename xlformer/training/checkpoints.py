@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from xlformer import storage
-from xlformer.errors import UserError
+from xlformer.errors import UserError, WorthAnotherTry
 from xlformer.training.integrity import (
     Corrupt,
     read_config,
@@ -191,7 +191,9 @@ class Checkpoints:
                 pass
             self._manager = self._open()  # also removes what the failed save has left
         left = self.latest()
-        raise UserError(
+        # Among several hosts the death of another looks the same.
+        kind = WorthAnotherTry if jax.process_count() > 1 else UserError
+        raise kind(
             f"{self.directory}: saving failed ({reason(error)}); "
             f"the latest checkpoint is {'none' if left is None else f'step {left}'}"
         ) from error

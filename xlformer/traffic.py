@@ -1,0 +1,157 @@
+"""What a compiled program sends between devices, and the least that it must."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_OPERATION = re.compile(
+    r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+    r"(-start)?\("
+)
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|true_computation|false_computation)=%([\w.-]+)"
+)
+_LOOP = re.compile(r"condition=%([\w.-]+), body=%([\w.-]+)")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONSTANT = re.compile(r"= s\d+\[\]\S* constant\((\d+)\)")
+
+
+class Collective(NamedTuple):
+    """One kind of exchange in one step.
+
+    Attributes:
+      count: how many there are.
+      size: bytes of their results, on one device.
+      sent: bytes that a device sends where they go around a ring.
+    """
+
+    count: int
+    size: float
+    sent: float
+
+
+def collectives(text: str, devices: int) -> dict[str, Collective]:
+    """Reads them from Compiled.as_text(); those in a loop count once a round.
+
+    A TPU's compiler spreads one exchange over several operations of one chain: they
+    count once.
+    """
+    bodies, entry = _computations(text)
+    found: dict[str, Collective] = {}
+    chains = set()
+
+    def visit(name, times):
+        for line in bodies.get(name, ()):
+            if loop := _LOOP.search(line):
+                visit(loop[2], times * _trips(line, bodies.get(loop[1], ())))
+            for called in _CALLED.findall(line):
+                visit(called, times)
+            if not (match := _OPERATION.search(line)):
+                continue
+            if chain := _CHAIN.search(line):
+                if chain[1] in chains:
+                    continue
+                chains.add(chain[1])
+            scattered = name.startswith("all-reduce-scatter")
+            kind, size, sent = _measure(match, line, devices, scattered=scattered)
+            before = found.get(kind, Collective(0, 0, 0))
+            add = (times, times * size, times * sent)
+            found[kind] = Collective(*(a + b for a, b in zip(before, add, strict=True)))
+
+    visit(entry, 1)
+    return found
+
+
+def _computations(text: str):
+    bodies: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            name = header[2]
+            entry = name if header[1] else entry
+            bodies[name] = []
+        elif name:
+            bodies[name].append(line)
+    return bodies, entry
+
+
+def _trips(line: str, condition) -> int:
+    """Rounds of a loop: stated, or the number that its counter is compared with."""
+    if stated := _TRIPS.search(line):
+        return int(stated[1])
+    bounds = [int(m[1]) for m in map(_CONSTANT.search, condition) if m]
+    return max(bounds, default=1)
+
+
+def _measure(match, line: str, devices: int, *, scattered: bool):
+    kind, size, n = match[2], _bytes(match[1]), _group(line, devices)
+    if match[3] and kind == "all-gather":
+        size *= n / (n + 1)  # what goes in stands beside what comes out
+    elif match[3] and kind == "collective-permute":
+        size /= 2
+    if scattered:  # a reduce-scatter, as a TPU's compiler writes it
+        kind, size = "reduce-scatter", size / n
+    passed = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1}
+    passed["collective-permute"] = 1
+    return kind, size, size * passed.get(kind, (n - 1) / n)
+
+
+def _bytes(shape: str) -> float:
+    total = 0.0
+    for dtype, sizes in _ARRAY.findall(shape):
+        bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+        total += math.prod(map(int, filter(None, sizes.split(",")))) * bits / 8
+    return total
+
+
+def _group(line: str, devices: int) -> int:
+    """How many devices take part together."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(listed[1].split(","))
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(counted[1])
+    return devices
+
+
+def least(abstract, placed, sizes: Mapping[str, int], *, dtype, config) -> dict:
+    """Bytes that each device must send in a step, by reason.
+
+    Each gradient once around the copies that differ; split parameters gathered for the
+    forward and for the backward pass in the compute dtype, their gradients scattered;
+    with `tensor`, a sum of activations in each half of each layer, and of its backward.
+    """
+    data, fsdp, tensor = (sizes[axis] for axis in ("data", "fsdp", "tensor"))
+    width = np.dtype(dtype).itemsize
+    found = dict.fromkeys(("gradients", "parameters", "activations"), 0.0)
+    shardings = jax.tree.leaves(placed.params)
+    for x, place in zip(jax.tree.leaves(abstract.params), shardings, strict=True):
+        here = math.prod(place.shard_shape(x.shape))
+        axes = {a for part in place.spec for a in _axes(part)}
+        whole = here * (fsdp if "fsdp" in axes else 1)
+        ring = 2 * (data - 1) / data
+        found["gradients"] += 4 * here * ring
+        if "fsdp" in axes:
+            found["gradients"] += 4 * whole * (fsdp - 1) / fsdp
+            found["parameters"] += 2 * width * whole * (fsdp - 1) / fsdp
+        else:
+            found["gradients"] += 4 * here * 2 * (fsdp - 1) / fsdp
+    model, train = config.model, config.train
+    tokens = train.batch_size * train.segment_length / (data * fsdp)
+    sums = 4 * model.get("n_layer", 0) * tokens * model.get("d_model", 0) * width
+    found["activations"] = sums * 2 * (tensor - 1) / tensor
+    return found
+
+
+def _axes(part) -> tuple[str, ...]:
+    if part is None:
+        return ()
+    return (part,) if isinstance(part, str) else tuple(part)

@@ -8,6 +8,6 @@ def test_kill_9_of_random_processes_loses_nothing_that_was_committed(tmp_path):
     found = kills.soak(tmp_path, kills=3, processes=2, devices=1, steps=300, seed=seed)
     print(found)  # shown if this fails
     assert found["kills"] >= 2  # a late one may meet a run that is over
-    assert found["attempts"] > found["kills"]
+    assert found["attempts"] >= 2  # one that dies before it restores is not counted
     assert found["leaves_that_differ"] == []
     assert 0 < found["goodput"] < 1

@@ -252,7 +252,7 @@ def test_state_that_does_not_fit(changes, message):
         ({"attn_type": 7}, "config.model.attn_type=7"),
         ({"n_layer": 10**9}, "lacks 'layers.3."),  # before any memory is asked for
         ({"n_token": 10**15}, "the hparams say"),
-        ({"d_inner": 10**15}, "the hparams say"),
+        ({"d_inner": 10**15}, "config.model.d_inner=1000000000000000"),
         ({"n_head": 0}, "n_head=0 must be at least 1"),
     ],
 )

@@ -1,4 +1,6 @@
-"""kill -9 of random processes at random moments: python tests/soak/kills.py
+"""kill -9 of random processes at random moments.
+
+    PYTHONPATH=tests python tests/soak/kills.py
 
 Trains a small model in --processes processes under launch/supervise.py, and kills one
 of them --kills times: while it starts, compiles, trains, validates or saves. At every
@@ -19,15 +21,13 @@ import sys
 import tempfile
 import time
 
+import cluster
+from training_runs import write_text
+
+from xlformer.training import goodput, integrity, metrics
+from xlformer.training.checkpoints import Checkpoints
+
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import cluster  # noqa: E402
-from training_runs import write_text  # noqa: E402
-
-from xlformer.training import goodput, integrity, metrics  # noqa: E402
-from xlformer.training.checkpoints import Checkpoints  # noqa: E402
-
 EVERY = 50  # steps between two saves
 PACE_S = 0.01  # a step: long enough that a save is over before the next one
 AT_START = 0.3  # of the kills: before the restarted run has made a step

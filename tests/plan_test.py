@@ -1,12 +1,23 @@
 """Plans: the FLOPs of the paper's models, what a program sends, what does not fit."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
-from training_runs import quick_jit, refusal
+from training_runs import PERIOD, SYMBOLS, quick_jit, refusal
 
-from xlformer import chips, flops, models, plan, rehearsal, sharding, traffic
+from xlformer import (
+    chips,
+    flops,
+    models,
+    plan,
+    prepare,
+    rehearsal,
+    sharding,
+    topologies,
+    traffic,
+)
 from xlformer import config as config_lib
 
 WT103_SHARES = (0.86, 0.055, 0.06, 0.025)
@@ -149,6 +160,37 @@ def test_layers_in_a_loop_are_all_counted():
     assert a["bytes"] == pytest.approx(b["bytes"], rel=0.1)
 
 
+def test_a_compiler_that_counts_nothing_is_no_reason_to_fail(monkeypatch, capsys):
+    real = plan._step
+
+    def step(*arguments):
+        compiled = real(*arguments)
+        return SimpleNamespace(
+            memory_analysis=compiled.memory_analysis,
+            cost_analysis=lambda: None,  # as for a GPU that is not here
+            as_text=compiled.as_text,
+        )
+
+    monkeypatch.setattr(plan, "_step", step)
+    arguments = ["--config=quickstart:debug", "--topology=local", "--mesh=data=2"]
+    with quick_jit():
+        assert plan.main([*arguments, "--all_layers"]) == 0
+    shown = capsys.readouterr().out
+    assert "compiled in" in shown and "all-reduce" in shown
+    assert "FLOP and" not in shown
+
+
+def test_without_a_compiler_it_is_arithmetic_and_says_so(monkeypatch, capsys):
+    def missing(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", missing)
+    assert plan.main(["--config=enwik8_base:batch=64", "--topology=h200:8"]) == 0
+    shown = capsys.readouterr().out
+    assert "arithmetic, nothing compiled" in shown and "xlformer[cuda12]" in shown
+    assert "131.32 GiB" in shown
+
+
 # Memory and money ---------------------------------------------------------------------
 
 
@@ -204,6 +246,20 @@ def test_a_chip_is_known_by_the_longest_name():
 
 
 # Bad input ----------------------------------------------------------------------------
+
+
+def test_the_vocabulary_is_that_of_prepared_data(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(PERIOD * 61, encoding="utf-8")
+    config = config_lib.load(f"text:path={text},unit=chars,debug")
+    line = refusal(rehearsal.vocab_size, "text", config)
+    assert "config.model.vocab_size" in line and "config.data.directory" in line
+    config.data.directory = str(tmp_path / "prepared")
+    refusal(rehearsal.vocab_size, "text", config)
+    size = prepare.prepare(config.data).vocabulary.size
+    assert rehearsal.vocab_size("text", config) == size >= SYMBOLS
+    config.model.vocab_size = 99
+    assert rehearsal.vocab_size("text", config) == 99
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises UserError for an unknown name, argument, field or a value of another type.
     """
     name, _, argument = spec.partition(":")
-    get_config = _module(name).get_config
+    get_config = module(name).get_config
     known = list(inspect.signature(get_config).parameters.values())
     config = get_config(**parse_argument(argument, {p.name: p.default for p in known}))
     config.name = config.name or pathlib.Path(name).stem
@@ -128,7 +128,8 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
-def _module(name: str):
+def module(name: str):
+    """The Python module of a config: a named one, or a file's. Raises UserError."""
     path = pathlib.Path(name)
     if path.suffix != ".py":
         candidates = [d / f"{name}.py" for d in directories()]
@@ -140,11 +141,11 @@ def _module(name: str):
     elif not path.is_file():
         raise UserError(f"--config={name}: no such file")
     spec = importlib.util.spec_from_file_location(f"xlformer_config_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    if not hasattr(found, "get_config"):
         raise UserError(f"--config={name}: the file defines no get_config function")
-    return module
+    return found
 
 
 def parse_argument(argument: str, defaults: Mapping) -> dict:

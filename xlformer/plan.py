@@ -2,10 +2,10 @@
 --topology=v5p:4x4x4.
 
 Compiles the training step with the compiler of that machine, where it is installed
-(pip install 'xlformer[tpu]'), and reads from the program what it will take: memory,
-FLOPs, traffic. Elsewhere, and with --arithmetic, it is arithmetic, and says so. The
-schedule is priced at an assumed MFU. Exit code 1 if the memory is too small. No data
-is needed.
+(pip install 'xlformer[tpu]' or 'xlformer[cuda12]'), and reads from the program what it
+will take: memory, FLOPs, traffic. Elsewhere, and with --arithmetic, it is arithmetic,
+and says so. The schedule is priced at an assumed MFU. Exit code 1 if the memory is too
+small. No data is needed.
 """
 
 from __future__ import annotations
@@ -17,19 +17,24 @@ import sys
 import time
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import topologies
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType
 
-from xlformer import chips, command, flops, models, rehearsal, sharding, traffic
+from xlformer import (
+    chips,
+    command,
+    flops,
+    models,
+    rehearsal,
+    sharding,
+    topologies,
+    traffic,
+)
 from xlformer import config as config_lib
 from xlformer.errors import UserError
 from xlformer.models.base import compute_dtype
 from xlformer.plan_text import table
 
-AXES = {"v5e": 2, "v5p": 3, "v6e": 2, "h100": 1, "h200": 1}  # numbers in NAME:AxBxC
-KNOWN = "v5e:4x4, v6e:4x4, v5p:4x4x4 (any slice that exists), h100, h200:8, local"
 # Kept for the backward pass of a layer without remat, in numbers a token. Fitted to
 # what libtpu 0.0.42 makes of 4 rows on a v5e: 1.3 GiB of enwik8_base, 6.6 of _large.
 PER_WIDTH, PER_INNER = 13, 8
@@ -59,14 +64,14 @@ def plan(
     Raises:
       UserError: an unknown topology, or a mesh or batch that does not fit it.
     """
-    name, devices, note = _devices(topology, arithmetic=arithmetic)
-    chip = chips.CHIPS.get(name)
-    if topology == "local":
-        chip = chips.of_kind(devices[0].device_kind)
-    elif config.model.dtype == "auto":
+    chip, mesh, note = _machine(
+        *(topology, sizes or dict(config.mesh)),
+        rows=config.train.batch_size,
+        arithmetic=arithmetic,
+    )
+    if topology != "local" and config.model.dtype == "auto":
         with config.unlocked():
             config.model.dtype = "bfloat16"  # 'auto' would ask the devices here
-    mesh = _mesh(sizes or dict(config.mesh), devices, config.train.batch_size)
     sharding.check(config, mesh)
     model = models.build(config.model, vocab_size=rehearsal.vocab_size(spec, config))
     abstract, placed = rehearsal.shapes(config, model, mesh)
@@ -98,51 +103,21 @@ def plan(
 # The machine --------------------------------------------------------------------------
 
 
-def _devices(topology: str, *, arithmetic: bool):
-    """(name, devices or how many there are, why nothing can be compiled)."""
-    name, _, shape = topology.partition(":")
+def _machine(topology: str, sizes: dict, *, rows: int, arithmetic: bool):
+    """(chip or None if not known, mesh, why nothing can be compiled)."""
     if topology == "local":
-        return name, jax.devices(), "--arithmetic" if arithmetic else None
-    counts = [int(n) for n in shape.split("x") if n.isdecimal()]
-    if name in ("h100", "h200") and not shape:
-        counts, shape = [1], "1"
-    exact = "x".join(map(str, counts)) == shape
-    if len(counts) != AXES.get(name) or not exact or 0 in counts:
-        raise UserError(f"--topology={topology} is unknown; known: {KNOWN}")
-    if arithmetic:
-        return name, math.prod(counts), "--arithmetic"
-    if name in ("h100", "h200"):
-        note = "programs for GPUs are compiled on one: there use --topology=local"
-        return name, math.prod(counts), note
-    try:
-        found = topologies.get_topology_desc(topology, platform="tpu").devices
-    except jax.errors.JaxRuntimeError as error:
-        line = command.reason(error)
-        raise UserError(f"--topology={topology}: {line}; known: {KNOWN}") from error
-    except RuntimeError:
-        note = "the TPU compiler is not installed: pip install 'xlformer[tpu]'"
-        return name, math.prod(counts), note
-    return name, found, None
-
-
-def _mesh(sizes: dict, devices, rows: int) -> Mesh | AbstractMesh:
-    """As sharding.make_mesh, but of devices that are not here, or of a mere number."""
-    if not isinstance(devices, int) and devices[0] in jax.devices():
-        return sharding.make_mesh(sizes, rows=rows, where="--mesh")
-    have = devices if isinstance(devices, int) else len(devices)
-    sizes = {axis: sizes.get(axis, 1) for axis in sharding.AXES}
-    shown = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-    free = [axis for axis, size in sizes.items() if size == -1]
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if fixed < 1 or len(free) > 1 or fixed > have or (free and have % fixed):
-        raise UserError(f"--mesh: {shown} does not fit onto {have} devices")
-    if free:
-        sizes[free[0]] = have // fixed
-    types, shape = (AxisType.Auto,) * len(sizes), tuple(sizes.values())
-    if isinstance(devices, int):
-        return AbstractMesh(shape, tuple(sizes), axis_types=types)
-    picked = np.array(devices[: math.prod(shape)]).reshape(shape)
-    return Mesh(picked, tuple(sizes), axis_types=types)
+        chip = chips.of_kind(jax.devices()[0].device_kind)
+        mesh = sharding.make_mesh(sizes, rows=rows, where="--mesh")
+        return chip, mesh, "--arithmetic" if arithmetic else None
+    found = topologies.find(topology, compiler=not arithmetic)
+    chip = chips.CHIPS[found.chip]
+    if found.devices:
+        mesh = sharding.make_mesh(sizes, devices=found.devices, where="--mesh")
+        return chip, mesh, None
+    sizes = sharding.fit_mesh(sizes, found.count, where="--mesh")
+    types = (AxisType.Auto,) * len(sizes)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+    return chip, mesh, "--arithmetic" if arithmetic else found.note
 
 
 # Memory -------------------------------------------------------------------------------
@@ -245,14 +220,15 @@ def _count(found, config, model, mesh, compiled, *, all_layers: bool) -> None:
         return
     looped = config.model.get("scan_layers") and config.model.get("n_layer", 1) > 1
     cost = compiled.cost_analysis()
-    if looped and all_layers:
+    if cost and looped and all_layers:
         cost = _cost(config, model, mesh)
-    found["compiler"] = {
-        "all_layers": all_layers or not looped,
-        "flops": cost.get("flops"),
-        "bytes": cost.get("bytes accessed"),
-        "seconds": cost.get("optimal_seconds"),
-    }
+    if cost:  # The compiler for GPUs that are not here counts nothing.
+        found["compiler"] = {
+            "all_layers": all_layers or not looped,
+            "flops": cost.get("flops"),
+            "bytes": cost.get("bytes accessed"),
+            "seconds": cost.get("optimal_seconds"),
+        }
     found["collectives"] = {
         kind: one._asdict()
         for kind, one in traffic.collectives(compiled.as_text(), mesh.size).items()
@@ -311,7 +287,7 @@ def _time(found, chip, config, links: dict, *, mfu: float, price) -> None:
 def _main(argv) -> int:
     parser = command.Parser(prog="python -m xlformer.plan", description=__doc__)
     parser.add_argument("--config", required=True, help="NAME[:args] or FILE.py[:args]")
-    parser.add_argument("--topology", required=True, help=KNOWN)
+    parser.add_argument("--topology", required=True, help=topologies.KNOWN)
     parser.add_argument("--mesh", help=sharding.MESH_HELP)
     parser.add_argument("--mfu", type=float, default=0.4, help="assumed")
     parser.add_argument("--price_per_chip_hour", type=float)

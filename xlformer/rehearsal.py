@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xlformer import config as config_lib
-from xlformer import models, sharding
+from xlformer import models, sharding, storage
 from xlformer.data.stream import Stream
 from xlformer.errors import UserError
 from xlformer.training import optimizers, state, steps
@@ -36,16 +36,24 @@ class Step(NamedTuple):
 
 
 def vocab_size(spec: str, config) -> int:
-    """What the config says, or its file in VOCAB_SIZE; no data is looked at."""
+    """What the config says, or its file in VOCAB_SIZE, or the data.
+
+    Data is looked at only in a config.data.directory that exists, as training would.
+    """
     if config.model.vocab_size is not None:
         return config.model.vocab_size
-    found = getattr(config_lib._module(spec.partition(":")[0]), "VOCAB_SIZE", None)
-    if found is None or config.data.tokenizer or config.data.unit != "bytes":
-        raise UserError(
-            f"--config={spec}: the size of the vocabulary comes from the data: pass "
-            "--config.model.vocab_size"
-        )
-    return found
+    found = getattr(config_lib.module(spec.partition(":")[0]), "VOCAB_SIZE", None)
+    if found and not config.data.tokenizer and config.data.unit == "bytes":
+        return found
+    directory = config.data.directory
+    if directory and storage.path(directory).expanduser().exists():
+        from xlformer import prepare  # TFDS, which only this case needs
+
+        return prepare.prepare(config.data).vocabulary.size
+    raise UserError(
+        f"--config={spec}: the size of the vocabulary comes from the data: pass "
+        "--config.model.vocab_size, or --config.data.directory with it prepared"
+    )
 
 
 def shapes(config, model: models.Model, mesh):

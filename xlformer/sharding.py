@@ -36,13 +36,42 @@ RULES = {
 
 
 def make_mesh(
-    sizes: Mapping[str, int], *, rows: int = 0, where: str = "config.mesh"
+    sizes: Mapping[str, int],
+    *,
+    devices: Sequence | None = None,
+    rows: int = 0,
+    where: str = "config.mesh",
 ) -> Mesh:
     """The mesh of all devices; a size of -1 is whatever is left.
 
     In one process a smaller mesh takes the first devices, and data=-1 no more of them
-    than divide `rows`. Raises UserError.
+    than divide `rows`. `devices` may be of a machine that is not here, to compile for.
+    Raises UserError.
     """
+    have = jax.device_count() if devices is None else len(devices)
+    elsewhere = devices is not None or jax.process_count() > 1
+    sizes = fit_mesh(sizes, have, rows=0 if elsewhere else rows, where=where)
+    wanted = math.prod(sizes.values())
+    if wanted < have and devices is None and jax.process_count() > 1:
+        shown = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise UserError(
+            f"{where}: {shown} leaves {have - wanted} of {have} devices idle, which "
+            "several hosts cannot do"
+        )
+    types = (AxisType.Auto,) * len(AXES)
+    if devices is not None:
+        # As they come: make_mesh wants whole tori, a smaller mesh takes the first.
+        picked = np.array(devices[:wanted]).reshape(tuple(sizes.values()))
+        return Mesh(picked, AXES, axis_types=types)
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=types, devices=jax.devices()[:wanted]
+    )
+
+
+def fit_mesh(
+    sizes: Mapping[str, int], have: int, *, rows: int = 0, where: str
+) -> dict[str, int]:
+    """The size of every axis on so many devices; see make_mesh."""
     sizes = {axis: sizes.get(axis, 1) for axis in AXES}
     shown = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -50,29 +79,17 @@ def make_mesh(
         raise UserError(
             f"{where}: {shown}: sizes are at least 1, and at most one is -1"
         )
-    have = jax.device_count()
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free:
         sizes[free[0]] = max(have // fixed, 1)
     wanted = math.prod(sizes.values())
     if wanted > have or (free and wanted < have):
         raise UserError(f"{where}: {shown} does not fit onto {have} devices")
-    if free == ["data"] and rows and jax.process_count() == 1:
+    if free == ["data"] and rows:
         most, fsdp = sizes["data"], sizes["fsdp"]
         fitting = [n for n in range(1, most + 1) if rows % (n * fsdp) == 0]
         sizes["data"] = max(fitting, default=most)
-        wanted = math.prod(sizes.values())
-    if wanted < have and jax.process_count() > 1:
-        raise UserError(
-            f"{where}: {shown} leaves {have - wanted} of {have} devices idle, which "
-            "several hosts cannot do"
-        )
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-        devices=jax.devices()[:wanted],
-    )
+    return sizes
 
 
 def parse_mesh(text: str) -> dict[str, int]:

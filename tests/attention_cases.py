@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from quick import jit
 
+from xlformer import sharding
 from xlformer.kernels.relative_attention import relative_attention
 
 NAMES = ("qu_BTHK", "qw_BTHK", "k_BSHK", "v_BSHK", "r_SHK")
@@ -147,3 +150,108 @@ def probabilities(implementation, *, rate, key, T=11, M=6, H=2, B=2):
         )
 
     return np.asarray(jit(apply)(arrays, key))
+
+
+def starts(B, T, M, at):
+    """Resets of row 0 at these queries; row 1 has 2 valid slots of memory."""
+    start_BT = np.zeros((B, T), np.int32)
+    for t in at:
+        start_BT[0, t:] = M + t
+    start_BT[1:] = max(M - 2, 0)
+    return start_BT
+
+
+# (T, M, K, tile of queries, of keys, options): ragged, longer than each other, wholly
+# out of sight.
+TILES = [
+    (37, 21, 80, 8, 24, {}),
+    (29, 50, 64, 8, 16, dict(window=11)),
+    (40, 0, 41, 16, 16, dict(at=(0, 17, 39))),
+    (33, 47, 128, 8, 32, dict(at=(9, 10), window=40)),
+]
+
+
+def check_tiles(implementation, T, M, K, options):
+    """Against `xla`, with dropout and one more column of positions."""
+    options = dict(options)
+    if "at" in options:
+        options["key_start_BT"] = starts(2, T, M, options.pop("at"))
+    options |= dict(
+        dropout_rate=0.25, dropout_key=jax.random.split(jax.random.key(1), 2)
+    )
+    arrays = make_arrays(T=T, M=M, K=K, R=K + 1, H=2)
+    arrays = [x / K**0.25 for x in arrays]  # scores of about 1 at any width
+    found = values_and_gradients(arrays, implementation, **options)
+    check_close(*found, *values_and_gradients(arrays, "xla", **options))
+
+
+def check_bfloat16(implementation):
+    """At most twice as far from float32 as `xla` in bfloat16."""
+    exact = make_arrays(T=20, M=12, K=16)
+    low = [jnp.asarray(x / 2, jnp.bfloat16) for x in exact]
+    found = values_and_gradients(low, implementation)
+    plain = values_and_gradients(low, "xla")
+    best = values_and_gradients([x.astype(jnp.float32) for x in low], "xla")
+    leaves = map(jax.tree.leaves, (found, plain, best))
+    for actual, other, exact in zip(*leaves, strict=True):
+        assert actual.dtype == jnp.bfloat16
+        error = np.abs(np.asarray(actual, np.float32) - exact).max()
+        assert error < 2 * np.abs(np.asarray(other, np.float32) - exact).max()
+
+
+def check_over_mesh(implementation, *, B, manual):
+    """2 x 2 x 2 devices against one; with `manual`, `data` is already split around."""
+    T, M, H = 10, 7, 4
+    arrays = make_arrays(B=B, T=T, M=M, H=H)
+    dy_BTHK = np.random.default_rng(1).normal(size=arrays[0].shape).astype(np.float32)
+    rows = {
+        "arrays": arrays[:4],
+        "dy": dy_BTHK,
+        "start": starts(B, T, M, (3, 9)),
+        "keys": jax.random.split(jax.random.key(0), B),
+    }
+
+    def both(rows, r_SHK, implementation):
+        def forward(arrays):
+            return relative_attention(
+                *arrays,
+                key_start_BT=rows["start"],
+                dropout_rate=0.2,
+                dropout_key=rows["keys"],
+                implementation=implementation,
+            )
+
+        y_BTHK, vjp = jax.vjp(forward, [*rows["arrays"], r_SHK])
+        *grads, dr_SHK = vjp(rows["dy"])[0]
+        return y_BTHK, grads, dr_SHK
+
+    def on_mesh(rows, r_SHK):
+        if not manual:
+            return both(rows, r_SHK, implementation)
+
+        def local(rows, r_SHK):
+            y_BTHK, grads, dr_SHK = both(rows, r_SHK, implementation)
+            return y_BTHK, grads, jax.lax.psum(dr_SHK, "data")
+
+        return jax.shard_map(
+            local,
+            in_specs=(P("data"), P()),
+            out_specs=(P("data"), P("data"), P()),
+            axis_names={"data"},
+            check_vma=False,
+        )(rows, r_SHK)
+
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+
+    def put(x):
+        names = ("batch", None, "heads", None)[: x.ndim]
+        return jax.device_put(
+            x, NamedSharding(mesh, sharding.spec(x.shape, names, mesh.shape))
+        )
+
+    split = jax.tree.map(put, rows)
+    with jax.set_mesh(mesh):
+        found = jit(on_mesh)(split, arrays[4])
+    expected = jit(both, static_argnums=2)(rows, arrays[4], "xla")
+    for actual, array in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(actual, array, atol=1e-5, rtol=1e-5)

@@ -201,9 +201,9 @@ def test_the_probe_compiles_both_kernels_while_another_program_is_traced(monkeyp
         )
 
     def traced(x):
-        pallas_tpu.compile_alone(case)
+        pallas_tpu.try_out(case)
         with pytest.raises(ValueError, match="interpret"):  # the CPU's compiler
-            pallas_tpu.compile_alone(dataclasses.replace(case, interpret=False))
+            pallas_tpu.try_out(dataclasses.replace(case, interpret=False))
         return x
 
     with jax.set_mesh(sharding.make_mesh({"data": 8})):

@@ -136,7 +136,7 @@ def test_every_implementation_drops_what_the_hash_says(small_chunks):
         rate,
     )
     expected_BTHS = np.where(keep_BTHS, kept_BTHS / (1 - rate), 0)
-    for name in ("xla", "blocked", "pallas_tpu"):
+    for name in ("xla", "blocked", "pallas_tpu", "pallas_gpu"):
         with interpreted(query_tile=8, key_tile=8):
             found_BTHS = probabilities(name, rate=rate, key=keys)
         np.testing.assert_allclose(found_BTHS, expected_BTHS, atol=1e-6, err_msg=name)
@@ -212,7 +212,7 @@ def test_auto_falls_back_with_one_warning(caplog, monkeypatch):
     def fail(case):
         raise RuntimeError("Mosaic failed\nwith a long story")
 
-    monkeypatch.setattr(pallas_tpu, "compile_alone", fail)
+    monkeypatch.setattr(pallas_tpu, "try_out", fail)
     for _ in range(2):
         assert choose(case(T=300, M=3), "tpu") == "blocked"
     (record,) = caplog.records

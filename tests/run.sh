@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests in .venv of the repository: bash tests/run.sh [--aot | --aot=full]
 # [PYTEST ARGUMENTS]. With --aot also compiles kernels and training steps for TPUs that
-# are not here, in .venv-tpu (500 MB; about two minutes); --aot=full whole models too.
+# are not here, in .venv-tpu (500 MB; about two minutes, four at most); --aot=full whole
+# models too, and for an H100 that is not here, in .venv-cuda12 (5 GB).
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 # shellcheck source=launch/environment.sh disable=SC1091
@@ -21,23 +22,28 @@ for argument in "$@"; do
     esac
 done
 
-# compile_for_tpu PYTHON WHAT: where the compiler cannot be installed, says so and is
+# compile_for KIND MODULE SECONDS ARGUMENTS: runs python with the compiler of KIND, the
+# extra that brings MODULE, in .venv-KIND. Where that cannot be installed, says so and is
 # content.
-compile_for_tpu() {
-    local python=$1 what=$2 venv="$ROOT/.venv-tpu" stamp current
-    stamp="$venv/installed-tpu"
+compile_for() {
+    local kind=$1 module=$2 limit=$3 venv="$ROOT/.venv-$1" stamp current
+    stamp="$venv/installed-$kind"
     current=$({ printf '%s\n' "$ROOT"; cat "$ROOT/setup.py"; } | cksum)
     if [[ ! -f $stamp || $(<"$stamp") != "$current" ]]; then
-        say "aot: installing the TPU compiler into $venv (minutes the first time)"
+        say "aot: installing the compiler [$kind] into $venv (minutes the first time)"
         make_venv "$python" "$venv" || return
-        if ! "$venv/bin/python" -m pip install --quiet --editable "${ROOT}[tpu]" ||
-            ! "$venv/bin/python" -c 'import libtpu'; then
-            say "aot: skipped: libtpu cannot be installed here"
+        if ! "$venv/bin/python" -m pip install --quiet --editable "${ROOT}[$kind]" ||
+            ! "$venv/bin/python" -c "import $module"; then
+            say "aot: skipped: $module cannot be installed here"
             return
         fi
         printf '%s\n' "$current" >"$stamp"
     fi
-    "$venv/bin/python" tests/aot/compile_tpu.py "$what"
+    timeout --kill-after=10 "$limit" "$venv/bin/python" "${@:4}" || {
+        local status=$?
+        [[ $status -ne 124 ]] || say "aot: not done after $limit s"
+        return "$status"
+    }
 }
 
 python=$(find_python)
@@ -47,7 +53,11 @@ cd "$ROOT"
 # core. A file stays in one process, which its fixtures and compiled functions share.
 status=0
 .venv/bin/python -m pytest -n 2 --dist loadfile ${arguments[@]+"${arguments[@]}"} || status=$?
-if [[ -n $aot ]]; then
-    compile_for_tpu "$python" "$aot" || status=1
-fi
+case $aot in
+    some) compile_for tpu libtpu 240 tests/aot/compile_tpu.py || status=1 ;;
+    full)
+        compile_for tpu libtpu 1200 tests/aot/compile_tpu.py full || status=1
+        compile_for cuda12 jax_cuda12_plugin 1200 tests/aot/compile_gpu.py || status=1
+        ;;
+esac
 exit "$status"

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from xlformer.kernels import dma
 from xlformer.kernels import pallas_tpu_tiles as tiles
 from xlformer.kernels.over_mesh import over_mesh
 from xlformer.kernels.pallas_tpu_case import MOST_BYTES, Case
@@ -65,7 +66,13 @@ def attention(
 
 
 def _on_one_device(case, arrays):
-    B, T, H, _ = arrays["qu"].shape
+    o_BHTV = _attend(case, *_inputs(case, arrays))
+    return jnp.swapaxes(o_BHTV[:, :, : case.T], 1, 2)
+
+
+def _inputs(case, arrays):
+    """What the kernels read: arrays by name, first tiles of keys, seeds."""
+    B = arrays["qu"].shape[0]
     x = {}
     for name in ("qu", "qw", "k", "v"):
         if name in arrays:
@@ -85,8 +92,7 @@ def _on_one_device(case, arrays):
         x["start"] = jnp.pad(start_BT, edges, mode="edge")[:, None]
     first = jnp.broadcast_to(case.first_tiles(start_BT), (B, case.query_tiles)).ravel()
     seeds = arrays["seeds"].ravel() if case.rate else jnp.zeros(1, jnp.int32)
-    o_BHTV = _attend(case, x, first, seeds)
-    return jnp.swapaxes(o_BHTV[:, :, :T], 1, 2)
+    return x, first, seeds
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -95,14 +101,9 @@ def _attend(case, x, first, seeds):
 
 
 def _forward(case, x, first, seeds):
-    B, H, Tp, _ = x["qu"].shape
-    out = {
-        "o": jax.ShapeDtypeStruct((B, H, Tp, case.V), x["v"].dtype),
-        "lse": jax.ShapeDtypeStruct((B, H, 1, Tp), jnp.float32),
-    }
     wide = (case.Q, tiles.LANES)
     scratch = {"max": wide, "sum": wide, "o": (case.Q, case.V)}
-    y = _call(tiles.forward, case, x, first, seeds, out=out, scratch=scratch)
+    y = _call(tiles.forward, case, x, first, seeds, scratch=scratch)
     # Under a name: with both kept, rematerialisation runs no kernel again.
     o, lse = (checkpoint_name(y[name], OUTPUT_NAME) for name in ("o", "lse"))
     return o, (x, first, seeds, o, lse)
@@ -110,7 +111,6 @@ def _forward(case, x, first, seeds):
 
 def _backward(case, saved, do):
     x, first, seeds, o, lse = saved
-    shapes = {"dqu": x["qu"], "dk": x["k"], "dv": x["v"]}
     wide = (case.Q, tiles.LANES)
     scratch = {
         "dqu": (case.Q, case.K),
@@ -120,14 +120,10 @@ def _backward(case, saved, do):
         "delta": wide,
     }
     if case.R is not None:
-        shapes["dqw"] = x["qw"]
         scratch["dqw"] = (case.Q, case.R)
         scratch["rest"] = (case.Q, case.Q)
-    out = {k: jax.ShapeDtypeStruct(a.shape, a.dtype) for k, a in shapes.items()}
-    if case.R is not None:
-        out["dtable"] = jax.ShapeDtypeStruct(x["table"].shape, jnp.float32)
     inputs = {**x, "o": o, "lse": lse, "do": do}
-    y = _call(tiles.backward, case, inputs, first, seeds, out=out, scratch=scratch)
+    y = _call(tiles.backward, case, inputs, first, seeds, scratch=scratch)
     dx = {name[1:]: dy for name, dy in y.items()}
     dx = {name: dx[name].astype(a.dtype) for name, a in x.items() if name in dx}
     return {**dx, **{name: None for name in x.keys() - dx.keys()}}, None, None
@@ -136,9 +132,27 @@ def _backward(case, saved, do):
 _attend.defvjp(_forward, _backward)
 
 
-def _call(kernel, case, x, first, seeds, *, out, scratch):
+def _layout(kernel, case, x):
+    """(grid, the shapes of what comes out, the block of each array in a grid step)."""
+    B, H, Tp, _ = x["qu"].shape
+    if kernel is tiles.forward:
+        out = {
+            "o": jax.ShapeDtypeStruct((B, H, Tp, case.V), x["v"].dtype),
+            "lse": jax.ShapeDtypeStruct((B, H, 1, Tp), jnp.float32),
+        }
+    else:
+        names = [name for name in ("qu", "qw", "k", "v") if name in x]
+        out = {f"d{n}": jax.ShapeDtypeStruct(x[n].shape, x[n].dtype) for n in names}
+        if case.R is not None:
+            out["dtable"] = jax.ShapeDtypeStruct(x["table"].shape, jnp.float32)
+    grid = H, B, case.query_tiles, case.Sp // case.N
+    blocks = {name: _block(case, name, a.shape) for name, a in {**x, **out}.items()}
+    return grid, out, blocks
+
+
+def _call(kernel, case, x, first, seeds, *, scratch):
     """One pallas_call over the grid (heads, rows, tiles of queries, tiles of keys)."""
-    B, H, _, _ = x["qu"].shape
+    grid, out, blocks = _layout(kernel, case, x)
     if case.R is not None:
         scratch = scratch | {"raw": (case.Q, case.Q + case.N)}
     scratch = {name: pltpu.VMEM(shape, jnp.float32) for name, shape in scratch.items()}
@@ -150,9 +164,9 @@ def _call(kernel, case, x, first, seeds, *, out, scratch):
         functools.partial(kernel, shape=case),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(H, B, case.query_tiles, case.Sp // case.N),
-            in_specs=[{name: _block(case, name, a.shape) for name, a in x.items()}],
-            out_specs={name: _block(case, name, a.shape) for name, a in out.items()},
+            grid=grid,
+            in_specs=[{name: blocks[name] for name in x}],
+            out_specs={name: blocks[name] for name in out},
             scratch_shapes=[scratch],
         ),
         out_shape=out,
@@ -186,7 +200,48 @@ def _block(case, name, shape):
     return pl.BlockSpec((1, 1, case.N, shape[3]), seen)
 
 
-def compile_alone(case: Case) -> None:
+def copied_bytes(case: Case, *, rows: int, heads: int, start_BT=None) -> dict:
+    """What {'forward': ..., 'backward': ...} copy; see kernels/dma.py.
+
+    start_BT: of a case with starts, by default those of a full memory.
+    """
+    inputs = functools.partial(_inputs, case)
+    x, _, _ = jax.eval_shape(inputs, _arguments(case, rows, heads))
+    first = jnp.broadcast_to(case.first_tiles(start_BT), (rows, case.query_tiles))
+
+    def copied(kernel, x):
+        grid, out, blocks = _layout(kernel, case, x)
+        arrays, scalars = {**x, **out}, (first.ravel(), None)
+        found = dma.copied_bytes(grid, blocks, arrays, scalars=scalars)
+        return out, sum(found.values())
+
+    out, forward = copied(tiles.forward, x)
+    _, backward = copied(tiles.backward, {**x, **out, "do": out["o"]})
+    return {"forward": forward, "backward": backward}
+
+
+def _arguments(case: Case, B: int, H: int, **options) -> dict:
+    """Shapes of what `attention` is called with."""
+
+    def array(*shape, dtype=case.dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, **options)
+
+    found = {
+        "qu": array(B, case.T, H, case.K),
+        "k": array(B, case.S, H, case.K),
+        "v": array(B, case.S, H, case.V),
+    }
+    if case.R is not None:
+        found["qw"] = array(B, case.T, H, case.R)
+        found["r"] = array(case.S, H, case.R)
+    if case.starts:
+        found["start"] = array(B, case.T, dtype="int32")
+    if case.rate:
+        found["seeds"] = array(B, H, 2, dtype="int32")
+    return found
+
+
+def try_out(case: Case) -> None:
     """Compiles both kernels for the first device here, one row and one head.
 
     The numbers of rows and heads are loop bounds only. In a thread of its own: what is
@@ -196,29 +251,14 @@ def compile_alone(case: Case) -> None:
     if jax.default_backend() != "tpu":
         return
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def array(*shape, dtype=case.dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
-
-    arrays = {
-        "qu": array(1, case.T, 1, case.K),
-        "k": array(1, case.S, 1, case.K),
-        "v": array(1, case.S, 1, case.V),
-    }
-    if case.R is not None:
-        arrays["qw"] = array(1, case.T, 1, case.R)
-        arrays["r"] = array(case.S, 1, case.R)
-    other = {}
-    if case.starts:
-        other["start"] = array(1, case.T, dtype="int32")
-    if case.rate:
-        other["seeds"] = array(1, 1, 2, dtype="int32")
+    arguments = _arguments(case, 1, 1, sharding=device)
+    other = {k: arguments.pop(k) for k in ("start", "seeds") if k in arguments}
 
     def loss(arrays, other):
         return _on_one_device(case, {**arrays, **other}).astype(jnp.float32).sum()
 
     def compile_both():
-        jax.jit(jax.grad(loss)).lower(arrays, other).compile()
+        jax.jit(jax.grad(loss)).lower(arguments, other).compile()
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         pool.submit(compile_both).result()

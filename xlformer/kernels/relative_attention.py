@@ -16,14 +16,26 @@ import logging
 import jax
 
 from xlformer.errors import UserError, did_you_mean
-from xlformer.kernels import blocked, pallas_tpu, xla
+from xlformer.kernels import (
+    blocked,
+    pallas_gpu,
+    pallas_gpu_case,
+    pallas_tpu,
+    pallas_tpu_case,
+    xla,
+)
 from xlformer.kernels.dropout import seeds
-from xlformer.kernels.pallas_tpu_case import Case, refusal
+from xlformer.kernels.pallas_tpu_case import Case
 
 IMPLEMENTATIONS = {
     "xla": xla.attention,
     "blocked": blocked.attention,
     "pallas_tpu": pallas_tpu.attention,
+    "pallas_gpu": pallas_gpu.attention,
+}
+REFUSALS = {
+    "pallas_tpu": pallas_tpu_case.refusal,
+    "pallas_gpu": pallas_gpu_case.refusal,
 }
 FEW_QUERIES = 64  # Of a tile of 128 a kernel would waste more than half.
 
@@ -91,10 +103,10 @@ def relative_attention(
     elif implementation not in IMPLEMENTATIONS:
         near = did_you_mean(implementation, ["auto", *IMPLEMENTATIONS])
         raise UserError(f"config.model.attention={implementation!r}{near}")
-    elif implementation == "pallas_tpu":
-        why_not = refusal(case, platform())
+    elif implementation in REFUSALS:
+        why_not = REFUSALS[implementation](case, platform())
         if why_not:
-            raise UserError(f"config.model.attention='pallas_tpu': {why_not}")
+            raise UserError(f"config.model.attention={implementation!r}: {why_not}")
     with jax.named_scope(f"relative_attention_{implementation}"):
         return IMPLEMENTATIONS[implementation](
             qu_BTHK,
@@ -123,16 +135,19 @@ def choose(case: Case, platform: str) -> str:
         name, why = "blocked", "chunks of queries skip keys out of sight"
         if not case.causal and case.window is None:
             name, why = "xla", "every query sees every key"
-    if platform == "tpu":
-        refused = refusal(case, platform)
+    fused = f"pallas_{platform}"
+    if fused in REFUSALS:
+        refused = REFUSALS[fused](case, platform)
         if case.T < FEW_QUERIES:
             refused = f"{case.T} queries are too few for a tile"
+        if platform == "gpu" and case.dtype == "float32":
+            refused = "its float32 tiles need more registers than there are"
         if refused:
-            why += f"; not pallas_tpu: {refused}"
-        elif _compiles(case):
-            name, why = "pallas_tpu", "scores stay on the chip"
+            why += f"; not {fused}: {refused}"
+        elif _works(fused, case):
+            name, why = fused, "scores stay on the chip"
         else:
-            name, why = "blocked", "pallas_tpu does not compile"
+            name, why = "blocked", f"{fused} does not work"
     _say(name, f"{case.T} queries, {case.S} keys on {platform}: {why}")
     return name
 
@@ -143,17 +158,17 @@ def _say(name: str, why: str) -> None:
 
 
 @functools.cache
-def _compiles(case: Case) -> bool:
-    """Whether the kernel compiles here; warns if not.
+def _works(fused: str, case: Case) -> bool:
+    """Whether the kernel compiles here and does what it should; warns if not.
 
     Asked while tracing, because a failure inside of the whole program comes too late.
     """
     try:
-        pallas_tpu.compile_alone(case)
+        {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}[fused].try_out(case)
     except Exception as error:  # Whatever the compiler raises, there is another way.
         line = (str(error).strip() or repr(error)).splitlines()[0][:200]
         _log.warning(
-            "attention=auto: the fused kernel does not compile for %s; 'blocked' runs "
+            "attention=auto: the fused kernel does not work for %s; 'blocked' runs "
             "instead, which moves several times the bytes: %s",
             case,
             line,

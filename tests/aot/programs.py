@@ -1,0 +1,124 @@
+"""Attention and training steps, compiled for a machine that is not here."""
+
+import functools
+import sys
+import time
+import traceback
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from xlformer import config as config_lib
+from xlformer import models, sharding
+from xlformer.data.stream import Stream
+from xlformer.kernels.relative_attention import relative_attention
+from xlformer.topologies import mesh_of
+from xlformer.training import optimizers, state, steps
+
+ENWIK8 = dict(B=8, H=8, T=512, M=512, K=64)
+WT103 = dict(B=8, H=10, T=150, M=150, K=41)
+# The longest memory of the paper's evaluations: 24 layers on enwik8.
+LONG = dict(B=1, H=8, T=128, M=3800, K=128, window=3799)
+
+
+def attention(
+    topology,
+    implementation,
+    dtype,
+    *,
+    B,
+    H,
+    T,
+    M,
+    K,
+    R=None,
+    window=None,
+    rate=0.0,
+    wrap=lambda function: function,
+    compiler_options=None,
+):
+    """Forward and backward, partly filled memory, on one device."""
+    mesh, S, R = mesh_of(topology, {"data": 1}), M + T, R or K
+
+    def array(*shape, dtype=dtype):
+        sharding = NamedSharding(mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    arrays = [array(B, n, H, w) for n, w in ((T, K), (T, R), (S, K), (S, K))]
+    arrays.append(array(S, H, R))
+
+    def both(arrays, start_BT, dy_BTHK):
+        key = jax.random.key(0) if rate else None
+
+        def forward(arrays):
+            return relative_attention(
+                *arrays,
+                window=window,
+                key_start_BT=start_BT,
+                dropout_rate=rate,
+                dropout_key=key,
+                implementation=implementation,
+            )
+
+        y_BTHK, vjp = jax.vjp(wrap(forward), arrays)
+        return y_BTHK, vjp(dy_BTHK)
+
+    start_BT = array(B, T, dtype="int32")
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(both).lower(arrays, start_BT, array(B, T, H, K))
+        return lowered.compile(compiler_options)
+
+
+def train_step(topology, sizes, implementation, *, config="quickstart", **fields):
+    """The step of a config as `xlformer.train` would make it."""
+    config = config_lib.load(config)
+    config.model.update(attention=implementation, dtype="bfloat16", **fields)
+    train, mesh = config.train, mesh_of(topology, sizes)
+    model = models.build(config.model, vocab_size=256)
+    optimizer = optimizers.build(config.optimizer)
+    schedule = optimizers.learning_rate(config.optimizer, train.steps)
+    step = steps.make_step(config, model, optimizer, schedule)
+    create = functools.partial(state.create, config, model, optimizer)
+    sizes = dict(batch_size=train.batch_size, segment_length=train.segment_length)
+    tokens = np.zeros(4 * train.batch_size * train.segment_length, np.uint8)
+    batch = jax.tree.map(np.asarray, Stream(tokens, **sizes).at(0))
+    split = PartitionSpec(sharding.RULES["batch"])
+    rows = {
+        name: NamedSharding(mesh, split if x.ndim else PartitionSpec())
+        for name, x in batch.items()
+    }
+    key = jax.random.key(0)
+    with jax.set_mesh(mesh):  # It says which machine is meant.
+        abstract = jax.eval_shape(create, key)
+        placed = sharding.train_state(mesh, abstract, model)
+        jitted = jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(placed, rows),
+            out_shardings=(placed, sharding.replicated(mesh)),
+        )
+        return jitted.lower(abstract, batch).compile()
+
+
+def run(checks):
+    """A line for each; exit code 1 if one does not compile."""
+    failed = 0
+    for name, check in checks.items():
+        start = time.perf_counter()
+        try:
+            compiled = check()
+        except Exception:
+            traceback.print_exc()
+            print(f"FAILED {name}", flush=True)
+            failed += 1
+            continue
+        seconds = time.perf_counter() - start
+        temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        line = f"compiled {name}: {seconds:.1f} s, {temporary:,.0f} MiB temporary"
+        costs = compiled.cost_analysis()  # NVIDIA's compiler has none.
+        if costs:
+            megabytes = costs["bytes accessed"] / 1e6
+            line += f", {megabytes:,.0f} MB accessed outside of kernels"
+        print(line, flush=True)
+    sys.exit(min(failed, 1))

@@ -1,0 +1,258 @@
+"""Relative attention as fused GPU kernels, by Pallas and Triton.
+
+Forward no score reaches the memory outside of the chip, but for a ring of tiles in its
+L2 cache. Backward is two kernels and a matrix product, without atomic additions, so
+that it gives the same bits each time: between them stand the probabilities and the
+gradients of the scores of one layer. pallas_gpu_tiles.py is what one program does.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from xlformer.kernels import pallas_gpu_tiles as kernels
+from xlformer.kernels import xla
+from xlformer.kernels.over_mesh import over_mesh
+from xlformer.kernels.pallas_gpu_case import STAGES, Tiles, tiles
+from xlformer.kernels.pallas_tpu import OUTPUT_NAME
+from xlformer.kernels.pallas_tpu_case import Case
+
+TOLERANCE = 0.05  # of the largest number; bfloat16 alone comes to 0.01
+
+
+def attention(
+    qu_BTHK,
+    qw_BTHK,
+    k_BSHK,
+    v_BSHK,
+    r_SHK,
+    *,
+    window,
+    key_start_BT,
+    causal,
+    dropout_rate,
+    seeds_BH2,
+):
+    """See kernels.relative_attention; causal only."""
+    case = Case.of(
+        *(qu_BTHK, k_BSHK, v_BSHK, r_SHK),
+        key_start_BT=key_start_BT,
+        window=window,
+        causal=causal,
+        rate=dropout_rate,
+    )
+    arrays = {
+        "qu": qu_BTHK,
+        "qw": qw_BTHK,
+        "k": k_BSHK,
+        "v": v_BSHK,
+        "r": r_SHK,
+        "start": key_start_BT,
+        "seeds": seeds_BH2,
+    }
+    split = ("batch", None, "heads", None)
+    names = dict.fromkeys(("qu", "qw", "k", "v"), split) | {
+        "r": (None, "heads", None),
+        "start": ("batch", None),
+        "seeds": ("batch", "heads", None),
+    }
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+    function = functools.partial(_on_one_device, tiles(case))
+    return over_mesh(function, arrays, names, like="qu")
+
+
+def _on_one_device(shape: Tiles, arrays):
+    x = dict(arrays)
+    B = x["qu"].shape[0]
+    for name in ("qu", "qw", "k", "v", "r"):
+        if name in x:
+            # Rows of a multiple of 16 bytes: others are read a number at a time.
+            width = x[name].shape[-1]
+            edges = [(0, 0)] * (x[name].ndim - 1) + [(0, -width % 8)]
+            x[name] = jnp.pad(x[name], edges)
+    if "start" in x:
+        x["start"] = x["start"].astype(jnp.int32)
+    first = shape.first_tiles(x.get("start"))
+    x["first"] = jnp.broadcast_to(first, (B, shape.query_tiles))
+    o_BTHV = _attend(shape, x)
+    return o_BTHV[..., : shape.case.V]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(shape, x):
+    return _forward(shape, x)[0]
+
+
+def _forward(shape, x):
+    B, T, H, _ = x["qu"].shape
+    out = {
+        "o": jax.ShapeDtypeStruct((B, T, H, x["v"].shape[-1]), x["v"].dtype),
+        "lse": jax.ShapeDtypeStruct((B, H, T), jnp.float32),
+    }
+    y = _call(kernels.forward, shape, x, out | _ring(shape, B, H))
+    # Under a name: with both kept, rematerialisation runs no kernel again.
+    o, lse = (checkpoint_name(y[name], OUTPUT_NAME) for name in ("o", "lse"))
+    return o, (x, o, lse)
+
+
+def _backward(shape, saved, do):
+    x, o, lse = saved
+    (B, T, H, _), S = x["qu"].shape, x["k"].shape[1]
+    pitch = -(-shape.columns // 8) * 8
+
+    def like(name):
+        return jax.ShapeDtypeStruct(x[name].shape, x[name].dtype)
+
+    out = {
+        "dqu": like("qu"),
+        "p": jax.ShapeDtypeStruct((B, H, T, -(-S // 8) * 8), do.dtype),
+        # Heads first: then the sum over rows and queries is one matrix product.
+        "dscores": jax.ShapeDtypeStruct((H, B, T, pitch), x["k"].dtype),
+    }
+    if "r" in x:
+        out["dqw"] = like("qw")
+    given = {**x, "o": o, "lse": lse, "do": do}
+    y = _call(kernels.backward_queries, shape, given, out | _ring(shape, B, H))
+    given = {name: given[name] for name in ("qu", "do", "first")}
+    given |= {name: y[name] for name in ("p", "dscores")}
+    out = {"dk": like("k"), "dv": like("v")}
+    dk_dv = _call(kernels.backward_keys, shape, given, out)
+    dx = dict.fromkeys(x)
+    dx |= {"qu": y["dqu"], "k": dk_dv["dk"], "v": dk_dv["dv"]}
+    if "r" in x:
+        dx["qw"], dx["r"] = y["dqw"], _distance_gradient(shape, y["dscores"], x)
+    return (dx,)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _distance_gradient(shape, dscores_HBTC, x):
+    with jax.named_scope("distances"):
+        dr_HCK = jnp.einsum(
+            "HBTC,BTHK->HCK",
+            dscores_HBTC,
+            x["qw"],
+            preferred_element_type=jnp.float32,
+        )
+        # The last column is distance 0.
+        columns, S = shape.columns, shape.case.S
+        dr_HSK = dr_HCK[:, columns - S : columns][:, ::-1]
+        return jnp.swapaxes(dr_HSK, 0, 1).astype(x["r"].dtype)
+
+
+def _ring(shape, B, H):
+    if shape.case.R is None:
+        return {}
+    ring = (B, H, shape.query_tiles, shape.Q, 2 * shape.N)
+    return {"ring": jax.ShapeDtypeStruct(ring, jnp.float32)}
+
+
+def _call(kernel, shape, x, out):
+    """One pallas_call over (tiles of queries or of keys, heads, rows)."""
+    B, _, H, _ = x["qu"].shape
+    of_keys = kernel is kernels.backward_keys
+    return pl.pallas_call(
+        functools.partial(kernel, shape=shape),
+        grid=(shape.key_tiles if of_keys else shape.query_tiles, H, B),
+        in_specs=[{name: _block(name, a.shape) for name, a in x.items()}],
+        out_specs={name: _block(name, a.shape) for name, a in out.items()},
+        out_shape=out,
+        compiler_params=plgpu.CompilerParams(num_warps=shape.warps, num_stages=STAGES),
+        interpret=shape.case.interpret,
+        name=f"relative_attention_{kernel.__name__}",
+    )(x)
+
+
+def _block(name, shape):
+    """Which part of an array a program sees: its row and head."""
+    if name in ("first", "start"):
+        return pl.BlockSpec((None, shape[1]), lambda i, h, b: (b, 0))
+    if name == "r":
+        return pl.BlockSpec((shape[0], None, shape[2]), lambda i, h, b: (0, h, 0))
+    if name in ("seeds", "lse"):
+        return pl.BlockSpec((None, None, shape[2]), lambda i, h, b: (b, h, 0))
+    if name == "ring":
+        block = (None, None, None, *shape[3:])
+        return pl.BlockSpec(block, lambda i, h, b: (b, h, i, 0, 0))
+    if name == "p":
+        return pl.BlockSpec((None, None, *shape[2:]), lambda i, h, b: (b, h, 0, 0))
+    if name == "dscores":
+        return pl.BlockSpec((None, None, *shape[2:]), lambda i, h, b: (h, b, 0, 0))
+    block = (None, shape[1], None, shape[3])
+    return pl.BlockSpec(block, lambda i, h, b: (b, 0, h, 0))
+
+
+def try_out(case: Case) -> None:
+    """Runs the kernels on the first GPU here, one row and one head; raises if wrong.
+
+    Compared with `xla` and not only compiled: Triton versions differ in what they
+    fetch early, and a kernel that reads a tile before it is written would train on,
+    badly. In a thread of its own: what is being traced around this call, its mesh above
+    all, is none of its business. Where the GPU that is compiled for is not here,
+    nothing can be asked.
+    """
+    if jax.default_backend() != "gpu":
+        return
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(compare, case).result()
+
+
+def compare(case: Case) -> None:
+    """Values and gradients of both on random numbers; ValueError where they differ."""
+    random = np.random.default_rng(0)
+
+    def array(*shape):
+        return jnp.asarray(random.normal(size=shape), case.dtype)
+
+    arrays = {
+        "qu": array(1, case.T, 1, case.K) / case.K**0.5,
+        "k": array(1, case.S, 1, case.K),
+        "v": array(1, case.S, 1, case.V),
+    }
+    if case.R is not None:
+        arrays["qw"] = array(1, case.T, 1, case.R) / case.R**0.5
+        arrays["r"] = array(case.S, 1, case.R)
+    start = seeds = None
+    if case.starts:
+        # Half of the memory, then a reset in the middle of the segment.
+        start = np.full((1, case.T), case.M // 2, np.int32)
+        start[:, case.T // 2 :] = case.M + case.T // 2
+    if case.rate:
+        seeds = jnp.asarray([[[7, 11]]], jnp.int32)
+    weights = array(1, case.T, 1, case.V)
+
+    def run(implementation, arrays):
+        y = implementation(
+            *(arrays["qu"], arrays.get("qw"), arrays["k"], arrays["v"]),
+            arrays.get("r"),
+            window=case.window,
+            key_start_BT=start,
+            causal=True,
+            dropout_rate=case.rate,
+            seeds_BH2=seeds,
+        )
+        return (y * weights).astype(jnp.float32).sum(), y
+
+    found, expected = (
+        jax.jit(jax.grad(functools.partial(run, function), has_aux=True))(arrays)
+        for function in (attention, xla.attention)
+    )
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(found),
+        jax.tree.leaves(expected),
+        strict=True,
+    ):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        off = np.abs(a - b).max() / np.abs(b).max()
+        if not off < TOLERANCE:
+            where = "values" if path[0].idx else f"gradient of {path[-1].key}"
+            raise ValueError(f"{where} differ by {off:.1%} from those of 'xla'")

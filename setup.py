@@ -17,6 +17,7 @@ EXTRAS = {
         "ruff>=0.17,<0.18",  # Another minor version may format otherwise.
         "safetensors>=0.4",
         "tensorboardX>=2.6",
+        "matplotlib>=3.8",
         "gcp-storage-emulator",
         "gcsfs",
         "google-cloud-storage",

@@ -1,250 +1,71 @@
-"""Times a model on the devices here: python -m xlformer.bench --config=NAME.
+"""Times a model on the devices here: python -m xlformer.bench --config=NAME, or a table
+of published speeds with --preset=NAME.
 
-Random tokens with the frequencies of words (Zipf's law), so no data is needed. All that
-is compared is compiled first and then timed in turns, so a machine that becomes slower
-does so for all; the table has the median and the spread. Two steps are in flight at
-most. FLOPs are useful ones (flops.py): MFU is their share of the datasheet, and beside
-it of a step of matrix products only, timed in the same turns.
+Random tokens, so no data is needed. All that is compared is compiled first and then
+timed in turns, so a machine that becomes slower does so for all; the table has the
+median and the spread. FLOPs are useful ones (flops.py): MFU is their share of the
+datasheet, and beside it of a step of matrix products only, timed in the same turns.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import functools
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
-from xlformer import chips, command, flops, models, rehearsal, runs, scoring, sharding
+from xlformer import bench_plot, bench_presets, chips, command, rehearsal, sharding
 from xlformer import config as config_lib
-from xlformer import generate as generation
+from xlformer.bench_cases import CASES, Case, matmul_case
+from xlformer.bench_table import table
 from xlformer.errors import UserError
+from xlformer.kernels.relative_attention import relative_attention
 from xlformer.models.base import compute_dtype
-from xlformer.training.metrics import binary_size
 
-MODES = ("train", "eval", "generate")
-SEGMENTS = 4  # of one timed evaluation
-TOKENS = 64  # of one timed generation
-PROMPT = 17
+REHEARSED_VOCABULARY = 32  # more than the cutoffs of config.shrink
 
 
-@dataclasses.dataclass
-class Case:
-    """One thing to time.
-
-    Attributes:
-      run: does it so many times; returns the seconds that it took, and for how many of
-        them the host was busy, None if not known.
-      tokens, flops: of one.
-      at_once: tokens that go through a layer together.
-      memory: bytes that the compiled program takes on a device, None if not known.
-      seconds: measured, of one.
-    """
-
-    name: str
-    run: Callable[[int], tuple[float, float | None]]
-    tokens: int
-    at_once: int
-    flops: float
-    compile_seconds: float = 0.0
-    memory: int | None = None
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    host_seconds: list[float] = dataclasses.field(default_factory=list)
-
-
-def train_case(name, config, vocab_size, mesh) -> Case:
-    """The training step as `xlformer.train` compiles it."""
-    train = config.train
-    sharding.check(config, mesh)
-    model = models.build(config.model, vocab_size=vocab_size)
-    step = rehearsal.step(config, model, mesh)
-    start = time.perf_counter()
-    with jax.set_mesh(mesh):
-        compiled = step.function.lower(step.abstract, step.batch).compile()
-    compile_seconds = time.perf_counter() - start
-    state = step.create(jax.random.key(config.seed))
-    batch, shares = dict(step.batch), None
-    for key in ("inputs_BT", "targets_BT"):
-        batch[key] = _tokens(vocab_size, batch[key].shape)
-    if model.config.cutoffs:
-        edges = (0, *model.config.cutoffs, vocab_size)
-        counts, _ = np.histogram(batch["targets_BT"], bins=edges)
-        shares = (counts / counts.sum()).tolist()
-
-    def run(times: int):
-        nonlocal state
-        busy, pending, start = 0.0, None, time.perf_counter()
-        for _ in range(times):
-            began = time.perf_counter()
-            state, found = compiled(state, batch)
-            busy += time.perf_counter() - began
-            if pending is not None:
-                pending.block_until_ready()  # two in flight, no more
-            pending = found["train/loss_nats"]
-        pending.block_until_ready()
-        return time.perf_counter() - start, busy
-
-    stats = compiled.memory_analysis()
-    new = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    counted = flops.segment(
-        model.config,
-        batch_size=train.batch_size,
-        segment_length=train.segment_length,
-        shares=shares,
-    )
-    return Case(
-        name,
-        run,
-        tokens=train.batch_size * train.segment_length,
-        at_once=train.batch_size * train.segment_length // train.micro_batches,
-        flops=counted.training,
-        compile_seconds=compile_seconds,
-        memory=stats.argument_size_in_bytes + stats.temp_size_in_bytes + max(0, new),
-    )
-
-
-def eval_case(name, config, vocab_size, mesh) -> Case:
-    """Scoring with the settings of config.eval and the cached form of the memory."""
-    settings = config.eval
-    visible = {
-        "memory_length": settings.memory_length,
-        "clamp_length": settings.clamp_length,
-        "same_length": settings.same_length or None,
-    }
-    model = runs.for_reading(models.build(config.model, vocab_size=vocab_size), visible)
-    params = _parameters(model, mesh, config.seed)
-    rows, T = settings.batch_size, settings.segment_length
-    evaluator = scoring.Evaluator(
-        model, batch_size=rows, segment_length=T, steps=SEGMENTS, mesh=mesh
-    )
-    start = time.perf_counter()
-    evaluator.compile(params)
-    compile_seconds = time.perf_counter() - start
-    tokens = _tokens(vocab_size, (rows * (SEGMENTS * T + 1),))
-    plan_ = scoring.plan(
-        len(tokens),
-        batch_size=rows,
-        segment_length=T,
-        memory_length=scoring.reach(model),
-        n_layer=model.config.n_layer,
-        warmup="none",
-    )
-
-    def run(times: int):
-        start = time.perf_counter()
-        for _ in range(times):
-            evaluator.score(params, tokens, plan_)
-        return time.perf_counter() - start, None
-
-    counted = flops.segment(
-        model.config, batch_size=rows, segment_length=T, cached=True
-    )
-    total = plan_.steps * counted.forward
-    return Case(name, run, plan_.targets, rows * T, total, compile_seconds)
-
-
-def generate_case(name, config, vocab_size, mesh) -> Case:
-    """config.eval.batch_size rows after a short prompt.
-
-    The first block is not timed: before it the prompt is read and the cache filled.
-    """
-    model = models.build(config.model, vocab_size=vocab_size)
-    model = generation.for_generation(model)
-    params = _parameters(model, mesh, config.seed)
-    rows = config.eval.batch_size
-    prompts = list(_tokens(vocab_size, (rows, PROMPT)))
-
-    def run(times: int):
-        total = 0.0
-        for _ in range(times):
-            ends = []
-            generation.generate(
-                *(model, params, prompts),
-                num_tokens=TOKENS,
-                mesh=mesh,
-                on_tokens=lambda _, ends=ends: ends.append(time.perf_counter()),
-            )
-            total += ends[-1] - ends[0]
-        return total, None
-
-    counted = flops.segment(
-        model.config, batch_size=rows, segment_length=1, cached=True
-    )
-    start = time.perf_counter()
-    run(1)
-    compile_seconds = time.perf_counter() - start
-    timed = TOKENS - generation.BLOCK
-    total = timed * counted.forward
-    return Case(name, run, rows * timed, rows, total, compile_seconds)
-
-
-def matmul_case(config, at_once: int, mesh) -> Case:
-    """Products of the shapes of the feed-forward layers, on each device its rows."""
-    fields = config.model
-    dtype = compute_dtype(fields.dtype)
-    rows = max(1, at_once // mesh.size)
-    x_ND = jnp.ones((rows, fields.d_model), dtype)
-    up_DF = jnp.full((fields.d_model, fields.d_inner), 1e-3, dtype)
-    each = 4.0 * rows * fields.d_model * fields.d_inner
-    rounds = int(min(64, max(2, 2e10 // each)))
-
-    @jax.jit
-    def products(x_ND, up_DF):
-        def one(x_ND, _):
-            return (x_ND @ up_DF) @ up_DF.T, None
-
-        return jax.lax.scan(one, x_ND, length=rounds)[0]
-
-    def run(times: int):
-        start = time.perf_counter()
-        for _ in range(times):
-            products(x_ND, up_DF).block_until_ready()
-        return time.perf_counter() - start, None
-
-    run(1)
-    # One device is timed; all do the same at once in a step.
-    return Case("matrix products", run, rows, rows, each * rounds * mesh.size)
-
-
-def _tokens(vocab_size: int, shape) -> np.ndarray:
-    rng = np.random.default_rng(0)
-    ids = rng.choice(vocab_size, size=shape, p=flops.frequencies(vocab_size))
-    return ids.astype(np.int32)
-
-
-def _parameters(model, mesh, seed: int):
-    key = jax.random.key(seed)
-    abstract = jax.eval_shape(model.init, key)
-    placed = sharding.parameters(mesh, abstract, model.param_axes(abstract))
-    return jax.jit(model.init, out_shardings=placed)(key)
-
-
-# Timing -------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _memory_may_end(case: Case):
+    """Out of memory is one case's result: the others go on."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        case.out_of_memory = command.reason(error)
+        case.run = None  # with all that it holds
 
 
 def measure(cases: list[Case], *, repeats: int, seconds: float) -> None:
     """Times all in turns: `repeats` turns of about `seconds` for each."""
-    times = []
+    times = {}
     for case in cases:
-        case.run(1)  # warm
-        once, _ = case.run(1)
-        times.append(max(1, min(1000, round(seconds / max(once, 1e-9)))))
+        if not case.out_of_memory:
+            with _memory_may_end(case):
+                case.run(1)  # warm
+                once, _ = case.run(1)
+                turns = round(seconds / max(once, 1e-9))
+                times[id(case)] = max(1, min(1000, turns))
     for _ in range(repeats):
-        for case, count in zip(cases, times, strict=True):
-            taken, busy = case.run(count)
-            case.seconds.append(taken / count)
-            if busy is not None:
-                case.host_seconds.append(busy / count)
+        for case in cases:
+            if case.out_of_memory:
+                continue
+            with _memory_may_end(case):
+                count = times[id(case)]
+                taken, busy = case.run(count)
+                case.seconds.append(taken / count / case.steps)
+                case.host_seconds.append(busy / count / case.steps)
 
 
-def report(case: Case, products: Case, mesh) -> dict:
-    """One case in numbers; the spread is (slowest - fastest) / median."""
+def report(case: Case, products: Case | None, mesh) -> dict:
+    """One case in numbers, of a step; spread is (slowest - fastest) / median."""
+    if case.out_of_memory or products is None:
+        return {"case": case.name, "out_of_memory": case.out_of_memory}
     median = statistics.median(case.seconds)
     rate = case.flops / median
     best = products.flops / statistics.median(products.seconds)
@@ -259,15 +80,12 @@ def report(case: Case, products: Case, mesh) -> dict:
         "mfu": rate / mesh.size / chip.flops if chip else None,
         "of_matrix_products": rate / best,
         "memory": case.memory,
+        "bytes_accessed": case.accessed,
+        "kernel_bytes": case.kernel_bytes,
         "compile_seconds": case.compile_seconds,
-        "host_ms": 1e3 * statistics.median(case.host_seconds)
-        if case.host_seconds
-        else None,
+        "host_ms": 1e3 * statistics.median(case.host_seconds),
         "seconds": case.seconds,
     }
-
-
-CASES = {"train": train_case, "eval": eval_case, "generate": generate_case}
 
 
 def bench(
@@ -283,84 +101,153 @@ def bench(
 ) -> list[dict]:
     """Times every implementation at every value of the field that `sweep` names."""
     mesh = mesh or sharding.make_mesh(config.mesh, rows=config.train.batch_size)
+    _check_implementations(implementations, mesh)
     field, values = sweep
     found = []
     for value in values:
-        cases = []
+        cases = []  # and with it what the last value held on the device
         for implementation in implementations or (config.model.attention,):
             tried = config.copy_and_resolve_references()
             if field:
                 config_lib.set_field(tried, field, value)
             config_lib.set_field(tried, "model.attention", implementation)
             name = f"{implementation} {field}={value}" if field else implementation
-            cases.append(CASES[mode](name, tried, vocab_size, mesh))
-        products = matmul_case(tried, cases[0].at_once, mesh)
-        measure([*cases, products], repeats=repeats, seconds=seconds)
-        found += [report(case, products, mesh) for case in cases]
+            cases.append(Case(name))
+            with _memory_may_end(cases[-1]):
+                cases[-1] = CASES[mode](name, tried, vocab_size, mesh)
+        at_once = max(case.at_once for case in cases)
+        products = [matmul_case(tried, at_once, mesh)] if at_once else []
+        measure([*cases, *products], repeats=repeats, seconds=seconds)
+        for case in cases:
+            row = report(case, products[0] if products else None, mesh)
+            row |= _circumstances(tried, mode, mesh)
+            row["implementation"] = case.name.partition(" ")[0]
+            found.append(row | ({"field": field, "value": value} if field else {}))
     return found
+
+
+def _check_implementations(names, mesh) -> None:
+    """UserError for an unknown one, or of another machine, before any is compiled."""
+    x_BTHK = jax.ShapeDtypeStruct((1, 128, 1, 64), "bfloat16")
+    for name in names:
+        attend = functools.partial(relative_attention, implementation=name)
+        with jax.set_mesh(mesh):
+            jax.eval_shape(attend, x_BTHK, None, x_BTHK, x_BTHK, None)
+
+
+def _circumstances(config, mode, mesh) -> dict:
+    return {
+        "config": config.name,
+        "mode": mode,
+        "device": mesh.devices.flat[0].device_kind,
+        "devices": mesh.size,
+        "dtype": compute_dtype(config.model.dtype).name,
+        "jax": jax.__version__,
+    }
+
+
+def bench_preset(name: str, overrides=(), *, rehearse=False, sizes=None, **options):
+    """Yields the rows of each line of a preset as they are measured.
+
+    Args:
+      rehearse: with tiny sizes, to see that all of it runs; nothing is compared.
+      sizes: of the mesh.
+    """
+    for line in bench_presets.find(name):
+        config = config_lib.load(line.config, [*line.overrides, *overrides])
+        vocab_size = rehearsal.vocab_size(line.config, config)
+        if rehearse:
+            config, vocab_size = config_lib.shrink(config), REHEARSED_VOCABULARY
+        mesh = sharding.make_mesh(
+            sizes or dict(config.mesh), rows=config.train.batch_size, where="--mesh"
+        )
+        rows = bench(config, vocab_size, mode=line.mode, mesh=mesh, **options)
+        for row in rows:
+            row["case"] = f"{line.label}, {row['case']}"
+            if line.published and not rehearse:
+                row["published"] = line.published._asdict()
+        yield rows
 
 
 # The command --------------------------------------------------------------------------
 
 
-def table(rows: list[dict]) -> str:
-    width = max(len(row["case"]) for row in rows)
-    head = ("tokens/s", "ms", "spread", "GFLOP", "MFU", "of matmul", "memory")
-    head = (*head, "compile s", "host ms")
-    lines = [f"{'':{width}}" + "".join(f"{h:>12}" for h in head)]
-    for row in rows:
-        cells = [
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['ms']:.2f}",
-            f"{row['spread']:.1%}",
-            f"{row['flops'] / 1e9:,.3g}",
-            "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
-            f"{row['of_matrix_products']:.1%}",
-            "-" if row["memory"] is None else binary_size(row["memory"]),
-            f"{row['compile_seconds']:.1f}",
-            "-" if row["host_ms"] is None else f"{row['host_ms']:.2f}",
-        ]
-        lines.append(f"{row['case']:{width}}" + "".join(f"{c:>12}" for c in cells))
-    return "\n".join(lines)
-
-
 def _main(argv) -> int:
     parser = command.Parser(prog="python -m xlformer.bench", description=__doc__)
-    parser.add_argument("--config", required=True, help="NAME[:args] or FILE.py[:args]")
-    parser.add_argument("--mode", default="train", choices=MODES)
+    parser.add_argument("--config", help="NAME[:args] or FILE.py[:args]")
+    parser.add_argument(
+        "--preset", help=f"instead of --config: {', '.join(bench_presets.PRESETS)}"
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="the preset with tiny sizes"
+    )
+    parser.add_argument("--mode", choices=list(CASES), help="default: train")
     parser.add_argument("--implementation", default="", help="of attention: a,b")
     parser.add_argument("--sweep", default="", help="FIELD:A,B of config.model")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each repeat")
     parser.add_argument("--mesh", help=sharding.MESH_HELP)
     parser.add_argument("--json", help="a file for the same in numbers")
+    parser.add_argument("--plot", help="an .svg for the same against --sweep")
     args, overrides = parser.parse_with_overrides(argv)
+    _check(args)
+    options = {
+        "implementations": [i for i in args.implementation.split(",") if i],
+        "repeats": args.repeats,
+        "seconds": args.seconds,
+    }
+    sizes = sharding.parse_mesh(args.mesh) if args.mesh else None
+    if args.preset:
+        title = args.preset + (" with tiny sizes" if args.rehearse else "")
+        options |= {"rehearse": args.rehearse, "sizes": sizes}
+        parts = bench_preset(args.preset, overrides, **options)
+    else:
+        config = config_lib.load(args.config, overrides)
+        title = f"{config.name}, {args.mode or 'train'}"
+        options |= {"mode": args.mode or "train", "sweep": _sweep(args.sweep)}
+        parts = [_bench_config(args.config, config, sizes, options)]
+    rows = []
+    for part in parts:
+        rows += part
+        if args.json:  # after each, as the next may take more time than there is
+            epath.Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+        if args.preset:
+            print(table(part).splitlines()[1], file=sys.stderr, flush=True)
+    about = rows[0]
+    print(
+        f"{title}, {about['devices']} x {about['device']}, jax {about['jax']}, "
+        f"{about['dtype']}"
+    )
+    print(table(rows))
+    if args.plot:
+        bench_plot.plot(rows, args.plot)
+    return 0
+
+
+def _check(args) -> None:
     if args.repeats < 1 or not args.seconds > 0:
         raise UserError(
             f"--repeats={args.repeats} and --seconds={args.seconds} must be positive"
         )
-    config = config_lib.load(args.config, overrides)
-    sizes = sharding.parse_mesh(args.mesh) if args.mesh else dict(config.mesh)
-    mesh = sharding.make_mesh(sizes, rows=config.train.batch_size, where="--mesh")
-    device = mesh.devices.flat[0]
-    print(
-        f"{config.name}, {args.mode}, {mesh.size} x {device.device_kind}, "
-        f"jax {jax.__version__}, {compute_dtype(config.model.dtype).name}"
+    if bool(args.config) == bool(args.preset):
+        raise UserError(
+            f"--config={args.config or ''} and --preset={args.preset or ''}: give one"
+        )
+    if args.preset and (args.mode or args.sweep):
+        given = f"--mode={args.mode}" if args.mode else f"--sweep={args.sweep}"
+        raise UserError(f"{given} is not for --preset={args.preset}, which has its own")
+    if args.plot:
+        bench_plot.check(args.plot, _sweep(args.sweep))
+    if args.rehearse and not args.preset:
+        raise UserError("--rehearse is for --preset; a config has its ':debug'")
+
+
+def _bench_config(spec, config, sizes, options) -> list[dict]:
+    mesh = sharding.make_mesh(
+        sizes or dict(config.mesh), rows=config.train.batch_size, where="--mesh"
     )
-    rows = bench(
-        config,
-        rehearsal.vocab_size(args.config, config),
-        mode=args.mode,
-        implementations=[i for i in args.implementation.split(",") if i],
-        sweep=_sweep(args.sweep),
-        repeats=args.repeats,
-        seconds=args.seconds,
-        mesh=mesh,
-    )
-    print(table(rows))
-    if args.json:
-        epath.Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
-    return 0
+    vocab_size = rehearsal.vocab_size(spec, config)
+    return bench(config, vocab_size, mesh=mesh, **options)
 
 
 def _sweep(text: str) -> tuple[str, list[str]]:

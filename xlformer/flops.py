@@ -71,8 +71,8 @@ def segment(
     seen_T = M + 1 + np.arange(T)
     if config.attention_window is not None:
         seen_T = np.minimum(seen_T, config.attention_window + 1)
-    relative = config.attn_type in (RELATIVE, LEARNED_RELATIVE)
-    projected = config.attn_type == RELATIVE and not cached
+    relative = config.encoding in (RELATIVE, LEARNED_RELATIVE)
+    projected = config.encoding == RELATIVE and not cached
     return Flops(
         feed_forward=4.0 * L * B * T * d * config.d_inner,
         projections=8.0 * L * B * T * d * W,

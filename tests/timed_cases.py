@@ -1,0 +1,22 @@
+"""What bench_test.py and bench_presets_test.py share: cases whose time is known."""
+
+import numpy as np
+
+from xlformer.bench_cases import Case
+
+FAST = ["--config=quickstart:debug", "--repeats=2", "--seconds=0.01"]
+
+
+def fake(name, seconds, log):
+    def run(times):
+        log.append((name, times))
+        return np.array([seconds, seconds / 5]) * times
+
+    return Case(name, run, tokens=100, at_once=10, flops=2e9)
+
+
+def timed(name, seconds):
+    """One that has been timed once."""
+    case = fake(name, seconds, [])
+    case.seconds = case.host_seconds = [seconds]
+    return case

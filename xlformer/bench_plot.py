@@ -1,0 +1,61 @@
+"""A plot of what xlformer.bench found: --plot=FILE.svg with --sweep."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+
+from etils import epath
+
+from xlformer.errors import UserError
+
+
+def plot(rows: list[dict], path) -> None:
+    """Tokens a second and memory against the swept field, a line an implementation.
+
+    Call `check` first.
+    """
+    import matplotlib  # of the extra [plot]
+    from matplotlib.figure import Figure
+
+    measured = [row for row in rows if not row.get("out_of_memory")]
+    field = rows[0]["field"]
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots(1, 2)
+    parts = (("tokens_per_second", 1, "tokens/s"), ("memory", 2**30, "GiB"))
+    for axis, (key, unit, label) in zip(axes, parts, strict=True):
+        for name in dict.fromkeys(row["implementation"] for row in measured):
+            points = [
+                (float(row["value"]), row[key] / unit)
+                for row in measured
+                if row["implementation"] == name and row[key] is not None
+            ]
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+        axis.set(xlabel=field.rpartition(".")[2], ylabel=label)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    if measured:
+        axes[0].legend()
+    about = rows[0]
+    figure.suptitle(
+        f"{about['config']}, {about['mode']}, {about['devices']} x {about['device']}, "
+        f"{about['dtype']}",
+        fontsize="medium",
+    )
+    picture = io.BytesIO()
+    # Text as text, and nothing that changes from day to day: small, and the same again.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "xlformer"}):
+        figure.savefig(picture, format="svg", metadata={"Date": None})
+    epath.Path(path).write_bytes(picture.getvalue())
+
+
+def check(path, sweep: tuple[str, list[str]]) -> None:
+    """Raises UserError where no plot could be made, before anything is timed."""
+    field, values = sweep
+    if not str(path).endswith(".svg"):
+        raise UserError(f"--plot={path}: only .svg is known")
+    if not field or not all(v.replace(".", "", 1).isdecimal() for v in values):
+        swept = f"{field}:{','.join(values)}" if field else ""
+        raise UserError(f"--plot={path} needs numbers to plot against: --sweep={swept}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"--plot={path} needs matplotlib: pip install 'xlformer[plot]'")

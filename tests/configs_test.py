@@ -130,6 +130,13 @@ def test_batch_argument_wins(form):
     assert config.load(f"enwik8_base:{form}").train.batch_size == 8
 
 
+def test_quickstart_has_a_rotary_variant():
+    assert config.load("quickstart").model.positions == "original"
+    found = config.load("quickstart:positions=rotary,debug").model
+    assert found.positions == "rotary"
+    models.build(found, vocab_size=256)
+
+
 def test_text_takes_your_own_text():
     found = config.load("text:path=book.txt,unit=chars,documents")
     assert found.data.path == "book.txt" and found.data.unit == "chars"

@@ -1,0 +1,137 @@
+"""What is measured: the shapes of each setting, the same for every program."""
+
+from __future__ import annotations
+
+import dataclasses
+
+WT103 = {"vocab_size": 267_735, "cutoffs": (19_997, 39_997, 199_997)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One model, one kind of step.
+
+    Attributes:
+      train: forward, backward, clip and optimizer; else scoring, memory carried on.
+      peer: the program to compare with, original or nvidia.
+      half: 16 bits where the program has them (bf16, NVIDIA's fp16), else float32.
+    """
+
+    train: bool
+    peer: str
+    n_layer: int
+    d_model: int
+    n_head: int
+    d_head: int
+    d_inner: int
+    batch_size: int
+    segment_length: int
+    memory_length: int
+    vocab_size: int = 256
+    cutoffs: tuple[int, ...] = ()
+    div_val: int = 1
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    clamp_length: int = 0
+    same_length: bool = False
+    optimizer: str = "adam"
+    half: bool = True
+    gpu: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Of one step."""
+        return self.batch_size * self.segment_length
+
+
+def _cpu(**fields) -> Setting:
+    sizes = {"n_layer": 6, "d_model": 256, "n_head": 8, "d_head": 32, "d_inner": 1024}
+    rest = {"peer": "original", "batch_size": 8, "half": False, "gpu": False}
+    return Setting(**sizes, **rest, **fields)
+
+
+# NVIDIA's wt103_base.yaml and wt103_large.yaml.
+BASE = {"n_layer": 16, "d_model": 512, "n_head": 8, "d_head": 64, "d_inner": 2048}
+LARGE = {"n_layer": 18, "d_model": 1024, "n_head": 16, "d_head": 64, "d_inner": 4096}
+LARGE |= {"div_val": 4, "dropout": 0.2, "attention_dropout": 0.2}
+# The original's run_enwik8_base.sh and run_enwik8_large.sh.
+E12 = {"n_layer": 12, "d_model": 512, "n_head": 8, "d_head": 64, "d_inner": 2048}
+E24 = {"n_layer": 24, "d_model": 1024, "n_head": 8, "d_head": 128, "d_inner": 3072}
+E24 |= {"dropout": 0.15, "attention_dropout": 0.15}
+
+
+def _nvidia(sizes, segment_length, memory_length, batch_size, **fields) -> Setting:
+    return Setting(
+        peer="nvidia",
+        **(sizes | WT103),
+        segment_length=segment_length,
+        memory_length=memory_length,
+        batch_size=batch_size,
+        **fields,
+    )
+
+
+def _enwik8(sizes, length, batch_size) -> Setting:
+    return Setting(
+        train=True,
+        peer="original",
+        **sizes,
+        vocab_size=204,  # bytes in use, without the newline
+        segment_length=length,
+        memory_length=length,
+        batch_size=batch_size,
+    )
+
+
+_TRAIN = {"train": True, "optimizer": "lamb"}
+_INFER = {"train": False, "same_length": True}
+
+# The larger batches first: where time runs out, the rest is left out.
+SETTINGS = {
+    "cpu_train": _cpu(train=True, segment_length=128, memory_length=128),
+    "cpu_eval": _cpu(train=False, segment_length=128, memory_length=128),
+    "cpu_eval_long": _cpu(
+        train=False, segment_length=80, memory_length=640, same_length=True
+    ),
+    "wt103_base_train_64": _nvidia(BASE, 192, 192, 64, **_TRAIN),
+    "wt103_large_train_16": _nvidia(LARGE, 384, 384, 16, **_TRAIN),
+    "wt103_base_train_32": _nvidia(BASE, 192, 192, 32, **_TRAIN),
+    "wt103_large_train_8": _nvidia(LARGE, 384, 384, 8, **_TRAIN),
+    **{
+        f"wt103_base_infer_{b}": _nvidia(BASE, 64, 640, b, clamp_length=400, **_INFER)
+        for b in (32, 16, 1)
+    },
+    **{
+        f"wt103_large_infer_{b}": _nvidia(
+            LARGE, 128, 1600, b, clamp_length=1000, **_INFER
+        )
+        for b in (32, 16, 1)
+    },
+    "enwik8_12L_train": _enwik8(E12, 512, 22),
+    "enwik8_24L_train": _enwik8(E24, 768, 16),
+}
+
+
+def find(text: str) -> list[str]:
+    """The settings that begin with any of 'a,b': wt103_base_train is two.
+
+    Raises KeyError with the text that none begins with.
+    """
+    found = []
+    for part in text.split(","):
+        names = [part] if part in SETTINGS else []
+        names = names or [n for n in SETTINGS if part and n.startswith(f"{part}_")]
+        if not names:
+            raise KeyError(part)
+        found += [n for n in names if n not in found]
+    return found
+
+
+def tiny(setting: Setting) -> Setting:
+    """The same in seconds on any machine: what a rehearsal measures."""
+    bins = {"vocab_size": 503, "cutoffs": (97, 199, 401)} if setting.cutoffs else {}
+    sizes = {"n_layer": 2, "d_model": 64, "n_head": 2, "d_head": 32, "d_inner": 64}
+    sizes |= {"batch_size": min(2, setting.batch_size), "segment_length": 16}
+    sizes |= {"clamp_length": min(24, setting.clamp_length)}
+    sizes["memory_length"] = 32 if setting.same_length else 16
+    return dataclasses.replace(setting, **sizes, **bins)

@@ -1,7 +1,11 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: finds a Python, chooses the extra of setup.py for this
 # machine's accelerator, keeps .venv in the repository up to date.
-# Defines functions only. Wants ROOT, the repository, and `set -euo pipefail`.
+# Defines functions and GLIBC_TUNABLES only. Wants ROOT, the repository, and `set -euo pipefail`.
+
+# XLA takes its temporary arrays anew in each call, which on a CPU is faster in pages of
+# 2 MiB (docs/performance.md). A libc other than glibc ignores it.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 say() {
     printf '%s\n' "$*" >&2

@@ -21,7 +21,7 @@ from xlformer import config as config_lib
 from xlformer.bench_cases import Case
 from xlformer.bench_table import table
 from xlformer.kernels import pallas_tpu, pallas_tpu_case
-from xlformer.kernels.pallas_tpu_case import interpreted
+from xlformer.kernels.case import interpreted
 
 
 def test_cases_take_turns_and_the_median_counts():
@@ -111,8 +111,9 @@ def test_evaluation_sweeps_over_a_field_and_generation_runs():
         (row,) = bench.bench(config, 256, mode="generate", **fast)
     assert short["case"] == "auto model.memory_length=3"
     assert long["flops"] > short["flops"] > 0 and short["ms"] > 0
+    assert long["memory"] > short["memory"] > 0
     assert config.model.memory_length == 5  # the caller's config stays as it was
-    assert row["tokens_per_second"] > 0 and 0 < row["host_ms"]
+    assert row["tokens_per_second"] > 0 and 0 < row["host_ms"] and 0 < row["memory"]
     assert row["tokens_per_second"] == pytest.approx(2 / row["ms"] * 1e3)  # 2 rows
 
 
@@ -128,7 +129,7 @@ def test_bytes_of_kernels_are_those_of_a_device():
 
     with interpreted(query_tile=8, key_tile=8):
         shapes = ((2, 7, 1, 8), (2, 12, 1, 8), (2, 12, 1, 8), (12, 1, 8))
-        case = pallas_tpu_case.Case.of(
+        case = pallas_tpu_case.Tiles.of(
             *(jax.ShapeDtypeStruct(s, "float32") for s in shapes),
             key_start_BT=True,
             window=None,

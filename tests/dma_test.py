@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from xlformer.kernels import dma, pallas_tpu
 from xlformer.kernels import pallas_tpu_tiles as tiles
-from xlformer.kernels.pallas_tpu_case import Case
+from xlformer.kernels.pallas_tpu_case import Tiles
 
 
 def shape(*sizes, dtype="float32"):
@@ -55,7 +55,7 @@ def test_a_block_is_copied_when_the_grid_comes_to_it():
 def case_of(*, B=2, H=2, T=37, M=20, K=8, starts=False, window=None, dtype="float32"):
     S = M + T
     arrays = [shape(B, n, H, K, dtype=dtype) for n in (T, S, S)]
-    return Case.of(
+    return Tiles.of(
         *(*arrays, shape(S, H, K, dtype=dtype)),
         key_start_BT=arrays if starts else None,
         window=window,
@@ -67,7 +67,7 @@ def case_of(*, B=2, H=2, T=37, M=20, K=8, starts=False, window=None, dtype="floa
 @pytest.fixture
 def tiny(monkeypatch):
     """Tiles of 8 queries and 16 keys, as the interpreter's tests use."""
-    monkeypatch.setattr("xlformer.kernels.pallas_tpu_case._TEST_TILES", (8, 16))
+    monkeypatch.setattr("xlformer.kernels.case._TEST_TILES", (8, 16))
 
 
 @pytest.mark.parametrize(

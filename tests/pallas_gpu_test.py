@@ -23,7 +23,7 @@ from training_runs import quick_jit
 
 from xlformer.errors import UserError
 from xlformer.kernels import pallas_gpu, pallas_gpu_case, pallas_gpu_tiles
-from xlformer.kernels.pallas_tpu_case import Case, interpreted
+from xlformer.kernels.case import Case, interpreted
 from xlformer.kernels.relative_attention import choose, relative_attention
 
 CAUSAL = [name for name, case in CASES.items() if case.get("causal", True)]
@@ -100,7 +100,7 @@ def test_an_explicit_kernel_that_cannot_run_is_refused(small_tiles, monkeypatch)
         arrays = make_arrays(causal=False)
         relative_attention(*arrays, causal=False, implementation="pallas_gpu")
     refusal = pallas_gpu_case.refusal
-    real = dataclasses.replace(make_case(K=128, R=128), interpret=False)
+    real = dataclasses.replace(make_case(K=128, R=128), tiles=None)
     assert refusal(real, "gpu") is None
     assert refusal(real, "tpu").startswith("needs an NVIDIA GPU, this is tpu")
     wrong = dataclasses.replace(real, dtype="float64")

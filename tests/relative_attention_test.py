@@ -21,7 +21,7 @@ from attention_cases import (
 
 from xlformer.errors import UserError
 from xlformer.kernels import blocked, dropout, pallas_tpu, xla
-from xlformer.kernels.pallas_tpu_case import Case, interpreted
+from xlformer.kernels.case import Case, interpreted
 from xlformer.kernels.relative_attention import choose, relative_attention
 
 

@@ -184,9 +184,9 @@ def _prefill(model, params, prompts, mesh):
     ids_RT = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         ids_RT[row, : len(prompt) - 1] = prompt[:-1]
-    init_state = functools.partial(model.init_state, len(prompts))
-    placed = sharding.carried(mesh, jax.eval_shape(init_state), model.state_axes())
-    state = jax.block_until_ready(jax.jit(init_state, out_shardings=placed)())
+    state = _empty(model, len(prompts))
+    placed = sharding.carried(mesh, state, model.state_axes())
+    state = jax.block_until_ready(jax.device_put(state, placed))
     for start in range(0, width, PREFILL):
         valid_R = np.clip(lengths_R - start, 0, PREFILL).astype(np.int32)
         part_RT = ids_RT[:, start : start + PREFILL]
@@ -201,13 +201,42 @@ def _advance(model, params, state, ids_RT, lengths_R):
     return model.apply(params, ids_RT, ids_RT, state, lengths_B=lengths_R)[1]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _empty(model, rows: int):
+    return model.init_state(rows)
+
+
 def _cached(model, params, state, mesh):
     """The state in the form for single tokens, and its shardings."""
-    to_cache = functools.partial(model.to_cache, segment_length=1)
     axes = model.cache_axes(segment_length=1)
-    placed = sharding.carried(mesh, jax.eval_shape(to_cache, params, state), axes)
     with jax.set_mesh(mesh):
-        return jax.jit(to_cache, out_shardings=placed)(params, state), placed
+        state = _to_cache(model, params, state)
+    placed = sharding.carried(mesh, state, axes)
+    return jax.device_put(state, placed), placed
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _to_cache(model, params, state):
+    return model.to_cache(params, state, segment_length=1)
+
+
+def compiled_block(model: models.Model, params, *, rows: int, mesh):
+    """The compiled function that generates a block, for what it needs and does.
+
+    Args as for `generate`; rows: how many prompts.
+    """
+    model, rows = for_generation(model), sharding.padded(rows, mesh)
+    state = jax.eval_shape(functools.partial(_empty, model, rows))
+    state = jax.eval_shape(functools.partial(_to_cache, model), params, state)
+    placed = sharding.carried(mesh, state, model.cache_axes(segment_length=1))
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed
+    )
+    keys_R = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    last_R = jax.ShapeDtypeStruct((rows,), "int32")
+    with jax.set_mesh(mesh):
+        lowered = _block.lower(model, Sampling(), params, keys_R, state, last_R, 0)
+        return lowered.compile()
 
 
 class Printer:

@@ -152,8 +152,16 @@ class Evaluator:
 
     def _cold_state(self, params):
         """In the form that the model likes for scoring, of these very parameters."""
-        state = self._model.init_state(self._rows.batch_size)
-        return self._model.to_cache(params, state, segment_length=self._inputs)
+        state = self._model.init_state(1)
+        state = self._model.to_cache(params, state, segment_length=self._inputs)
+        # Rows that have read nothing are alike: one is made, not all.
+        leaves, structure = jax.tree.flatten(state)
+        axes = self._model.cache_axes(segment_length=self._inputs)
+        for i, names in enumerate(structure.flatten_up_to(axes)):
+            if "batch" in names:
+                rows, axis = self._rows.batch_size, names.index("batch")
+                leaves[i] = jnp.repeat(leaves[i], rows, axis)
+        return structure.unflatten(leaves)
 
     def _init_state(self, params):
         with jax.set_mesh(self._mesh):
@@ -172,13 +180,16 @@ class Evaluator:
 
         return jax.lax.scan(body, state, batches)
 
-    def compile(self, params) -> None:
-        """Compiles for parameters of these shapes, so that no signal waits for it."""
+    def compile(self, params):
+        """Compiles for parameters of these shapes, so that no signal waits for it.
+
+        Returns the compiled function of the scan, for what it needs and does.
+        """
         plan_ = _whole_rows(self._rows.batch_size, self._segment_length)
         batch = next(
             self._batches(plan_, np.zeros(plan_.last_B.max() + 1, np.int32), None)
         )
-        self._get(params, self._init_state(params), batch)
+        return self._get(params, self._init_state(params), batch)
 
     def _get(self, params, state, batch):
         key = tuple((name, x.shape) for name, x in batch.items())

@@ -19,7 +19,7 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several may compile at once
 import jax
 from programs import ENWIK8, LONG, WT103, attention, run, train_step
 
-from xlformer.kernels.pallas_tpu import OUTPUT_NAME
+from xlformer.kernels.case import OUTPUT_NAME
 
 # For ENWIK8 in bfloat16: a fifth of what this compiler counts for the form that pads,
 # reshapes and slices (Dai et al. 2019, appendix B).

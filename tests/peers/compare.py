@@ -138,6 +138,8 @@ def measure(found: list[Program], *, rounds: int, build_limit_s: float, gpu: boo
             [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         ),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the card is shared by all
+        # Large pages, as launch/environment.sh has them; for the peers too.
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
     }
     if not gpu:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}

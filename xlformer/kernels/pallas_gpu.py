@@ -20,10 +20,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from xlformer.kernels import pallas_gpu_tiles as kernels
 from xlformer.kernels import xla
+from xlformer.kernels.case import OUTPUT_NAME, Case
 from xlformer.kernels.over_mesh import over_mesh
 from xlformer.kernels.pallas_gpu_case import STAGES, Tiles, tiles
-from xlformer.kernels.pallas_tpu import OUTPUT_NAME
-from xlformer.kernels.pallas_tpu_case import Case
 
 TOLERANCE = 0.05  # of the largest number; bfloat16 alone comes to 0.01
 

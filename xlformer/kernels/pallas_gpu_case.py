@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from xlformer.kernels.pallas_tpu_case import Case
+from xlformer.kernels.case import Case
 
 # Queries of a tile, and keys. Compiled for an H100 (ptxas -v, head size 64, bfloat16)
 # tiles of 64 need 80 KiB and 136 registers forward, 88 KiB and 252 backward, so two
@@ -90,7 +90,7 @@ def shared_bytes(case: Case, Q: int, N: int) -> int:
 def tiles(case: Case) -> Tiles | None:
     """The largest tiles that the GPU's shared memory holds; None if none do."""
     if case.interpret:
-        return Tiles(case, case.Q, case.N, 4)
+        return Tiles(case, *case.tiles, warps=4)
     limit = shared_memory()
     for size in SIZES[case.dtype]:
         too_large = size > 16 and size >= 2 * case.T

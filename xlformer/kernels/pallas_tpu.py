@@ -19,10 +19,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from xlformer.kernels import dma
 from xlformer.kernels import pallas_tpu_tiles as tiles
+from xlformer.kernels.case import OUTPUT_NAME, Case
 from xlformer.kernels.over_mesh import over_mesh
-from xlformer.kernels.pallas_tpu_case import MOST_BYTES, Case
-
-OUTPUT_NAME = "attention_output"  # for policies of rematerialisation
+from xlformer.kernels.pallas_tpu_case import MOST_BYTES, Tiles
 
 
 def attention(
@@ -39,7 +38,7 @@ def attention(
     seeds_BH2,
 ):
     """See kernels.relative_attention; causal only."""
-    case = Case.of(
+    case = Tiles.of(
         *(qu_BTHK, k_BSHK, v_BSHK, r_SHK),
         key_start_BT=key_start_BT,
         window=window,
@@ -200,7 +199,7 @@ def _block(case, name, shape):
     return pl.BlockSpec((1, 1, case.N, shape[3]), seen)
 
 
-def copied_bytes(case: Case, *, rows: int, heads: int, start_BT=None) -> dict:
+def copied_bytes(case: Tiles, *, rows: int, heads: int, start_BT=None) -> dict:
     """What {'forward': ..., 'backward': ...} copy; see kernels/dma.py.
 
     start_BT: of a case with starts, by default those of a full memory.
@@ -220,7 +219,7 @@ def copied_bytes(case: Case, *, rows: int, heads: int, start_BT=None) -> dict:
     return {"forward": forward, "backward": backward}
 
 
-def _arguments(case: Case, B: int, H: int, **options) -> dict:
+def _arguments(case: Tiles, B: int, H: int, **options) -> dict:
     """Shapes of what `attention` is called with."""
 
     def array(*shape, dtype=case.dtype):
@@ -250,6 +249,7 @@ def try_out(case: Case) -> None:
     """
     if jax.default_backend() != "tpu":
         return
+    case = Tiles.cut(case)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     arguments = _arguments(case, 1, 1, sharding=device)
     other = {k: arguments.pop(k) for k in ("start", "seeds") if k in arguments}

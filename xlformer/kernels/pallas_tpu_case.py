@@ -1,15 +1,16 @@
-"""What the fused kernels of pallas_tpu.py depend on: shapes, tiles, whether they can.
+"""How the fused TPU kernels of pallas_tpu.py cut a case, and what they refuse.
 
 Everything here is known when a program is traced.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 
 import jax.numpy as jnp
+
+from xlformer.kernels.case import Case
 
 # Large tiles: a step of the grid costs about 0.35 us whatever is in it (Pallas guide),
 # in which a v5e could multiply 69 MFLOP; a tile like this has 50 at head size 64.
@@ -17,58 +18,23 @@ MOST_QUERIES, MOST_KEYS = 256, 512
 # Of the fast memory (VMEM) of the chips from v5e on, 64 MiB at least. v4 has 16, and no
 # strided rotation either: there the kernels do not compile.
 MOST_BYTES = 48 << 20
-_TEST_TILES: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """All that the choice of an implementation depends on, and the kernels' shapes.
-
-    Attributes:
-      K, V, R: widths of a key, of a value and of a distance's row (None without).
-      rate: of dropout.
-      starts: whether each query says which key it sees first.
-      Q, N: queries and keys of a tile; Q <= N.
-      interpret: as plain operations, on any device (tests).
-    """
-
-    T: int
-    S: int
-    K: int
-    V: int
-    R: int | None
-    window: int | None
-    rate: float
-    dtype: str
-    starts: bool
-    causal: bool
-    Q: int
-    N: int
-    interpret: bool
+class Tiles(Case):
+    """A case in tiles of Q queries and N keys, Q <= N."""
 
     @classmethod
-    def of(cls, qu_BTHK, k_BSHK, v_BSHK, r_SHK, *, key_start_BT, **options) -> Case:
-        """From the arguments of the operation, or their shapes."""
-        T, S = qu_BTHK.shape[1], k_BSHK.shape[1]
-        Q, N = _TEST_TILES or (_tile(T, 128, MOST_QUERIES), 0)
-        N = N or _tile(S, Q, MOST_KEYS)
-        return cls(
-            T=T,
-            S=S,
-            K=k_BSHK.shape[-1],
-            V=v_BSHK.shape[-1],
-            R=None if r_SHK is None else r_SHK.shape[-1],
-            dtype=jnp.dtype(qu_BTHK.dtype).name,
-            starts=key_start_BT is not None,
-            Q=Q,
-            N=N,
-            interpret=_TEST_TILES is not None,
-            **options,
-        )
+    def cut(cls, case: Case) -> Tiles:
+        return cls(**vars(case))
 
     @property
-    def M(self) -> int:
-        return self.S - self.T
+    def Q(self) -> int:
+        return self.tiles[0] if self.tiles else _tile(self.T, 128, MOST_QUERIES)
+
+    @property
+    def N(self) -> int:
+        return self.tiles[1] if self.tiles else _tile(self.S, self.Q, MOST_KEYS)
 
     @property
     def Tp(self) -> int:
@@ -122,17 +88,6 @@ def _tile(n, least, most):
     return min(sizes, key=lambda size: -(-n // size) * size)
 
 
-@contextlib.contextmanager
-def interpreted(*, query_tile: int, key_tile: int):
-    """What is traced inside runs on any device, slowly, and with tiles of any size."""
-    global _TEST_TILES
-    before, _TEST_TILES = _TEST_TILES, (query_tile, key_tile)
-    try:
-        yield
-    finally:
-        _TEST_TILES = before
-
-
 def refusal(case: Case, platform: str) -> str | None:
     """Why this kernel cannot run this, in one line; None if it can."""
     if platform != "tpu" and not case.interpret:
@@ -141,10 +96,11 @@ def refusal(case: Case, platform: str) -> str | None:
         return "knows only causal attention: set 'auto' or 'blocked'"
     if case.dtype not in ("float32", "bfloat16"):
         return f"knows float32 and bfloat16, not dtype={case.dtype}"
-    if case.vmem_bytes() > MOST_BYTES:
+    needed = Tiles.cut(case).vmem_bytes()
+    if needed > MOST_BYTES:
         return (
             f"its tiles of {case.S} keys with d_head={case.K} in {case.dtype} need "
-            f"{case.vmem_bytes() >> 20} MiB of fast memory, it has "
+            f"{needed >> 20} MiB of fast memory, it has "
             f"{MOST_BYTES >> 20}: shorten memory_length, or set 'blocked'"
         )
     return None

@@ -24,13 +24,14 @@ class Cache(NamedTuple):
     """Keys and values at the last M positions, oldest first.
 
     Attributes:
-      keys_LBMHK, values_LBMHK: only the last length_B[b] slots of row b count.
+      keys_LBHMK, values_LBHMK: only the last length_B[b] slots of row b count. Heads
+        in front, as the products want them: no segment turns them round again.
       r_LSHK: position row of each distance, for the longest segment; None without.
       length_B: int32, how many slots are valid.
     """
 
-    keys_LBMHK: Any
-    values_LBMHK: Any
+    keys_LBHMK: Any
+    values_LBHMK: Any
     r_LSHK: Any
     length_B: Any
 
@@ -39,20 +40,22 @@ class Cache(NamedTuple):
         """The most inputs that a segment may have; None is any number."""
         if self.r_LSHK is None:
             return None
-        return self.r_LSHK.shape[1] - self.keys_LBMHK.shape[2]
+        return self.r_LSHK.shape[1] - self.keys_LBHMK.shape[3]
 
     def scanned(self):
         """(what is carried through the layers, what each layer gets its part of)."""
-        return None, (self.keys_LBMHK, self.values_LBMHK, self.r_LSHK)
+        return None, (self.keys_LBHMK, self.values_LBHMK, self.r_LSHK)
 
     def attend(self, carried, scanned, index, *, key_start_BT, end, rotary, **options):
         """For Attention: keeps the last M keys and values of [memory; x[:end]]."""
         del carried, index
-        keys_BMHK, values_BMHK, r_SHK = scanned
+        keys_BHMK, values_BHMK, r_SHK = scanned
 
         def attend(qu_BTHK, qw_BTHK, k_BTHK, v_BTHK):
-            k_BSHK = jnp.concatenate([keys_BMHK, k_BTHK], axis=1)
-            v_BSHK = jnp.concatenate([values_BMHK, v_BTHK], axis=1)
+            k_BHTK, v_BHTK = (jnp.swapaxes(x, 1, 2) for x in (k_BTHK, v_BTHK))
+            k_BHSK = jnp.concatenate([keys_BHMK, k_BHTK], axis=2)
+            v_BHSK = jnp.concatenate([values_BHMK, v_BHTK], axis=2)
+            k_BSHK, v_BSHK = (jnp.swapaxes(x, 1, 2) for x in (k_BHSK, v_BHSK))
             if rotary:
                 qu_BTHK, k_BSHK = positions.rotated(qu_BTHK, k_BSHK)
             y_BTHK = relative_attention(
@@ -64,30 +67,30 @@ class Cache(NamedTuple):
                 key_start_BT=key_start_BT,
                 **options,
             )
-            kept = (keys_BMHK, k_BTHK), (values_BMHK, v_BTHK)
-            return y_BTHK, tuple(memory.append(*x, end) for x in kept)
+            kept = (keys_BHMK, k_BHTK), (values_BHMK, v_BHTK)
+            return y_BTHK, tuple(memory.append(*x, end, axis=2) for x in kept)
 
         return attend
 
     def after(self, carried, scanned):
         """The cache that follows; the arguments are what the layers returned."""
         del carried
-        return self._replace(keys_LBMHK=scanned[0], values_LBMHK=scanned[1])
+        return self._replace(keys_LBHMK=scanned[0], values_LBHMK=scanned[1])
 
 
 class Ring(NamedTuple):
     """Keys and values at the last N = M + 1 positions, each written once, none moved.
 
     Attributes:
-      keys_LBNHK, values_LBNHK: the slot after the newest one is written next.
+      keys_LBHNK, values_LBHNK: the slot after the newest one is written next.
       r_LCHK: position rows in the order of the slots, twice: with t[c] = r[(N-1-c) % N]
         the N rows from N-1-newest on are those of all slots. None without.
       length_B: int32, how many of the M positions before the next one are valid.
       newest: int32, the slot of the last token, the same in all rows.
     """
 
-    keys_LBNHK: Any
-    values_LBNHK: Any
+    keys_LBHNK: Any
+    values_LBHNK: Any
     r_LCHK: Any
     length_B: Any
     newest: Any
@@ -98,7 +101,7 @@ class Ring(NamedTuple):
 
     def scanned(self):
         """As of Cache: all slots of all layers are carried, to be written in place."""
-        return (self.keys_LBNHK, self.values_LBNHK), self.r_LCHK
+        return (self.keys_LBHNK, self.values_LBHNK), self.r_LCHK
 
     def attend(
         self,
@@ -114,7 +117,7 @@ class Ring(NamedTuple):
     ):
         """For Attention: writes one slot of this layer; keeps all slots of all."""
         del end, options
-        N = self.keys_LBNHK.shape[2]
+        N = self.keys_LBHNK.shape[3]
         slot = (self.newest + 1) % N
         distance_N = (slot - jnp.arange(N)) % N
         seen_B = N - 1 - key_start_BT[:, 0] if key_start_BT is not None else N - 1
@@ -128,29 +131,29 @@ class Ring(NamedTuple):
         def attend(qu_BTHK, qw_BTHK, k_BTHK, v_BTHK):
             # Written first and read then, so that the compiler need not copy them.
             zero = jnp.zeros_like(slot)
-            here = index.astype(slot.dtype), zero, slot, zero, zero
+            here = index.astype(slot.dtype), zero, zero, slot, zero
             kept = tuple(
-                lax.dynamic_update_slice(old, new[None], here)
+                lax.dynamic_update_slice(old, jnp.swapaxes(new, 1, 2)[None], here)
                 for old, new in zip(carried, (k_BTHK, v_BTHK), strict=True)
             )
-            k_BNHK, v_BNHK = (
+            k_BHNK, v_BHNK = (
                 lax.dynamic_index_in_dim(x, index, 0, False) for x in kept
             )
             if rotary:
-                k_BNHK = _turned_back(k_BNHK, distance_N)
-            y_BTHK = _one_query(qu_BTHK, qw_BTHK, k_BNHK, v_BNHK, r_NHK, visible_BN)
+                k_BHNK = _turned_back(k_BHNK, distance_N)
+            y_BTHK = _one_query(qu_BTHK, qw_BTHK, k_BHNK, v_BHNK, r_NHK, visible_BN)
             return y_BTHK, kept
 
         return attend
 
     def after(self, carried, scanned):
         del scanned
-        newest = (self.newest + 1) % self.keys_LBNHK.shape[2]
-        keys_LBNHK, values_LBNHK = carried
-        return Ring(keys_LBNHK, values_LBNHK, self.r_LCHK, self.length_B, newest)
+        newest = (self.newest + 1) % self.keys_LBHNK.shape[3]
+        keys_LBHNK, values_LBHNK = carried
+        return Ring(keys_LBHNK, values_LBHNK, self.r_LCHK, self.length_B, newest)
 
 
-_SLOTS = ("layers", "batch", None, "heads", None)
+_SLOTS = ("layers", "batch", "heads", None, None)
 _ROWS = ("layers", None, "heads", None)
 AXES = Cache(_SLOTS, _SLOTS, _ROWS, ("batch",))
 RING_AXES = Ring(_SLOTS, _SLOTS, _ROWS, ("batch",), ())
@@ -158,32 +161,32 @@ RING_AXES = Ring(_SLOTS, _SLOTS, _ROWS, ("batch",), ())
 
 def ring(cache: Cache) -> Ring:
     """The same memory for single tokens; needs the rows of M + 1 distances."""
-    keys_LBNHK, values_LBNHK = (
-        jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
-        for x in (cache.keys_LBMHK, cache.values_LBMHK)
+    keys_LBHNK, values_LBHNK = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, 1), (0, 0)))
+        for x in (cache.keys_LBHMK, cache.values_LBHMK)
     )
-    M, r_LCHK = cache.keys_LBMHK.shape[2], cache.r_LSHK
+    M, r_LCHK = cache.keys_LBHMK.shape[3], cache.r_LSHK
     if r_LCHK is not None:
         r_LCHK = jnp.tile(r_LCHK[:, : M + 1][:, ::-1], (1, 2, 1, 1))
     newest = jnp.asarray(M - 1, jnp.int32)
-    return Ring(keys_LBNHK, values_LBNHK, r_LCHK, cache.length_B, newest)
+    return Ring(keys_LBHNK, values_LBHNK, r_LCHK, cache.length_B, newest)
 
 
-def _turned_back(k_BNHK, distance_N):
+def _turned_back(k_BHNK, distance_N):
     """Keys turned against a query at place 0."""
-    N, K = k_BNHK.shape[1], k_BNHK.shape[-1]
-    dtype = jnp.promote_types(k_BNHK.dtype, jnp.float32)
-    return positions.rotate(
-        k_BNHK, positions.sinusoid(-np.arange(N), K, dtype)[distance_N]
-    )
+    N, K = k_BHNK.shape[2:]
+    dtype = jnp.promote_types(k_BHNK.dtype, jnp.float32)
+    table_NK = positions.sinusoid(-np.arange(N), K, dtype)[distance_N]
+    k_BNHK = jnp.swapaxes(k_BHNK, 1, 2)
+    return jnp.swapaxes(positions.rotate(k_BNHK, table_NK), 1, 2)
 
 
-def _one_query(qu_BTHK, qw_BTHK, k_BNHK, v_BNHK, r_NHK, visible_BN) -> jax.Array:
+def _one_query(qu_BTHK, qw_BTHK, k_BHNK, v_BHNK, r_NHK, visible_BN) -> jax.Array:
     """Attention of one query to slots in any order, r in theirs."""
     dtype = jnp.promote_types(qu_BTHK.dtype, jnp.float32)
     with jax.named_scope("one_query"):
         scores_BHTN = jnp.einsum(
-            "BTHK,BNHK->BHTN", qu_BTHK, k_BNHK, preferred_element_type=dtype
+            "BTHK,BHNK->BHTN", qu_BTHK, k_BHNK, preferred_element_type=dtype
         )
         if r_NHK is not None:
             scores_BHTN += jnp.einsum(
@@ -191,5 +194,5 @@ def _one_query(qu_BTHK, qw_BTHK, k_BNHK, v_BNHK, r_NHK, visible_BN) -> jax.Array
             )
         lowest = jnp.finfo(dtype).min
         scores_BHTN = jnp.where(visible_BN[:, None, None], scores_BHTN, lowest)
-        p_BHTN = jax.nn.softmax(scores_BHTN).astype(v_BNHK.dtype)
-        return jnp.einsum("BHTN,BNHK->BTHK", p_BHTN, v_BNHK)
+        p_BHTN = jax.nn.softmax(scores_BHTN).astype(v_BHNK.dtype)
+        return jnp.einsum("BHTN,BHNK->BTHK", p_BHTN, v_BHNK)

@@ -6,6 +6,7 @@ TensorFlow original and Hugging Face attend to zeros instead: `attend_zero_memor
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -53,25 +54,26 @@ def key_start(length_B: jax.Array, resets_BT: jax.Array | None, *, M: int, T: in
     )
 
 
-def append(memory_BMD: jax.Array, x_BTD: jax.Array, end) -> jax.Array:
-    """The last M of [memory; x[:end]].
+def append(memory: jax.Array, x: jax.Array, end, *, axis: int = 1) -> jax.Array:
+    """The last M of [memory; x[:end]] along `axis`, of arrays [B, ...].
 
     Args:
-      memory_BMD: the old memory.
-      x_BTD: what comes after it.
+      memory: the old memory.
+      x: what comes after it.
       end: how many positions of x count: an int, a traced scalar, or one a row, [B].
+      axis: that of the positions, after that of the batch.
     """
-    M = memory_BMD.shape[1]
-    x_BTD = x_BTD.astype(memory_BMD.dtype)
+    M, take = memory.shape[axis], functools.partial(lax.slice_in_dim, axis=axis)
+    x = x.astype(memory.dtype)
     if isinstance(end, int):
         if end >= M:
-            return x_BTD[:, end - M : end]
-        return jnp.concatenate([memory_BMD[:, end:], x_BTD[:, :end]], axis=1)
-    both_BSD = jnp.concatenate([memory_BMD, x_BTD], axis=1)
+            return take(x, end - M, end)
+        return jnp.concatenate([take(memory, end, None), take(x, 0, end)], axis)
+    both = jnp.concatenate([memory, x], axis)
     if end.ndim == 0:
-        return lax.dynamic_slice_in_dim(both_BSD, end, M, axis=1)
-    return jax.vmap(lambda x, start: lax.dynamic_slice_in_dim(x, start, M))(
-        both_BSD, end
+        return lax.dynamic_slice_in_dim(both, end, M, axis)
+    return jax.vmap(lambda x, start: lax.dynamic_slice_in_dim(x, start, M, axis - 1))(
+        both, end
     )
 
 

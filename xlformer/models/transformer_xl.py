@@ -8,7 +8,6 @@ the original's options, and the counter-examples that its paper compares with.
 from __future__ import annotations
 
 import functools
-import operator
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from xlformer.kernels.case import OUTPUT_NAME
 from xlformer.kernels.dropout import dropout, fold
 from xlformer.layers import adaptive, attention, feed_forward, positions
 from xlformer.layers import memory as memory_lib
@@ -124,8 +124,7 @@ class TrunkModule(nn.Module):
             # Not scan(unroll=...): its body is one function that each layer calls, in
             # which XLA's partitioner (jax 0.10.2, TPU) loses that `data` is split.
             each = []
-            for index in range(config.n_layer):
-                one = jax.tree.map(operator.itemgetter(index), scanned)
+            for one in _each(scanned, config.n_layer):
                 carry, memory = run(carry, one)
                 each.append(memory)
             y_BTD, carried = carry
@@ -329,8 +328,19 @@ def _remat(name, run_layer):
     """run_layer that keeps of its inside what `config.remat` says."""
     if name == "none":
         return run_layer
-    policy = jax.checkpoint_policies.save_only_these_names(attention.OUTPUT_NAME)
+    policy = jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME)
     return jax.checkpoint(run_layer, policy=policy if name == "attention" else None)
+
+
+def _each(stacked, n_layer: int) -> list:
+    """One tree a layer, of a tree of stacked arrays.
+
+    The gradient of a split is one concatenation; that of an index for each layer is a
+    sum of as many arrays of the whole size.
+    """
+    leaves, structure = jax.tree.flatten(stacked)
+    split = [lax.split(leaf, [1] * n_layer) for leaf in leaves]
+    return [structure.unflatten([x[i][0] for x in split]) for i in range(n_layer)]
 
 
 def _backward_index(B, T, lengths):

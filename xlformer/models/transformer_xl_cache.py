@@ -24,10 +24,10 @@ def to_cache(
     """See Model.to_cache; layers: their stacked parameters."""
     with jax.named_scope("to_cache"):
         hidden_LBMD = state.hidden_LBMD.astype(dtype)
-        keys_LBMHK, values_LBMHK = _keys_values(config, layers, hidden_LBMD)
+        keys_LBHMK, values_LBHMK = _keys_values(config, layers, hidden_LBMD)
         S = config.memory_length + segment_length
         r_LSHK = _position_rows(config, layers["attention"], S, dtype)
-        cache = Cache(keys_LBMHK, values_LBMHK, r_LSHK, state.length_B)
+        cache = Cache(keys_LBHMK, values_LBHMK, r_LSHK, state.length_B)
         return cache_lib.ring(cache) if is_ring(config, segment_length) else cache
 
 
@@ -50,8 +50,8 @@ def with_zeros(config: TransformerXLConfig, layers, state, resets_BT):
         return state
     zeros_LBMD = jnp.zeros((config.n_layer, 1, 1, config.d_model), state[0].dtype)
     fresh = _keys_values(config, layers, zeros_LBMD)
-    reset_LBMHK = resets_BT[None, :, :1, None, None]
-    kept = [jnp.where(reset_LBMHK, *x) for x in zip(fresh, state, strict=False)]
+    reset_LBHMK = resets_BT[None, :, :1, None, None]
+    kept = [jnp.where(reset_LBHMK, *x) for x in zip(fresh, state, strict=False)]
     return type(state)(*kept, *state[2:])
 
 
@@ -67,7 +67,7 @@ def _keys_values(config, layers, hidden_LBMD):
             )
         qkv_DCHK = params["attention"]["qkv"].astype(dtype)
         return tuple(
-            jnp.einsum("BMD,DHK->BMHK", hidden_BMD, qkv_DCHK[:, c]) for c in (1, 2)
+            jnp.einsum("BMD,DHK->BHMK", hidden_BMD, qkv_DCHK[:, c]) for c in (1, 2)
         )
 
     needed = {k: layers[k] for k in ("attention", "attention_norm")}

@@ -105,6 +105,8 @@ class Layer(nn.Module):
             key_start_BT=key_start_BT,
             keys=keys[:2],
             attend=attend,
+            # A norm learns from the memory too.
+            fixed=0 if config.pre_norm else memory_BMD.shape[1],
         )
         y_BTD = x_BTD + more_BTD
         if config.pre_norm:

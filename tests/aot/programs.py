@@ -6,6 +6,7 @@ import time
 import traceback
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -52,6 +53,8 @@ def attention(
         key = jax.random.key(0) if rate else None
 
         def forward(arrays):
+            if implementation == "classic":
+                return classic(*arrays, start_BT)
             return relative_attention(
                 *arrays,
                 window=window,
@@ -68,6 +71,22 @@ def attention(
     with jax.set_mesh(mesh):
         lowered = jax.jit(both).lower(arrays, start_BT, array(B, T, H, K))
         return lowered.compile(compiler_options)
+
+
+def classic(qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK, start_BT):
+    """The form of Dai et al. 2019, appendix B: pad, reshape, slice."""
+    T, S = qu_BTHK.shape[1], k_BSHK.shape[1]
+    wide = dict(preferred_element_type=jnp.float32)
+    raw_BHTS = jnp.einsum("BTHK,SHK->BHTS", qw_BTHK, r_SHK[::-1], **wide)
+    padded = jnp.pad(raw_BHTS, ((0, 0), (0, 0), (0, 0), (1, 0)))
+    shifted = padded.reshape(*raw_BHTS.shape[:2], S + 1, T)[:, :, 1:]
+    scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", qu_BTHK, k_BSHK, **wide)
+    scores_BHTS += shifted.reshape(raw_BHTS.shape)
+    keys_S = jnp.arange(S)
+    seen = keys_S <= jnp.arange(T)[:, None] + (S - T)
+    seen = seen[None] & (keys_S >= start_BT[..., None])
+    p_BHTS = jax.nn.softmax(jnp.where(seen[:, None], scores_BHTS, -1e30))
+    return jnp.einsum("BHTS,BSHK->BTHK", p_BHTS.astype(v_BSHK.dtype), v_BSHK)
 
 
 def train_step(topology, sizes, implementation, *, config="quickstart", **fields):

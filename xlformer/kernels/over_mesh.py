@@ -39,3 +39,29 @@ def over_mesh(function, arrays: dict, names: dict, *, like: str):
         axis_names=set(free),
         check_vma=False,  # kernels do not say over which axes their results vary
     )(arrays)
+
+
+def attention_over_mesh(
+    function, qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK, *, key_start_BT, seeds_BH2
+):
+    """function of a dict of qu, qw, k, v, r, start, seeds, without what is None.
+
+    Rows and heads are split; all devices have the distances of their heads.
+    """
+    arrays = {
+        "qu": qu_BTHK,
+        "qw": qw_BTHK,
+        "k": k_BSHK,
+        "v": v_BSHK,
+        "r": r_SHK,
+        "start": key_start_BT,
+        "seeds": seeds_BH2,
+    }
+    split = ("batch", None, "heads", None)
+    names = dict.fromkeys(("qu", "qw", "k", "v"), split) | {
+        "r": (None, "heads", None),
+        "start": ("batch", None),
+        "seeds": ("batch", "heads", None),
+    }
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+    return over_mesh(function, arrays, names, like="qu")

@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 from xlformer.kernels import pallas_gpu_tiles as kernels
 from xlformer.kernels import xla
 from xlformer.kernels.case import OUTPUT_NAME, Case
-from xlformer.kernels.over_mesh import over_mesh
+from xlformer.kernels.over_mesh import attention_over_mesh
 from xlformer.kernels.pallas_gpu_case import STAGES, Tiles, tiles
 
 TOLERANCE = 0.05  # of the largest number; bfloat16 alone comes to 0.01
@@ -48,24 +48,12 @@ def attention(
         causal=causal,
         rate=dropout_rate,
     )
-    arrays = {
-        "qu": qu_BTHK,
-        "qw": qw_BTHK,
-        "k": k_BSHK,
-        "v": v_BSHK,
-        "r": r_SHK,
-        "start": key_start_BT,
-        "seeds": seeds_BH2,
-    }
-    split = ("batch", None, "heads", None)
-    names = dict.fromkeys(("qu", "qw", "k", "v"), split) | {
-        "r": (None, "heads", None),
-        "start": ("batch", None),
-        "seeds": ("batch", "heads", None),
-    }
-    arrays = {name: x for name, x in arrays.items() if x is not None}
-    function = functools.partial(_on_one_device, tiles(case))
-    return over_mesh(function, arrays, names, like="qu")
+    return attention_over_mesh(
+        functools.partial(_on_one_device, tiles(case)),
+        *(qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK),
+        key_start_BT=key_start_BT,
+        seeds_BH2=seeds_BH2,
+    )
 
 
 def _on_one_device(shape: Tiles, arrays):

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from xlformer.kernels import dma
 from xlformer.kernels import pallas_tpu_tiles as tiles
 from xlformer.kernels.case import OUTPUT_NAME, Case
-from xlformer.kernels.over_mesh import over_mesh
+from xlformer.kernels.over_mesh import attention_over_mesh
 from xlformer.kernels.pallas_tpu_case import MOST_BYTES, Tiles
 
 
@@ -45,23 +45,12 @@ def attention(
         causal=causal,
         rate=dropout_rate,
     )
-    arrays = {
-        "qu": qu_BTHK,
-        "qw": qw_BTHK,
-        "k": k_BSHK,
-        "v": v_BSHK,
-        "r": r_SHK,
-        "start": key_start_BT,
-        "seeds": seeds_BH2,
-    }
-    rows = ("batch", None, "heads", None)
-    names = dict.fromkeys(("qu", "qw", "k", "v"), rows) | {
-        "r": (None, "heads", None),
-        "start": ("batch", None),
-        "seeds": ("batch", "heads", None),
-    }
-    arrays = {name: x for name, x in arrays.items() if x is not None}
-    return over_mesh(functools.partial(_on_one_device, case), arrays, names, like="qu")
+    return attention_over_mesh(
+        functools.partial(_on_one_device, case),
+        *(qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK),
+        key_start_BT=key_start_BT,
+        seeds_BH2=seeds_BH2,
+    )
 
 
 def _on_one_device(case, arrays):

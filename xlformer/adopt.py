@@ -45,7 +45,7 @@ def adopt(
     _check_size(config, vocabulary, model_config.vocab_size)
     workdir = _new_directory(workdir)
     with Checkpoints(workdir / runs.CHECKPOINTS) as checkpoints:
-        checkpoints.save(0, {"params": params}, config=config.to_dict())
+        checkpoints.save(0, {"params": params}, config=config_lib.to_dict(config))
     try:
         if vocabulary is not None:
             text = vocabulary.to_json()

@@ -1,4 +1,4 @@
-"""Configurations: the table of every option, loading by name, overriding by flag.
+"""Configurations: loading by name, overriding by flag, checking, storing.
 
 A config is an `ml_collections.ConfigDict` with the sections of `default_config`,
 locked. `config.model` holds exactly the fields of the model's frozen dataclass, so a
@@ -14,87 +14,86 @@ import inspect
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from xlformer import fields as fields_lib
 from xlformer import models
 from xlformer.errors import UserError, did_you_mean
+
+FORMAT = 2  # of a resolved config as JSON; 1 is that of xlformer 0.1.0, which had none
+# What 0.1.0 did where it had no field for it yet.
+BEFORE: dict[str, Any] = {}
 
 
 def default_config(model: str = "transformer_xl", **fields) -> ConfigDict:
     """Returns every option with its default; `fields` set options of config.model."""
-    return ConfigDict(
-        {
-            "name": "",
-            "seed": 1111,
-            "model": models.default_config(model, **fields),
-            "data": {
-                "corpus": "stdlib",  # a builder's name, or 'text' for `path`
-                "path": "",  # your own text: files or globs, separated by ';'
-                "unit": "bytes",  # of `path`: bytes, chars or words
-                "documents": False,  # of `path`: memory is reset where a file begins
-                "tokenizer": "",  # a SentencePiece or Hugging Face tokenizers file
-                "newline": "keep",  # enwik8: keep, or drop as the original does
-                "directory": "",  # prepared corpora; '' is XLFORMER_DATA or ~/.cache
-                "manual_dir": "",  # archives that cannot be downloaded
-            },
-            "train": {
-                "steps": 1000,  # optimizer steps
-                "batch_size": 16,  # rows of the stream, over all devices
-                "segment_length": 64,  # tokens of a row in one step
-                "micro_batches": 1,  # gradient accumulation over groups of rows
-                "segments_per_call": 1,  # steps inside one compiled call
-                "variable_length": False,  # the original's varlen: see data/stream.py
-                "half_loss": False,  # score only the later half of each segment
-                "skip_nonfinite": False,  # drop a step whose loss is not finite
-                "spike_factor": 0.0,  # a loss so many times its average makes the run
-                # go back and leave out that segment; 0 is off
-                "spike_after": 100,  # steps before the first that can be a spike
-                "ema_decay": 0.0,  # average of the parameters; 0 keeps none
-                "log_every": 100,
-                "eval_every": 1000,  # validation; 0 only at the end
-                "save_every": 1000,
-                "keep": 2,  # latest checkpoints; the best one is kept besides
-                "profile_start": 0,  # first step of a profiler trace
-                "profile_steps": 0,  # how many steps it covers; 0 takes none
-            },
-            "optimizer": {
-                "name": "adam",  # adam, adamw, lamb, lamb_sha_rnn or sgd
-                "learning_rate": 2.5e-4,
-                "schedule": "cosine",  # cosine, cosine_after_warmup, inverse_sqrt,
-                # constant or plateau
-                "warmup_steps": 0,
-                "final_fraction": 0.0,  # of learning_rate, where a cosine ends
-                "clip_norm": 0.25,  # of the global gradient norm; 0 does not clip
-                "b1": 0.9,
-                "b2": 0.999,
-                "epsilon": 1e-8,
-                "weight_decay": 0.0,  # adamw and lamb; not for biases and norms
-                "momentum": 0.0,  # sgd
-                "plateau_factor": 0.5,
-                "plateau_patience": 0,  # evaluations without improvement
-            },
-            "mesh": {
-                "data": -1,  # copies of the model; -1: what devices and rows allow
-                "fsdp": 1,  # devices that share one copy, gathered as it is used
-                "tensor": 1,  # devices that share each layer's heads and widths
-            },
-            "hosts": {
-                "start_limit": 300.0,  # seconds until all must have joined
-                "heartbeat": 100.0,  # seconds until a host that does nothing is missing
-                "phase_limit": 3600.0,  # the same while it compiles, saves, validates
-            },
-            "eval": {
-                "split": "validation",
-                "batch_size": 8,
-                "segment_length": 64,
-                "memory_length": -1,  # -1 is the model's own
-                "clamp_length": -1,
-                "same_length": False,
-                "max_tokens": 0,  # of the validation during training; 0 is all
-            },
-        }
-    )
+    tree = {
+        section: {name: field.default for name, field in table.items()}
+        for section, table in fields_lib.TABLE.items()
+    }
+    top = tree.pop("")
+    return ConfigDict({**top, "model": models.default_config(model, **fields), **tree})
+
+
+def rules(config: ConfigDict) -> dict[str, fields_lib.Rule]:
+    """'section.field' -> its rule, for every field that a config of this model has."""
+    found = {f"model.{n}": r for n, r in models.rules(config.model.name).items()}
+    for section, table in fields_lib.TABLE.items():
+        prefix = section and f"{section}."
+        found |= {f"{prefix}{name}": field.rule for name, field in table.items()}
+    return found
+
+
+def flat(config: Mapping) -> dict[str, Any]:
+    """'section.field' -> value, of a config or of its plain dict."""
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            found |= {f"{key}.{name}": x for name, x in value.items()}
+        else:
+            found[key] = value
+    return found
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for what no run can do, whatever the data turn out to be.
+
+    `load` and `train` call it first: nothing is downloaded or prepared before.
+    """
+    models.check(config.model)
+    values = flat(config)
+    for name, rule in rules(config).items():
+        rule.check(f"config.{name}", values[name])
+    _check_together(config)
+
+
+def _check_together(config: ConfigDict) -> None:
+    train, optimizer = config.train, config.optimizer
+    if train.batch_size % train.micro_batches:
+        raise UserError(
+            f"config.train.batch_size={train.batch_size} is not divisible by "
+            f"config.train.micro_batches={train.micro_batches}"
+        )
+    extended = config.model.get("extended_length", 0)
+    if train.variable_length and extended:
+        raise UserError(
+            f"config.train.variable_length with config.model.extended_length={extended}"
+            ": padding on the right and context on the left do not go together"
+        )
+    if config.model.get("attend_zero_memory") and (extended or config.data.documents):
+        raise UserError(
+            "config.model.attend_zero_memory=True with config.data.documents="
+            f"{config.data.documents} and config.model.extended_length={extended}: "
+            "attended zeros can be put back only before a segment, not within it"
+        )
+    for field, users in fields_lib.ONLY_OF.items():
+        if optimizer[field] and optimizer.name not in users:
+            raise UserError(
+                f"config.optimizer.{field}={optimizer[field]} has no effect with "
+                f"{optimizer.name!r}; it belongs to {' and '.join(users)}"
+            )
 
 
 def directories() -> list[pathlib.Path]:
@@ -125,6 +124,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         if not equals:
             raise UserError(f"--config.{field} needs a value: --config.{field}=VALUE")
         set_field(config, field, text)
+    check(config)
     return config
 
 
@@ -196,43 +196,67 @@ def _convert(text: str, like, what: str):
     return value
 
 
+def to_dict(config: ConfigDict) -> dict:
+    """The resolved config as plain values, with the format that they are in."""
+    return {"format": FORMAT, **config.to_dict()}
+
+
 def to_json(config: ConfigDict) -> str:
     """The resolved config as JSON, one field a line."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    return json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n"
 
 
 def from_json(text: str) -> ConfigDict:
-    """Reads what to_json wrote, which may come from anywhere.
-
-    Raises UserError for unknown fields, of another version say, and for wrong types.
-    """
+    """Reads what to_json wrote, which may come from anywhere; see from_dict."""
     try:
         found = json.loads(text)
-        config = default_config(found["model"]["name"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"config.json is not a resolved config: {error!r}") from error
-    _update(config, found, "config")
+    return from_dict(found)
+
+
+def from_dict(found: Mapping, *, where: str = "config.json") -> ConfigDict:
+    """Reads what to_dict gave, in this release or in an earlier one.
+
+    A field that an earlier release did not have gets what that release did. Raises
+    UserError for a newer format, for unknown fields and for wrong types.
+    """
+    try:
+        found = dict(found)
+        written = found.pop("format", 1)
+        config = default_config(found["model"]["name"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where} is not a resolved config: {error!r}") from error
+    if type(written) is not int or not 1 <= written <= FORMAT:
+        raise UserError(
+            f"{where} has format {written!r:.20}, this xlformer reads 1 to {FORMAT}: "
+            "use the release that wrote it, or a newer one"
+        )
+    for field, value in BEFORE.items() if written == 1 else ():
+        section, _, name = field.rpartition(".")
+        config[section][name] = value
+    _update(config, found, "config", where)
     config.lock()
     return config
 
 
-def _update(node: ConfigDict, found: Mapping, where: str) -> None:
+def _update(node: ConfigDict, found: Mapping, at: str, where: str) -> None:
     if not isinstance(found, Mapping):
-        raise UserError(f"config.json: {where}={found!r:.50} is not a section")
+        raise UserError(f"{where}: {at}={found!r:.50} is not a section")
     for key, value in found.items():
         if key not in node:
             near = did_you_mean(key, node)
-            raise UserError(f"config.json: {where} has no field {key!r:.50}{near}")
+            raise UserError(f"{where}: {at} has no field {key!r:.50}{near}")
         like = node[key]
         if isinstance(like, ConfigDict):
-            _update(like, value, f"{where}.{key}")
+            _update(like, value, f"{at}.{key}", where)
             continue
         value = tuple(value) if isinstance(value, list) else value
         allowed = (int, float) if isinstance(like, float) else (type(like),)
         # The fields of config.model are checked where it is built.
-        if where != "config.model" and type(value) not in allowed:
+        if at != "config.model" and type(value) not in allowed:
             raise UserError(
-                f"config.json: {where}.{key}={value!r:.50} is not of type "
+                f"{where}: {at}.{key}={value!r:.50} is not of type "
                 f"{type(like).__name__}"
             )
         with node.ignore_type():

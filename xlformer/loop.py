@@ -9,7 +9,8 @@ import time
 import jax
 import numpy as np
 
-from xlformer import hosts, models, runs, sharding, workdirs
+from xlformer import config as config_lib
+from xlformer import hosts, models, resume, runs, sharding, start, workdirs
 from xlformer.data.stream import Stream
 from xlformer.errors import UserError
 from xlformer.training import (
@@ -33,11 +34,14 @@ class Loop:
     All hosts make the same calls in the same order, because each may be one for all.
     """
 
-    def __init__(self, config, workdir, model, prepared, mesh, *, stop, interrupt):
+    def __init__(
+        self, config, workdir, model, prepared, mesh, *, stop, interrupt, source=None
+    ):
         train = config.train
         self.config, self.workdir, self.model = config, workdir, model
         self.prepared, self.mesh = prepared, mesh
         self.stop, self.interrupt = stop, interrupt
+        self.source = source  # a runs.Run whose weights a fresh state starts with
         self.optimizer = optimizers.build(config.optimizer)
         schedule = optimizers.learning_rate(config.optimizer, train.steps)
         self.rows = sharding.Rows(mesh, train.batch_size)
@@ -59,6 +63,7 @@ class Loop:
         self.profiler = Profiler(config, workdir / workdirs.PROFILE)
         self.calls = {}  # compiled steps by how many segments one call takes
         self.pending = None  # (step, metrics) of the last call, not yet read
+        self.sealed = config  # of the checkpoint that the run goes on from
 
     def start(self, *, writer, lock, watchdog, clock) -> dict:
         self.writer, self.lock = writer, lock
@@ -71,15 +76,20 @@ class Loop:
             with self._phase("restoring"):
                 self.state, self.step = self._state()
             self.skips = spikes.skipped(self.state.spikes)
-            if hosts.is_first():
-                workdirs.describe(self.workdir, self.config, self.prepared)
             logged = workdirs.last_metrics(self.workdir, self.step)
             self.result = {"step": self.step, "interrupted": None, **logged}
             self.clock.record(self.step)
             if self.step >= total and not self._owes_validation():
-                self._say(f"the run is complete: {self.step} of {total} steps")
+                self._say(resume.complete(self.sealed, self.config, self.step))
                 return self.result
+            if hosts.is_first():
+                workdirs.describe(self.workdir, self.config, self.prepared)
             self._introduce()
+            if self.step:
+                self._say(f"resuming from the checkpoint of step {self.step}")
+                scale = float(self.state.plateau.scale)
+                for line in resume.lines(self.sealed, self.config, self.step, scale):
+                    self._say(line)
             with self._phase("compiling"):
                 self.validation.compile(self._scored())
                 if self.step < total:
@@ -105,18 +115,30 @@ class Loop:
         abstract = jax.eval_shape(create, key)
         self.placed = sharding.train_state(self.mesh, abstract, self.model)
         if not self.checkpoints.steps():
-            self._say("no checkpoint: starting from fresh parameters")
-            return jax.jit(create, out_shardings=self.placed)(key), 0
+            return self._begin(create, key), 0
         workdirs.check_same_data(self.workdir, self.prepared)
-        step, found, _ = self.checkpoints.restore(
+        step, found, sealed = self.checkpoints.restore(
             sharding.with_shardings(abstract, self.placed)
         )
+        where = f"{self.workdir}: config of step {step}"
+        self.sealed = config_lib.from_dict(sealed, where=where)
+        resume.check(self.workdir, self.sealed, self.config)
         if step:
             last = spikes.data_index(step - 1, spikes.skipped(found.spikes))
             place = self.stream.place(last)
             workdirs.check_place(self.workdir, step, found.data, place)
-        self._say(f"resuming from the checkpoint of step {step}")
         return found, step
+
+    def _begin(self, create, key):
+        """Before the first step: fresh parameters, or those of another run."""
+        if self.source is None:
+            self._say("no checkpoint: starting from fresh parameters")
+            return jax.jit(create, out_shardings=self.placed)(key)
+        for line in start.lines(self.config, self.source):
+            self._say(line)
+        create = start.from_weights(create, self.config, self.model, self.source)
+        params, self.source = self.source.params, None  # as many bytes again
+        return jax.jit(create, out_shardings=self.placed)(key, params)
 
     def _save(self, metric=None, *, replace=False):
         with self._phase("saving"):
@@ -125,7 +147,7 @@ class Loop:
             self.checkpoints.save(
                 self.step,
                 self.state,
-                config=self.config.to_dict(),
+                config=config_lib.to_dict(self.config),
                 metric=metric,
                 replace=replace,
             )

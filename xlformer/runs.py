@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,13 +14,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
-from xlformer import models, prepare, sharding, storage
+from xlformer import models, prepare, resume, sharding, storage
 from xlformer.data import vocabulary as vocabularies
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError
 from xlformer.training.checkpoints import Checkpoints
 
 CONFIG, VOCABULARY, CHECKPOINTS = "config.json", "vocabulary.json", "checkpoints"
+_log = logging.getLogger(__name__)
 EVALUATION = "evaluation-"  # how the names of evaluate's results begin
 
 
@@ -92,13 +94,14 @@ def load(
       UserError: no run, no such checkpoint, a damaged one, or one of another model.
     """
     workdir = storage.path(workdir)
-    config = read_config(workdir)
+    latest = read_config(workdir)
     results = [p.name for p in workdir.iterdir() if p.name.startswith(EVALUATION)]
     refuse_links(workdir, results)
-    vocabulary = _vocabulary(workdir, config)
-    model = models.build(config.model, vocab_size=vocabulary.size)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
     step = _step(checkpoints, checkpoint)
+    config = _sealed(workdir, checkpoints, step, latest)
+    vocabulary = _vocabulary(workdir, config)
+    model = models.build(config.model, vocab_size=vocabulary.size)
     if params is None:
         params = "ema" if config.train.ema_decay else "raw"
     if params not in ("raw", "ema"):
@@ -112,6 +115,28 @@ def load(
     abstract = sharding.with_shardings(abstract, placed)
     found = checkpoints.restore_params(step, {name: abstract})[name]
     return Run(workdir, config, model, found, vocabulary, step, params == "ema")
+
+
+def read_sealed(workdir, checkpoint: str = "best") -> ConfigDict:
+    """The config of a checkpoint of a run, without its weights; see `load`."""
+    workdir = storage.path(workdir)
+    latest = read_config(workdir)
+    checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
+    return _sealed(workdir, checkpoints, _step(checkpoints, checkpoint), latest)
+
+
+def _sealed(workdir, checkpoints, step, latest: ConfigDict) -> ConfigDict:
+    """What the weights of a step were trained with, whatever config.json says now.
+
+    Where things lie comes from config.json, which is of the latest start.
+    """
+    where = f"{workdir / CHECKPOINTS}: config of step {step}"
+    config = config_lib.from_dict(checkpoints.config(step), where=where)
+    if other := resume.differences(config, latest):
+        _log.warning(
+            "%s says %s: the checkpoint's own is used", workdir / CONFIG, other[0]
+        )
+    return resume.with_free_fields(config, latest)
 
 
 def _vocabulary(workdir, config) -> Vocabulary:

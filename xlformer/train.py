@@ -17,11 +17,24 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from xlformer import command, hosts, models, prepare, runs, sharding, storage, workdirs
+from xlformer import (
+    command,
+    hosts,
+    models,
+    prepare,
+    resume,
+    runs,
+    sharding,
+    start,
+    storage,
+    workdirs,
+)
 from xlformer import config as config_lib
+from xlformer.data import translation
+from xlformer.data import vocabulary as vocabularies
 from xlformer.errors import UserError
 from xlformer.loop import Loop
-from xlformer.training import faults, goodput, metrics, steps
+from xlformer.training import faults, goodput, metrics
 from xlformer.training.checkpoints import Checkpoints
 from xlformer.training.locks import WorkdirLock
 from xlformer.training.watchdog import Watchdog
@@ -42,7 +55,9 @@ def train(
     Where jax.distributed is initialized all hosts must call it, with equal arguments.
 
     Args:
-      config: of `xlformer.config.load`, or default_config with your changes.
+      config: of `xlformer.config.load`, or default_config with your changes. Where
+        its init_from names a work directory, a new run starts from those weights;
+        `start.with_model` gives the config that fits them.
       workdir: of this run alone; made if missing (see workdirs.py).
       model: your own, in place of models.build(config.model).
       started: since when its time counts (goodput), in seconds since 1970; now.
@@ -56,13 +71,19 @@ def train(
     """
     workdir = storage.path(workdir)
     with faults.Interrupt(**_signals()) as interrupt:
-        steps.check(config)
+        config_lib.check(config)
+        directory = workdir / runs.CHECKPOINTS
+        old = resume.sealed(workdir, Checkpoints(directory, read_only=True))
+        if old is not None:
+            resume.check(workdir, old, config)
         rows = config.train.batch_size // config.train.micro_batches
         mesh = sharding.make_mesh(config.mesh, rows=rows)
         sharding.check(config, mesh)
         if hosts.is_first():
             workdirs.refuse_foreign(workdir)
-        prepared = prepare.prepare(config.data)
+        prepared, source = prepare.prepare(config.data), None
+        if config.init_from:
+            source, prepared = _source(config, workdir, prepared, mesh, old is None)
         size = prepared.vocabulary.size
         model = model or models.build(config.model, vocab_size=size)
         if model.vocab_size < size:
@@ -71,7 +92,14 @@ def train(
             )
         stop = hosts.Stop(interrupt)
         loop = Loop(
-            config, workdir, model, prepared, mesh, stop=stop, interrupt=interrupt
+            config,
+            workdir,
+            model,
+            prepared,
+            mesh,
+            stop=stop,
+            interrupt=interrupt,
+            source=source,
         )
         try:
             with contextlib.ExitStack() as stack:
@@ -92,11 +120,23 @@ def train(
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
-            left = Checkpoints(workdir / runs.CHECKPOINTS, read_only=True).latest()
+            left = Checkpoints(directory, read_only=True).latest()
             raise UserError(
                 f"{workdir}: cannot be written: {error}; the latest checkpoint is "
                 f"{'none' if left is None else f'step {left}'}"
             ) from error
+
+
+def _source(config, workdir, prepared, mesh, fresh: bool):
+    """The run to start from, None if this one has begun; the text in its ids."""
+    if not fresh:
+        own = vocabularies.load(workdir / runs.VOCABULARY)
+        where = f"--workdir={workdir}"
+        return None, translation.translated(prepared, own, where=where)
+    found = start.Source.parse(config.init_from, workdir)
+    source = runs.load(found.workdir, checkpoint=found.checkpoint, mesh=mesh)
+    where = f"--init_from={config.init_from}"
+    return source, translation.translated(prepared, source.vocabulary, where=where)
 
 
 def _signals() -> dict:
@@ -120,6 +160,12 @@ def _main(argv) -> int:
     parser = command.Parser(prog="python -m xlformer.train", description=__doc__)
     parser.add_argument("--config", required=True, help="NAME[:args] or FILE.py[:args]")
     parser.add_argument("--workdir", required=True)
+    parser.add_argument(
+        "--init_from",
+        metavar="DIR[:best|latest|STEP]",
+        help="start from the weights, model and vocabulary of another run, or of a "
+        "directory of convert",
+    )
     parser.add_argument("--manual_dir", help="where archives lie that you fetched")
     hosts.add_flags(parser)
     args, overrides = parser.parse_with_overrides(argv)
@@ -128,6 +174,8 @@ def _main(argv) -> int:
         config.data.manual_dir = args.manual_dir
     workdir = storage.path(args.workdir)
     workdirs.refuse_foreign(workdir)
+    if args.init_from is not None:
+        config = start.with_model(config, args.init_from, workdir, overrides)
     with hosts.leaving_at_once():
         hosts.join(
             args,

@@ -1,6 +1,7 @@
 """The directory of a run as training sees it: whose it is, and what it was made of.
 
-config.json      the resolved config of the latest start
+config.json      the resolved config of the latest start that trained something; what a
+                 checkpoint was trained with is sealed in it, and goes before this
 vocabulary.json  what the ids mean
 data.json        the card of the prepared text: its checksum, its sizes
 checkpoints/     see training/checkpoints.py

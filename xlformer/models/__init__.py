@@ -6,18 +6,27 @@ import dataclasses
 from collections.abc import Mapping
 
 from xlformer.errors import UserError, did_you_mean
+from xlformer.fields import REFUSED, Rule
+from xlformer.models import transformer_xl_config
 from xlformer.models.base import Aux, Model
 from xlformer.models.transformer_xl import TransformerXL, TransformerXLConfig
 
 __all__ = ["Aux", "Model", "TransformerXL", "TransformerXLConfig", "build"]
 
 MODELS = {"transformer_xl": (TransformerXL, TransformerXLConfig)}
+RULES = {"transformer_xl": transformer_xl_config.RULES}
 
 
 def _lookup(name: str):
     if name not in MODELS:
         raise UserError(f"config.model.name={name!r}{did_you_mean(name, MODELS)}")
     return MODELS[name]
+
+
+def rules(name: str) -> dict[str, Rule]:
+    """What each field of a model's configuration may be, and who may change it."""
+    _lookup(name)
+    return {"name": Rule(REFUSED), **RULES[name]}
 
 
 def default_config(name: str, **fields) -> dict:
@@ -29,6 +38,12 @@ def default_config(name: str, **fields) -> dict:
             near = did_you_mean(field, known)
             raise UserError(f"config.model has no field {field!r}{near}")
     return {"name": name, **known, **fields}
+
+
+def check(config: Mapping) -> None:
+    """Raises UserError for fields of `config.model` that no model can have."""
+    fields = default_config(**config)
+    _lookup(fields.pop("name"))[1](**fields)
 
 
 def build(

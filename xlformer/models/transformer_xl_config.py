@@ -6,6 +6,7 @@ import dataclasses
 import typing
 
 from xlformer.errors import UserError
+from xlformer.fields import FREE, REFUSED, TAKEN, Rule
 from xlformer.kernels.relative_attention import IMPLEMENTATIONS
 from xlformer.layers.attention import (
     LEARNED_ABSOLUTE,
@@ -14,25 +15,50 @@ from xlformer.layers.attention import (
     SINUSOID,
 )
 
-CHOICES = {
-    "attn_type": (0, 1, 2, 3),
-    "positions": ("original", "rotary"),
-    "init": ("normal", "uniform"),
-    "init_scheme": ("pytorch", "tensorflow"),
-    "dtype": ("auto", "float32", "bfloat16", "float64"),
-    "remat": ("none", "attention", "full"),
-    "attention": ("auto", *IMPLEMENTATIONS),
+_SIZE = Rule(REFUSED, least=1)
+_LENGTH = Rule(REFUSED, least=0)  # tokens; 0: none, or derived
+_PLAIN = Rule(REFUSED)
+# Of each field: its range, and whether a run may change it. The memory of a checkpoint
+# and its weights mean something only with the fields that are REFUSED.
+RULES = {
+    "vocab_size": _SIZE,
+    "n_layer": _SIZE,
+    "d_model": _SIZE,
+    "n_head": _SIZE,
+    "d_head": _LENGTH,
+    "d_inner": _SIZE,
+    "d_embed": _LENGTH,
+    "memory_length": _LENGTH,
+    "extended_length": _LENGTH,
+    "attn_type": Rule(REFUSED, choices=(0, 1, 2, 3)),
+    "positions": Rule(REFUSED, choices=("original", "rotary")),
+    "pre_norm": _PLAIN,
+    "final_norm": _PLAIN,
+    "untie_r": _PLAIN,
+    "clamp_length": _LENGTH,
+    "same_length": _PLAIN,
+    "window": _LENGTH,
+    "table_length": _LENGTH,
+    "attend_zero_memory": _PLAIN,
+    "allow_incoherent_positions": _PLAIN,
+    "dropout": Rule(TAKEN, least=0, below=1),
+    "attention_dropout": Rule(TAKEN, least=0, below=1),
+    "cutoffs": _PLAIN,
+    "div_val": _SIZE,
+    "tie_weights": _PLAIN,
+    "tie_projections": _PLAIN,
+    "proj_same_dim": _PLAIN,
+    "norm_epsilon": Rule(REFUSED, above=0),
+    "init": Rule(REFUSED, choices=("normal", "uniform")),
+    "init_std": Rule(REFUSED, least=0),
+    "init_range": Rule(REFUSED, least=0),
+    "proj_init_std": Rule(REFUSED, least=0),
+    "init_scheme": Rule(REFUSED, choices=("pytorch", "tensorflow")),
+    "dtype": Rule(TAKEN, choices=("auto", "float32", "bfloat16", "float64")),
+    "scan_layers": Rule(FREE),
+    "remat": Rule(FREE, choices=("none", "attention", "full")),
+    "attention": Rule(FREE, choices=("auto", *IMPLEMENTATIONS)),
 }
-LARGEST = (1 << 31) - 1  # what XLA counts positions with
-POSITIVE = ("n_layer", "d_model", "n_head", "d_inner", "div_val")
-NOT_NEGATIVE = (
-    "memory_length",
-    "extended_length",
-    "clamp_length",
-    "table_length",
-    "d_head",
-    "d_embed",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,26 +139,8 @@ class TransformerXLConfig:
                 name = getattr(expected, "__name__", expected)
                 raise UserError(f"config.model.{field}={value!r} is not of type {name}")
             object.__setattr__(self, field, value)
-        for field, choices in CHOICES.items():
-            value = getattr(self, field)
-            if value not in choices:
-                raise UserError(f"config.model.{field}={value!r} is none of {choices}")
-        for field in (*POSITIVE, *NOT_NEGATIVE):
-            if getattr(self, field) < (field in POSITIVE):
-                least = "at least 1" if field in POSITIVE else "not negative"
-                raise UserError(
-                    f"config.model.{field}={getattr(self, field)} must be {least}"
-                )
-            if getattr(self, field) > LARGEST:
-                raise UserError(
-                    f"config.model.{field}={getattr(self, field)} is out of memory for "
-                    f"any machine: at most {LARGEST}"
-                )
-        for field in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, field) < 1:
-                raise UserError(
-                    f"config.model.{field}={getattr(self, field)} must be in [0, 1)"
-                )
+        for field, rule in RULES.items():
+            rule.check(f"config.model.{field}", getattr(self, field))
         self._check_attention()
         self._check_bins()
 
@@ -173,8 +181,6 @@ class TransformerXLConfig:
                 "collide; set memory_length=0, or allow_incoherent_positions=True"
             )
         window = self.attention_window
-        if self.window is not None and self.window < 0:
-            raise UserError(f"config.model.window={self.window} must not be negative")
         if window is not None and window < 0:
             raise UserError(
                 f"config.model.same_length with memory_length={self.memory_length} "
@@ -203,10 +209,6 @@ class TransformerXLConfig:
                 f"config.model.cutoffs={self.cutoffs} must ascend from above 0"
             )
         if self.vocab_size is not None:
-            if self.vocab_size < 1:
-                raise UserError(
-                    f"config.model.vocab_size={self.vocab_size} must be positive"
-                )
             if edges[-1] >= self.vocab_size:
                 raise UserError(
                     f"config.model.cutoffs={self.cutoffs} reach beyond the vocabulary: "

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
 import math
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,29 +39,28 @@ from xlformer.training.integrity import (
     seal,
 )
 
+METRIC = "nats_per_token"  # of the validation
 _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
     """The checkpoints of one work directory: save, restore, verify, fall back.
 
-    Keeps the `keep` latest steps and, besides, the one whose metric is lowest. One
-    process (or one job) writes; any number read with read_only=True. Values saved under
-    another name than `metric` are not compared with it.
+    Keeps the `keep` latest steps and, besides, the best: the one whose metric is lowest
+    among those that were measured as the newest was, with the same section `eval` of
+    their config. One process (or one job) writes; any number read with read_only=True.
     """
 
-    def __init__(
-        self, directory, *, keep: int = 2, metric: str = "bpc", read_only: bool = False
-    ):
+    def __init__(self, directory, *, keep: int = 2, read_only: bool = False):
         if keep < 1:
             raise UserError(f"config.train.keep={keep}: at least one must be kept")
         directory = storage.path(directory)
         remote = storage.is_remote(directory)  # absolute() puts that below the cwd
         self.directory = directory if remote else directory.absolute()
-        self.metric = metric
         self._keep = keep
         self._current = None  # the step that this process restored or saved last
-        self._metrics = {}  # step -> metric or None, for the steps seen so far
+        # step -> (metric, how it was measured) or None, for the steps seen so far
+        self._metrics: dict[int, tuple[float, Any] | None] = {}
         self._manager = None if read_only else self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -105,7 +106,7 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step with the lowest metric, None if no step has one."""
+        """The step with the lowest metric that compares, None if no step has one."""
         return self._best_of(self.steps())
 
     def _best_of(self, steps) -> int | None:
@@ -113,13 +114,23 @@ class Checkpoints:
         metrics would make every checkpoint unreachable."""
         for step in set(steps) - set(self._metrics):
             try:
-                stored = read_seal(self._path(step))["metric"]
-                self._metrics[step] = stored.get(self.metric)
+                self._metrics[step] = self._measured(step)
             except Exception as error:
                 _log.warning("step %d: its metric is unreadable: %s", step, error)
                 self._metrics[step] = None
-        known = [s for s in steps if self._metrics[s] is not None]
-        return min(known, key=lambda s: (self._metrics[s], s), default=None)
+        known = {s: self._metrics[s] for s in steps if self._metrics[s] is not None}
+        if not known:
+            return None
+        _, how = known[max(known)]
+        equal = {s: metric for s, (metric, was) in known.items() if was == how}
+        return min(equal, key=lambda s: (equal[s], s))
+
+    def _measured(self, step: int) -> tuple[float, Any] | None:
+        sealed = read_seal(self._path(step))
+        if METRIC not in sealed["metric"]:
+            return None
+        config = read_config(self._path(step), sealed)
+        return sealed["metric"][METRIC], _how(config)
 
     # Saving --------------------------------------------------------------------------
 
@@ -134,6 +145,7 @@ class Checkpoints:
     ) -> bool:
         """Starts saving and returns once the state may be donated.
 
+        metric: nats per token, of a validation with the settings of config['eval'].
         A failure of the previous save shows here or in wait(). Returns False, and saves
         nothing, for the step that this object restored or saved last, unless it is to
         replace it (a kill before that is done costs this one step). Steps after
@@ -146,15 +158,14 @@ class Checkpoints:
             return False
         self.wait()
         finite = metric is not None and math.isfinite(metric)
-        metric = float(metric) if finite else None
-        named = {self.metric: metric} if finite else {}
+        named = {METRIC: float(metric)} if finite else {}
         arrays, digest = seal(state, config=dict(config), metric=named)
         try:
             for stale in [s for s in self.steps() if s >= step]:
                 _log.warning("deleting step %d, replaced by step %d", stale, step)
                 self._manager.delete(stale)
                 self._metrics.pop(stale, None)
-            self._metrics[step] = metric
+            self._metrics[step] = (named[METRIC], _how(config)) if finite else None
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -269,6 +280,11 @@ class Checkpoints:
         """The config saved with a step (default: the latest), verified."""
         return self._one(step, read_config)
 
+    def contents(self, step: int) -> set[str]:
+        """The names at the top of a saved state: 'step', 'params', 'carried', ..."""
+        found = self._one(step, lambda _, sealed: sealed["layouts"])
+        return {path.partition("/")[0] for path in found}
+
     def _one(self, step, read):
         step = self.latest() if step is None else step
         self._must_exist(step)
@@ -305,6 +321,11 @@ class Checkpoints:
 
     def _path(self, step) -> epath.Path:
         return self.directory / str(step)
+
+
+def _how(config: Mapping) -> str:
+    """With which settings the metric of a checkpoint with this config was measured."""
+    return json.dumps(config.get("eval"), sort_keys=True)
 
 
 def _barrier():

@@ -8,11 +8,13 @@ checksums of the config and of the seal itself.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import zlib
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -20,9 +22,16 @@ from etils import epath
 from xlformer.errors import UserError
 from xlformer.training import leaves
 
+_log = logging.getLogger(__name__)
+
 
 class Corrupt(Exception):
     """This step cannot be trusted; another one may be."""
+
+
+CARRIED = "carried/"  # the part of a training state that is the model's own state
+FLOATS = {"bfloat16", "float32", "float64"}
+FORMAT = 2  # of a seal; 0.1.0 wrote none, and called nats per token "bpc"
 
 
 def seal(state, *, config: Mapping, metric: Mapping) -> tuple[dict, dict]:
@@ -30,8 +39,9 @@ def seal(state, *, config: Mapping, metric: Mapping) -> tuple[dict, dict]:
     flat = leaves.flatten(state)
     arrays = leaves.to_disk(flat)
     item = {
+        "format": FORMAT,
         "leaves": leaves.digests(arrays),
-        "layouts": {path: leaves.layout(x) for path, x in flat.items()},
+        "layouts": leaves.layouts(state),
         "config": _crc(config),
         "metric": dict(metric),  # {name: value} or {}
     }
@@ -47,13 +57,22 @@ def read_seal(directory: epath.Path) -> dict:
         raise Corrupt(f"the digest is unreadable ({reason(error)})") from error
     if not intact:
         raise Corrupt("the digest does not match its own checksum")
+    written = item.pop("format", 1)
+    if type(written) is int and written > FORMAT:
+        raise UserError(
+            f"{directory}: the checkpoint has format {written}, this xlformer reads 1 "
+            f"to {FORMAT}: use the release that wrote it, or a newer one"
+        )
     # Whoever wrote the digest could also make its checksum.
     kinds = {"leaves": dict, "layouts": dict, "metric": dict, "config": int}
     for name, kind in kinds.items():
         if not isinstance(item.get(name), kind):
             raise Corrupt(f"the digest has no {name}")
-    if any(type(x) is not float for x in item["metric"].values()):
+    metric = item["metric"]
+    if any(type(x) is not float for x in metric.values()):
         raise Corrupt("the digest has a metric that is no number")
+    if written == 1 and "bpc" in metric:
+        metric["nats_per_token"] = metric.pop("bpc")
     return item
 
 
@@ -67,10 +86,13 @@ def read_config(directory: epath.Path, sealed: Mapping) -> dict:
 def read_state(directory: epath.Path, sealed: Mapping, abstract, *, whole: bool):
     """Reads the leaves of `abstract`, which with whole=False may be a part of them.
 
-    A leaf with a sharding becomes a jax.Array, one without a numpy array. Raises
-    Corrupt for damage and UserError for a checkpoint of something else.
+    A leaf with a sharding becomes a jax.Array, one without a numpy array. What a model
+    carries is in the dtype that its machine computed in; it is turned into the one that
+    is wanted here. Raises Corrupt for damage and UserError for a checkpoint of
+    something else.
     """
-    wanted = leaves.flatten(abstract)
+    target = leaves.flatten(abstract)
+    wanted = _as_stored(target, sealed["layouts"])
     _check_layouts(directory, wanted, sealed["layouts"])
     extra = sorted(set(sealed["layouts"]) - set(wanted)) if whole else []
     if extra:
@@ -88,8 +110,26 @@ def read_state(directory: epath.Path, sealed: Mapping, abstract, *, whole: bool)
     for path in stored:
         if sums[path] != sealed["leaves"].get(path):
             raise Corrupt(f"state: {path} does not match its digest")
-    restored = [leaves.from_disk(values.get(k), x) for k, x in wanted.items()]
+    restored = [
+        leaves.cast(leaves.from_disk(values.get(k), x), target[k])
+        for k, x in wanted.items()
+    ]
     return jax.tree.unflatten(jax.tree.structure(abstract), restored)
+
+
+def _as_stored(wanted: Mapping, stored: Mapping) -> dict:
+    """`wanted` with floats of the carried state in the dtype of the checkpoint."""
+    found = {}
+    for path, x in wanted.items():
+        dtype = str(stored.get(path, "")).partition("[")[0]
+        known = path.startswith(CARRIED) and {dtype, str(x.dtype)} <= FLOATS
+        if known and dtype != str(x.dtype):
+            _log.warning(
+                "%s was %s when it was saved, here it is %s", path, dtype, x.dtype
+            )
+            x = jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)
+        found[path] = x
+    return found
 
 
 def _check_layouts(directory, wanted, stored) -> None:

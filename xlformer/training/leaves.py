@@ -34,6 +34,11 @@ def layout(x) -> str:
     return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
 
+def layouts(tree) -> dict[str, str]:
+    """{path: layout} of a tree of arrays or shapes."""
+    return {path: layout(x) for path, x in flatten(tree).items()}
+
+
 def nest(flat: Mapping[str, object]) -> dict:
     """{'a/b': x} as {'a': {'b': x}}: the tree that is written, whatever its classes."""
     root = {}
@@ -73,6 +78,16 @@ def from_disk(value, like):
         return np.zeros(like.shape, like.dtype)
     zeros = functools.partial(jnp.zeros, like.shape, like.dtype)
     return jax.jit(zeros, out_shardings=like.sharding)()
+
+
+def cast(value, like):
+    """`value` in the dtype and where `like` wants it."""
+    if value.dtype == like.dtype:
+        return value
+    if like.sharding is None:
+        return value.astype(like.dtype)
+    turn = jax.jit(lambda x: x.astype(like.dtype), out_shardings=like.sharding)
+    return turn(value)
 
 
 def digests(flat: Mapping[str, object]) -> dict[str, int]:

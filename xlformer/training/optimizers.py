@@ -131,12 +131,6 @@ def build(config) -> optax.GradientTransformation:
     Its updates point uphill: the caller adds -rate * updates.
     """
     make = _lookup(OPTIMIZERS, config.name, "config.optimizer.name")
-    for field, users in _USERS.items():
-        if config[field] and config.name not in users:
-            raise UserError(
-                f"config.optimizer.{field}={config[field]} has no effect with "
-                f"{config.name!r}; it belongs to {' and '.join(users)}"
-            )
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return optax.chain(*clip, *make(config))
 
@@ -179,11 +173,6 @@ OPTIMIZERS = {
     "lamb": _lamb,
     "lamb_sha_rnn": _lamb_sha_rnn,
     "sgd": _sgd,
-}
-# Options that only some optimizers read: set for another one they are a mistake.
-_USERS = {
-    "weight_decay": ("adamw", "lamb", "lamb_sha_rnn"),
-    "momentum": ("sgd",),
 }
 
 

@@ -7,64 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from xlformer.errors import UserError
 from xlformer.training import optimizers, spikes
 from xlformer.training.gradients import make_gradients
 from xlformer.training.state import Place, TrainState
-
-AT_LEAST = {
-    "train": {
-        "steps": 1,
-        "batch_size": 1,
-        "segment_length": 1,
-        "micro_batches": 1,
-        "segments_per_call": 1,
-        "keep": 1,
-        "log_every": 0,
-        "eval_every": 0,
-        "save_every": 0,
-        "profile_start": 0,
-        "profile_steps": 0,
-        "spike_factor": 0,
-        "spike_after": 0,
-    },
-    "optimizer": {"learning_rate": 0, "warmup_steps": 0, "clip_norm": 0},
-    "hosts": {"start_limit": 1, "heartbeat": 1, "phase_limit": 1},
-    "eval": {"batch_size": 1, "segment_length": 1, "max_tokens": 0},
-}
-
-
-def check(config) -> None:
-    """Raises UserError for what no step can do."""
-    train = config.train
-    for section, fields in AT_LEAST.items():
-        for field, least in fields.items():
-            value = config[section][field]
-            if not value >= least:  # NaN is refused too.
-                raise UserError(
-                    f"config.{section}.{field}={value} must be at least {least}"
-                )
-    if train.batch_size % train.micro_batches:
-        raise UserError(
-            f"config.train.batch_size={train.batch_size} is not divisible by "
-            f"config.train.micro_batches={train.micro_batches}"
-        )
-    extended = config.model.get("extended_length", 0)
-    if train.variable_length and extended:
-        raise UserError(
-            f"config.train.variable_length with config.model.extended_length={extended}"
-            ": padding on the right and context on the left do not go together"
-        )
-    if config.model.get("attend_zero_memory") and (extended or config.data.documents):
-        raise UserError(
-            "config.model.attend_zero_memory=True with config.data.documents="
-            f"{config.data.documents} and config.model.extended_length={extended}: "
-            "attended zeros can be put back only before a segment, not within it"
-        )
-    if not 0 <= train.ema_decay < 1:
-        raise UserError(
-            f"config.train.ema_decay={train.ema_decay} must be at least 0 and below 1"
-        )
 
 
 def make_step(config, model, optimizer, schedule):

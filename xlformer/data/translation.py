@@ -1,0 +1,46 @@
+"""A prepared corpus in the ids of another vocabulary: that of weights to start from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from xlformer.data.prepared import Prepared
+from xlformer.data.vocabulary import Vocabulary
+from xlformer.errors import UserError
+
+
+def translated(prepared: Prepared, vocabulary: Vocabulary, *, where: str) -> Prepared:
+    """The same tokens as ids of `vocabulary`; itself if that has the same order.
+
+    A symbol of the text that it lacks becomes its `<unk>`; where it has none, and for
+    another kind of symbols, a UserError names `where` and what is missing.
+    """
+    ours = prepared.vocabulary
+    if ours.symbols == vocabulary.symbols and ours.unit == vocabulary.unit:
+        return prepared
+    if (type(ours), ours.unit) != (type(vocabulary), vocabulary.unit):
+        raise UserError(
+            f"{where} has a vocabulary of {vocabulary.unit}, config.data gives "
+            f"{ours.unit}"
+        )
+    index = {symbol: i for i, symbol in enumerate(vocabulary.symbols)}
+    unknown = getattr(vocabulary, "unk_id", None)
+    table = np.array([index.get(symbol, -1) for symbol in ours.symbols], np.int32)
+    missing = np.flatnonzero(table < 0)
+    if missing.size and unknown is None:
+        used = np.zeros(ours.size, bool)
+        for tokens in prepared.tokens.values():
+            used |= np.bincount(tokens, minlength=ours.size) > 0
+        lacks = [ours.symbols[i] for i in missing if used[i]]
+        if lacks:
+            shown = ", ".join(map(repr, lacks[:8])) + ", ..." * (len(lacks) > 8)
+            raise UserError(
+                f"{where} has a vocabulary of {vocabulary.size} {vocabulary.unit} "
+                f"without {len(lacks)} of those in the text of config.data: {shown}"
+            )
+    table[missing] = 0 if unknown is None else unknown
+    table = table.astype(vocabulary.dtype)
+    tokens = {split: table[found] for split, found in prepared.tokens.items()}
+    return dataclasses.replace(prepared, tokens=tokens, vocabulary=vocabulary)

@@ -1,0 +1,187 @@
+"""The table of every option: its default, its range, and what a resumed run does.
+
+`config.default_config` is made of it, `config.check` holds a config to it, and
+`resume.py` compares the config of a run with the one that its checkpoint was sealed
+with. The options of `config.model` are the fields of the model's own dataclass, whose
+RULES have the same form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from xlformer.errors import UserError, did_you_mean
+
+REFUSED = "refused"  # the checkpoint would mean something else, or would not fit
+TAKEN = "taken"  # from here on, and the run says what changes
+FREE = "free"  # the numbers of the run do not depend on it
+LARGEST = (1 << 31) - 1  # steps, rows and positions are int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a value may be, and what becomes of a run whose value has changed.
+
+    Attributes:
+      resume: REFUSED, TAKEN or FREE.
+      least, most: the smallest and the largest value.
+      above, below: the same, themselves not included.
+      choices: all values there are.
+      off: a value beside the range that switches the option off.
+      switch: zero and not zero are refused for each other, because they are other
+        arrays of the training state.
+    """
+
+    resume: str
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple = ()
+    off: Any = None
+    switch: bool = False
+
+    def check(self, name: str, value) -> None:
+        """Raises UserError where `value` is out of range, or no finite number."""
+        if self.choices:
+            if value not in self.choices:
+                near = did_you_mean(str(value), map(str, self.choices))
+                near = near if "did you mean" in near else ""
+                shown = ", ".join(map(str, self.choices))
+                raise UserError(f"{name}={value!r} is none of {shown}{near}")
+            return
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name}={value} must be a finite number")
+        if self.off is not None and value == self.off:
+            return
+        bounds = (
+            (self.least, "at least", lambda bound: value >= bound),
+            (self.above, "above", lambda bound: value > bound),
+            (self._most(value), "at most", lambda bound: value <= bound),
+            (self.below, "below", lambda bound: value < bound),
+        )
+        given = [bound for bound in bounds if bound[0] is not None]
+        if not all(holds(limit) for limit, _, holds in given):
+            said = " and ".join(f"{words} {limit}" for limit, words, _ in given)
+            also = f" (or {self.off})" if self.off is not None else ""
+            raise UserError(f"{name}={value} must be {said}{also}")
+
+    def _most(self, value):
+        return LARGEST if self.most is None and isinstance(value, int) else self.most
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """An option of a config: its default, whose type is the option's, and its rule."""
+
+    default: Any
+    rule: Rule
+
+
+def _field(default, resume: str, **rule) -> Field:
+    return Field(default, Rule(resume, **rule))
+
+
+_RATIO = {"least": 0, "below": 1}  # 0 is none, 1 would be all
+SPLITS = ("train", "validation", "test")
+
+# Section -> name -> what it may be. '' is the top of the tree.
+TABLE: Mapping[str, Mapping[str, Field]] = {
+    "": {
+        "name": _field("", FREE),
+        # JAX's keys have 32 bits of it: seeds 2^32 apart draw the same parameters.
+        "seed": _field(1111, REFUSED, least=-(1 << 63), most=(1 << 63) - 1),
+        "init_from": _field("", FREE),  # where --init_from took the first weights from
+    },
+    "data": {
+        "corpus": _field("stdlib", REFUSED),  # a builder's name, or 'text' for `path`
+        "path": _field("", FREE),  # your own text: files or globs, separated by ';'
+        "unit": _field("bytes", REFUSED, choices=("bytes", "chars", "words")),  # of it
+        "documents": _field(False, REFUSED),  # memory is reset where a file begins
+        "tokenizer": _field("", FREE),  # a SentencePiece or tokenizers file
+        # enwik8: keep, or drop as the original does
+        "newline": _field("keep", REFUSED, choices=("keep", "drop")),
+        "directory": _field("", FREE),  # prepared corpora; '' is XLFORMER_DATA or cache
+        "manual_dir": _field("", FREE),  # archives that cannot be downloaded
+    },
+    "train": {
+        "steps": _field(1000, TAKEN, least=1),  # optimizer steps
+        "batch_size": _field(16, REFUSED, least=1),  # rows, over all devices
+        "segment_length": _field(64, REFUSED, least=1),  # tokens of a row in one step
+        "micro_batches": _field(1, FREE, least=1),  # gradients of groups of rows, added
+        "segments_per_call": _field(1, FREE, least=1),  # steps in one compiled call
+        "variable_length": _field(False, REFUSED),  # the original's varlen: data/stream
+        "half_loss": _field(False, TAKEN),  # score only the later half of each segment
+        "skip_nonfinite": _field(False, TAKEN),  # drop a step whose loss is not finite
+        # A loss so many times its average makes the run go back and leave out that
+        # segment; a factor of 1 or less would leave out every other one. 0 is off.
+        "spike_factor": _field(0.0, TAKEN, above=1, off=0),
+        "spike_after": _field(100, TAKEN, least=0),  # steps before one can be a spike
+        "ema_decay": _field(0.0, TAKEN, switch=True, **_RATIO),  # of the average of the
+        # parameters; 0 keeps none
+        "log_every": _field(100, FREE, least=0),
+        "eval_every": _field(1000, TAKEN, least=0),  # validation; 0 only at the end
+        "save_every": _field(1000, FREE, least=0),
+        "keep": _field(2, FREE, least=1),  # latest checkpoints; and the best one
+        "profile_start": _field(0, FREE, least=0),  # first step of a profiler trace
+        "profile_steps": _field(0, FREE, least=0),  # how many it covers; 0 takes none
+    },
+    "optimizer": {
+        "name": _field(
+            "adam", REFUSED, choices=("adam", "adamw", "lamb", "lamb_sha_rnn", "sgd")
+        ),
+        "learning_rate": _field(2.5e-4, TAKEN, least=0),
+        "schedule": _field(
+            "cosine",
+            TAKEN,
+            choices=(
+                "cosine",
+                "cosine_after_warmup",
+                "inverse_sqrt",
+                "constant",
+                "plateau",
+            ),
+        ),
+        "warmup_steps": _field(0, TAKEN, least=0),
+        "final_fraction": _field(0.0, TAKEN, least=0, most=1),  # where a cosine ends
+        "clip_norm": _field(0.25, TAKEN, least=0, switch=True),  # of all gradients; 0
+        # does not clip
+        "b1": _field(0.9, TAKEN, **_RATIO),
+        "b2": _field(0.999, TAKEN, **_RATIO),
+        "epsilon": _field(1e-8, TAKEN, least=0),
+        "weight_decay": _field(0.0, TAKEN, least=0),  # adamw and lamb; not for biases
+        "momentum": _field(0.0, TAKEN, switch=True, **_RATIO),  # sgd
+        "plateau_factor": _field(0.5, TAKEN, above=0, most=1),
+        "plateau_patience": _field(
+            0, TAKEN, least=0
+        ),  # evaluations without improvement
+    },
+    "mesh": {
+        "data": _field(-1, FREE, least=1, off=-1),  # copies of the model; -1: what
+        # devices and rows allow
+        "fsdp": _field(1, FREE, least=1, off=-1),  # devices that share one copy
+        "tensor": _field(1, FREE, least=1, off=-1),  # that share heads and widths
+    },
+    "hosts": {
+        "start_limit": _field(300.0, FREE, least=1),  # seconds until all have joined
+        "heartbeat": _field(100.0, FREE, least=1),  # until a silent host is missing
+        "phase_limit": _field(3600.0, FREE, least=1),  # the same while it compiles etc.
+    },
+    # What 'best' compares (training/checkpoints.py): losses of equal settings only.
+    "eval": {
+        "split": _field("validation", TAKEN, choices=SPLITS),
+        "batch_size": _field(8, TAKEN, least=1),
+        "segment_length": _field(64, TAKEN, least=1),
+        "memory_length": _field(-1, TAKEN, least=-1),  # -1 is the model's own
+        "clamp_length": _field(-1, TAKEN, least=-1),
+        "same_length": _field(False, TAKEN),
+        "max_tokens": _field(0, TAKEN, least=0),  # of the validations; 0 is all
+    },
+}
+# Options of the optimizer that only some read: set for another one they are a mistake.
+ONLY_OF = {"weight_decay": ("adamw", "lamb", "lamb_sha_rnn"), "momentum": ("sgd",)}

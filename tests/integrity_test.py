@@ -122,7 +122,7 @@ def test_when_all_steps_are_damaged_each_is_named(copied):
 
 
 @pytest.mark.parametrize(
-    "intact, damaged", [('"bpc": 1.0', '"bpc": 1.5'), ("{", "["), ("61]", "62]")]
+    "intact, damaged", [('token": 1.0', 'token": 1.5'), ("{", "["), ("61]", "62]")]
 )
 def test_a_damaged_digest_is_damage_and_never_another_model(copied, intact, damaged):
     path = copied / "2" / "digest" / "metadata"

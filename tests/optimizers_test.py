@@ -231,18 +231,9 @@ def test_a_layer_of_zeros_gets_the_plain_update():
     np.testing.assert_allclose(updates["layers"]["w"], 1.0, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "fields, words",
-    [
-        ({"name": "adma"}, "optimizer.name='adma' is unknown, did you mean 'adam'?"),
-        ({"name": "adam", "weight_decay": 0.1}, "weight_decay=0.1 has no effect"),
-        ({"name": "lamb", "momentum": 0.9}, "momentum=0.9 has no effect"),
-    ],
-)
-def test_mistakes_in_the_optimizer_are_named(fields, words):
-    with pytest.raises(UserError) as error:
-        optimizers.build(section(**fields))
-    assert words in str(error.value)
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(UserError, match="'adma' is unknown, did you mean 'adam'"):
+        optimizers.build(section(name="adma"))
 
 
 def test_an_unknown_schedule_is_named():

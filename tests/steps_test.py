@@ -11,11 +11,9 @@ from training_runs import (
     assert_same,
     bag,
     quick_jit,
-    refusal,
     small_config,
 )
 
-from xlformer import config as config_lib
 from xlformer import models
 from xlformer.data.stream import Stream
 from xlformer.training import optimizers, state, steps
@@ -33,7 +31,6 @@ class Run:
     """A config's step, compiled, and the states that it goes through."""
 
     def __init__(self, config, model=None):
-        steps.check(config)
         self.config, self.model = config, model or bag()
         self.optimizer = optimizers.build(config.optimizer)
         self.schedule = optimizers.learning_rate(config.optimizer, config.train.steps)
@@ -308,41 +305,6 @@ def test_without_skipping_the_loss_is_said_to_be_not_finite():
     found, logged = Run(small_config(), bag(nan_steps=(1,))).states(2)
     assert [bool(v["train/finite"]) for v in logged] == [True, False]
     assert np.isnan(found[2].params["table_VV"]).any()
-
-
-# Bad settings -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("override", "fragments"),
-    [
-        ("train.micro_batches=5", ["batch_size=2", "micro_batches=5"]),
-        ("train.steps=0", ["config.train.steps=0", "at least 1"]),
-        ("train.batch_size=-2", ["config.train.batch_size=-2"]),
-        ("train.segment_length=0", ["config.train.segment_length=0"]),
-        ("train.micro_batches=0", ["config.train.micro_batches=0"]),
-        ("train.segments_per_call=0", ["config.train.segments_per_call=0"]),
-        ("train.keep=0", ["config.train.keep=0"]),
-        ("train.save_every=-1", ["config.train.save_every=-1", "at least 0"]),
-        ("train.ema_decay=1.0", ["config.train.ema_decay=1.0", "below 1"]),
-        ("optimizer.learning_rate=-0.1", ["config.optimizer.learning_rate=-0.1"]),
-        ("optimizer.clip_norm=-1", ["config.optimizer.clip_norm=-1"]),
-        ("eval.batch_size=0", ["config.eval.batch_size=0"]),
-        ("eval.max_tokens=-3", ["config.eval.max_tokens=-3"]),
-    ],
-)
-def test_what_no_step_can_do_is_one_line(override, fragments):
-    config = config_lib.load("quickstart:debug", [override])
-    line = refusal(steps.check, config)
-    assert all(fragment in line for fragment in fragments), line
-
-
-def test_variable_lengths_refuse_context_on_the_left():
-    config = config_lib.load(
-        "quickstart:debug", ["train.variable_length=True", "model.extended_length=3"]
-    )
-    line = refusal(steps.check, config)
-    assert "variable_length" in line and "extended_length=3" in line
 
 
 # For people who hold on to pmap -------------------------------------------------------

@@ -108,11 +108,10 @@ def with_free_fields(old: ConfigDict, new: ConfigDict) -> ConfigDict:
 def _changes(old: ConfigDict, new: ConfigDict):
     """(name, rule, old value, new value) of each field that differs."""
     before, after = config_lib.flat(old), config_lib.flat(new)
-    rules: Mapping[str, Rule] = config_lib.rules(new)
     if old.model.name != new.model.name:
-        model = "model.name"
-        yield model, rules[model], before[model], after[model]
+        yield "model.name", Rule(REFUSED), old.model.name, new.model.name
         return
+    rules: Mapping[str, Rule] = config_lib.rules(new)
     for name, rule in rules.items():
         if before[name] != after[name]:
             yield name, rule, before[name], after[name]

@@ -22,6 +22,7 @@ from checkpoint_states import (
 )
 
 from xlformer.errors import UserError
+from xlformer.training import integrity
 from xlformer.training.checkpoints import Checkpoints
 
 
@@ -311,3 +312,57 @@ def test_a_full_disk_is_an_error_and_costs_no_earlier_checkpoint(tmp_path):
     assert left == left_again == "[1]"
     assert end == "2 [2]"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2"]
+
+
+# What is compared, and what other releases and machines wrote -----------------------
+
+
+def test_best_is_among_those_that_were_measured_alike(tmp_path):
+    def save(checkpoints, step, metric, **settings):
+        config = {**CONFIG, "eval": settings}
+        checkpoints.save(step, make_state(step), config=config, metric=metric)
+
+    with Checkpoints(tmp_path, keep=5) as checkpoints:
+        save(checkpoints, 1, 1.0, split="train", cutoffs=(1, 2))
+        assert checkpoints.best() == 1
+        save(checkpoints, 2, 4.0, split="validation")
+        save(checkpoints, 3, 3.0, split="validation")
+        save(checkpoints, 4, None, split="train")  # not measured: says nothing
+        assert checkpoints.best() == 3
+    assert Checkpoints(tmp_path, read_only=True).best() == 3
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        save(checkpoints, 5, 2.0, split="train", cutoffs=(1, 2))
+        assert checkpoints.best() == 1
+
+
+def test_a_carried_state_takes_the_dtype_of_this_machine(tmp_path, caplog):
+    def make(dtype):
+        memory = jnp.arange(6, dtype=dtype).reshape(2, 3) / 2
+        return {"carried": {"m": memory}, "params": {"w": jnp.ones(3)}}
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make(jnp.bfloat16), config=CONFIG)
+    reader = Checkpoints(tmp_path, read_only=True)
+    for wanted in (make(jnp.float32), on_mesh(make(jnp.float32), (2,), ("data",))):
+        _, found, _ = reader.restore(wanted)
+        assert found["carried"]["m"].dtype == jnp.float32
+        np.testing.assert_array_equal(
+            found["carried"]["m"], make("float32")["carried"]["m"]
+        )
+    assert "carried/m was bfloat16 when it was saved, here it is float32" in caplog.text
+    lower = make(jnp.float32)
+    lower["params"]["w"] = lower["params"]["w"].astype(jnp.bfloat16)
+    with pytest.raises(UserError, match=r"params/w as float32\[3\], here it is bfloat"):
+        reader.restore(lower)
+
+
+def test_a_checkpoint_of_a_later_release_is_named_and_no_older_one_taken(
+    copied, monkeypatch
+):
+    monkeypatch.setattr(integrity, "FORMAT", 3)
+    with Checkpoints(copied) as checkpoints:
+        checkpoints.save(3, make_state(3), config=CONFIG)
+    monkeypatch.undo()
+    reader = Checkpoints(copied, read_only=True)
+    with pytest.raises(UserError, match="has format 3, this xlformer reads 1 to 2"):
+        reader.restore(abstract_state())

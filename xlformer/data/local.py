@@ -5,12 +5,15 @@ The standard library is the corpus that every machine has without a network.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import itertools
 import os
 import pathlib
 import platform
+import re
+import sys
 import sysconfig
 
 import numpy as np
@@ -23,6 +26,23 @@ from xlformer.errors import UserError
 # tests and generated tables; site-packages is not the interpreter's own
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
 LEFT_OUT |= {"site-packages"}
+LEAST = 11  # units of a text: 10 leave nothing between 90 % and 95 %
+LONE_RETURN = re.compile(rb"\r(?!\n)")
+ONCE = "a pipe can be read only once: save the text as a file, and name that to resume"
+# How files begin that look like a text to people, and what makes one of them.
+CONVERT = "iconv -f {0} -t UTF-8 converts it"
+KINDS = {
+    codecs.BOM_UTF32_LE: ("UTF-32", CONVERT.format("UTF-32")),
+    codecs.BOM_UTF32_BE: ("UTF-32", CONVERT.format("UTF-32")),
+    codecs.BOM_UTF16_LE: ("UTF-16", CONVERT.format("UTF-16")),
+    codecs.BOM_UTF16_BE: ("UTF-16", CONVERT.format("UTF-16")),
+    b"%PDF-": ("a PDF", "pdftotext makes text of it"),
+    b"PK\x03\x04": ("a zip archive or an office document", "unpack or export it"),
+    b"\x1f\x8b": ("compressed by gzip", "gunzip it"),
+    b"BZh": ("compressed by bzip2", "bunzip2 it"),
+    b"\xfd7zXZ": ("compressed by xz", "unxz it"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "unzstd it"),
+}
 
 
 def read_stdlib(root: str | None = None) -> Text:
@@ -51,27 +71,78 @@ def read_stdlib(root: str | None = None) -> Text:
 
 
 def read_files(path: str, unit: str) -> Text:
-    """Your own files, each a document, 90/5/5 of the whole counted in `unit`."""
+    """Your own files, each a document, 90/5/5 of the whole counted in `unit`.
+
+    unit 'pieces' is of a tokenizer: its splits are counted in characters.
+    """
     try:
         paths = _expand(path)
-        documents = [(name, storage.path(name).read_bytes()) for name in paths]
+        documents = [(name, read_once(name)) for name in paths]
     except UserError:
         raise
     except Exception as error:  # of whatever library reads gs://
         why = " ".join(str(error).split())[:200]
         raise UserError(f"config.data.path={path}: cannot be read: {why}") from error
-    if unit != "bytes":
-        for name, data in documents:
-            decode_utf8(data, name)
-    texts = [data for _, data in documents if data]
-    origin = f"config.data.path ({paths[0]}{', ...' if len(paths) > 1 else ''})"
-    check_not_empty({"train": texts}, origin)
+    once = [name for name in paths if _is_read_once(name)]
+    texts = [plain_text(data, unit, name) for name, data in documents]
+    texts = [text for text in texts if text]
+    unit = "chars" if unit == "pieces" else unit
     starts = _unit_starts(texts, unit)
     total = int(np.count_nonzero(starts))
+    if total < LEAST:
+        origin = f"config.data.path ({paths[0]}{', ...' if len(paths) > 1 else ''})"
+        found = f"{total} {unit} are too few" if texts else "the text is empty"
+        need = f"train, validation and test (90/5/5 %) need {LEAST} or more"
+        raise UserError(f"{origin}: {found}: {need if texts or not once else ONCE}")
+    for name in once:
+        print(f"xlformer: config.data.path={name}: {ONCE}", file=sys.stderr)
     cuts = [_offset(starts, total * share // 100) for share in (90, 95)]
     splits = _split_bytes(texts, cuts)
-    check_not_empty(splits, origin)
     return Text(splits, {"files": len(texts), "path": path})
+
+
+def read_once(path) -> bytes:
+    """The bytes of a file or a pipe; '-' is standard input."""
+    if str(path) == "-":
+        return sys.stdin.buffer.read()
+    return storage.path(os.path.expanduser(path)).read_bytes()
+
+
+def plain_text(data: bytes, unit: str, where: str) -> bytes:
+    """What of a file is text; UserError where it is not UTF-8.
+
+    Bytes are taken as they are. A byte order mark in front is no part of the text. For
+    words and pieces a lone carriage return ends a line, as it does when Python opens a
+    text file; characters keep their line ends.
+    """
+    kind = next((kind for kind in KINDS if data.startswith(kind)), None)
+    if kind and unit == "bytes":
+        name, remedy = KINDS[kind]
+        line = f"{where} is {name}, whose bytes are taken as they are: {remedy}"
+        print(f"xlformer: {line}", file=sys.stderr)
+    if unit == "bytes":
+        return data
+    if kind:
+        name, remedy = KINDS[kind]
+        raise UserError(f"{where} is {name} and no UTF-8 text: {remedy}")
+    if zeros := data.count(0):
+        line = f"{where} has {zeros} NUL bytes, the first at offset {data.index(0)}"
+        if zeros * 100 > len(data):
+            raise UserError(
+                f"{line}: it is no text, or UTF-16 (iconv -f UTF-16LE -t UTF-8);"
+                " config.data.unit=bytes takes any file"
+            )
+        print(f"xlformer: {line}", file=sys.stderr)
+    decode_utf8(data, where)
+    data = data.removeprefix(codecs.BOM_UTF8)
+    return data if unit == "chars" else LONE_RETURN.sub(b"\n", data)
+
+
+def _is_read_once(name: str) -> bool:
+    """Pipes, and names that mean another file in each process."""
+    if name == "-" or name.startswith(("/dev/", "/proc/")):
+        return True
+    return "://" not in name and not os.path.isfile(name)
 
 
 def fingerprint(text: Text) -> str:
@@ -90,6 +161,9 @@ def _expand(path: str) -> list[str]:
     found = []
     for entry in filter(None, (part.strip() for part in path.split(";"))):
         name = os.path.expanduser(entry)
+        if name == "-":
+            found.append(name)
+            continue
         if storage.path(name).is_dir():
             raise UserError(f"config.data.path: {entry} is a directory: use {entry}/*")
         if storage.path(name).exists():
@@ -102,7 +176,8 @@ def _expand(path: str) -> list[str]:
             matches = glob.glob(name, recursive=True)
         matches = sorted(m for m in matches if not storage.path(m).is_dir())
         if not matches:
-            raise UserError(f"config.data.path: no such file: {entry}")
+            gone = f": {ONCE}" if name.startswith(("/dev/", "/proc/")) else ""
+            raise UserError(f"config.data.path: no such file: {entry}{gone}")
         found += matches
     return list(dict.fromkeys(found))
 

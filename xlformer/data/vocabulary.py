@@ -62,6 +62,11 @@ class Vocabulary:
         """The share of each symbol in the counted text."""
         return self.counts_V / max(int(self.counts_V.sum()), 1)
 
+    @property
+    def line_ends(self) -> bool:
+        """Whether the end of a line is a token, and counts as a word."""
+        return False
+
     def unigram_entropy(self) -> float:
         """Nats per token of the best model that ignores all context."""
         p = self.frequencies_V[self.counts_V > 0]
@@ -176,6 +181,7 @@ class WordVocabulary(Vocabulary):
     """
 
     kind = "words"
+    line_ends = True
 
     def __init__(self, symbols, counts, unit="words", lower=False, eos="<eos>"):
         words = all(isinstance(s, str) and s.split() == [s] for s in symbols)
@@ -221,7 +227,8 @@ def decode_utf8(data: bytes, where: str, base: int = 0) -> str:
     except UnicodeDecodeError as error:
         raise UserError(
             f"{where}: byte {data[error.start]:#04x} at offset {base + error.start} is"
-            " not valid UTF-8 (config.data.unit=bytes takes any file)"
+            " not valid UTF-8: convert the text, say by iconv -f LATIN1 -t UTF-8"
+            " (config.data.unit=bytes takes any file)"
         ) from None
 
 

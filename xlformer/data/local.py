@@ -28,6 +28,7 @@ LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
 LEFT_OUT |= {"site-packages"}
 LEAST = 11  # units of a text: 10 leave nothing between 90 % and 95 %
 LONE_RETURN = re.compile(rb"\r(?!\n)")
+OF_A_PROCESS = ("/dev/stdin", "/dev/fd/", "/proc/")
 ONCE = "a pipe can be read only once: save the text as a file, and name that to resume"
 # How files begin that look like a text to people, and what makes one of them.
 CONVERT = "iconv -f {0} -t UTF-8 converts it"
@@ -39,7 +40,7 @@ KINDS = {
     b"%PDF-": ("a PDF", "pdftotext makes text of it"),
     b"PK\x03\x04": ("a zip archive or an office document", "unpack or export it"),
     b"\x1f\x8b": ("compressed by gzip", "gunzip it"),
-    b"BZh": ("compressed by bzip2", "bunzip2 it"),
+    b"BZh91AY&SY": ("compressed by bzip2", "bunzip2 it"),
     b"\xfd7zXZ": ("compressed by xz", "unxz it"),
     b"\x28\xb5\x2f\xfd": ("compressed by zstd", "unzstd it"),
 }
@@ -91,9 +92,13 @@ def read_files(path: str, unit: str) -> Text:
     total = int(np.count_nonzero(starts))
     if total < LEAST:
         origin = f"config.data.path ({paths[0]}{', ...' if len(paths) > 1 else ''})"
-        found = f"{total} {unit} are too few" if texts else "the text is empty"
-        need = f"train, validation and test (90/5/5 %) need {LEAST} or more"
-        raise UserError(f"{origin}: {found}: {need if texts or not once else ONCE}")
+        if not texts:
+            why = f": {ONCE}" if once else ""
+            raise UserError(f"{origin}: the text is empty{why}")
+        raise UserError(
+            f"{origin}: {total} {unit} are too few: train, validation and test"
+            f" (90/5/5 %) need {LEAST} or more"
+        )
     for name in once:
         print(f"xlformer: config.data.path={name}: {ONCE}", file=sys.stderr)
     cuts = [_offset(starts, total * share // 100) for share in (90, 95)]
@@ -104,7 +109,8 @@ def read_files(path: str, unit: str) -> Text:
 def read_once(path) -> bytes:
     """The bytes of a file or a pipe; '-' is standard input."""
     if str(path) == "-":
-        return sys.stdin.buffer.read()
+        with open(0, "rb", closefd=False) as file:
+            return file.read()
     return storage.path(os.path.expanduser(path)).read_bytes()
 
 
@@ -140,7 +146,7 @@ def plain_text(data: bytes, unit: str, where: str) -> bytes:
 
 def _is_read_once(name: str) -> bool:
     """Pipes, and names that mean another file in each process."""
-    if name == "-" or name.startswith(("/dev/", "/proc/")):
+    if name == "-" or name.startswith(OF_A_PROCESS):
         return True
     return "://" not in name and not os.path.isfile(name)
 
@@ -156,8 +162,6 @@ def fingerprint(text: Text) -> str:
 
 
 def _expand(path: str) -> list[str]:
-    if not path.strip():
-        raise UserError("config.data.corpus=text needs config.data.path=FILE[;FILE...]")
     found = []
     for entry in filter(None, (part.strip() for part in path.split(";"))):
         name = os.path.expanduser(entry)
@@ -176,9 +180,11 @@ def _expand(path: str) -> list[str]:
             matches = glob.glob(name, recursive=True)
         matches = sorted(m for m in matches if not storage.path(m).is_dir())
         if not matches:
-            gone = f": {ONCE}" if name.startswith(("/dev/", "/proc/")) else ""
+            gone = f": {ONCE}" if name.startswith(OF_A_PROCESS) else ""
             raise UserError(f"config.data.path: no such file: {entry}{gone}")
         found += matches
+    if not found:
+        raise UserError("config.data.corpus=text needs config.data.path=FILE[;FILE...]")
     return list(dict.fromkeys(found))
 
 

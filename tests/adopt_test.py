@@ -213,6 +213,7 @@ def test_refusals_write_nothing(tmp_path, vocab, text, capsys):
         (NPZ, (good, "--hparams=/nowhere/h.json"), "no such file"),
         (NPZ, (good, f"--hparams={bad_hparams}"), "the hparams say"),
         (NPZ, (good, "--probe=/nowhere/text"), "cannot read the text"),
+        (NPZ, (good, "--probe=/dev/stdin"), "is read twice, a pipe only once"),
         (NPZ, (good, f"--probe={unknown}"), "not in the vocabulary of 60 chars"),
         (NPZ, (f"--probe={text}",), "needs --vocab"),
         (NPZ, (good, "--config.model.n_layer=5"), "another shape than the weights"),

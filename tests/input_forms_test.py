@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from xlformer import scored_text
 from xlformer.data import counting, local, prepared
 from xlformer.errors import UserError
 
@@ -70,8 +71,10 @@ def test_line_ends_are_those_of_python_for_words_and_kept_for_characters(file):
 REFUSED = {
     "utf-16": (TEXT.encode("utf-16"), "is UTF-16 and no UTF-8.* iconv -f UTF-16 -t"),
     "utf-32": (TEXT.encode("utf-32"), "is UTF-32 and no UTF-8.* iconv -f UTF-32 -t"),
-    "no mark": (TEXT.encode("utf-16-le"), "161 NUL bytes.* 1: .*iconv -f UTF-16LE"),
+    "LE": (TEXT.encode("utf-16-le"), "NUL bytes .161, .* 1.: .*iconv -f UTF-16LE"),
+    "BE": (TEXT.encode("utf-16-be"), "NUL bytes .161, .* 0.: .*iconv -f UTF-16BE"),
     "latin-1": (TEXT.encode("latin-1"), "byte 0xef at offset 2 .*iconv -f LATIN1 -t"),
+    "damaged": (RAW + b"\xe2\x82", "byte 0xe2 at offset 168 .*iconv -c -f UTF-8 -t"),
     "gzip": (gzip.compress(RAW), "is compressed by gzip and .*: gunzip it"),
     "zip": (b"PK\x03\x04" + b"\0" * 99, "zip archive or an office document"),
     "pdf": (b"%PDF-1.4\n" + RAW, "is a PDF and .*: pdftotext"),
@@ -91,10 +94,18 @@ def test_what_is_no_utf8_is_refused_with_advice(case, file):
             read()
 
 
+def test_names_of_files(tmp_path):
+    for name in ("a;b [c]", "b [c]"):
+        (tmp_path / name).write_bytes(RAW)
+        assert joined(local.read_files(f"{tmp_path}/{name}", "chars")) == RAW
+    with pytest.raises(UserError, match=f"is a directory: use {tmp_path}/[*]$"):
+        local.read_files(f"{tmp_path}/", "chars")
+
+
 def test_a_lone_nul_is_said_and_kept(file, capsys):
     data = RAW * 2 + b"\0" + RAW
     assert joined(local.read_files(str(file(data)), "chars")) == data
-    line = f"book.txt has 1 NUL bytes, the first at offset {2 * len(RAW)}\n"
+    line = f"book.txt has NUL bytes (1, the first at offset {2 * len(RAW)})\n"
     assert capsys.readouterr().err.endswith(line)
 
 
@@ -141,7 +152,9 @@ def test_a_pipe_is_read_once_and_says_so(pipe, capsys):
     assert ONCE in capsys.readouterr().err
     vocabulary = counting.count_words([RAW])
     path = pipe(codecs.BOM_UTF8 + RAW)
-    assert prepared.read_text(vocabulary, path) == RAW
+    tokens, _, facts = scored_text.own_text(vocabulary, str(path))
+    assert tokens.tolist() == vocabulary.encode(RAW).tolist()
+    assert facts["bytes"] == len(RAW) and facts["words"] == len(tokens)
     assert capsys.readouterr().err == ""
 
 

@@ -172,6 +172,21 @@ def test_a_tokenizer_is_used_and_kept(book, tmp_path):
     np.testing.assert_array_equal(found.vocabulary.counts_V, counts)
 
 
+def test_a_tokenizer_that_loses_line_ends_is_said_and_counts_none(book, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    symbols = {"[UNK]": 0, "be": 1, "or": 2, "not": 3}
+    model = tokenizers.models.WordLevel(symbols, unk_token="[UNK]")
+    model = tokenizers.Tokenizer(model)
+    model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    model.save(str(book.parent / "tokenizer.json"))
+    tokenizer = str(book.parent / "tokenizer.json")
+    found = prepare.prepare(data_config(path=str(book), tokenizer=tokenizer))
+    assert "config.data.tokenizer does not keep line ends" in capsys.readouterr().err
+    sizes = [(s["tokens"], s["words"]) for s in found.card["splits"].values()]
+    assert sum(tokens for tokens, _ in sizes) == sum(words for _, words in sizes) == 499
+    assert found.card["words_are"] == "between white space"
+
+
 def test_the_standard_library_is_there_without_a_network():
     data = config.default_config().data
     found = prepare.prepare(data)
@@ -207,7 +222,7 @@ def test_what_is_prepared_is_found_again_until_the_text_changes(book, monkeypatc
         ({"path": "{tmp}/empty"}, r"\(.*/empty\): the text is empty$"),
         ({"path": "{tmp}/short"}, "short.* 10 bytes are too few: .* need 11 or more"),
         ({"path": "{tmp}/blank", "unit": "words"}, "blank.*: 0 words are too few"),
-        ({"path": "{tmp}/once", "unit": "words"}, "min_count=2 leaves .* 18 words"),
+        ({"path": "{tmp}/once", "unit": "words"}, "min_count=2 leaves .* all 18 of"),
         ({"path": "{tmp}/once", "min_count": 3}, "min_count=3 is for .* unit bytes"),
         (
             {"path": "{tmp}/once", "unit": "words", "min_count": -1},

@@ -14,6 +14,7 @@ from etils import epath
 from xlformer import command, convert, evaluate, models, prepare, runs
 from xlformer import config as config_lib
 from xlformer.data import vocabulary as vocabularies
+from xlformer.data.local import is_read_once
 from xlformer.data.prepared import encode_file
 from xlformer.data.vocabulary import (
     ByteVocabulary,
@@ -179,6 +180,8 @@ def _main(argv) -> int:
     parser.add_argument("--probe", help="a text file, scored at the end as a check")
     args, overrides = parser.parse_with_overrides(argv)
     vocabulary = read_vocabulary(args.vocab) if args.vocab else None
+    if args.probe and is_read_once(args.probe):
+        raise UserError(f"--probe={args.probe} is read twice, a pipe only once: a file")
     if args.probe and vocabulary is not None:
         encode_file(vocabulary, args.probe)  # Before anything is written.
     elif args.probe and not any(o.startswith("data.") for o in overrides):

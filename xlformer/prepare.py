@@ -252,9 +252,9 @@ def _count(recipe: _Recipe, texts: Mapping[str, list[bytes]]) -> Vocabulary:
         )
         if recipe.own_words and found.size == len(OWN_SPECIALS):
             raise UserError(
-                f"config.data.min_count={recipe.min_count} leaves no word of train,"
-                f" each of whose {found.counts_V[1]} words would be <unk>:"
-                " config.data.min_count=1 keeps all"
+                f"config.data.min_count={recipe.min_count} leaves no word: all"
+                f" {found.counts_V[1]} of train would be <unk>;"
+                " config.data.min_count=1 keeps them"
             )
         return found
     if recipe.unit == "chars":

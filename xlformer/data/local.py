@@ -84,7 +84,7 @@ def read_files(path: str, unit: str) -> Text:
     except Exception as error:  # of whatever library reads gs://
         why = " ".join(str(error).split())[:200]
         raise UserError(f"config.data.path={path}: cannot be read: {why}") from error
-    once = [name for name in paths if _is_read_once(name)]
+    once = [name for name in paths if is_read_once(name)]
     texts = [plain_text(data, unit, name) for name, data in documents]
     texts = [text for text in texts if text]
     unit = "chars" if unit == "pieces" else unit
@@ -131,24 +131,27 @@ def plain_text(data: bytes, unit: str, where: str) -> bytes:
     if kind:
         name, remedy = KINDS[kind]
         raise UserError(f"{where} is {name} and no UTF-8 text: {remedy}")
-    if zeros := data.count(0):
-        line = f"{where} has {zeros} NUL bytes, the first at offset {data.index(0)}"
-        if zeros * 100 > len(data):
-            raise UserError(
-                f"{line}: it is no text, or UTF-16 (iconv -f UTF-16LE -t UTF-8);"
-                " config.data.unit=bytes takes any file"
-            )
-        print(f"xlformer: {line}", file=sys.stderr)
+    zeros = data.count(0)
+    if zeros:
+        line = f"{where} has NUL bytes ({zeros}, the first at offset {data.index(0)})"
+    if zeros * 100 > len(data):
+        order = "BE" if 2 * data[::2].count(0) > zeros else "LE"
+        raise UserError(
+            f"{line}: it is no text, or UTF-16 without a mark (iconv -f UTF-16{order}"
+            " -t UTF-8 converts that); config.data.unit=bytes takes any file"
+        )
     decode_utf8(data, where)
+    if zeros:
+        print(f"xlformer: {line}", file=sys.stderr)
     data = data.removeprefix(codecs.BOM_UTF8)
     return data if unit == "chars" else LONE_RETURN.sub(b"\n", data)
 
 
-def _is_read_once(name: str) -> bool:
-    """Pipes, and names that mean another file in each process."""
+def is_read_once(name: str) -> bool:
+    """Whether that is a pipe, or a name that is another file in each process."""
     if name == "-" or name.startswith(OF_A_PROCESS):
         return True
-    return "://" not in name and not os.path.isfile(name)
+    return "://" not in name and os.path.exists(name) and not os.path.isfile(name)
 
 
 def fingerprint(text: Text) -> str:
@@ -163,13 +166,15 @@ def fingerprint(text: Text) -> str:
 
 def _expand(path: str) -> list[str]:
     found = []
-    for entry in filter(None, (part.strip() for part in path.split(";"))):
+    entries = [path] if os.path.exists(path) else path.split(";")
+    for entry in filter(None, (part.strip() for part in entries)):
         name = os.path.expanduser(entry)
         if name == "-":
             found.append(name)
             continue
         if storage.path(name).is_dir():
-            raise UserError(f"config.data.path: {entry} is a directory: use {entry}/*")
+            inside = f"{entry.rstrip('/')}/*"
+            raise UserError(f"config.data.path: {entry} is a directory: use {inside}")
         if storage.path(name).exists():
             found.append(name)
             continue

@@ -109,6 +109,7 @@ class _SentencePiece:
     def __init__(self, data: bytes):
         import sentencepiece
 
+        check(data, "not a tokenizer: the file is empty")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except Exception as error:  # the library's own errors have no common type

@@ -225,10 +225,12 @@ def decode_utf8(data: bytes, where: str, base: int = 0) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        other = "iconv -f LATIN1 -t UTF-8, or from whatever it is, converts the text"
+        damaged = "iconv -c -f UTF-8 -t UTF-8 leaves out what is damaged"
+        remedy = other if data[: error.start].isascii() else damaged
         raise UserError(
             f"{where}: byte {data[error.start]:#04x} at offset {base + error.start} is"
-            " not valid UTF-8: convert the text, say by iconv -f LATIN1 -t UTF-8"
-            " (config.data.unit=bytes takes any file)"
+            f" not valid UTF-8: {remedy}; config.data.unit=bytes takes any file"
         ) from None
 
 

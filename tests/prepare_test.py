@@ -117,7 +117,7 @@ def test_what_0_1_0_prepared_is_found(tmp_path, monkeypatch):
     for name, fields in NAMES.items():
         assert prepare.prepare(data_config(path=str(GOLDEN), **fields)) == name
     data = config.default_config().data
-    data.corpus = "enwik8"
+    data.update(corpus="enwik8", min_count=1)  # as it is elsewhere anyway
     assert prepare.prepare(data) == "enwik8-bytes-7bae8f9bc29a6ad3"
 
 
@@ -180,7 +180,9 @@ def test_a_tokenizer_that_loses_line_ends_is_said_and_counts_none(book, capsys):
     model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     model.save(str(book.parent / "tokenizer.json"))
     tokenizer = str(book.parent / "tokenizer.json")
-    found = prepare.prepare(data_config(path=str(book), tokenizer=tokenizer))
+    options = data_config(path=str(book), tokenizer=tokenizer)
+    assert prepare._recipe(options).key()["line_ends"] is False  # not what 0.1.0 made
+    found = prepare.prepare(options)
     assert "config.data.tokenizer does not keep line ends" in capsys.readouterr().err
     sizes = [(s["tokens"], s["words"]) for s in found.card["splits"].values()]
     assert sum(tokens for tokens, _ in sizes) == sum(words for _, words in sizes) == 499

@@ -270,13 +270,18 @@ def test_a_model_that_drops_line_ends_is_refused_but_a_stored_one_read(tmp_path)
     symbols = pieces._SentencePiece(path.read_bytes()).symbols()
     stored = pieces.PieceVocabulary(symbols, [0] * len(symbols), model)
     stored = vocabulary.from_json(stored.to_json())  # of a run of 0.1.0
+    with pytest.raises(ValueError, match="'newline_id' in a model that has </s>"):
+        eos = sentencepiece_model(tmp_path).read_bytes()
+        symbols = pieces._SentencePiece(eos).symbols()
+        model = base64.b64encode(eos).decode()
+        pieces.PieceVocabulary(symbols, [0] * len(symbols), model, 0)
     assert not stored.line_ends and "\n" not in stored.decode(stored.encode(TEXT))
 
 
 @pytest.mark.parametrize("which", ["words", "no newline", "whole lines"])
 def test_a_tokenizer_whose_line_ends_are_lost_is_known(which):
     tokenizers = pytest.importorskip("tokenizers")
-    symbols = {"[UNK]": 0, "a": 1, "cat": 2}
+    symbols = {"[UNK]": 0, "a": 1, " ": 2}
     model = tokenizers.models.WordLevel(symbols, unk_token="[UNK]")
     model = tokenizers.Tokenizer(model)
     if which == "words":

@@ -161,7 +161,7 @@ def _bounds(data) -> tuple[int, int]:
     min_count, max_vocab = data.min_count, data.max_vocab
     if data.corpus != "text" or data.unit != "words" or data.tokenizer:
         for name, value in (("min_count", min_count), ("max_vocab", max_vocab)):
-            if value:
+            if value and (name, value) != ("min_count", 1):  # 1: what is done anyway
                 unit = "pieces" if data.tokenizer else data.unit
                 raise UserError(
                     f"config.data.{name}={value} is for the words of your own text"

@@ -226,14 +226,6 @@ def test_what_is_prepared_is_found_again_until_the_text_changes(book, monkeypatc
         ({"path": "{tmp}/blank", "unit": "words"}, "blank.*: 0 words are too few"),
         ({"path": "{tmp}/once", "unit": "words"}, "min_count=2 leaves .* all 18 of"),
         ({"path": "{tmp}/once", "min_count": 3}, "min_count=3 is for .* unit bytes"),
-        (
-            {"path": "{tmp}/once", "unit": "words", "min_count": -1},
-            "min_count=-1 must not be negative",
-        ),
-        (
-            {"path": "{tmp}/once", "unit": "words", "max_vocab": 2},
-            "max_vocab=2: .* 3 or more",
-        ),
         ({"corpus": "penn", "max_vocab": 99}, "max_vocab=99 is for .* is penn$"),
         ({"path": "{tmp}/bad", "unit": "chars"}, "/bad: byte 0xff at offset 60 is not"),
         ({"path": "{tmp}/bad", "unit": "words"}, "/bad: byte 0xff at offset 60 is not"),

@@ -105,7 +105,7 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         # Of own words: those seen fewer times are <unk>; 0 is 2, and 1 keeps all. Both
         # are free because the vocabulary that comes of them is compared.
         "min_count": _field(0, FREE, least=0),
-        "max_vocab": _field(0, FREE, least=3, off=0),  # symbols in all, <unk> among them
+        "max_vocab": _field(0, FREE, least=3, off=0),  # symbols, with <unk>
         "documents": _field(False, REFUSED),  # memory is reset where a file begins
         "tokenizer": _field("", FREE),  # a SentencePiece or tokenizers file
         # enwik8: keep, or drop as the original does

@@ -169,13 +169,6 @@ def _bounds(data) -> tuple[int, int]:
                     f" {data.corpus}" + f", its unit {unit}" * (data.corpus == "text")
                 )
         return 1, 0
-    if min_count < 0:
-        raise UserError(f"config.data.min_count={min_count} must not be negative")
-    if max_vocab < 0 or 0 < max_vocab <= len(OWN_SPECIALS):
-        raise UserError(
-            f"config.data.max_vocab={max_vocab}: it counts {' and '.join(OWN_SPECIALS)}"
-            " too, so 3 or more, or 0 for no bound"
-        )
     return min_count or OWN_MIN_COUNT, max_vocab
 
 

@@ -8,8 +8,10 @@ Command:  python -m xlformer.train --workdir=runs/book \\
 Hardware: 2 CPU cores: some minutes for 3,000 steps
 Expected: depends on the text; measured by
           python -m xlformer.evaluate --workdir=runs/book --split=test
-          --config.train.steps and the model's sizes are yours to raise. A vocabulary of
-          many thousand words wants model.cutoffs, say (2000,10000), and more dropout.
+          --config.train.steps and the model's sizes are yours to raise. Of unit=words
+          those that stand once are <unk> (min_count=1 keeps them), max_vocab=20000 says
+          how many symbols there may be; a vocabulary of many thousand words wants
+          model.cutoffs, say (2000,10000), and more dropout.
 """
 
 from xlformer.config import default_config, shrink
@@ -19,7 +21,14 @@ PARAMETERS = 675_968
 
 
 def get_config(
-    path="", unit="bytes", documents=False, tokenizer="", debug=False, batch=0
+    path="",
+    unit="bytes",
+    documents=False,
+    tokenizer="",
+    min_count=0,
+    max_vocab=0,
+    debug=False,
+    batch=0,
 ):
     config = default_config(
         "transformer_xl",
@@ -35,7 +44,7 @@ def get_config(
         attention_dropout=0.0,
     )
     config.data.update(corpus="text", path=path, unit=unit, documents=documents)
-    config.data.tokenizer = tokenizer
+    config.data.update(tokenizer=tokenizer, min_count=min_count, max_vocab=max_vocab)
     config.train.update(steps=3000, batch_size=16, segment_length=64)
     config.train.update(log_every=50, eval_every=500, save_every=500)
     config.optimizer.update(learning_rate=2e-3, warmup_steps=100)

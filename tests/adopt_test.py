@@ -156,6 +156,11 @@ def test_vocabulary_files(tmp_path, vocab):
     assert words.encode("the x\n").tolist() == [1, 2, 0]
     chars = read(str(vocab("日é_")))
     assert isinstance(chars, CharVocabulary) and chars.encode("é日").tolist() == [1, 0]
+    digits = read(str(vocab("3102")))  # of one digit each: characters
+    assert isinstance(digits, CharVocabulary) and digits.encode("01").tolist() == [2, 1]
+    assert isinstance(read(str(vocab("\u0663\u0661\u0660"))), CharVocabulary)
+    assert read(str(vocab(["1", "<eos>", "17"]))).encode("17\n").tolist() == [2, 1]
+    assert read(str(vocab(["\ufeffa", "b"]))).encode("a").tolist() == [0]
     (tmp_path / "own.json").write_text(words.to_json())
     assert read(str(tmp_path / "own.json")).symbols == words.symbols
 
@@ -166,6 +171,9 @@ def test_vocabulary_files(tmp_path, vocab):
         (b"\xff\n", "cannot be read"),
         (b"", "not a list of symbols"),
         (b"the\nof\n", "not a list of symbols: a symbol is not one character"),
+        (b"98\n010\n97\n", "a symbol is not one character; .* byte values .0 to 255"),
+        (b"98\n10\n98\n", "a symbol is not one character; .*"),
+        (b"98\n256\n", "a symbol is not one character; .*"),
         (b"a\nb\na\n", "not a list of symbols: symbols are missing or repeated"),
         (b"<eos>\na b\n", "not a list of symbols: a symbol is not one word"),
     ],
@@ -205,6 +213,7 @@ def test_refusals_write_nothing(tmp_path, vocab, text, capsys):
         (NPZ, (good, "--hparams=/nowhere/h.json"), "no such file"),
         (NPZ, (good, f"--hparams={bad_hparams}"), "the hparams say"),
         (NPZ, (good, "--probe=/nowhere/text"), "cannot read the text"),
+        (NPZ, (good, "--probe=/dev/stdin"), "is read twice, a pipe only once"),
         (NPZ, (good, f"--probe={unknown}"), "not in the vocabulary of 60 chars"),
         (NPZ, (f"--probe={text}",), "needs --vocab"),
         (NPZ, (good, "--config.model.n_layer=5"), "another shape than the weights"),

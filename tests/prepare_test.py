@@ -80,6 +80,47 @@ def test_words_are_split_by_words_and_counted_on_train(book, tmp_path):
     assert 0 < entropy < math.log(found.vocabulary.size)
 
 
+def test_rare_words_train_unk_and_the_card_says_so(tmp_path):
+    # train: a 6 times, b 5, c 3, d 2, e and <unk> once; validation: f; test: a
+    words = "a b a b a b a b a b c c c d d e <unk> a f a".split()
+    (tmp_path / "book.txt").write_text("\n".join(words) + "\n")
+    options = data_config(path=f"{tmp_path}/book.txt", unit="words")
+    found = prepare.prepare(options)
+    assert found.vocabulary.symbols == ("<eos>", "<unk>", "a", "b", "c", "d")
+    assert found.vocabulary.counts_V.tolist() == [18, 2, 6, 5, 3, 2]
+    ids = found.tokens["train"]
+    assert np.bincount(ids).tolist() == found.vocabulary.counts_V.tolist()
+    assert (found.card["min_count"], found.card["max_vocab"]) == (2, 0)
+    shares = [about["unknown_share"] for about in found.card["splits"].values()]
+    assert shares == [round(2 / 36, 6), 0.5, 0.0]
+    options.update(min_count=1, max_vocab=6)  # no room for e
+    bounded = prepare.prepare(options)
+    assert bounded.directory != found.directory
+    assert bounded.vocabulary.symbols == ("<eos>", "<unk>", "a", "b", "c", "d")
+    options.update(max_vocab=7)
+    bounded = prepare.prepare(options).vocabulary
+    assert (bounded.symbols[-1], bounded.counts_V[1]) == ("e", 1)
+
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "run-0.1.0" / "text.txt"
+NAMES = {  # of the folders that 0.1.0 made of this text
+    "text-chars-56d96efaf94d260b": {"unit": "chars"},
+    "text-bytes-8841ba68e4f84fd2": {"unit": "bytes"},
+    "text-bytes-c0de81edb13912b1": {"documents": True},
+    "text-words-11978caf250809d0": {"unit": "words", "min_count": 1},
+}
+
+
+def test_what_0_1_0_prepared_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "complete", lambda folder, build: folder)
+    monkeypatch.setattr(prepare, "load", lambda folder: folder.name)
+    for name, fields in NAMES.items():
+        assert prepare.prepare(data_config(path=str(GOLDEN), **fields)) == name
+    data = config.default_config().data
+    data.update(corpus="enwik8", min_count=1)  # as it is elsewhere anyway
+    assert prepare.prepare(data) == "enwik8-bytes-7bae8f9bc29a6ad3"
+
+
 @pytest.mark.parametrize("unit", ["bytes", "words"])
 def test_every_file_is_a_document(unit, tmp_path):
     texts = [f"file {i} " + "x y " * (11 + i) for i in range(23)]
@@ -87,7 +128,9 @@ def test_every_file_is_a_document(unit, tmp_path):
         (tmp_path / f"{i:02}.txt").write_text(text)
     (tmp_path / "23.txt").write_text("")  # no document
     path = f"{tmp_path}/0*.txt; {tmp_path}/*.txt"
-    found = prepare.prepare(data_config(path=path, unit=unit, documents=True))
+    options = data_config(path=path, unit=unit, documents=True)
+    options.min_count = int(unit == "words")  # Some stand once.
+    found = prepare.prepare(options)
     starts = found.documents["train"]
     assert starts.dtype == np.int64 and starts[0] == 0
     ends = [*starts[1:], len(found.tokens["train"])]
@@ -129,6 +172,23 @@ def test_a_tokenizer_is_used_and_kept(book, tmp_path):
     np.testing.assert_array_equal(found.vocabulary.counts_V, counts)
 
 
+def test_a_tokenizer_that_loses_line_ends_is_said_and_counts_none(book, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    symbols = {"[UNK]": 0, "be": 1, "or": 2, "not": 3}
+    model = tokenizers.models.WordLevel(symbols, unk_token="[UNK]")
+    model = tokenizers.Tokenizer(model)
+    model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    model.save(str(book.parent / "tokenizer.json"))
+    tokenizer = str(book.parent / "tokenizer.json")
+    options = data_config(path=str(book), tokenizer=tokenizer)
+    assert prepare._recipe(options).key()["line_ends"] is False  # not what 0.1.0 made
+    found = prepare.prepare(options)
+    assert "config.data.tokenizer does not keep line ends" in capsys.readouterr().err
+    sizes = [(s["tokens"], s["words"]) for s in found.card["splits"].values()]
+    assert sum(tokens for tokens, _ in sizes) == sum(words for _, words in sizes) == 499
+    assert found.card["words_are"] == "between white space"
+
+
 def test_the_standard_library_is_there_without_a_network():
     data = config.default_config().data
     found = prepare.prepare(data)
@@ -160,9 +220,13 @@ def test_what_is_prepared_is_found_again_until_the_text_changes(book, monkeypatc
         ({"path": "{tmp}/nothing.txt"}, "no such file: .*nothing.txt"),
         ({"path": "{tmp}/*.nothing"}, r"no such file: .*\*.nothing"),
         ({"path": "{tmp}"}, "is a directory"),
-        ({"path": "{tmp}/empty"}, "empty.* the text is empty: split 'train'"),
-        ({"path": "{tmp}/short"}, "short.* the text is empty: split"),
-        ({"path": "{tmp}/blank", "unit": "words"}, "blank.* the text is empty"),
+        ({"path": " ; "}, "needs config.data.path"),
+        ({"path": "{tmp}/empty"}, r"\(.*/empty\): the text is empty$"),
+        ({"path": "{tmp}/short"}, "short.* 10 bytes are too few: .* need 11 or more"),
+        ({"path": "{tmp}/blank", "unit": "words"}, "blank.*: 0 words are too few"),
+        ({"path": "{tmp}/once", "unit": "words"}, "min_count=2 leaves .* all 18 of"),
+        ({"path": "{tmp}/once", "min_count": 3}, "min_count=3 is for .* unit bytes"),
+        ({"corpus": "penn", "max_vocab": 99}, "max_vocab=99 is for .* is penn$"),
         ({"path": "{tmp}/bad", "unit": "chars"}, "/bad: byte 0xff at offset 60 is not"),
         ({"path": "{tmp}/bad", "unit": "words"}, "/bad: byte 0xff at offset 60 is not"),
         ({"path": "{tmp}/bad", "unit": "byte"}, "unit=byte: it is bytes, chars or"),
@@ -179,11 +243,12 @@ def test_what_is_prepared_is_found_again_until_the_text_changes(book, monkeypatc
 )
 def test_wrong_options_are_one_line(fields, message, tmp_path):
     (tmp_path / "empty").touch()
-    (tmp_path / "short").write_bytes(b"a")
+    (tmp_path / "short").write_bytes(b"abcdefghij")
+    (tmp_path / "once").write_text(" ".join(f"w{i}" for i in range(20)))
     (tmp_path / "blank").write_bytes(b" \n" * 40)
     (tmp_path / "bad").write_bytes(b"good text\n" * 6 + b"\xff" + b" text" * 40)
     fields = {
-        key: value.replace("{tmp}", str(tmp_path)) if key != "documents" else value
+        key: value.replace("{tmp}", str(tmp_path)) if type(value) is str else value
         for key, value in fields.items()
     }
     data = config.default_config().data

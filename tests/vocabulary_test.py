@@ -1,5 +1,6 @@
 """Vocabularies: order, both directions, what is refused, what is stored."""
 
+import base64
 import json
 import math
 
@@ -190,17 +191,21 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path):
 TEXT = "the cat sat on the mat\nthe dog sat on the cat\n\na cat and a dog\n" * 20
 
 
-@pytest.fixture(scope="module")
-def sentencepiece_file(tmp_path_factory):
+def sentencepiece_model(folder, **options):
     sentencepiece = pytest.importorskip("sentencepiece")
-    folder = tmp_path_factory.mktemp("sentencepiece")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.splitlines()),
         model_prefix=str(folder / "model"),
-        vocab_size=19,
         minloglevel=9,
+        hard_vocab_limit=False,
+        **{"vocab_size": 19, **options},
     )
     return folder / "model.model"
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_file(tmp_path_factory):
+    return sentencepiece_model(tmp_path_factory.mktemp("sentencepiece"))
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +229,7 @@ def test_tokenizers_keep_their_ids_and_are_stored(which, request):
     one = pieces.load_tokenizer(request.getfixturevalue(which))
     ids = one.encode(TEXT)
     assert one.unit == "pieces" and one.size in (19, 271)
-    assert one.decode(ids) == TEXT
+    assert one.decode(ids) == TEXT and one.line_ends
     counted = one.with_counts(np.bincount(ids, minlength=one.size))
     two = vocabulary.from_json(counted.to_json())
     np.testing.assert_array_equal(two.encode(TEXT), ids)
@@ -233,6 +238,65 @@ def test_tokenizers_keep_their_ids_and_are_stored(which, request):
     np.testing.assert_array_equal(prompt, ids[: len(prompt)])
     with pytest.raises(UserError, match="byte 0xff at offset 3"):
         one.encode(b"abc\xff")
+
+
+@pytest.mark.parametrize(
+    ("options", "newline"),
+    [
+        ({"user_defined_symbols": ["\n"]}, "\n"),
+        ({"byte_fallback": True, "vocab_size": 283}, "<0x0A>"),
+    ],
+    ids=["symbol", "byte"],
+)
+def test_a_model_without_eos_ends_lines_with_its_newline(options, newline, tmp_path):
+    one = pieces.load_tokenizer(sentencepiece_model(tmp_path, eos_id=-1, **options))
+    ids = one.encode(TEXT)
+    assert one.decode(ids) == TEXT and one.line_ends
+    assert ids.tolist().count(one.symbols.index(newline)) == TEXT.count("\n")
+    counted = one.with_counts(np.bincount(ids, minlength=one.size))
+    two = vocabulary.from_json(counted.to_json())
+    np.testing.assert_array_equal(two.encode(TEXT), ids)
+    for bad in (-1, one.size, True, "0"):
+        text = json.dumps(json.loads(one.to_json()) | {"newline_id": bad})
+        with pytest.raises(UserError, match="'newline_id' is not the id"):
+            vocabulary.from_json(text)
+
+
+def test_a_model_that_drops_line_ends_is_refused_but_a_stored_one_read(tmp_path):
+    path = sentencepiece_model(tmp_path, eos_id=-1)
+    with pytest.raises(UserError, match=r"neither </s> nor a piece .*eos_id"):
+        pieces.load_tokenizer(path)
+    model = base64.b64encode(path.read_bytes()).decode()
+    symbols = pieces._SentencePiece(path.read_bytes()).symbols()
+    stored = pieces.PieceVocabulary(symbols, [0] * len(symbols), model)
+    stored = vocabulary.from_json(stored.to_json())  # of a run of 0.1.0
+    with pytest.raises(ValueError, match="'newline_id' in a model that has </s>"):
+        eos = sentencepiece_model(tmp_path).read_bytes()
+        symbols = pieces._SentencePiece(eos).symbols()
+        model = base64.b64encode(eos).decode()
+        pieces.PieceVocabulary(symbols, [0] * len(symbols), model, 0)
+    assert not stored.line_ends and "\n" not in stored.decode(stored.encode(TEXT))
+
+
+@pytest.mark.parametrize("which", ["words", "no newline", "whole lines"])
+def test_a_tokenizer_whose_line_ends_are_lost_is_known(which):
+    tokenizers = pytest.importorskip("tokenizers")
+    symbols = {"[UNK]": 0, "a": 1, " ": 2}
+    model = tokenizers.models.WordLevel(symbols, unk_token="[UNK]")
+    model = tokenizers.Tokenizer(model)
+    if which == "words":
+        model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    if which == "no newline":  # it is a symbol, but an unknown one
+        pattern = tokenizers.Regex(".|\n")
+        model.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "isolated")
+    text = model.to_str().encode()
+    found = pieces.PieceVocabulary(symbols, [0] * 3, base64.b64encode(text).decode())
+    assert not found.line_ends
+    if which == "no newline":
+        symbols["\n"] = 3
+        model.model = tokenizers.models.WordLevel(symbols, unk_token="[UNK]")
+        text = base64.b64encode(model.to_str().encode()).decode()
+        assert pieces.PieceVocabulary(symbols, [0] * 4, text).line_ends
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b'{"a": 1}', b"\x00\x01nonsense" * 9])

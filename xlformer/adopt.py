@@ -14,6 +14,7 @@ from etils import epath
 from xlformer import command, convert, evaluate, models, prepare, runs
 from xlformer import config as config_lib
 from xlformer.data import vocabulary as vocabularies
+from xlformer.data.local import is_read_once
 from xlformer.data.prepared import encode_file
 from xlformer.data.vocabulary import (
     ByteVocabulary,
@@ -104,19 +105,21 @@ def _new_directory(workdir) -> epath.Path:
 def read_vocabulary(path: str) -> Vocabulary:
     """Our JSON, or a text file with one symbol a line in the order of their ids.
 
-    Numbers below 256 are bytes (the original's enwik8), with `<eos>` among them the
-    symbols are words, and otherwise they are single characters.
+    With `<eos>` among them the symbols are words. Different numbers below 256 are bytes
+    (the original's enwik8), unless all of them are of one digit; all else are single
+    characters.
     """
     if path.endswith(".json"):
         return vocabularies.load(path)
     try:
-        symbols = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+        symbols = pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--vocab={path}: cannot be read: {error}") from error
     symbols = symbols[:-1] if symbols[-1] == "" else symbols
     counts = [0] * len(symbols)
     try:
-        if all(s.isdecimal() and int(s) < 256 for s in symbols):
+        numbers = {str(value) for value in range(256)} >= set(symbols)
+        if numbers and len(set(symbols)) == len(symbols) and max(map(len, symbols)) > 1:
             values = [int(s) for s in symbols]
             newline = "keep" if vocabularies.NEWLINE in values else "drop"
             return ByteVocabulary(values, counts, newline=newline)
@@ -124,7 +127,10 @@ def read_vocabulary(path: str) -> Vocabulary:
             return WordVocabulary(symbols, counts)
         return CharVocabulary(symbols, counts)
     except ValueError as error:
-        raise UserError(f"--vocab={path}: not a list of symbols: {error}") from error
+        raise UserError(
+            f"--vocab={path}: not a list of symbols: {error}; a line each: words with "
+            "<eos> among them, byte values (0 to 255), or single characters"
+        ) from error
 
 
 def _read(args):
@@ -165,11 +171,17 @@ def _main(argv) -> int:
     parser.add_argument("--source", required=True, help="weights, or an hf directory")
     parser.add_argument("--format", required=True, choices=["original", "hf"])
     parser.add_argument("--workdir", required=True)
-    parser.add_argument("--vocab", help="vocabulary.json, or a symbol a line")
+    parser.add_argument(
+        "--vocab",
+        help="vocabulary.json, or a symbol a line: "
+        "words with <eos>, byte values, or characters",
+    )
     parser.add_argument("--hparams", help="JSON of the original's arguments")
     parser.add_argument("--probe", help="a text file, scored at the end as a check")
     args, overrides = parser.parse_with_overrides(argv)
     vocabulary = read_vocabulary(args.vocab) if args.vocab else None
+    if args.probe and is_read_once(args.probe):
+        raise UserError(f"--probe={args.probe} is read twice, a pipe only once: a file")
     if args.probe and vocabulary is not None:
         encode_file(vocabulary, args.probe)  # Before anything is written.
     elif args.probe and not any(o.startswith("data.") for o in overrides):

@@ -24,7 +24,7 @@ from xlformer.errors import UserError, did_you_mean
 
 FORMAT = 2  # of a resolved config as JSON; 1 is that of xlformer 0.1.0, which had none
 # What 0.1.0 did where it had no field for it yet.
-BEFORE: dict[str, Any] = {}
+BEFORE: dict[str, Any] = {"data.min_count": 1}
 
 
 def default_config(model: str = "transformer_xl", **fields) -> ConfigDict:

@@ -102,6 +102,10 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         "corpus": _field("stdlib", REFUSED),  # a builder's name, or 'text' for `path`
         "path": _field("", FREE),  # your own text: files or globs, separated by ';'
         "unit": _field("bytes", REFUSED, choices=("bytes", "chars", "words")),  # of it
+        # Of own words: those seen fewer times are <unk>; 0 is 2, and 1 keeps all. Both
+        # are free because the vocabulary that comes of them is compared.
+        "min_count": _field(0, FREE, least=0),
+        "max_vocab": _field(0, FREE, least=3, off=0),  # symbols, with <unk>
         "documents": _field(False, REFUSED),  # memory is reset where a file begins
         "tokenizer": _field("", FREE),  # a SentencePiece or tokenizers file
         # enwik8: keep, or drop as the original does

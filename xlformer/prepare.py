@@ -31,6 +31,7 @@ from xlformer.errors import UserError
 __all__ = ["Prepared", "benchmark", "encode_file", "load", "main", "prepare"]
 
 BLOCK = 1 << 24  # bytes in which words are counted at a time
+OWN_SPECIALS, OWN_MIN_COUNT = ("<eos>", "<unk>"), 2  # of own words
 SPACES = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
 
 
@@ -42,6 +43,8 @@ class _Recipe:
     unit: str
     newline: str
     documents: bool
+    min_count: int  # of own words, which have <unk>: others keep every symbol
+    max_vocab: int
     tokenizer: pieces.PieceVocabulary | None
     corpus: sources.Corpus | None  # None: a text of this machine
     source: dict  # tells one raw text from another
@@ -50,12 +53,17 @@ class _Recipe:
     @property
     def lines(self) -> bool:
         """Whether `<eos>` at each line's end counts as a word."""
-        own = self.unit in ("words", "pieces")
-        return self.corpus.lines if self.corpus else own
+        if self.corpus:
+            return self.corpus.lines
+        return self.tokenizer.line_ends if self.tokenizer else self.own_words
+
+    @property
+    def own_words(self) -> bool:
+        return self.unit == "words" and self.corpus is None
 
     def key(self) -> dict:
         model = self.tokenizer.model if self.tokenizer else ""
-        return {
+        key = {
             "source": self.source,
             "unit": self.unit,
             "newline": self.newline,
@@ -63,6 +71,14 @@ class _Recipe:
             "tokenizer": _sha256(model.encode()),
             "format": FORMAT,
         }
+        # What 0.1.0 did too has its name.
+        if (self.min_count, self.max_vocab) != (1, 0):
+            key |= {"min_count": self.min_count, "max_vocab": self.max_vocab}
+        if self.tokenizer and self.tokenizer.newline_id is not None:
+            key["newline_id"] = self.tokenizer.newline_id
+        if self.tokenizer and not self.tokenizer.line_ends:
+            key["line_ends"] = False  # 0.1.0 counted them as words all the same
+        return key
 
 
 def prepare(data, *, directory=None, stored=False) -> Prepared:
@@ -100,9 +116,10 @@ def _recipe(data) -> _Recipe:
         raise UserError("config.data.newline=drop is for the bytes of enwik8")
     if name != "text" and (data.path or data.documents):
         raise UserError("config.data.path and .documents need config.data.corpus=text")
+    min_count, max_vocab = _bounds(data)
     tokenizer = pieces.load_tokenizer(data.tokenizer) if data.tokenizer else None
     if name == "text":
-        split_by = "chars" if tokenizer and unit == "bytes" else unit
+        split_by = "pieces" if tokenizer and unit != "words" else unit
         text = local.read_files(data.path, split_by)
         source = {"text": local.fingerprint(text)}
     elif name == "stdlib":
@@ -126,6 +143,8 @@ def _recipe(data) -> _Recipe:
         unit="pieces" if tokenizer else unit,
         newline=data.newline,
         documents=data.documents,
+        min_count=min_count,
+        max_vocab=max_vocab,
         tokenizer=tokenizer,
         corpus=corpus,
         source=source,
@@ -133,7 +152,30 @@ def _recipe(data) -> _Recipe:
     )
 
 
+def _bounds(data) -> tuple[int, int]:
+    """Of the vocabulary: the least count of a word, the most symbols (0: any number).
+
+    Own words that stand once in train become `<unk>` by default, or it would never be
+    trained; elsewhere every symbol is kept, as the fields of the public corpora do.
+    """
+    min_count, max_vocab = data.min_count, data.max_vocab
+    if data.corpus != "text" or data.unit != "words" or data.tokenizer:
+        for name, value in (("min_count", min_count), ("max_vocab", max_vocab)):
+            if value and (name, value) != ("min_count", 1):  # 1: what is done anyway
+                unit = "pieces" if data.tokenizer else data.unit
+                raise UserError(
+                    f"config.data.{name}={value} is for the words of your own text"
+                    " (corpus=text, unit=words, no tokenizer); config.data.corpus is"
+                    f" {data.corpus}" + f", its unit {unit}" * (data.corpus == "text")
+                )
+        return 1, 0
+    return min_count or OWN_MIN_COUNT, max_vocab
+
+
 def _build(folder: pathlib.Path, recipe: _Recipe) -> None:
+    if recipe.tokenizer and not recipe.tokenizer.line_ends:
+        line = "config.data.tokenizer does not keep line ends: newlines are lost"
+        print(f"xlformer: {line}", file=sys.stderr, flush=True)
     builder = corpora.build(
         recipe.name,
         recipe.read,
@@ -150,7 +192,8 @@ def _build(folder: pathlib.Path, recipe: _Recipe) -> None:
         parts = [vocabulary.encode(document, where=where) for document in documents]
         tokens = np.concatenate(parts)
         if not tokens.size:
-            raise UserError(f"{where}: the text is empty: no tokens")
+            size = sum(map(len, documents))
+            raise UserError(f"{where}: its {size} bytes make no token")
         if split == "train" and recipe.tokenizer:
             counts = np.bincount(tokens, minlength=vocabulary.size)
             vocabulary = vocabulary.with_counts(counts)
@@ -164,6 +207,10 @@ def _build(folder: pathlib.Path, recipe: _Recipe) -> None:
             "words": _words(recipe, documents, len(tokens)),
             "sha256": _sha256((folder / f"{split}.npy").read_bytes()),
         }
+        if recipe.own_words:
+            unknown = np.count_nonzero(tokens == vocabulary.unk_id)
+            splits[split]["unknown_share"] = round(unknown / len(tokens), 6)
+    bounds = {"min_count": recipe.min_count, "max_vocab": recipe.max_vocab}
     card = {
         "format": FORMAT,
         "corpus": recipe.name,
@@ -174,6 +221,7 @@ def _build(folder: pathlib.Path, recipe: _Recipe) -> None:
         "payload_sha256": payload.hexdigest(),
         "words_are": "between white space" + ", and <eos> of each line" * recipe.lines,
         **dict(builder.info.metadata),
+        **(bounds if recipe.own_words else {}),
         "splits": splits,
     }
     (folder / "vocabulary.json").write_text(vocabulary.to_json(), encoding="utf-8")
@@ -186,13 +234,22 @@ def _count(recipe: _Recipe, texts: Mapping[str, list[bytes]]) -> Vocabulary:
     everything = (document for split in texts.values() for document in split)
     corpus = recipe.corpus
     if recipe.unit == "words" or (corpus and corpus.spaced):
-        return counting.count_words(
+        found = counting.count_words(
             texts["train"] if recipe.unit == "words" else everything,
-            specials=("<eos>",) if corpus else ("<eos>", "<unk>"),
+            specials=("<eos>",) if corpus else OWN_SPECIALS,
+            min_count=recipe.min_count,
+            max_size=recipe.max_vocab,
             unit=recipe.unit,
             lower=bool(corpus and corpus.lower),
             where=recipe.name,
         )
+        if recipe.own_words and found.size == len(OWN_SPECIALS):
+            raise UserError(
+                f"config.data.min_count={recipe.min_count} leaves no word: all"
+                f" {found.counts_V[1]} of train would be <unk>;"
+                " config.data.min_count=1 keeps them"
+            )
+        return found
     if recipe.unit == "chars":
         return counting.count_chars(everything, where=recipe.name)
     # a public corpus has the symbols that its field counts; elsewhere any byte may come

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from etils import epath
 
 from xlformer import prepare, runs
-from xlformer.data.prepared import Prepared, encode_file
+from xlformer.data.prepared import Prepared, read_text
 from xlformer.data.vocabulary import Vocabulary, WordVocabulary
 from xlformer.errors import UserError
 
@@ -36,10 +35,10 @@ def read(run: runs.Run, split: str, text: str | None):
 
 def own_text(vocabulary: Vocabulary, path: str):
     """As read, of a file; words are counted as preparation counts them."""
-    tokens = encode_file(vocabulary, path)
-    content = epath.Path(path).read_bytes()
+    content = read_text(vocabulary, path)
+    tokens = vocabulary.encode(content, where=path)
     spaced = isinstance(vocabulary, WordVocabulary) and vocabulary.unit == "chars"
-    lines = vocabulary.unit in ("words", "pieces") or spaced
+    lines = vocabulary.line_ends
     text = content.replace(b" ", b"").replace(b"_", b" ") if spaced else content
     words = len(text.split())
     if lines:

@@ -77,10 +77,13 @@ def check_same_data(workdir: epath.Path, prepared: Prepared) -> None:
         if old != new:
             pairs = enumerate(zip(old, new, strict=False))
             where = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
-            raise UserError(
+            line = (
                 f"--workdir={workdir} was trained with a vocabulary of {len(old)} "
                 f"symbols, config.data gives {len(new)}; they differ from id {where} on"
             )
+            if "min_count" in prepared.card:
+                line += "; config.data.min_count=1 keeps all words, as 0.1.0 did"
+            raise UserError(line)
     if not (workdir / DATA).exists():
         return  # converted weights: no text yet
     try:

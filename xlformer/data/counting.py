@@ -49,19 +49,28 @@ def count_words(
     texts: Iterable[bytes],
     *,
     specials: Sequence[str] = ("<eos>",),
+    min_count: int = 1,
+    max_size: int = 0,
     unit: str = "words",
     lower: bool = False,
     where: str = "text",
 ) -> WordVocabulary:
-    """Words, most common first after `specials`, the first of which ends every line."""
+    """Words, most common first after `specials`, the first of which ends every line.
+
+    Words seen fewer than `min_count` times, and those beyond `max_size` symbols in all
+    (0: no bound), are left out and counted as `<unk>`, which must be a special then.
+    """
     counts = collections.Counter()
     for text in texts:
         for words in split_words(text, specials[0], lower, True, where):
             counts.update(words)
     # most_common is stable: ties stay in order of first appearance
-    common = (word for word, _ in counts.most_common() if word not in specials)
-    symbols = [*specials, *common]
+    common = (w for w, n in counts.most_common() if n >= min_count)
+    symbols = [*specials, *(word for word in common if word not in specials)]
+    symbols = symbols[: max_size or None]
     ordered = [counts[symbol] for symbol in symbols]
+    if left_out := counts.total() - sum(ordered):
+        ordered[symbols.index("<unk>")] += left_out
     return WordVocabulary(symbols, ordered, unit, lower, specials[0])
 
 

@@ -5,12 +5,15 @@ The standard library is the corpus that every machine has without a network.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import itertools
 import os
 import pathlib
 import platform
+import re
+import sys
 import sysconfig
 
 import numpy as np
@@ -23,6 +26,24 @@ from xlformer.errors import UserError
 # tests and generated tables; site-packages is not the interpreter's own
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
 LEFT_OUT |= {"site-packages"}
+LEAST = 11  # units of a text: 10 leave nothing between 90 % and 95 %
+LONE_RETURN = re.compile(rb"\r(?!\n)")
+OF_A_PROCESS = ("/dev/stdin", "/dev/fd/", "/proc/")
+ONCE = "a pipe can be read only once: save the text as a file, and name that to resume"
+# How files begin that look like a text to people, and what makes one of them.
+CONVERT = "iconv -f {0} -t UTF-8 converts it"
+KINDS = {
+    codecs.BOM_UTF32_LE: ("UTF-32", CONVERT.format("UTF-32")),
+    codecs.BOM_UTF32_BE: ("UTF-32", CONVERT.format("UTF-32")),
+    codecs.BOM_UTF16_LE: ("UTF-16", CONVERT.format("UTF-16")),
+    codecs.BOM_UTF16_BE: ("UTF-16", CONVERT.format("UTF-16")),
+    b"%PDF-": ("a PDF", "pdftotext makes text of it"),
+    b"PK\x03\x04": ("a zip archive or an office document", "unpack or export it"),
+    b"\x1f\x8b": ("compressed by gzip", "gunzip it"),
+    b"BZh91AY&SY": ("compressed by bzip2", "bunzip2 it"),
+    b"\xfd7zXZ": ("compressed by xz", "unxz it"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "unzstd it"),
+}
 
 
 def read_stdlib(root: str | None = None) -> Text:
@@ -51,27 +72,86 @@ def read_stdlib(root: str | None = None) -> Text:
 
 
 def read_files(path: str, unit: str) -> Text:
-    """Your own files, each a document, 90/5/5 of the whole counted in `unit`."""
+    """Your own files, each a document, 90/5/5 of the whole counted in `unit`.
+
+    unit 'pieces' is of a tokenizer: its splits are counted in characters.
+    """
     try:
         paths = _expand(path)
-        documents = [(name, storage.path(name).read_bytes()) for name in paths]
+        documents = [(name, read_once(name)) for name in paths]
     except UserError:
         raise
     except Exception as error:  # of whatever library reads gs://
         why = " ".join(str(error).split())[:200]
         raise UserError(f"config.data.path={path}: cannot be read: {why}") from error
-    if unit != "bytes":
-        for name, data in documents:
-            decode_utf8(data, name)
-    texts = [data for _, data in documents if data]
-    origin = f"config.data.path ({paths[0]}{', ...' if len(paths) > 1 else ''})"
-    check_not_empty({"train": texts}, origin)
+    once = [name for name in paths if is_read_once(name)]
+    texts = [plain_text(data, unit, name) for name, data in documents]
+    texts = [text for text in texts if text]
+    unit = "chars" if unit == "pieces" else unit
     starts = _unit_starts(texts, unit)
     total = int(np.count_nonzero(starts))
+    if total < LEAST:
+        origin = f"config.data.path ({paths[0]}{', ...' if len(paths) > 1 else ''})"
+        if not texts:
+            why = f": {ONCE}" if once else ""
+            raise UserError(f"{origin}: the text is empty{why}")
+        raise UserError(
+            f"{origin}: {total} {unit} are too few: train, validation and test"
+            f" (90/5/5 %) need {LEAST} or more"
+        )
+    for name in once:
+        print(f"xlformer: config.data.path={name}: {ONCE}", file=sys.stderr)
     cuts = [_offset(starts, total * share // 100) for share in (90, 95)]
     splits = _split_bytes(texts, cuts)
-    check_not_empty(splits, origin)
     return Text(splits, {"files": len(texts), "path": path})
+
+
+def read_once(path) -> bytes:
+    """The bytes of a file or a pipe; '-' is standard input."""
+    if str(path) == "-":
+        with open(0, "rb", closefd=False) as file:
+            return file.read()
+    return storage.path(os.path.expanduser(path)).read_bytes()
+
+
+def plain_text(data: bytes, unit: str, where: str) -> bytes:
+    """What of a file is text; UserError where it is not UTF-8.
+
+    Bytes are taken as they are. A byte order mark in front is no part of the text. For
+    words and pieces a lone carriage return ends a line, as it does when Python opens a
+    text file; characters keep their line ends.
+    """
+    kind = next((kind for kind in KINDS if data.startswith(kind)), None)
+    if kind and unit == "bytes":
+        name, remedy = KINDS[kind]
+        line = f"{where} is {name}, whose bytes are taken as they are: {remedy}"
+        print(f"xlformer: {line}", file=sys.stderr)
+    if unit == "bytes":
+        return data
+    if kind:
+        name, remedy = KINDS[kind]
+        raise UserError(f"{where} is {name} and no UTF-8 text: {remedy}")
+    zeros = data.count(0)
+    if zeros:
+        line = f"{where} has NUL bytes ({zeros}, the first at offset {data.index(0)})"
+    if zeros * 100 > len(data):
+        order = "BE" if 2 * data[::2].count(0) > zeros else "LE"
+        raise UserError(
+            f"{line}: it is no text, or UTF-16 without a mark (iconv -f UTF-16{order}"
+            " -t UTF-8 converts that); config.data.unit=bytes takes any file"
+        )
+    decode_utf8(data, where)
+    if zeros:
+        print(f"xlformer: {line}", file=sys.stderr)
+    data = data.removeprefix(codecs.BOM_UTF8)
+    return data if unit == "chars" else LONE_RETURN.sub(b"\n", data)
+
+
+def is_read_once(name: str) -> bool:
+    """Whether that is a pipe, or a name that is another file in each process."""
+    if name == "-" or name.startswith(OF_A_PROCESS):
+        return True
+    return "://" not in name and os.path.exists(name) and not os.path.isfile(name)
 
 
 def fingerprint(text: Text) -> str:
@@ -85,13 +165,16 @@ def fingerprint(text: Text) -> str:
 
 
 def _expand(path: str) -> list[str]:
-    if not path.strip():
-        raise UserError("config.data.corpus=text needs config.data.path=FILE[;FILE...]")
     found = []
-    for entry in filter(None, (part.strip() for part in path.split(";"))):
+    entries = [path] if os.path.exists(path) else path.split(";")
+    for entry in filter(None, (part.strip() for part in entries)):
         name = os.path.expanduser(entry)
+        if name == "-":
+            found.append(name)
+            continue
         if storage.path(name).is_dir():
-            raise UserError(f"config.data.path: {entry} is a directory: use {entry}/*")
+            inside = f"{entry.rstrip('/')}/*"
+            raise UserError(f"config.data.path: {entry} is a directory: use {inside}")
         if storage.path(name).exists():
             found.append(name)
             continue
@@ -102,8 +185,11 @@ def _expand(path: str) -> list[str]:
             matches = glob.glob(name, recursive=True)
         matches = sorted(m for m in matches if not storage.path(m).is_dir())
         if not matches:
-            raise UserError(f"config.data.path: no such file: {entry}")
+            gone = f": {ONCE}" if name.startswith(OF_A_PROCESS) else ""
+            raise UserError(f"config.data.path: no such file: {entry}{gone}")
         found += matches
+    if not found:
+        raise UserError("config.data.corpus=text needs config.data.path=FILE[;FILE...]")
     return list(dict.fromkeys(found))
 
 

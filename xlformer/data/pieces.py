@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 
 import numpy as np
 from etils import epath
@@ -26,29 +27,41 @@ class PieceVocabulary(Vocabulary):
     """The pieces of a tokenizer, with its own ids.
 
     A text is encoded line by line. SentencePiece sees a line without its newline, which
-    becomes the model's `</s>` where it has one; a Hugging Face tokenizer sees the
-    newline, where there is one, and adds no special tokens.
+    becomes the model's `</s>`; in a model without one it becomes `newline_id`, a piece
+    that stands for it (without either, line ends are lost: 0.1.0 made such). A Hugging
+    Face tokenizer sees the newline, where there is one, and adds no special tokens.
     """
 
     kind = "pieces"
 
-    def __init__(self, symbols, counts, model: str):
+    def __init__(self, symbols, counts, model: str, newline_id: int | None = None):
         check(isinstance(model, str), "'model' is not a string")
-        self.model = model
+        self.model, self.newline_id = model, newline_id
         try:
             data = base64.b64decode(model, validate=True)
         except binascii.Error as error:
             raise ValueError(f"'model' is not base64: {error}") from None
         self._backend = _backend(data)
         check(list(symbols) == self._backend.symbols(), "symbols are not the model's")
+        if newline_id is not None:
+            known = type(newline_id) is int and 0 <= newline_id < len(symbols)
+            check(known, "'newline_id' is not the id of a piece")
+            self._backend.end_lines_with(newline_id)
         super().__init__(symbols, counts, "pieces")
 
+    @functools.cached_property
+    def line_ends(self) -> bool:
+        """Whether the tokens tell where lines end: some tokenizers drop newlines."""
+        return self._backend.keeps_line_ends()
+
     def options(self) -> dict:
-        return {"model": self.model}
+        newline = {} if self.newline_id is None else {"newline_id": self.newline_id}
+        return {"model": self.model, **newline}
 
     def with_counts(self, counts_V: np.ndarray) -> PieceVocabulary:
         """The same pieces with how often each was found in a text."""
-        return PieceVocabulary(self.symbols, counts_V.tolist(), self.model)
+        counts = counts_V.tolist()
+        return PieceVocabulary(self.symbols, counts, self.model, self.newline_id)
 
     def encode(self, text, *, close_line=True, where="text"):
         parts = [np.zeros(0, self.dtype)]
@@ -74,9 +87,11 @@ def load_tokenizer(path) -> PieceVocabulary:
     except OSError as error:
         raise UserError(f"config.data.tokenizer: {path}: {error}") from None
     try:
-        symbols = _backend(data).symbols()
+        backend = _backend(data)
+        symbols = backend.symbols()
         model = base64.b64encode(data).decode("ascii")
-        return PieceVocabulary(symbols, [0] * len(symbols), model)
+        counts, newline_id = [0] * len(symbols), backend.find_newline()
+        return PieceVocabulary(symbols, counts, model, newline_id)
     except ValueError as error:
         raise UserError(f"config.data.tokenizer: {path}: {error}") from None
 
@@ -94,28 +109,50 @@ class _SentencePiece:
     def __init__(self, data: bytes):
         import sentencepiece
 
+        check(data, "not a tokenizer: the file is empty")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except Exception as error:  # the library's own errors have no common type
             raise ValueError(f"not a SentencePiece model: {error}") from None
         check(self.model.get_piece_size() > 0, "not a SentencePiece model")
+        self.line_end = self.model.eos_id()  # -1: none
+
+    def end_lines_with(self, newline_id: int) -> None:
+        check(self.line_end < 0, "'newline_id' in a model that has </s>")
+        self.line_end = newline_id
+
+    def keeps_line_ends(self) -> bool:
+        return self.line_end >= 0
+
+    def find_newline(self) -> int | None:
+        """The piece that stands for a newline; None where `</s>` ends lines."""
+        if self.line_end >= 0:
+            return None
+        symbols = self.symbols()
+        found = [piece for piece in ("\n", "<0x0A>") if piece in symbols]
+        check(
+            found,
+            "it has neither </s> nor a piece for the newline, and would drop every line"
+            " end: train it without --eos_id=-1, or with --byte_fallback",
+        )
+        return symbols.index(found[0])
 
     def symbols(self) -> list[str]:
         size = self.model.get_piece_size()
         return [self.model.id_to_piece(i) for i in range(size)]
 
     def encode(self, lines: list[str], ends: list[bool]) -> list[list[int]]:
-        eos = self.model.eos_id()
-        tail = [eos] if eos >= 0 else []
+        tail = [self.line_end] if self.line_end >= 0 else []
         found = self.model.encode(lines)
         return [ids + tail * end for ids, end in zip(found, ends, strict=True)]
 
     def decode(self, ids: list[int]) -> str:
-        eos, lines = self.model.eos_id(), [[]]
+        lines = [[]]
         for i in ids:
-            lines[-1].append(i)
-            if i == eos:
+            if i == self.line_end:
                 lines.append([])
+            else:
+                lines[-1].append(i)
         return "\n".join(self.model.decode(line) for line in lines)
 
 
@@ -131,6 +168,17 @@ class _HuggingFace:
             raise ValueError(f"not a tokenizers file: {error}") from None
         self.model.no_padding()
         self.model.no_truncation()
+
+    def end_lines_with(self, newline_id: int) -> None:
+        check(False, "'newline_id' is of SentencePiece models")
+
+    def find_newline(self) -> None:
+        """It is part of the text."""
+
+    def keeps_line_ends(self) -> bool:
+        """Whether a newline is more than nothing, a space or an unknown character."""
+        with_newline, *others = self.encode(["a\n", "a", "a ", "a\ue000"], [False] * 4)
+        return with_newline not in others
 
     def symbols(self) -> list[str]:
         size = self.model.get_vocab_size(with_added_tokens=True)

@@ -8,8 +8,8 @@ import pathlib
 from collections.abc import Mapping
 
 import numpy as np
-from etils import epath
 
+from xlformer.data import local
 from xlformer.data import vocabulary as vocabularies
 from xlformer.data.sources import SPLITS
 from xlformer.data.vocabulary import Vocabulary
@@ -86,12 +86,21 @@ def _again(folder: pathlib.Path) -> str:
     return f"delete {folder} and prepare again"
 
 
-def encode_file(vocabulary: Vocabulary, path) -> np.ndarray:
-    """The tokens of a text file, for scoring it."""
+def read_text(vocabulary: Vocabulary, path) -> bytes:
+    """A text file as it is encoded: without a byte order mark. '-' is standard input.
+
+    It is read once, because it may be a pipe.
+    """
     try:
-        data = epath.Path(path).read_bytes()
+        data = local.read_once(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the text: {error}") from None
+    data = local.plain_text(data, vocabulary.unit, str(path))
     if not data:
         raise UserError(f"{path}: the text is empty")
-    return vocabulary.encode(data, where=str(path))
+    return data
+
+
+def encode_file(vocabulary: Vocabulary, path) -> np.ndarray:
+    """The tokens of a text file, for scoring it."""
+    return vocabulary.encode(read_text(vocabulary, path), where=str(path))

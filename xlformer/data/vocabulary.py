@@ -62,6 +62,11 @@ class Vocabulary:
         """The share of each symbol in the counted text."""
         return self.counts_V / max(int(self.counts_V.sum()), 1)
 
+    @property
+    def line_ends(self) -> bool:
+        """Whether the end of a line is a token, and counts as a word."""
+        return False
+
     def unigram_entropy(self) -> float:
         """Nats per token of the best model that ignores all context."""
         p = self.frequencies_V[self.counts_V > 0]
@@ -176,6 +181,7 @@ class WordVocabulary(Vocabulary):
     """
 
     kind = "words"
+    line_ends = True
 
     def __init__(self, symbols, counts, unit="words", lower=False, eos="<eos>"):
         words = all(isinstance(s, str) and s.split() == [s] for s in symbols)
@@ -219,9 +225,12 @@ def decode_utf8(data: bytes, where: str, base: int = 0) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        other = "iconv -f LATIN1 -t UTF-8, or from whatever it is, converts the text"
+        damaged = "iconv -c -f UTF-8 -t UTF-8 leaves out what is damaged"
+        remedy = other if data[: error.start].isascii() else damaged
         raise UserError(
             f"{where}: byte {data[error.start]:#04x} at offset {base + error.start} is"
-            " not valid UTF-8 (config.data.unit=bytes takes any file)"
+            f" not valid UTF-8: {remedy}; config.data.unit=bytes takes any file"
         ) from None
 
 

@@ -7,21 +7,26 @@ import hashlib
 import numpy as np
 from etils import epath
 
-from xlformer import prepare, runs
-from xlformer.data.prepared import Prepared, encode_file
+from xlformer import runs, stored
+from xlformer.data.prepared import encode_file
 from xlformer.data.vocabulary import Vocabulary, WordVocabulary
 from xlformer.errors import UserError
 
 
-def read(run: runs.Run, split: str, text: str | None):
-    """Tokens, where documents begin, and what the card says about them."""
+def read(run: runs.Run, split: str, text: str | None, data_path: str | None = None):
+    """Tokens, where documents begin, and what the card says about them.
+
+    text: a file to score in place of a split; data_path: where the run's text lies now.
+    """
     if text is not None:
+        if data_path is not None:
+            raise UserError(
+                f"--text={text} is another text than the run's, which --data_path="
+                f"{data_path} is: pass one of them"
+            )
         return own_text(run.vocabulary, text)
-    prepared = prepare.prepare(run.config.data, stored=True)
-    if split not in prepared.tokens:
-        raise UserError(f"--split={split} is none of {', '.join(prepared.tokens)}")
-    tokens = _translated(prepared, split, run)
-    card = prepared.card
+    found = stored.read(run, split, data_path)
+    card = found.card
     facts = {
         "corpus": card["corpus"],
         "unit": card["unit"],
@@ -31,7 +36,7 @@ def read(run: runs.Run, split: str, text: str | None):
         **{k: card["splits"][split][k] for k in ("bytes", "words")},
         "words_are": card["words_are"],
     }
-    return tokens, prepared.documents[split], facts
+    return _translated(found, run), found.documents, facts
 
 
 def own_text(vocabulary: Vocabulary, path: str):
@@ -57,11 +62,11 @@ def own_text(vocabulary: Vocabulary, path: str):
     return tokens, None, facts
 
 
-def _translated(prepared: Prepared, split: str, run: runs.Run) -> np.ndarray:
+def _translated(found: stored.Split, run: runs.Run) -> np.ndarray:
     """The split in the run's ids: converted weights may have another order."""
-    ours, theirs = run.vocabulary.symbols, prepared.vocabulary.symbols
+    ours, theirs = run.vocabulary.symbols, found.vocabulary.symbols
     if ours == theirs:
-        return prepared.tokens[split]
+        return found.tokens
     if set(ours) != set(theirs):
         raise UserError(
             f"{runs.VOCABULARY} of the run has {len(ours)} symbols and the prepared "
@@ -70,4 +75,4 @@ def _translated(prepared: Prepared, split: str, run: runs.Run) -> np.ndarray:
         )
     index = {symbol: i for i, symbol in enumerate(ours)}
     table = np.array([index[symbol] for symbol in theirs], run.vocabulary.dtype)
-    return table[prepared.tokens[split]]
+    return table[found.tokens]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import trained_run
 
-from xlformer import cards, evaluate, runs, scored_text, scoring, sharding
+from xlformer import evaluate, runs, scored_text, scoring, sharding
 from xlformer.data.vocabulary import CharVocabulary, WordVocabulary
 from xlformer.training.checkpoints import Checkpoints
 
@@ -60,6 +60,10 @@ def test_card_says_everything_as_table_and_json(workdir, capsys):
     stored = (workdir / "evaluation-test.json").read_text()
     assert json.loads(stored) == found
     assert (workdir / "evaluation-test.txt").read_text() == "\n".join(table) + "\n"
+    entry = json.loads((workdir / "evaluations" / "index.json").read_text())[-1]
+    archived = (workdir / "evaluations" / entry["file"]).read_text()
+    assert json.loads(archived) == found
+    assert entry["nats_per_token"] == found["nats_per_token"]
     shown = dict(row.split(maxsplit=1) for row in table)
     assert set(shown) == FIELDS
     assert shown["split"] == "test" and shown["bpc"] == f"{found['bpc']:.4f}"
@@ -101,15 +105,6 @@ def naive_nats(run, text):
         nll, state, _ = apply(run.params, part[:, :-1], part[:, 1:], state)
         total += float(nll.sum())
     return total
-
-
-def test_results_of_literal_numbers():
-    found = cards.results(6 * math.log(2), 3, 8, 2)
-    assert found["bpc"] == pytest.approx(2) and found["ppl"] == pytest.approx(4)
-    assert found["bits_per_byte"] == pytest.approx(6 / 8)
-    assert found["word_ppl"] == pytest.approx(2**3)
-    huge = cards.results(1e6, 3, None, 1)
-    assert huge["bits_per_byte"] is huge["word_ppl"] is huge["ppl"] is None
 
 
 def test_list_of_memory_lengths(card, workdir):

@@ -2,7 +2,8 @@
 
 evaluation-<split>.json, .txt   the newest of that split
 evaluations/<when>-<split>-<id>.json   every one that there ever was
-evaluations/index.json   one entry a card, oldest first: made anew from the cards
+evaluations/index.json   one entry a card, oldest first; where it is lost or was cut
+                         off, it is made anew from the cards
 """
 
 from __future__ import annotations
@@ -112,14 +113,24 @@ def _archive(folder: epath.Path, cards: list[dict]) -> None:
         _put(folder / name, json.dumps(card, indent=2) + "\n")
     # Another process may write its card and index meanwhile: whoever writes the index
     # last finds all of the others' cards, here or in the look after it.
-    names = None
+    names, entries = None, _known(folder / INDEX)
     while names != (names := _names(folder)):
-        entries = [entry for name in names if (entry := _entry(folder / name))]
-        _put(folder / INDEX, json.dumps(entries, indent=1) + "\n")
+        found = {name: entries.get(name) or _entry(folder / name) for name in names}
+        entries = {name: entry for name, entry in found.items() if entry}
+        _put(folder / INDEX, json.dumps([*entries.values()], indent=1) + "\n")
 
 
 def _names(folder: epath.Path) -> list[str]:
     return sorted(p.name for p in folder.glob("*.json") if p.name != INDEX)
+
+
+def _known(path: epath.Path) -> dict[str, dict]:
+    """Entries by file, of an index: no card is read again."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return {entry["file"]: entry for entry in entries}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
 
 
 def _entry(path: epath.Path) -> dict | None:

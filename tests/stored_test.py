@@ -1,5 +1,6 @@
 """The text of a run is found by its checksum, wherever it lies; another never is."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -165,3 +166,19 @@ def test_a_run_of_the_first_release_on_a_fresh_machine(places):
     assert vocabulary.decode(found) == text[len(text) * 95 // 100 :]
     assert "holds another text" in refused(run)
     assert not (places / "cache").exists()
+
+
+def test_a_run_that_started_from_others_weights_keeps_their_ids(places):
+    """Its vocabulary.json is not the one that was made of its own text."""
+    run, expected = make_run(places / "run")
+    own = run.vocabulary
+    other = vocabularies.CharVocabulary("z\n" + "".join(own.symbols[::-1]), [0] * 11)
+    run = dataclasses.replace(run, vocabulary=other)
+    for _ in range(2):  # as prepared, and from the text itself
+        tokens = scored_text.read(run, "test", None)[0]
+        assert other.decode(tokens) == own.decode(expected["test"])
+        shutil.rmtree(places / "cache", ignore_errors=True)
+    lacking = vocabularies.CharVocabulary("the cas", [0] * 7)
+    run = dataclasses.replace(run, vocabulary=lacking)
+    line = refused(run)
+    assert "vocabulary.json has a vocabulary of 7 chars without 2 of those" in line

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
-import numpy as np
 from etils import epath
 
 from xlformer import runs, stored
+from xlformer.data import translation
 from xlformer.data.prepared import encode_file
 from xlformer.data.vocabulary import Vocabulary, WordVocabulary
 from xlformer.errors import UserError
@@ -26,6 +26,8 @@ def read(run: runs.Run, split: str, text: str | None, data_path: str | None = No
             )
         return own_text(run.vocabulary, text)
     found = stored.read(run, split, data_path)
+    # Weights that were converted, or trained on from others, have ids of their own.
+    found = translation.translated(found, run.vocabulary, where=runs.VOCABULARY)
     card = found.card
     facts = {
         "corpus": card["corpus"],
@@ -36,7 +38,7 @@ def read(run: runs.Run, split: str, text: str | None, data_path: str | None = No
         **{k: card["splits"][split][k] for k in ("bytes", "words")},
         "words_are": card["words_are"],
     }
-    return _translated(found, run), found.documents, facts
+    return found.tokens[split], found.documents[split], facts
 
 
 def own_text(vocabulary: Vocabulary, path: str):
@@ -60,19 +62,3 @@ def own_text(vocabulary: Vocabulary, path: str):
         "words_are": "between white space" + ", and <eos> of each line" * lines,
     }
     return tokens, None, facts
-
-
-def _translated(found: stored.Split, run: runs.Run) -> np.ndarray:
-    """The split in the run's ids: converted weights may have another order."""
-    ours, theirs = run.vocabulary.symbols, found.vocabulary.symbols
-    if ours == theirs:
-        return found.tokens
-    if set(ours) != set(theirs):
-        raise UserError(
-            f"{runs.VOCABULARY} of the run has {len(ours)} symbols and the prepared "
-            f"data {len(theirs)}, {len(set(ours) & set(theirs))} of them the same: "
-            "another text or corpus"
-        )
-    index = {symbol: i for i, symbol in enumerate(ours)}
-    table = np.array([index[symbol] for symbol in theirs], run.vocabulary.dtype)
-    return table[found.tokens]

@@ -8,17 +8,18 @@ never. The run may be a stranger's, so nothing is made where its config says.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
 from xlformer import prepare, runs, storage, workdirs
-from xlformer.data import folders, local, prepared
+from xlformer.data import folders, local
+from xlformer.data.prepared import FORMAT, Prepared
 from xlformer.data.sources import SPLITS, Text
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError
@@ -26,15 +27,8 @@ from xlformer.errors import UserError
 SAME = ("payload_sha256", "unit", "newline", "documents")
 
 
-class Split(NamedTuple):
-    tokens: np.ndarray
-    documents: np.ndarray | None  # where each begins
-    vocabulary: Vocabulary  # of these tokens; its order may not be the run's
-    card: dict
-
-
-def read(run: runs.Run, split: str, data_path: str | None = None) -> Split:
-    """A split of the text that the run was trained on.
+def read(run: runs.Run, split: str, data_path: str | None = None) -> Prepared:
+    """The text that the run was trained on, with this split and no other.
 
     data_path: where the text lies now, in place of config.data.path. UserError where
     that is another text, or where there is none and no prepared one.
@@ -59,19 +53,23 @@ def read(run: runs.Run, split: str, data_path: str | None = None) -> Split:
     if found is not None:
         if data_path is None:
             _say_if_changed(data, card, found)
-        return _of(prepared.load(found), split)
-    if text is not None:
+        return _of(prepare.load(found), split)
+    # Where others' weights were trained on, the vocabulary is not that of this text.
+    if text is not None and card.get("vocabulary_size") == run.vocabulary.size:
         return _encoded(text, split, run.vocabulary, card)
-    again = prepare.prepare(data, stored=True)  # of a public corpus
+    again = prepare.prepare(data, stored=True)
     if again.card["payload_sha256"] != card["payload_sha256"]:
         raise UserError(_another(f"config.data.corpus={data.corpus}", again.card, card))
     return _of(again, split)
 
 
-def _of(found: prepared.Prepared, split: str) -> Split:
+def _of(found: Prepared, split: str) -> Prepared:
     _check(split, found.tokens)
-    tokens, documents = found.tokens[split], found.documents[split]
-    return Split(tokens, documents, found.vocabulary, found.card)
+    return dataclasses.replace(
+        found,
+        tokens={split: found.tokens[split]},
+        documents={split: found.documents[split]},
+    )
 
 
 def _check(split: str, splits) -> None:
@@ -128,7 +126,7 @@ def _search(data, card: dict) -> Iterator:
 
 def _same(other: dict, card: dict) -> bool:
     return (
-        other["format"] == prepared.FORMAT
+        other["format"] == FORMAT
         and all(other[key] == card[key] for key in SAME)
         and all(
             other["splits"][name]["sha256"] == card["splits"][name]["sha256"]
@@ -211,7 +209,7 @@ def _is_read_once(path: str) -> bool:
     )
 
 
-def _encoded(text: Text, split: str, vocabulary: Vocabulary, card: dict) -> Split:
+def _encoded(text: Text, split: str, vocabulary: Vocabulary, card: dict) -> Prepared:
     where = f"{card['corpus']} {split}"
     parts = [
         vocabulary.encode(document, where=where) for document in text.splits[split]
@@ -223,4 +221,5 @@ def _encoded(text: Text, split: str, vocabulary: Vocabulary, card: dict) -> Spli
             f"{expected}: its text was cut in another way"
         )
     starts = np.cumsum([0, *(len(part) for part in parts[:-1])]).astype(np.int64)
-    return Split(tokens, starts if card["documents"] else None, vocabulary, card)
+    documents = {split: starts if card["documents"] else None}
+    return Prepared({split: tokens}, documents, vocabulary, card, None)

@@ -17,6 +17,7 @@ EXTRAS = {
         "ruff>=0.17,<0.18",  # Another minor version may format otherwise.
         "safetensors>=0.4",
         "tensorboardX>=2.6",
+        "tensorboard>=2.18",  # Reads back what the other one writes.
         "matplotlib>=3.8",
         "gcp-storage-emulator",
         "gcsfs",

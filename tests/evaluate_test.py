@@ -17,7 +17,8 @@ from xlformer.training.checkpoints import Checkpoints
 # What every result must say of itself.
 FIELDS = {
     "corpus", "payload_sha256", "unit", "newline", "split", "tokens_scored", "bytes",
-    "words", "words_are", "segment_length", "memory_length", "clamp_length", "window",
+    "words", "words_are", "bytes_scored", "words_scored", "documents", "dtype",
+    "segment_length", "memory_length", "extended_length", "clamp_length", "window",
     "batch_rows", "warmup", "parameters", "params", "step", "seed", "device", "nats",
     "nats_per_token", "bpc", "ppl", "bits_per_byte", "word_ppl", "run", "workdir",
     "xlformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "python",
@@ -47,7 +48,7 @@ def files(directory):
     return {
         p.relative_to(directory): p.read_bytes()
         for p in sorted(directory.rglob("*"))
-        if p.is_file() and not p.name.startswith("evaluation-")
+        if p.is_file() and "evaluation" not in str(p.relative_to(directory))
     }
 
 
@@ -59,6 +60,10 @@ def test_card_says_everything_as_table_and_json(workdir, capsys):
     stored = (workdir / "evaluation-test.json").read_text()
     assert json.loads(stored) == found
     assert (workdir / "evaluation-test.txt").read_text() == "\n".join(table) + "\n"
+    entry = json.loads((workdir / "evaluations" / "index.json").read_text())[-1]
+    archived = (workdir / "evaluations" / entry["file"]).read_text()
+    assert json.loads(archived) == found
+    assert entry["nats_per_token"] == found["nats_per_token"]
     shown = dict(row.split(maxsplit=1) for row in table)
     assert set(shown) == FIELDS
     assert shown["split"] == "test" and shown["bpc"] == f"{found['bpc']:.4f}"
@@ -80,10 +85,12 @@ def test_numbers_by_hand(card, workdir):
     assert found["nats_per_token"] == found["nats"] / (length - 1)
     assert found["bpc"] == pytest.approx(found["nats_per_token"] / math.log(2))
     assert found["ppl"] == pytest.approx(math.exp(found["nats_per_token"]))
-    bits = found["nats"] / math.log(2)
-    assert found["bits_per_byte"] == pytest.approx(bits / len(split.encode()))
-    words = math.exp(found["nats"] / len(split.split()))
-    assert found["word_ppl"] == pytest.approx(words)
+    # The first character is not scored, nor the word that begins with it.
+    assert not split[0].isspace()
+    size, words = len(split[1:].encode()), len(split.split()) - 1
+    assert (found["bytes_scored"], found["words_scored"]) == (size, words)
+    assert found["bits_per_byte"] == pytest.approx(found["nats"] / math.log(2) / size)
+    assert found["word_ppl"] == pytest.approx(math.exp(found["nats"] / words))
     assert found["step"] == run.step and found["params"] == "ema"
     assert found["parameters"] == sum(x.size for x in jax.tree.leaves(run.params))
     exact = card("--split=test", "--warmup=exact")
@@ -98,16 +105,6 @@ def naive_nats(run, text):
         nll, state, _ = apply(run.params, part[:, :-1], part[:, 1:], state)
         total += float(nll.sum())
     return total
-
-
-def test_results_of_literal_numbers():
-    data = {"bytes": 8, "words": 2}
-    found = evaluate.results(6 * math.log(2), 3, data)
-    assert found["bpc"] == pytest.approx(2) and found["ppl"] == pytest.approx(4)
-    assert found["bits_per_byte"] == pytest.approx(6 / 8)
-    assert found["word_ppl"] == pytest.approx(2**3)
-    huge = evaluate.results(1e6, 3, {"bytes": None, "words": 1})
-    assert huge["bits_per_byte"] is huge["word_ppl"] is huge["ppl"] is None
 
 
 def test_list_of_memory_lengths(card, workdir):
@@ -236,8 +233,12 @@ def test_numbers_that_json_lacks_are_null(card, monkeypatch):
 
 def test_beginning_of_a_text(workdir):
     found = evaluate.evaluate(workdir, max_tokens=31)
+    text = trained_run.TEXT * trained_run.LINES
+    start = text[len(text) * 90 // 100 :][:31]
     assert found["tokens_scored"] == 30
-    assert found["bits_per_byte"] is found["word_ppl"] is None
+    assert found["bytes_scored"] == len(start[1:].encode()) > 30
+    assert found["words_scored"] == len(start.split()) - (not start[0].isspace())
+    assert found["bits_per_byte"] < found["bpc"]
 
 
 @pytest.mark.parametrize("sizes", ["data=1", "data=4,fsdp=2", "data=2,tensor=2"])

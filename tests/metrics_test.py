@@ -94,6 +94,36 @@ def test_tensorboard_files_appear_where_tensorboardx_is_importable(
     assert len(metrics.read(tmp_path / "without")) == 1
 
 
+def curve(workdir, tag="train/bpc"):
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    found = reader.EventAccumulator(str(workdir / "tensorboard"))
+    found.Reload()
+    return [(event.step, event.value) for event in found.Scalars(tag)]
+
+
+def test_curves_of_tensorboard_never_go_back(tmp_path):
+    """After a kill, after a spike, and where a run begins anew without a checkpoint."""
+    pytest.importorskip("tensorboardX")
+    killed = metrics.Writer(tmp_path)
+    killed.rewind(0)
+    for step in (0, 2, 4, 6):
+        killed.write(step, {"train/bpc": step})
+    killed.close()
+    with metrics.Writer(tmp_path) as resumed:  # in the same second
+        resumed.rewind(3)
+        for step in (4, 6, 8):
+            resumed.write(step, {"train/bpc": 10 + step})
+        resumed.rewind(4)  # a spike
+        resumed.write(5, {"train/bpc": 25})
+    assert curve(tmp_path) == [(0, 0), (2, 2), (4, 14), (5, 25)]
+    with metrics.Writer(tmp_path) as fresh:
+        fresh.rewind(0)
+        fresh.write(2, {"train/bpc": 32})
+    assert curve(tmp_path) == [(2, 32)]
+
+
 def test_the_line_of_progress():
     line = metrics.format_progress(
         step=1200,

@@ -234,8 +234,13 @@ def one_line(main, capsys, *argv):
 
 
 @pytest.mark.parametrize("target", [".bashrc", "new", "."])
-@pytest.mark.parametrize("name", ["evaluation-validation.txt", "evaluation-test.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["evaluation-validation.txt", "evaluation-test.json", "evaluations"]
+    + ["evaluations/index.json", "evaluations/x"],
+)
 def test_an_evaluation_follows_no_link(name, target, workdir, elsewhere, capsys):
+    (workdir / name).parent.mkdir(exist_ok=True)
     (workdir / name).symlink_to(elsewhere / target)
     line = one_line(evaluate.main, capsys, f"--workdir={workdir}")
     assert f"{name} is a symbolic link to {elsewhere / target}" in line

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import platform
 import sys
 import time
 
 import jax
-from etils import epath
 
-from xlformer import command, runs, scored_text, scoring, sharding
+from xlformer import (
+    cards,
+    command,
+    models,
+    runs,
+    scored_text,
+    scoring,
+    sharding,
+    units,
+)
 from xlformer.errors import UserError
+from xlformer.training import metrics
 
 SOFTWARE = ("xlformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -36,15 +44,16 @@ def evaluate(
     batch_size: int | None = None,
     warmup: str = "auto",
     max_tokens: int = 0,
+    data_path: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress=None,
 ) -> dict:
     """Returns the card: what was scored, how, and with which result.
 
     Settings that are None come from config.eval of the run; lengths are in tokens. With
-    max_tokens only the beginning is scored, and nothing is said per byte or word.
-    mesh shares the rows; by default it is all devices. progress is called with the
-    fraction done. Raises UserError.
+    max_tokens only the beginning is scored. data_path: where the run's text lies now,
+    if it is neither prepared nor at config.data.path. mesh shares the rows; by default
+    it is all devices. progress is called with the fraction done. Raises UserError.
     """
     _check(memory_length=memory_length, clamp_length=clamp_length)
     mesh = mesh or sharding.make_mesh({"data": -1})
@@ -56,9 +65,8 @@ def evaluate(
         "same_length": _first(same_length, defaults.same_length or None),
     }
     model = runs.for_reading(run.model, visible)
-    tokens, documents, data = scored_text.read(run, split, text)
-    if 0 < max_tokens < len(tokens):
-        tokens, data = tokens[:max_tokens], {**data, "bytes": None, "words": None}
+    everything, documents, data = scored_text.read(run, split, text, data_path)
+    tokens = everything[: max_tokens or None]
     plan = scoring.plan(
         len(tokens),
         batch_size=_first(batch_size, defaults.batch_size),
@@ -74,37 +82,45 @@ def evaluate(
         steps=plan.steps,
         mesh=mesh,
     )
+    evaluator.compile(run.params)  # whose time is not the model's
     score = evaluator.score(
         run.params, tokens, plan, documents=documents, progress=progress
     )
     if score is None:
         raise UserError("the evaluation was given up")
-    count = sum(x.size for x in jax.tree.leaves(run.params))
+    count = units.scored(
+        run.vocabulary,
+        everything,
+        [(a + 1, b + 1) for a, b in zip(plan.first_B, plan.last_B, strict=True)],
+        units.Count(data["bytes"], data["words"]),
+        lines="<eos>" in data["words_are"],
+        documents=documents,
+    )
     card = {
         "run": run.config.name,
         "workdir": str(run.workdir),
         "step": run.step,
         "params": "ema" if run.averaged else "raw",
-        "parameters": count,
+        "parameters": sum(x.size for x in jax.tree.leaves(run.params)),
         "seed": run.config.seed,
         **data,
         "segment_length": plan.segment_length,
         "memory_length": model.memory_length,
+        "extended_length": model.extended_length,
         "clamp_length": getattr(model.config, "clamp_length", 0),
         "window": getattr(model.config, "attention_window", None),
         "batch_rows": len(plan.start_B),
         "warmup": plan.warmup,
-        **results(score.nats, score.targets, data),
+        "documents": documents is not None,
+        "dtype": _dtype(model, run.params),
+        **cards.results(score.nats, score.targets, count.bytes, count.words),
         "seconds": round(score.seconds, 3),
         "tokens_per_s": round(score.targets / score.seconds, 1),
         **_machine(mesh),
     }
     entropy = scoring.unigram_entropy(tokens, run.vocabulary.size)
-    if not card["nats_per_token"] <= entropy:  # NaN warns too.
-        card["warning"] = (
-            f"the loss {card['nats_per_token']:.4f} exceeds the unigram entropy "
-            f"{entropy:.4f} of this text: wrong vocabulary order, or an untrained model"
-        )
+    if wrong := cards.warning(card, entropy):
+        card["warning"] = wrong
     if model.memory_length is None:
         card["note"] = "unlimited reach: equal only for an equal number of rows"
     return card
@@ -117,30 +133,14 @@ def _check(**lengths) -> None:
             raise UserError(f"--{name}={value} must not be negative (-1: the model's)")
 
 
-def results(nats: float, targets: int, data: dict) -> dict:
-    """What is derived from the summed nll.
-
-    bits_per_byte and word_ppl divide by what the text stands for, whatever its tokens;
-    None where that is unknown, or too large for a number.
-    """
-    per_token, (size, words) = nats / targets, (data["bytes"], data["words"])
-    return {
-        "tokens_scored": targets,
-        "nats": nats,
-        "nats_per_token": per_token,
-        "bpc": per_token / math.log(2),
-        "ppl": _exp(per_token),
-        "bits_per_byte": nats / math.log(2) / size if size else None,
-        "word_ppl": _exp(nats / words) if words else None,
-    }
-
-
-def _exp(x: float) -> float | None:
-    return math.exp(x) if x < 700 else None
-
-
 def _first(value, default):
     return default if value is None else value
+
+
+def _dtype(model, params) -> str | None:
+    """Computed in; on an accelerator `auto` is another than on a CPU."""
+    name = getattr(model.config, "dtype", None)
+    return name and models.base.compute_dtype(name, params).name
 
 
 def _machine(mesh) -> dict:
@@ -160,32 +160,25 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def table(cards: list[dict]) -> str:
-    """The cards side by side, a line a field."""
-    names = [name for name in cards[0] if name != "warning"]
-    rows = [[name, *(_show(c.get(name)) for c in cards)] for name in names]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(cards) + 1)]
-    pad = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in pad)
-
-
-def _show(value) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
 class Progress:
-    """A line on standard error every few seconds."""
+    """A line on standard error every few seconds, with the time that is left."""
 
-    def __init__(self, seconds: float = 5.0):
-        self._seconds, self._last = seconds, time.perf_counter()
+    def __init__(self, label: str = "", seconds: float = 5.0):
+        self._label, self._seconds = label, seconds
+        self._start = self._last = time.perf_counter()
+        self._begun = None  # the first call, which may have compiled
 
     def __call__(self, fraction: float) -> bool:
-        if time.perf_counter() - self._last > self._seconds:
-            self._last = time.perf_counter()
-            print(f"evaluating {fraction:.0%}", file=sys.stderr, flush=True)
+        now = time.perf_counter()
+        since, done = self._begun or (self._start, 0.0)
+        if now - self._last > self._seconds and done < fraction < 1:
+            self._last = now
+            left = (now - since) * (1 - fraction) / (fraction - done)
+            line = (
+                f"evaluating{self._label} {fraction:.0%}, {metrics.duration(left)} left"
+            )
+            print(line, file=sys.stderr, flush=True)
+        self._begun = self._begun or (now, fraction)
         return False
 
 
@@ -194,6 +187,7 @@ def _main(argv) -> int:
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--split", default="validation", help="train, validation, test")
     parser.add_argument("--text", help="score this file instead of a split")
+    parser.add_argument("--data_path", help="where the run's own text lies now")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
     parser.add_argument("--params", help="raw or ema; default: ema where it is kept")
     parser.add_argument("--segment_length", type=int)
@@ -208,11 +202,13 @@ def _main(argv) -> int:
     lengths = [None] if args.memory_length is None else _numbers(args.memory_length)
     for length in lengths:  # All of them before the first is scored.
         _check(memory_length=length)
-    cards = [
-        evaluate(
+    found = []
+    for number, length in enumerate(lengths, 1):
+        card = evaluate(
             args.workdir,
             split=args.split,
             text=args.text,
+            data_path=args.data_path,
             checkpoint=args.checkpoint,
             params=args.params,
             segment_length=args.segment_length,
@@ -222,35 +218,16 @@ def _main(argv) -> int:
             batch_size=args.batch_size,
             warmup=args.warmup,
             mesh=mesh,
-            progress=Progress(),
+            progress=Progress(f" {number} of {len(lengths)}:" * (len(lengths) > 1)),
         )
-        for length in lengths
-    ]
-    print(table(cards))
-    for warning in {c["warning"] for c in cards if "warning" in c}:
+        found.append(card)
+    print(cards.table(found))
+    for warning in {c["warning"] for c in found if "warning" in c}:
         print(f"warning: {warning}", file=sys.stderr)
-    found = [_finite(card) for card in cards]
-    found = found if len(found) > 1 else found[0]
-    print(json.dumps(found))
-    _write(args.workdir, cards[0]["split"], json.dumps(found, indent=2), table(cards))
+    as_json = [cards.finite(card) for card in found]
+    print(json.dumps(as_json if len(as_json) > 1 else as_json[0]))
+    cards.write(args.workdir, found)
     return 0
-
-
-def _finite(card: dict) -> dict:
-    """JSON has no NaN and no infinity: null."""
-    return {
-        name: None if isinstance(x, float) and not math.isfinite(x) else x
-        for name, x in card.items()
-    }
-
-
-def _write(workdir, split: str, as_json: str, as_table: str) -> None:
-    for suffix, content in (("json", as_json), ("txt", as_table)):
-        path = epath.Path(workdir) / f"evaluation-{split}.{suffix}"
-        try:
-            path.write_text(content + "\n", encoding="utf-8")
-        except OSError as error:  # A read-only directory is no reason to lose the card.
-            print(f"warning: {path} was not written: {error}", file=sys.stderr)
 
 
 def _numbers(text: str) -> list[int]:

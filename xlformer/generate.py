@@ -293,7 +293,7 @@ def _prompts(args, run: runs.Run) -> list[np.ndarray]:
         if not len(prompt):
             raise UserError(f"{where} is empty: at least one token is needed")
     if not texts:
-        tokens, _, _ = scored_text.read(run, "test", None)
+        tokens, _, _ = scored_text.read(run, "test", None, args.data_path)
         prompts = [np.asarray(tokens[:OPENING])]
     if args.preset == "paper":
         prompts = [p[-PAPER_CONTEXT:] for p in prompts]
@@ -305,6 +305,9 @@ def _main(argv) -> int:
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--prompt", action="append", help="may be given several times")
     parser.add_argument("--prompt_file", help="a file whose text is one more prompt")
+    parser.add_argument(
+        "--data_path", help="where the run's own text lies now, continued by default"
+    )
     parser.add_argument("--num_tokens", type=int)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top_k", type=int)

@@ -75,6 +75,7 @@ class Loop:
         ) as self.checkpoints:
             with self._phase("restoring"):
                 self.state, self.step = self._state()
+            self.writer.rewind(self.step)
             self.skips = spikes.skipped(self.state.spikes)
             logged = workdirs.last_metrics(self.workdir, self.step)
             self.result = {"step": self.step, "interrupted": None, **logged}
@@ -161,6 +162,7 @@ class Loop:
         with self._phase("restoring"):
             self.checkpoints.wait()
             self.state, self.step = self._state()
+            self.writer.rewind(self.step)
             left_out = spikes.add(self.state.spikes, *self.skips, index)
             self.state = self.state._replace(spikes=left_out)
             self.skips = spikes.skipped(left_out)

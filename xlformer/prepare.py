@@ -95,15 +95,23 @@ def prepare(data, *, directory=None, stored=False) -> Prepared:
     if stored and named:
         card = storage.path(named).expanduser() / name / CARD
         named = named if card.exists() else ""
-    root = str(named or os.environ.get("XLFORMER_DATA") or "~/.cache/xlformer")
-    build = functools.partial(_build, recipe=recipe)
+    root = str(named or default_root())
+    return load(at_hand(root, name, functools.partial(_build, recipe=recipe)))
+
+
+def default_root() -> str:
+    """Where prepared corpora lie, unless config.data.directory says otherwise."""
+    return os.environ.get("XLFORMER_DATA") or "~/.cache/xlformer"
+
+
+def at_hand(root: str, name: str, build=None) -> pathlib.Path:
+    """The local folder of a prepared corpus, made by `build` where there is none."""
     if not storage.is_remote(root):
-        return load(complete(pathlib.Path(root).expanduser() / name, build))
+        return complete(pathlib.Path(root).expanduser() / name, build)
     # tokens are mapped from a local copy of what lies in the remote directory
     remote = storage.path(root) / name
     copies = pathlib.Path("~/.cache/xlformer/copies").expanduser()
-    copy = copies / _digest({"root": root}) / name
-    return load(complete(copy, build, remote))
+    return complete(copies / _digest({"root": root}) / name, build, remote)
 
 
 def _recipe(data) -> _Recipe:

@@ -21,8 +21,9 @@ from xlformer.errors import UserError
 from xlformer.training.checkpoints import Checkpoints
 
 CONFIG, VOCABULARY, CHECKPOINTS = "config.json", "vocabulary.json", "checkpoints"
+EVALUATION = "evaluation-"  # how the names of evaluate's newest results begin
+EVALUATIONS = "evaluations"  # all of them; see cards.py
 _log = logging.getLogger(__name__)
-EVALUATION = "evaluation-"  # how the names of evaluate's results begin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ def load(
     workdir = storage.path(workdir)
     latest = read_config(workdir)
     results = [p.name for p in workdir.iterdir() if p.name.startswith(EVALUATION)]
-    refuse_links(workdir, results)
+    refuse_links(workdir, [*results, EVALUATIONS])
     checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
     step = _step(checkpoints, checkpoint)
     config = _sealed(workdir, checkpoints, step, latest)

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import hashlib
 
-import numpy as np
-
-from xlformer import prepare, runs
-from xlformer.data.prepared import Prepared, read_text
+from xlformer import runs, stored
+from xlformer.data import translation
+from xlformer.data.prepared import read_text
 from xlformer.data.vocabulary import Vocabulary, WordVocabulary
 from xlformer.errors import UserError
 
 
-def read(run: runs.Run, split: str, text: str | None):
-    """Tokens, where documents begin, and what the card says about them."""
+def read(run: runs.Run, split: str, text: str | None, data_path: str | None = None):
+    """Tokens, where documents begin, and what the card says about them.
+
+    text: a file to score in place of a split; data_path: where the run's text lies now.
+    """
     if text is not None:
+        if data_path is not None:
+            raise UserError(
+                f"--text={text} is another text than the run's, which --data_path="
+                f"{data_path} is: pass one of them"
+            )
         return own_text(run.vocabulary, text)
-    prepared = prepare.prepare(run.config.data, stored=True)
-    if split not in prepared.tokens:
-        raise UserError(f"--split={split} is none of {', '.join(prepared.tokens)}")
-    tokens = _translated(prepared, split, run)
-    card = prepared.card
+    found = stored.read(run, split, data_path)
+    # Weights that were converted, or trained on from others, have ids of their own.
+    found = translation.translated(found, run.vocabulary, where=runs.VOCABULARY)
+    card = found.card
     facts = {
         "corpus": card["corpus"],
         "unit": card["unit"],
@@ -30,7 +36,7 @@ def read(run: runs.Run, split: str, text: str | None):
         **{k: card["splits"][split][k] for k in ("bytes", "words")},
         "words_are": card["words_are"],
     }
-    return tokens, prepared.documents[split], facts
+    return found.tokens[split], found.documents[split], facts
 
 
 def own_text(vocabulary: Vocabulary, path: str):
@@ -54,19 +60,3 @@ def own_text(vocabulary: Vocabulary, path: str):
         "words_are": "between white space" + ", and <eos> of each line" * lines,
     }
     return tokens, None, facts
-
-
-def _translated(prepared: Prepared, split: str, run: runs.Run) -> np.ndarray:
-    """The split in the run's ids: converted weights may have another order."""
-    ours, theirs = run.vocabulary.symbols, prepared.vocabulary.symbols
-    if ours == theirs:
-        return prepared.tokens[split]
-    if set(ours) != set(theirs):
-        raise UserError(
-            f"{runs.VOCABULARY} of the run has {len(ours)} symbols and the prepared "
-            f"data {len(theirs)}, {len(set(ours) & set(theirs))} of them the same: "
-            "another text or corpus"
-        )
-    index = {symbol: i for i, symbol in enumerate(ours)}
-    table = np.array([index[symbol] for symbol in theirs], run.vocabulary.dtype)
-    return table[prepared.tokens[split]]

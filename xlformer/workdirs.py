@@ -5,6 +5,7 @@ config.json      the resolved config of the latest start that trained something;
 vocabulary.json  what the ids mean
 data.json        the card of the prepared text: its checksum, its sizes
 checkpoints/     see training/checkpoints.py
+evaluation-*     and evaluations/, of evaluate.py: see cards.py
 metrics.jsonl    and tensorboard/, profile/, lock; in gs:// metrics-<number>-<id>.jsonl
 """
 
@@ -26,7 +27,7 @@ NONCE, HEARTBEATS = "nonce", "hosts"  # see hosts.py
 WRITTEN = (runs.CONFIG, runs.VOCABULARY, DATA)
 # What a run that was killed in its first seconds can have left behind.
 OWN = {"lock", "metrics.jsonl", "tensorboard", PROFILE, runs.CHECKPOINTS, *WRITTEN}
-OWN |= {COMPILED, NONCE, HEARTBEATS}
+OWN |= {COMPILED, NONCE, HEARTBEATS, runs.EVALUATIONS}
 OWN |= {name + storage.TEMPORARY for name in (*WRITTEN, "lock", NONCE)}
 PART = "metrics-"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
+import json
 
 import numpy as np
 from etils import epath
@@ -21,6 +22,8 @@ from xlformer.data.vocabulary import (
     line_blocks,
 )
 from xlformer.errors import UserError
+
+SPACE = "\u2581"  # how SentencePiece writes a space
 
 
 class PieceVocabulary(Vocabulary):
@@ -79,6 +82,20 @@ class PieceVocabulary(Vocabulary):
     def decode(self, ids) -> str:
         return self._backend.decode(self._checked(ids).tolist())
 
+    def spelled(self) -> list[bytes]:
+        """What each piece stands for in a text; units.py compares it with the text."""
+        return self._backend.spelled()
+
+    @property
+    def joined(self) -> bool:
+        """Whether the tokenizer puts a space before a line that has none."""
+        return self._backend.joined
+
+    @property
+    def unk_id(self) -> int | None:
+        """The piece that stands for whatever the tokenizer does not know."""
+        return self._backend.unk_id
+
 
 def load_tokenizer(path) -> PieceVocabulary:
     """Wraps a SentencePiece model or a Hugging Face tokenizers file (JSON)."""
@@ -103,8 +120,18 @@ def _backend(data: bytes):
         raise UserError(f"{error}: pip install 'xlformer[tokenizers]'") from None
 
 
+def _byte_level() -> dict[str, int]:
+    """The characters by which GPT-2 and its kin write bytes: printable ones as they
+    are, the others from code point 256 on."""
+    same = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {chr(byte): byte for byte in same}
+    others = (byte for byte in range(256) if byte not in same)
+    return table | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
 class _SentencePiece:
     closes_lines = True  # the last line of a file too
+    joined = True  # where it does not, the count of a whole text shows it
 
     def __init__(self, data: bytes):
         import sentencepiece
@@ -140,6 +167,21 @@ class _SentencePiece:
     def symbols(self) -> list[str]:
         size = self.model.get_piece_size()
         return [self.model.id_to_piece(i) for i in range(size)]
+
+    def spelled(self) -> list[bytes]:
+        found = []
+        for i, piece in enumerate(self.symbols()):
+            if self.model.is_byte(i):  # <0x0A>
+                found.append(bytes([int(piece[3:5], 16)]))
+            elif self.model.is_control(i):
+                found.append(b"\n" if i == self.model.eos_id() else b"")
+            else:
+                found.append(piece.replace(SPACE, " ").encode("utf-8"))
+        return found
+
+    @property
+    def unk_id(self) -> int | None:
+        return self.model.unk_id()
 
     def encode(self, lines: list[str], ends: list[bool]) -> list[list[int]]:
         tail = [self.line_end] if self.line_end >= 0 else []
@@ -185,6 +227,25 @@ class _HuggingFace:
         found = [self.model.id_to_token(i) for i in range(size)]
         check(None not in found, "the tokenizer's ids have gaps")
         return found
+
+    @property
+    def joined(self) -> bool:
+        return '"add_prefix_space":true' in self.model.to_str()
+
+    def spelled(self) -> list[bytes]:
+        of_bytes = (json.loads(self.model.to_str())["decoder"] or {}).get("type")
+        if of_bytes != "ByteLevel":
+            return [s.replace(SPACE, " ").encode("utf-8") for s in self.symbols()]
+        table = _byte_level()
+        return [
+            bytes(table[c] for c in s) if all(c in table for c in s) else s.encode()
+            for s in self.symbols()
+        ]
+
+    @property
+    def unk_id(self) -> int | None:
+        name = getattr(self.model.model, "unk_token", None)
+        return None if name is None else self.model.token_to_id(name)
 
     def encode(self, lines: list[str], ends: list[bool]) -> list[list[int]]:
         texts = [f"{a}\n" if end else a for a, end in zip(lines, ends, strict=True)]

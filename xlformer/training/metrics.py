@@ -8,6 +8,7 @@ norm/grad. `metrics.jsonl` in the work directory has one object per line:
 A number that is not finite becomes "nan", "inf" or "-inf", in quotes: JSON has no such
 numbers. After a resume at step s the lines of later steps that the killed run had
 written stay in the file; `read` returns the last record of each (step, kind).
+TensorBoard is told by `rewind` to forget them: its curves never go back.
 
 In gs:// nothing can be appended: there the lines lie in metrics-000001-<id>.jsonl and
 so on. A part is written whole again as it grows, at least every FLUSH_S seconds while
@@ -45,12 +46,18 @@ class Writer:
     def __init__(self, workdir, *, enabled: bool = True):
         self._workdir = storage.path(workdir)
         self._enabled = enabled
-        self._file = self._events = None
+        self._file = self._events = self._purge_step = None
         if enabled:
             self._workdir.mkdir(parents=True, exist_ok=True)
             remote = storage.is_remote(self._workdir)
             self._file = (_Parts if remote else _open_for_append)(self._workdir)
-            self._events = _tensorboard(self._workdir)
+
+    def rewind(self, step: int) -> None:
+        """Says that the run goes on from `step`, whatever was written of later ones."""
+        events, self._events = self._events, None
+        if events:
+            events.close()
+        self._purge_step = step + 1 if step else 0
 
     def write(self, step: int, values: Mapping[str, object], *, kind="train") -> None:
         """Writes one line. values: scalars or strings; arrays of one element count as
@@ -61,6 +68,8 @@ class Writer:
         record |= {name: _jsonable(value) for name, value in values.items()}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()  # a killed run keeps what it has logged
+        if self._events is None:
+            self._events = _tensorboard(self._workdir, self._purge_step)
         if self._events:
             for name, value in values.items():
                 if not isinstance(value, str):
@@ -146,14 +155,21 @@ def parts(workdir: epath.Path) -> list[epath.Path]:
     return sorted(workdir.glob("metrics*.jsonl"))
 
 
-def _tensorboard(workdir: epath.Path):
+def _tensorboard(workdir: epath.Path, purge_step: int | None):
+    """A writer, or False; purge_step: from there on, older files are void."""
     if storage.is_remote(workdir):
-        return None  # tensorboardX appends, which object stores cannot
+        return False  # tensorboardX appends, which object stores cannot
     try:
         import tensorboardX
     except ImportError:
-        return None
-    return tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+        return False
+    # Files are read in the order of their names, which tensorboardX tells apart by the
+    # second: two in one second would be one.
+    return tensorboardX.SummaryWriter(
+        str(workdir / "tensorboard"),
+        purge_step=purge_step,
+        filename_suffix=f".{time.time_ns()}",
+    )
 
 
 def read(workdir, *, kind: str | None = None) -> list[dict]:

@@ -1,0 +1,154 @@
+"""What an evaluation found, as numbers, as a table, and in the work directory.
+
+evaluation-<split>.json, .txt   the newest of that split
+evaluations/<when>-<split>-<id>.json   every one that there ever was
+evaluations/index.json   one entry a card, oldest first; where it is lost or was cut
+                         off, it is made anew from the cards
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import sys
+import uuid
+
+from etils import epath
+
+from xlformer import runs, storage
+from xlformer.errors import UserError
+
+INDEX = "index.json"
+# Of a card, what tells it from the others.
+ENTRY = ("date", "split", "corpus", "payload_sha256", "tokens_scored")
+ENTRY += ("step", "params", "segment_length", "memory_length", "extended_length")
+ENTRY += ("clamp_length", "window", "batch_rows", "warmup", "dtype", "device")
+ENTRY += ("nats_per_token", "bpc", "ppl", "bits_per_byte", "word_ppl")
+
+
+def results(nats: float, targets: int, size: int | None, words: int | None) -> dict:
+    """What is derived from the summed nll.
+
+    size, words: what the targets stand for, whatever they are (units.py); None where
+    that is unknown, as are the results that are too large for a number.
+    """
+    per_token = nats / targets
+    return {
+        "tokens_scored": targets,
+        "bytes_scored": size,
+        "words_scored": words,
+        "nats": nats,
+        "nats_per_token": per_token,
+        "bpc": per_token / math.log(2),
+        "ppl": _exp(per_token),
+        "bits_per_byte": nats / size / math.log(2) if size else None,
+        "word_ppl": _exp(nats / words) if words else None,
+    }
+
+
+def _exp(x: float) -> float | None:
+    return math.exp(x) if x < 700 else None
+
+
+def warning(card: dict, entropy: float) -> str | None:
+    """What is wrong with a loss; entropy: that of the text's own frequencies."""
+    loss = card["nats_per_token"]
+    if not math.isfinite(loss):
+        return (
+            f"the loss is {loss}: the parameters are not finite, or the model "
+            f"overflows in {card['dtype']}"
+        )
+    if loss > entropy:
+        return (
+            f"the loss {loss:.4f} exceeds the unigram entropy {entropy:.4f} of this "
+            "text: wrong vocabulary order, or an untrained model"
+        )
+    return None
+
+
+def table(cards: list[dict]) -> str:
+    """The cards side by side, a line a field."""
+    names = dict.fromkeys(n for card in cards for n in card if n != "warning")
+    rows = [[name, *(_show(c.get(name)) for c in cards)] for name in names]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(cards) + 1)]
+    pad = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in pad)
+
+
+def _show(value) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def finite(card: dict) -> dict:
+    """JSON has no NaN and no infinity: null."""
+    return {
+        name: None if isinstance(x, float) and not math.isfinite(x) else x
+        for name, x in card.items()
+    }
+
+
+def write(workdir, cards: list[dict]) -> None:
+    """Writes what was found; a directory that is read-only is no reason to lose it."""
+    workdir, split = storage.path(workdir), cards[0]["split"]
+    found = [finite(card) for card in cards]
+    newest = json.dumps(found if len(found) > 1 else found[0], indent=2)
+    try:
+        _put(workdir / f"{runs.EVALUATION}{split}.json", newest + "\n")
+        _put(workdir / f"{runs.EVALUATION}{split}.txt", table(cards) + "\n")
+        _archive(workdir / runs.EVALUATIONS, found)
+    except (OSError, UserError) as error:
+        print(f"warning: the card was not written: {error}", file=sys.stderr)
+
+
+def _archive(folder: epath.Path, cards: list[dict]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for card in cards:
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+        name = f"{now}-{card['split']}-{uuid.uuid4().hex[:8]}.json"
+        _put(folder / name, json.dumps(card, indent=2) + "\n")
+    # Another process may write its card and index meanwhile: whoever writes the index
+    # last finds all of the others' cards, here or in the look after it.
+    names, entries = None, _known(folder / INDEX)
+    while names != (names := _names(folder)):
+        found = {name: entries.get(name) or _entry(folder / name) for name in names}
+        entries = {name: entry for name, entry in found.items() if entry}
+        _put(folder / INDEX, json.dumps([*entries.values()], indent=1) + "\n")
+
+
+def _names(folder: epath.Path) -> list[str]:
+    return sorted(p.name for p in folder.glob("*.json") if p.name != INDEX)
+
+
+def _known(path: epath.Path) -> dict[str, dict]:
+    """Entries by file, of an index: no card is read again."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return {entry["file"]: entry for entry in entries}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
+
+
+def _entry(path: epath.Path) -> dict | None:
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        return {"file": path.name} | {name: card.get(name) for name in ENTRY}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None  # no card of ours
+
+
+def _put(path: epath.Path, text: str) -> None:
+    """Whole or not at all, among processes that write the same name at once."""
+    if storage.is_remote(path):
+        storage.write(path, text)
+        return
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{storage.TEMPORARY}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,156 @@
+"""How many bytes and words of the text the scored tokens stand for.
+
+Bits per byte and perplexity per word divide by these: what was not scored (the first
+token; with --warmup=none the gaps between the rows; newlines that were dropped) does
+not count. A token stands for the bytes that it spells; a word counts where it begins.
+
+What a token spells is known of bytes and characters. Words and pieces are spelled as
+their vocabulary would write them, and the whole split is compared with what preparation
+has counted in the raw text. Where the two differ, because white space was lost or words
+are unknown, only the whole is known, and of a part nothing is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from xlformer.data.pieces import PieceVocabulary
+from xlformer.data.vocabulary import (
+    ByteVocabulary,
+    CharVocabulary,
+    Vocabulary,
+    WordVocabulary,
+)
+
+BLOCK = 1 << 20  # tokens that are spelled at a time
+SPACES = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
+
+
+class Count(NamedTuple):
+    """Of a text; None where it is not known."""
+
+    bytes: int | None
+    words: int | None
+
+
+def scored(
+    vocabulary: Vocabulary,
+    tokens: np.ndarray,
+    spans: list[tuple[int, int]],
+    whole: Count,
+    *,
+    lines: bool,
+    documents: np.ndarray | None = None,
+) -> Count:
+    """What the tokens of some spans stand for.
+
+    Args:
+      vocabulary: of the tokens.
+      tokens: of the whole split.
+      spans: [start, stop) of scored tokens, which do not overlap.
+      whole: the split's bytes and words, as counted in its raw text.
+      lines: whether the end of a line counts as a word.
+      documents: where each begins, if that is known; no word goes on from one into the
+        next.
+    """
+    size = len(tokens)
+    spell = _spelling(vocabulary)
+    unk_id = _unknown(vocabulary)
+
+    def count(spans) -> Count:
+        bytes_, words, known = 0, 0, True
+        for start, stop in spans:
+            for ids, before in _blocks(tokens, start, stop, documents):
+                text = spell(ids, before)
+                known = known and not (unk_id is not None and (ids == unk_id).any())
+                bytes_ += len(text)
+                words += _words(text, b"" if before is None else spell([before], None))
+                words += lines * text.count(b"\n")
+        return Count(bytes_ if known else None, words)
+
+    here, all_, first = count(spans), count([(0, size)]), count([(0, 1)])
+    last_is_scored = any(stop == size for _, stop in spans)
+    but_the_first = sum(stop - start for start, stop in spans) == size - 1
+    symbols = _is_exact(vocabulary)
+
+    def settle(here, all_, first, whole):
+        if whole is not None and all_ is not None and abs(whole - all_) <= 1:
+            # Preparation closes a last line that has no newline.
+            return here + (whole - all_) * last_is_scored
+        if whole is None or first is None or not but_the_first:
+            return None
+        return whole - first
+
+    return Count(
+        here.bytes
+        if symbols
+        else settle(here.bytes, all_.bytes, first.bytes, whole.bytes),
+        settle(here.words, all_.words, first.words, whole.words),
+    )
+
+
+def _blocks(tokens, start, stop, documents) -> Iterator[tuple]:
+    """Ids, and the id before them: None where the text or a document begins."""
+    cuts = {start, stop, *range(start, stop, BLOCK)}
+    begins = {0}
+    if documents is not None:
+        inside = documents[(documents >= start) & (documents < stop)].tolist()
+        cuts.update(inside)
+        begins.update(inside)
+    cuts = sorted(cuts)
+    for low, high in zip(cuts, cuts[1:], strict=False):
+        before = None if low in begins else int(tokens[low - 1])
+        yield np.asarray(tokens[low:high]), before
+
+
+def _words(text: bytes, before: bytes) -> int:
+    """Beginnings of words between white space, as preparation counts them."""
+    codes = np.frombuffer(before[-1:] or b" ", np.uint8)
+    space = np.isin(np.concatenate([codes, np.frombuffer(text, np.uint8)]), SPACES)
+    return int(np.count_nonzero(space[:-1] & ~space[1:]))
+
+
+def _is_exact(vocabulary: Vocabulary) -> bool:
+    """Whether nothing of the text is lost in its tokens (or only dropped newlines)."""
+    return isinstance(vocabulary, ByteVocabulary | CharVocabulary) or (
+        isinstance(vocabulary, WordVocabulary) and vocabulary.unit == "chars"
+    )
+
+
+def _unknown(vocabulary: Vocabulary) -> int | None:
+    """The id whose tokens may have been anything."""
+    if isinstance(vocabulary, PieceVocabulary):
+        return vocabulary.unk_id
+    return getattr(vocabulary, "unk_id", None)
+
+
+def _spelling(vocabulary: Vocabulary) -> Callable:
+    """(ids, the id before them or None) -> the bytes that they spell."""
+    if isinstance(vocabulary, ByteVocabulary):
+        return lambda ids, before: vocabulary.decode(ids)
+    if isinstance(vocabulary, CharVocabulary):
+        return lambda ids, before: vocabulary.decode(ids).encode("utf-8")
+    if isinstance(vocabulary, PieceVocabulary):
+        table, joined = vocabulary.spelled(), vocabulary.joined
+    elif vocabulary.unit == "chars":  # between spaces, which are not the text's own
+        spaces = {"_": " ", vocabulary.eos: "\n"}
+        table = [spaces.get(s, s).encode("utf-8") for s in vocabulary.symbols]
+        joined = False
+    else:
+        table = [f" {symbol}".encode() for symbol in vocabulary.symbols]
+        table[vocabulary.eos_id] = b"\n"
+        joined = True
+
+    def spell(ids, before):
+        text = b"".join(map(table.__getitem__, np.asarray(ids).tolist()))
+        if not joined:
+            return text
+        # The first word of a line has no space before it.
+        text = text.replace(b"\n ", b"\n")
+        begins = before is None or table[before].endswith(b"\n")
+        return text[1:] if begins and text[:1] == b" " else text
+
+    return spell

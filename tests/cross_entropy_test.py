@@ -84,6 +84,35 @@ def test_bfloat16_accumulates_in_float32(chunk_size):
         np.testing.assert_allclose(actual.astype(jnp.float32), array, atol=0.03)
 
 
+@pytest.mark.parametrize("chunk_size", [5, V])
+@pytest.mark.parametrize("form", ["all", "selected"])
+def test_what_bfloat16_predicts_well_keeps_its_gradient(form, chunk_size):
+    """p - 1 is rounded, not p: near 1 bfloat16 has only 1 - 1/256."""
+    (h_ND, table_VD, _), targets_N = _arrays(jnp.bfloat16)
+    h_ND, targets_N = 0.1 * h_ND, jnp.full(N, targets_N[3])
+    spread_N = jnp.exp(jnp.linspace(-3, 3, N))
+
+    @jit
+    @functools.partial(jax.grad, argnums=(0, 1, 2))
+    def grad(h_ND, table_VD, bias_V):
+        arrays = h_ND, table_VD, bias_V, targets_N
+        if form == "all":
+            return (spread_N * softmax_nll(*arrays, chunk_size=chunk_size)).sum()
+        options = {"tokens": 3, "chunk_size": chunk_size}
+        nll_N = selected_nll(*arrays, jnp.arange(N) % 3 > 0, **options)
+        return (spread_N * nll_N).sum()
+
+    # The arrays are exact in bfloat16: only products and gradients are rounded.
+    table_VD, exact_ND = (x.astype(jnp.float32) for x in (table_VD, h_ND))
+    for bias in (5.0, 8.0, 11.0):  # p from 0.9 to 0.9999
+        bias_V = jnp.zeros(V).at[targets_N[0]].set(bias)
+        pairs = zip(grad(h_ND, table_VD, bias_V), grad(exact_ND, table_VD, bias_V))
+        for name, pair in zip(ARGUMENTS, pairs, strict=True):
+            found, expected = (np.asarray(x, np.float32) for x in pair)
+            error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+            assert error < 0.01, (name, bias)
+
+
 def _largest(text):
     shapes = re.findall(r"\w+\[([\d,]+)\]", text)
     return max(np.prod([int(n) for n in shape.split(",")]) for shape in shapes)

@@ -20,6 +20,7 @@ from checkpoint_states import (
     save_all,
     sharded_state,
 )
+from quick import xla_flags
 
 from xlformer.errors import UserError
 from xlformer.training import integrity
@@ -232,7 +233,7 @@ ELSEWHERE = """
 
 
 def run_python(program, *args):
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env = os.environ | {"XLA_FLAGS": xla_flags(devices=1)}
     root = pathlib.Path(__file__).parent.parent
     return subprocess.run(
         [

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 
+from quick import xla_flags
+
 HERE = pathlib.Path(__file__).parent
 DEADLINE = 120  # seconds that one cluster may live: far more than it needs
 WORKER = """
@@ -58,8 +60,7 @@ def free_port():
 def environment(devices):
     """Of a process with so many devices, on CPU."""
     found = {k: v for k, v in os.environ.items() if not STRIPPED.match(k)}
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    found |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": "16"}
+    found |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices), "NPROC": "16"}
     return found | {"PYTHONPATH": str(HERE.parent)}
 
 

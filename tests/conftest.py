@@ -1,4 +1,4 @@
-"""Settings of every test: CPU, eight virtual devices, one compile cache, strict ranks.
+"""Settings of every test: CPU, eight virtual devices, quick compiling, strict ranks.
 
 NPROC: eight virtual devices on two cores deadlock in a collective when XLA's thread
 pools are sized by the real core count; it must be set before jax is imported.
@@ -7,9 +7,11 @@ pools are sized by the real core count; it must be set before jax is imported.
 import os
 import pathlib
 
+import quick
+
 os.environ["NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = quick.xla_flags(devices=8)
 CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+from quick import xla_flags
 from training_runs import write_text
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -33,7 +34,7 @@ def test_a_killed_process_is_restarted_and_the_run_is_scored_and_sampled(tmp_pat
     fields = {"train.steps": 160, "train.save_every": 20, "train.log_every": 10}
     fields |= {"mesh.data": 2, "data.directory": tmp_path / "prepared"}
     fields |= {"train.eval_every": 0}
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(devices=1)}
     environment |= {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
     with log.open("w") as file:
         process = subprocess.Popen(

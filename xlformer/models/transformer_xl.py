@@ -78,7 +78,10 @@ class TrunkModule(nn.Module):
         """One scan over the stacked parameters: (last output, state but its length)."""
         config = self.config
         layer = Layer(config, self.dtype, parent=None)
-        params = self.param("layers", self._init_layers, layer, x_BTD, shared)
+        # Asked for parameters that are there, `param` traces all of this for a shape.
+        params = self.get_variable("params", "layers")
+        if params is None:
+            params = self.param("layers", self._init_layers, layer, x_BTD, shared)
         tables_LND = None
         if config.encoding == LEARNED_ABSOLUTE:
             shape = (config.n_layer, config.table_length, x_BTD.shape[-1])

@@ -124,7 +124,7 @@ CASES = {
     "empty text": ("data.path={files}/empty.txt", ["empty"]),
     "too short a text": ("data.path={files}/short.txt", ["config.data.path"]),
     "invalid UTF-8": ("data.path={files}/latin1.txt", ["latin1.txt", "UTF-8", "3"]),
-    "unknown unit": ("data.unit=letters", ["data.unit=letters", "chars"]),
+    "unknown unit": ("data.unit=letters", ["data.unit='letters'", "chars"]),
     "missing tokenizer": ("data.tokenizer=no.model", ["no.model"]),
     "wrong checksum": (
         ["--config=enwik8_base:debug", "--manual_dir={files}", HERE],

@@ -157,8 +157,16 @@ def test_the_log_says_where_it_is_and_how_fast(uninterrupted):
 
 def test_a_finished_run_says_so_and_changes_nothing(config, finished, capsys):
     before = final(finished, config)
-    result = train(config, finished)
-    assert "the run is complete: 24 of 24 steps" in capsys.readouterr().err
+    written = {p: p.read_bytes() for p in finished.glob("*.json")}
+    other = config.copy_and_resolve_references()
+    other.optimizer.learning_rate /= 2
+    other.train.steps -= 1
+    result = train(other, finished)
+    assert (
+        "the run is complete: it has taken 24 steps, and config.train.steps=23 asks for"
+        " no more; config.optimizer.learning_rate changed nothing"
+    ) in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in written} == written
     assert result["step"] == TOTAL and result["interrupted"] is None
     assert (
         result["eval/nats_per_token"]
@@ -350,19 +358,18 @@ def test_what_a_run_killed_in_its_first_seconds_left_is_no_foreign_directory(
 @pytest.mark.parametrize(
     ("changes", "fragments"),
     [
-        ({"model.d_model": 24}, ["params/", "float32[9,16]", "float32[9,24]"]),
-        ({"train.segment_length": 13}, ["segment_length", "step 24"]),
-        (
-            {"train.batch_size": 3},
-            ["carried/hidden_LBMD", "float32[2,2,5,16]", "[2,3,5,16]"],
-        ),
-        ({"data.unit": "bytes"}, ["vocabulary of 9 symbols", "256"]),
+        ({"model.d_model": 24}, ["d_model=16, now it is 24"]),
+        ({"model.pre_norm": False}, ["pre_norm=True, now it is False"]),
+        ({"train.segment_length": 13}, ["segment_length=7, now it is 13"]),
+        ({"train.batch_size": 3}, ["batch_size=2, now it is 3"]),
+        ({"data.unit": "bytes"}, ["unit='chars', now it is 'bytes'"]),
+        ({"train.ema_decay": 0.0}, ["ema_decay=0.75, now it is 0.0"]),
     ],
     ids=lambda x: next(iter(x), "") if isinstance(x, dict) else "",
 )
-def test_a_resumed_run_refuses_another_config(config, finished, changes, fragments):
+def test_a_run_refuses_another_config(config, finished, changes, fragments):
+    """Also a complete one, of which nothing is written anew."""
     config = config.copy_and_resolve_references()
-    config.train.steps = 48
     before = {p: p.read_bytes() for p in finished.rglob("*.json*") if p.is_file()}
     for field, value in changes.items():
         section, name = field.split(".")

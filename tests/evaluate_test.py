@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import trained_run
 
+from xlformer import config as config_lib
 from xlformer import evaluate, runs, scored_text, scoring, sharding
 from xlformer.data.vocabulary import CharVocabulary, WordVocabulary
 from xlformer.training.checkpoints import Checkpoints
@@ -185,7 +186,7 @@ def test_ids_of_another_order_are_translated(card, workdir, tmp_path):
     params["softmax"]["bias"] = params["softmax"]["bias"][order]
     shutil.rmtree(target / runs.CHECKPOINTS)
     with Checkpoints(target / runs.CHECKPOINTS) as checkpoints:
-        checkpoints.save(3, {"ema": params}, config={})
+        checkpoints.save(3, {"ema": params}, config=config_lib.to_dict(run.config))
     found = card("--split=test", directory=target)
     assert found["step"] == 3
     assert found["nats"] == pytest.approx(card("--split=test")["nats"], rel=1e-5)
@@ -206,7 +207,7 @@ def test_restores_on_one_device_what_eight_saved(card, workdir, tmp_path):
     sharded = wide["ema"]["trunk"]["layers"]["attention"]["qkv"]
     assert sharded.addressable_shards[0].data.size == sharded.size // 8
     with Checkpoints(target / runs.CHECKPOINTS) as checkpoints:
-        checkpoints.save(5, wide, config={})
+        checkpoints.save(5, wide, config=config_lib.to_dict(run.config))
     again = runs.load(target)
     assert all(len(x.devices()) == 1 for x in jax.tree.leaves(again.params))
     assert card(directory=target)["nats"] == card()["nats"]

@@ -28,7 +28,7 @@ from training_runs import (
 )
 
 import xlformer.train
-from xlformer import evaluate, generate, runs, storage, workdirs
+from xlformer import evaluate, generate, prepare, runs, storage, workdirs
 from xlformer.train import train
 from xlformer.training import metrics
 from xlformer.training.checkpoints import Checkpoints
@@ -238,13 +238,18 @@ def transformer(text):
     return place
 
 
-def test_evaluate_and_generate_read_from_the_store(transformer, capsys):
+def test_evaluate_and_generate_read_from_the_store(transformer, capsys, monkeypatch):
+    # What was prepared is found there by its checksum, wherever the text lies.
+    monkeypatch.setattr(prepare, "raw_text", lambda _: None)
     argv = [f"--workdir={transformer}", "--split=test"]
     assert evaluate.main(argv) == 0
     card = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert card["step"] == 1 and card["nats_per_token"] > 0
     written = storage.path(transformer) / "evaluation-test.json"
     assert json.loads(written.read_text())["nats_per_token"] == card["nats_per_token"]
+    cards = storage.path(transformer) / runs.EVALUATIONS
+    (entry,) = json.loads((cards / "index.json").read_text())
+    assert json.loads((cards / entry["file"]).read_text()) == card
     argv = [f"--workdir={transformer}", "--prompt=the cat", "--num_tokens=5"]
     assert generate.main(argv) == 0
     assert capsys.readouterr().out.startswith("the cat")

@@ -10,7 +10,7 @@ import pytest
 import training_runs
 
 from xlformer import config as config_lib
-from xlformer import prepare, runs, scored_text, stored, workdirs
+from xlformer import prepare, runs, scored_text, workdirs
 from xlformer.data import vocabulary as vocabularies
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "run-0.1.0"
@@ -142,10 +142,10 @@ def test_damage_is_one_line(places):
 def test_a_pipe_is_not_read_again(places, monkeypatch):
     run, expected = make_run(places / "run")
     run.config.data.path = "/dev/stdin"
-    monkeypatch.setattr(stored, "_raw", None)  # would wait for a terminal
+    monkeypatch.setattr(prepare, "raw_text", None)  # would wait for a terminal
     same(run, expected)
     shutil.rmtree(places / "cache")
-    assert "config.data.path=/dev/stdin could be read only once" in refused(run)
+    assert "/dev/stdin: a pipe can be read only once" in refused(run)
 
 
 def test_a_public_corpus_has_no_path(places):

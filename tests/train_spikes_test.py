@@ -1,5 +1,7 @@
 """A run with a loss spike goes back, leaves out the segment and tells so."""
 
+import shutil
+
 import numpy as np
 import pytest
 from training_runs import (
@@ -71,14 +73,25 @@ def test_it_goes_back_and_around_the_segment(config, read, tmp_path, capsys):
     assert record["step"] == 6 and record["spike/segment"] == BAD
     total = metrics.read(tmp_path / "run", kind="goodput_total")[-1]
     assert 4 <= total["goodput/repeated_steps"] <= 6
+    assert tensorboard_steps(tmp_path / "run") == [*range(1, 25)]
+
+
+def tensorboard_steps(workdir):
+    """Of the curve that people see: no step twice, none after a later one."""
+    reader = "tensorboard.backend.event_processing.event_accumulator"
+    found = pytest.importorskip(reader).EventAccumulator(str(workdir / "tensorboard"))
+    found.Reload()
+    return [event.step for event in found.Scalars("train/loss_nats")]
 
 
 def test_a_resumed_run_leaves_it_out_too(config, read, tmp_path):
     train(config, tmp_path / "whole", model())
     config.train.steps = 15
     train(config, tmp_path / "parts", model())
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "15")  # as if killed before it
     config.train.steps = 24
     train(config, tmp_path / "parts", model())
+    assert tensorboard_steps(tmp_path / "parts") == [*range(1, 25)]
     found, expected = (
         final_state(tmp_path / d, config, model())[1] for d in ("parts", "whole")
     )

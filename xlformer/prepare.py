@@ -126,12 +126,11 @@ def _recipe(data) -> _Recipe:
         raise UserError("config.data.path and .documents need config.data.corpus=text")
     min_count, max_vocab = _bounds(data)
     tokenizer = pieces.load_tokenizer(data.tokenizer) if data.tokenizer else None
+    text = raw_text(data)
     if name == "text":
-        split_by = "pieces" if tokenizer and unit != "words" else unit
-        text = local.read_files(data.path, split_by)
         source = {"text": local.fingerprint(text)}
     elif name == "stdlib":
-        text, unit = local.read_stdlib(), "bytes"
+        unit = "bytes"
         source = {"stdlib": local.fingerprint(text), **text.facts}
     else:
         corpus = sources.find(name)
@@ -158,6 +157,16 @@ def _recipe(data) -> _Recipe:
         source=source,
         read=read,
     )
+
+
+def raw_text(data) -> sources.Text | None:
+    """A text of this machine, as it is prepared; None where it is a public corpus."""
+    if data.corpus == "stdlib":
+        return local.read_stdlib()
+    if data.corpus != "text":
+        return None
+    split_by = "pieces" if data.tokenizer and data.unit != "words" else data.unit
+    return local.read_files(data.path, split_by)
 
 
 def _bounds(data) -> tuple[int, int]:

@@ -147,8 +147,8 @@ def _text(data, card: dict, name: str, *, advice: bool) -> Text | None:
     ) * advice
     try:
         if name != "--data_path" and _is_read_once(data.path):
-            raise UserError(f"config.data.path={data.path} could be read only once")
-        text = _raw(data)
+            raise UserError(f"config.data.path={data.path}: {local.ONCE}")
+        text = prepare.raw_text(data)
     except UserError as error:
         line = str(error).replace("config.data.path", name)
         raise UserError(line + remedy) from None
@@ -167,15 +167,6 @@ def _another(where: str, found: dict, card: dict) -> str:
         f"{where} holds another text than the run was trained on: sha256 "
         f"{found['payload_sha256'][:12]}, the run has {card['payload_sha256'][:12]}"
     )
-
-
-def _raw(data) -> Text | None:
-    if data.corpus == "stdlib":
-        return local.read_stdlib()
-    if data.corpus != "text":
-        return None
-    unit = "chars" if data.tokenizer and data.unit == "bytes" else data.unit
-    return local.read_files(data.path, unit)
 
 
 def _payload(text: Text) -> str:
@@ -199,14 +190,9 @@ def _say_if_changed(data, card: dict, found) -> None:
 
 
 def _is_read_once(path: str) -> bool:
-    """Whether there is a pipe in it, which some other process has emptied."""
+    """Whether there is a pipe in it, which another process has emptied."""
     entries = [os.path.expanduser(entry.strip()) for entry in path.split(";")]
-    return any(
-        entry == "-"
-        or entry.startswith(("/dev/", "/proc/"))
-        or (os.path.exists(entry) and not os.path.isfile(entry))
-        for entry in entries
-    )
+    return any(map(local.is_read_once, entries))
 
 
 def _encoded(text: Text, split: str, vocabulary: Vocabulary, card: dict) -> Prepared:

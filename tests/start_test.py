@@ -59,8 +59,12 @@ def test_weights_model_and_vocabulary_come_and_all_else_is_new(text, tmp_path, c
     step, state, _ = final_state(workdir, tuned.config, model)
     assert step == int(state.step) == 2
     # It goes on by the same command, from its own weights and with its own model.
-    assert main(flags(text, workdir, *more, "--config.train.steps=3")) == 0
-    assert "resuming from the checkpoint of step 2" in capsys.readouterr().err
+    elsewhere = "--init_from=elsewhere", *more[1:]
+    assert main(flags(text, workdir, *elsewhere, "--config.train.steps=3")) == 0
+    said = capsys.readouterr().err
+    assert "resuming from the checkpoint of step 2" in said
+    assert "the run has begun: --init_from=elsewhere is not read" in said
+    assert runs.read_sealed(workdir, "latest").init_from == f"{SOURCE}:latest"
     # And says what is missing where the flag is.
     line = error(capsys, text, workdir, "--config.train.steps=4")
     assert f"--init_from={SOURCE}:latest: pass it again" in line

@@ -76,6 +76,7 @@ def train(
         old = resume.sealed(workdir, Checkpoints(directory, read_only=True))
         if old is not None:
             resume.check(workdir, old, config)
+            config = _gone_on(old, config)
         rows = config.train.batch_size // config.train.micro_batches
         mesh = sharding.make_mesh(config.mesh, rows=rows)
         sharding.check(config, mesh)
@@ -125,6 +126,16 @@ def train(
                 f"{workdir}: cannot be written: {error}; the latest checkpoint is "
                 f"{'none' if left is None else f'step {left}'}"
             ) from error
+
+
+def _gone_on(old: ConfigDict, config: ConfigDict) -> ConfigDict:
+    """The config of a run that has begun: where it began is not changed any more."""
+    if config.init_from not in ("", old.init_from) and hosts.is_first():
+        hosts.say(f"the run has begun: --init_from={config.init_from} is not read")
+    config = ConfigDict(config.to_dict())
+    config.init_from = old.init_from
+    config.lock()
+    return config
 
 
 def _source(config, workdir, prepared, mesh, fresh: bool):

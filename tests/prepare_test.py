@@ -187,6 +187,9 @@ def test_a_tokenizer_that_loses_line_ends_is_said_and_counts_none(book, capsys):
     sizes = [(s["tokens"], s["words"]) for s in found.card["splits"].values()]
     assert sum(tokens for tokens, _ in sizes) == sum(words for _, words in sizes) == 499
     assert found.card["words_are"] == "between white space"
+    unknown = [s["unknown_share"] * s["tokens"] for s in found.card["splits"].values()]
+    count = book.read_text(encoding="utf-8").split().count("na\u00efve")
+    assert sum(unknown) == pytest.approx(count, abs=2.01)  # two cuts go through words
 
 
 def test_the_standard_library_is_there_without_a_network():

@@ -299,6 +299,16 @@ def test_a_tokenizer_whose_line_ends_are_lost_is_known(which):
         assert pieces.PieceVocabulary(symbols, [0] * 4, text).line_ends
 
 
+def test_characters_that_leave_no_token_are_known(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE({"c": 0, "a": 1}, []))
+    model.save(str(tmp_path / "bpe.json"))
+    found = pieces.load_tokenizer(tmp_path / "bpe.json")
+    texts = [b"a cat\n", "\u00e9".encode()]
+    assert found.dropped(texts) == "t\u00e9"
+    assert found.encode(texts[0]).tolist() == [1, 0, 1]
+
+
 @pytest.mark.parametrize("data", [b"", b"{", b'{"a": 1}', b"\x00\x01nonsense" * 9])
 def test_a_broken_tokenizer_is_one_line(data, tmp_path):
     pytest.importorskip("sentencepiece")

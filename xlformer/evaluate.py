@@ -24,6 +24,7 @@ from xlformer import (
     sharding,
     units,
 )
+from xlformer.data.local import is_read_once
 from xlformer.errors import UserError
 from xlformer.training import metrics
 
@@ -202,6 +203,11 @@ def _main(argv) -> int:
     lengths = [None] if args.memory_length is None else _numbers(args.memory_length)
     for length in lengths:  # All of them before the first is scored.
         _check(memory_length=length)
+    if len(lengths) > 1 and args.text and is_read_once(args.text):
+        raise UserError(
+            f"--text={args.text} can be read only once, --memory_length names "
+            f"{len(lengths)}: save it as a file"
+        )
     found = []
     for number, length in enumerate(lengths, 1):
         card = evaluate(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -190,9 +191,6 @@ def _bounds(data) -> tuple[int, int]:
 
 
 def _build(folder: pathlib.Path, recipe: _Recipe) -> None:
-    if recipe.tokenizer and not recipe.tokenizer.line_ends:
-        line = "config.data.tokenizer does not keep line ends: newlines are lost"
-        print(f"xlformer: {line}", file=sys.stderr, flush=True)
     builder = corpora.build(
         recipe.name,
         recipe.read,
@@ -201,6 +199,8 @@ def _build(folder: pathlib.Path, recipe: _Recipe) -> None:
     )
     texts = {split: corpora.read_split(builder, split) for split in sources.SPLITS}
     vocabulary = _count(recipe, texts)
+    if recipe.tokenizer:
+        _say_what_is_lost(recipe.tokenizer, texts)
     payload, splits = hashlib.sha256(), {}
     for split, documents in texts.items():
         for document in documents:
@@ -224,8 +224,9 @@ def _build(folder: pathlib.Path, recipe: _Recipe) -> None:
             "words": _words(recipe, documents, len(tokens)),
             "sha256": _sha256((folder / f"{split}.npy").read_bytes()),
         }
-        if recipe.own_words:
-            unknown = np.count_nonzero(tokens == vocabulary.unk_id)
+        unk_id = None if recipe.corpus else getattr(vocabulary, "unk_id", None)
+        if unk_id is not None:
+            unknown = np.count_nonzero(tokens == unk_id)
             splits[split]["unknown_share"] = round(unknown / len(tokens), 6)
     bounds = {"min_count": recipe.min_count, "max_vocab": recipe.max_vocab}
     card = {
@@ -243,6 +244,18 @@ def _build(folder: pathlib.Path, recipe: _Recipe) -> None:
     }
     (folder / "vocabulary.json").write_text(vocabulary.to_json(), encoding="utf-8")
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def _say_what_is_lost(tokenizer, texts: Mapping[str, list[bytes]]) -> None:
+    lines = []
+    if not tokenizer.line_ends:
+        lines.append("does not keep line ends: newlines are lost")
+    if lost := tokenizer.dropped(itertools.chain(*texts.values())):
+        shown = ", ".join(map(repr, lost[:8])) + (", ..." if len(lost) > 8 else "")
+        lines.append(f"makes no token of {len(lost)} characters of the text: {shown}")
+    for line in lines:
+        line = f"config.data.tokenizer {line}"
+        print(f"xlformer: {line}", file=sys.stderr, flush=True)
 
 
 def _count(recipe: _Recipe, texts: Mapping[str, list[bytes]]) -> Vocabulary:

@@ -10,6 +10,7 @@ import base64
 import binascii
 import functools
 import json
+from collections.abc import Iterable
 
 import numpy as np
 from etils import epath
@@ -81,6 +82,14 @@ class PieceVocabulary(Vocabulary):
 
     def decode(self, ids) -> str:
         return self._backend.decode(self._checked(ids).tolist())
+
+    def dropped(self, texts: Iterable[bytes]) -> str:
+        """The characters of texts, white space apart, of which no token is left."""
+        found = set()
+        for text in texts:
+            found.update(decode_utf8(text, "text"))
+        visible = sorted(c for c in found if not c.isspace())
+        return "".join(c for c in visible if not self.encode(c, close_line=False).size)
 
     def spelled(self) -> list[bytes]:
         """What each piece stands for in a text; units.py compares it with the text."""

@@ -63,6 +63,19 @@ def test_cards_of_one_moment_are_all_in_the_index(tmp_path):
     }  # fmt: skip
 
 
+def test_whoever_writes_the_index_last_finds_the_others_cards(tmp_path, monkeypatch):
+    put, others = cards._put, [card(step=2)]
+
+    def put_late(path, text):
+        if path.name == cards.INDEX and others:  # another process, in between
+            cards.write(tmp_path, [others.pop()])
+        put(path, text)
+
+    monkeypatch.setattr(cards, "_put", put_late)
+    cards.write(tmp_path, [card(step=1)])
+    assert [entry["step"] for entry in index(tmp_path)] == [1, 2]
+
+
 def test_what_is_no_card_is_passed_over(tmp_path):
     folder = tmp_path / runs.EVALUATIONS
     folder.mkdir()

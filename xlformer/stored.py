@@ -179,8 +179,6 @@ def _payload(text: Text) -> str:
 
 def _say_if_changed(data, card: dict, found) -> None:
     """Where the text is still there, but is another one."""
-    if _is_read_once(data.path):
-        return
     try:
         _text(data, card, "config.data.path", advice=False)
     except UserError as error:

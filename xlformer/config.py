@@ -50,7 +50,8 @@ def default_config(model: str = "transformer_xl", **fields) -> ConfigDict:
                 "spike_factor": 0.0,  # a loss so many times its average makes the run
                 # go back and leave out that segment; 0 is off
                 "spike_after": 100,  # steps before the first that can be a spike
-                "ema_decay": 0.0,  # average of the parameters; 0 keeps none
+                "ema_decay": 0.0,  # average of the parameters, free of the initial
+                # ones: the first step's are its first value; 0 keeps none
                 "log_every": 100,
                 "eval_every": 1000,  # validation; 0 only at the end
                 "save_every": 1000,

@@ -59,12 +59,11 @@ def evaluate(
     tokens, documents, data = scored_text.read(run, split, text)
     if 0 < max_tokens < len(tokens):
         tokens, data = tokens[:max_tokens], {**data, "bytes": None, "words": None}
-    plan = scoring.plan(
+    plan = scoring.plan_for(
+        model,
         len(tokens),
         batch_size=_first(batch_size, defaults.batch_size),
         segment_length=_first(segment_length, defaults.segment_length),
-        memory_length=scoring.reach(model),
-        n_layer=model.config.n_layer,
         warmup=warmup,
     )
     evaluator = scoring.Evaluator(

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from xlformer import models
 from xlformer.config import default_config
 from xlformer.errors import UserError
 from xlformer.training import optimizers
@@ -180,6 +181,28 @@ def test_sgd_and_its_momentum_are_those_of_optax():
         tx = optimizers.build(section(name="sgd", clip_norm=0.0, momentum=momentum))
         reference = optax.chain(optax.sgd(1.0, momentum=momentum), optax.scale(-1.0))
         assert_same(run(tx, stacked_tree(3)), run(reference, stacked_tree(3)))
+
+
+def test_what_decays():
+    """Of each of Transformer-XL's parameters; u, v and distance_bias are matrices."""
+    spared = {"u", "v", "distance_bias", "bias", "scale", "in_bias", "out_bias"}
+    decayed = {True: set(), False: set()}
+    for options in (
+        {},
+        {"untie_r": True, "cutoffs": (3, 5), "div_val": 2},
+        {"attn_type": 1, "table_length": 9},
+    ):
+        fields = {"vocab_size": 9, "n_layer": 2, "d_model": 8, "n_head": 2}
+        model = models.build(models.TransformerXLConfig(**fields | options))
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        for path, x in jax.tree_util.tree_leaves_with_path(
+            optimizers.decay_mask(params)
+        ):
+            decayed[x].add(jax.tree_util.keystr(path[-1:], simple=True))
+    assert decayed[False] == spared | {"cluster_bias"}
+    assert not decayed[True] & decayed[False] and {"qkv", "table"} < decayed[True]
+    # A matrix of another model that has such a name is a weight.
+    assert optimizers.decay_mask({"cell": {"u": jnp.ones((2, 2))}})["cell"]["u"]
 
 
 def test_weight_decay_is_decoupled_and_spares_biases_and_norms():

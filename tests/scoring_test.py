@@ -7,7 +7,9 @@ import itertools
 import jax
 import numpy as np
 import pytest
+import quick
 import trained_run
+from training_runs import quick_jit
 
 from xlformer import models, scoring
 from xlformer.errors import UserError
@@ -30,6 +32,7 @@ CASES = {
     "documents, window": {"window": 6},
     "extended": {"extended_length": 3},
     "extended, documents": {"extended_length": 3},
+    "extended by segments": {"extended_length": 2 * SEGMENT},
     "same_length, clamp": {"same_length": True, "clamp_length": 3},
     "attended zeros": {"attend_zero_memory": True},
 }
@@ -155,6 +158,33 @@ def test_unlimited_reach_is_exact_in_one_row_only():
             scoring.plan(97, batch_size=3, warmup=warmup, **settings)
 
 
+def test_a_bounded_memory_of_unknown_depth_is_exact_in_one_row_only():
+    """Layers reach back through layers, and nothing says through how many."""
+    unknown = made("plain")[0]
+    kind = type("Unknown", (type(unknown),), {"replay": models.Model.replay})
+    settings = {"segment_length": SEGMENT, "batch_size": 3}
+    found = [
+        scoring.plan_for(kind(unknown.config), 10**4, **settings | changes).warmup
+        for changes in ({}, {"warmup": "fill"}, {"batch_size": 1})
+    ]
+    assert found == ["fill", "fill", "exact"]
+    with pytest.raises(UserError, match="--warmup=exact with --batch_size=3"):
+        scoring.plan_for(kind(unknown.config), TOKENS, **settings, warmup="exact")
+    assert scoring.plan_for(unknown, 10**4, **settings).warmup == "exact"
+
+
+def test_what_a_model_says_that_one_row_would_carry():
+    for fields, expected in (
+        ({}, 3 * 2),
+        ({"memory_length": 0}, 0),
+        ({"memory_length": 0, "extended_length": 11}, 3),
+        ({"extended_length": 3}, 2 * 2 + 2),
+        ({"extended_length": 4}, 2 * 2 + 3),
+    ):
+        model = models.build(models.TransformerXLConfig(**BASE | fields))
+        assert model.replay(SEGMENT) == expected, fields
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_exact_warmup_gives_the_score_of_one_row(case):
     expected = nats(case, 1, "exact")
@@ -172,6 +202,43 @@ def test_fill_and_none_do_not(case):
     plan = planned(case, 3, "none")
     per_token = nats(case, 3, "none") / plan.targets
     assert abs(per_token / (expected / (TOKENS - 1)) - 1) > 10 * ACCURACY
+
+
+@pytest.mark.parametrize("case", ["extended", "extended by segments"])
+def test_rows_without_warmup_are_texts_of_their_own(case):
+    model, params = made(case)
+    rows = text()[: 3 * (TOKENS // 3)].reshape(3, -1)
+    alone = planned(case, 1, "exact", TOKENS // 3)
+    one = evaluator(case, 1)
+    expected = sum(one.score(params, row, alone).nats for row in rows)
+    assert nats(case, 3, "none") == pytest.approx(expected, rel=ACCURACY)
+
+
+@pytest.mark.parametrize(("attn_type", "extended"), [(2, 0), (3, 3)])
+def test_positions_from_the_end_end_with_the_text(attn_type, extended):
+    """The last segment of each row is shorter: as the original, and no padding."""
+    fields = {"attn_type": attn_type, "memory_length": 0, "table_length": 6}
+    fields |= {"n_layer": 1, "d_head": 7, "extended_length": extended}
+    model = models.build(models.TransformerXLConfig(**BASE | fields))
+    params, apply = trained_run.random_params(model), quick.jit(model.apply)
+    settings = {"batch_size": 3, "segment_length": SEGMENT}
+    with quick_jit():
+        mine = scoring.Evaluator(model, **settings)
+        mine.compile(params)
+    for tokens, warmup in ((53, "none"), (53, "exact"), (22, "none")):
+        plan = scoring.plan_for(model, tokens, warmup=warmup, **settings)
+        found = mine.score(params, text()[:tokens], plan)
+        expected = 0.0
+        spans = zip(plan.first_B, plan.last_B, strict=True)
+        for first, last in [(0, tokens - 1)] if warmup == "exact" else spans:
+            for start in range(first, last, SEGMENT):
+                stop = min(start + SEGMENT, last)
+                inputs_BT = text()[None, max(first, start - extended) : stop]
+                targets_BT = text()[None, start + 1 : stop + 1].astype(int)
+                empty = model.init_state(1)
+                nll_BT, _, _ = apply(params, inputs_BT.astype(int), targets_BT, empty)
+                expected += float(nll_BT.sum())
+        assert found.nats == pytest.approx(expected, rel=ACCURACY), (tokens, warmup)
 
 
 @pytest.mark.parametrize("case", ["plain", "extended, documents"])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from training_runs import assert_same, refusal
 
+from xlformer.data.stream import Stream
 from xlformer.training import spikes
 from xlformer.training.checkpoints import Checkpoints
 from xlformer.training.spikes import add, data_index, skipped
@@ -111,6 +112,33 @@ def test_a_later_skip_moves_no_step_before_it(fresh):
         now = np.asarray(add(add(fresh, *skips), before[step]).skips)
         assert [data_index(s, now) for s in range(step)] == before[:-1]
         assert data_index(step, now) > before[step]
+
+
+TEXT = np.random.default_rng(0).integers(0, 7, 2 * 29)
+
+
+@pytest.mark.parametrize("extended", [0, 3])
+@pytest.mark.parametrize("documents", [None, np.array([0, 13, 29 + 6])])
+def test_the_next_segment_hides_what_the_left_out_ones_would_have(documents, extended):
+    """Two rows of 7 segments of 4; the second epoch begins with segment 7."""
+    options = {"batch_size": 2, "segment_length": 4, "extended_length": extended}
+    stream = Stream(TEXT, documents=documents, **options)
+    own = [stream.at(k)["resets_BT"] for k in range(17)]
+    for skips in ([], [0], [1], [3, 4], [6, 7, 8], [13, 14, 15]):
+        previous = -1
+        for step in range(10):
+            index = data_index(step, skips)
+            expected = own[index].copy()
+            for left_out in range(previous + 1, index):
+                assert left_out in skips
+                expected[:, 0] |= own[left_out].any(axis=1)
+            found = spikes.batch(stream, step, skips)
+            np.testing.assert_array_equal(found["resets_BT"], expected)
+            read = stream.at(index)["inputs_BT"]
+            np.testing.assert_array_equal(found["inputs_BT"], read)
+            previous = index
+    begun = spikes.batch(stream, 7, [7])["resets_BT"]
+    assert begun[:, 0].all() and not own[8][:, 0].any()
 
 
 # Leaving out ----------------------------------------------------------------------

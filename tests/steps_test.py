@@ -1,6 +1,7 @@
 """The training step: a pure function that does what the config says, and no more."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -265,15 +266,36 @@ def test_validations_without_progress_lower_the_scale():
     assert scales == [1, 1, 1, 0.5, 0.5, 0.5]
 
 
-def test_the_average_follows_the_parameters():
-    (start, *after), _ = Run(small_config(ema_decay=0.75)).states(3)
-    average = start.params
+def test_the_average_is_of_the_steps_taken():
+    """Not of the initial parameters; nor does a dropped step count as one."""
+    config = small_config(ema_decay=0.75, skip_nonfinite=True)
+    (start, *after), _ = Run(config, bag(nan_steps=(0, 3))).states(5)
     assert_same(start.ema, start.params)
-    for found in after:
-        average = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * p, average, found.params)
-        assert_close(found.ema, average)
+    assert_same(after[0].ema, start.params)
+    assert_same(after[1].ema, after[1].params)
+    taken = []
+    for k in (1, 2, 4):
+        taken.append(after[k].params)
+        weights = 0.75 ** np.arange(len(taken))[::-1]
+        expected = jax.tree.map(
+            lambda *x, w=weights: (
+                sum(a * b for a, b in zip(w, x, strict=True)) / sum(w)
+            ),
+            *taken,
+        )
+        assert_close(after[k].ema, expected)
+    assert_same(after[3].ema, after[2].ema)
     none, _ = Run(small_config()).states(1)
     assert none[1].ema is None
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.999, 0.9999999])
+def test_weights_of_the_average_keep_their_digits(decay):
+    for n in (1, 2, 3, 1000, 10**6):
+        exact = (1 - decay) / -math.expm1(n * math.log(decay))
+        found = float(steps.average_weight(decay, jnp.int32(n)))
+        assert found == pytest.approx(exact, rel=1e-6), n
+    assert float(steps.average_weight(decay, 1)) == 1
 
 
 def test_a_step_that_is_not_finite_is_dropped_and_counted():
@@ -299,6 +321,30 @@ def test_a_step_that_is_not_finite_is_dropped_and_counted():
     in_a_row = [int(v["train/skipped_in_a_row"]) for v in logged]
     assert in_a_row == [0, 1, 2, 0, 1]
     assert in_a_row == [int(s.skipped_in_a_row) for s in found[1:]]
+
+
+def test_a_dropped_segment_leaves_its_resets_to_the_next():
+    """Of the rows that have one, before it or inside; the others go on."""
+    run = Run(small_config(skip_nonfinite=True), bag(nan_steps=(1,)))
+    batches = [run.stream.at(k) for k in range(3)]
+    for batch in batches:
+        batch["resets_BT"] = np.zeros(batch["inputs_BT"].shape, bool)
+    batches[1]["resets_BT"][0, 3] = True
+    state, seen = run.create(), []
+    for batch in batches:
+        state, _ = run.step(state, batch)
+        seen.append(np.asarray(state.carried["seen_VB"]).sum(0).tolist())
+    assert seen == [[7, 7], [0, 7], [7, 14]]
+
+
+def test_what_is_dropped_already_is_no_spike():
+    config = small_config(skip_nonfinite=True, spike_factor=1.5, spike_after=1)
+    found, logged = Run(config, bag(nan_steps=(2,), inf_steps=(3,))).states(4)
+    assert [float(v["spike/ratio"]) for v in logged[2:]] == [1, 1]
+    assert [int(s.spikes.count) for s in found] == [0, 1, 2, 2, 2]
+    config.train.skip_nonfinite = False
+    _, logged = Run(config, bag(nan_steps=(2,))).states(3)
+    assert np.isinf(logged[2]["spike/ratio"])
 
 
 def test_without_skipping_the_loss_is_said_to_be_not_finite():

@@ -97,8 +97,10 @@ def test_documents_reset_at_their_first_token():
         np.testing.assert_array_equal(batch["resets_BT"], expected)
 
 
-def test_extended_inputs_hold_what_came_before():
-    length, extended = 997 // 3, 17
+@pytest.mark.parametrize("extended", [13, 17, 26])
+def test_extended_inputs_hold_what_came_before(extended):
+    """The row's first token resets in every segment that has it among its inputs."""
+    length = 997 // 3
     stream = make(extended_length=extended)
     rows = TOKENS[: 3 * length].reshape(3, length)
     for step in range(stream.steps_per_epoch):
@@ -112,7 +114,7 @@ def test_extended_inputs_hold_what_came_before():
             batch["targets_BT"], rows[:, offset + 1 : offset + 14]
         )
         expected = np.zeros((3, extended + 13), bool)
-        expected[:, lack] = lack > 0
+        expected[:, lack] = offset <= extended
         np.testing.assert_array_equal(batch["resets_BT"], expected)
 
 

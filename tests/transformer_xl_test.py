@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import trained_run
 from quick import compiler_options, jit
 
 from xlformer import models, testing
@@ -374,3 +375,25 @@ def test_types_2_and_3_take_memory_where_it_is_allowed():
         nll_BN, state = _score(model, _tokens(2, 12), [5, 7])
         assert np.isfinite(nll_BN).all() and state.length_B.tolist() == [12, 12]
         assert not model.segments_equal_one_pass
+
+
+def test_parameters_may_be_arrays_of_numpy():
+    """What conversion gives: a gradient in them, not under jit, indexes no numpy."""
+    fields = {"cutoffs": (7, 13), "div_val": 2, "d_embed": 16, "vocab_size": 23}
+    fields |= {"n_layer": 1, "d_model": 16, "n_head": 2, "memory_length": 4}
+    model = models.build(models.TransformerXLConfig(**fields))
+    params = trained_run.random_params(model)
+    state, x_BTD = model.init_state(2), np.ones((2, 5, 16), np.float32)
+
+    def both(ids_BT):
+        def scored(params):
+            y_BTD, _ = model.trunk.apply(params, x_BTD, state)
+            log_p_BTV, _ = model.log_probs(params, ids_BT, state)
+            nll_BT, _, _ = model.apply(params, ids_BT, ids_BT, state)
+            return nll_BT.sum() + log_p_BTV.sum() + y_BTD.sum()
+
+        return jax.grad(scored)(params)
+
+    found = jax.eval_shape(both, jax.ShapeDtypeStruct((2, 5), "int32"))
+    shapes = jax.tree.map(lambda x, y: x.shape == y.shape, found, params)
+    assert all(jax.tree.leaves(shapes))

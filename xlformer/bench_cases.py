@@ -151,12 +151,11 @@ def eval_case(name, config, vocab_size, mesh) -> Case:
     compiled = evaluator.compile(params)
     compile_seconds = time.perf_counter() - start
     text = tokens(vocab_size, (rows * (segments * T + 1),))
-    plan_ = scoring.plan(
+    plan_ = scoring.plan_for(
+        model,
         len(text),
         batch_size=rows,
         segment_length=T,
-        memory_length=scoring.reach(model),
-        n_layer=model.config.n_layer,
         warmup="none",
     )
 

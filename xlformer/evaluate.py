@@ -68,12 +68,11 @@ def evaluate(
     model = runs.for_reading(run.model, visible)
     everything, documents, data = scored_text.read(run, split, text, data_path)
     tokens = everything[: max_tokens or None]
-    plan = scoring.plan(
+    plan = scoring.plan_for(
+        model,
         len(tokens),
         batch_size=_first(batch_size, defaults.batch_size),
         segment_length=_first(segment_length, defaults.segment_length),
-        memory_length=scoring.reach(model),
-        n_layer=model.config.n_layer,
         warmup=warmup,
     )
     evaluator = scoring.Evaluator(

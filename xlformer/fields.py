@@ -126,8 +126,9 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         # segment; a factor of 1 or less would leave out every other one. 0 is off.
         "spike_factor": _field(0.0, TAKEN, above=1, off=0),
         "spike_after": _field(100, TAKEN, least=0),  # steps before one can be a spike
-        "ema_decay": _field(0.0, TAKEN, switch=True, **_RATIO),  # of the average of the
-        # parameters; 0 keeps none
+        # Of the average of the parameters, free of the initial ones: after the first
+        # step it is that step's. 0 keeps none.
+        "ema_decay": _field(0.0, TAKEN, switch=True, **_RATIO),
         "log_every": _field(100, FREE, least=0),
         "eval_every": _field(1000, TAKEN, least=0),  # validation; 0 only at the end
         "save_every": _field(1000, FREE, least=0),

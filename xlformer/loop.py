@@ -230,13 +230,12 @@ class Loop:
         return train.segments_per_call if train.segments_per_call <= min(left) else 1
 
     def _batch(self, count):
-        indices = [
-            spikes.data_index(step, self.skips)
+        batches = [
+            spikes.batch(self.stream, step, self.skips)
             for step in range(self.step, self.step + count)
         ]
         if count == 1:
-            return self.rows.put(self.stream.at(indices[0]))
-        batches = [self.stream.at(index) for index in indices]
+            return self.rows.put(batches[0])
         stacked = {name: np.stack([b[name] for b in batches]) for name in batches[0]}
         return self.rows.put(stacked, axis=1)
 

@@ -4,9 +4,10 @@ The text is one stream; cut into B rows it is scored B times as fast, but the fi
 tokens of each row lack their context. How that is mended is `warmup`:
 
 - exact: rows begin on segment boundaries of the one-row stream and first replay,
-  unscored, all that it would have carried: n_layer x ceil(memory / segment) segments,
-  because the memory of a layer reaches through the layers below it. Any number of rows
-  gives the score of one row, of all targets but the very first.
+  unscored, all that it would have carried, as many segments as the model says: for a
+  stack n_layer x ceil(memory / segment), because the memory of a layer reaches through
+  the layers below it. Any number of rows gives the score of one row, of all targets but
+  the very first.
 - fill: replays ceil(memory / segment) segments: the memory is full, but what is in it
   came from a shorter past.
 - none: rows of n // B tokens, as the originals do: B (n // B - 1) targets.
@@ -55,6 +56,18 @@ class Plan:
         return int((self.last_B - self.first_B).sum())
 
 
+def plan_for(
+    model,
+    tokens: int,
+    *,
+    batch_size: int,
+    segment_length: int,
+    warmup: str = "auto",
+) -> Plan:
+    """Cuts a stream of `tokens` into rows for a model; see `plan`."""
+    return _plan(tokens, batch_size, segment_length, warmup, model.replay, reach(model))
+
+
 def plan(
     tokens: int,
     *,
@@ -64,11 +77,20 @@ def plan(
     n_layer: int,
     warmup: str = "auto",
 ) -> Plan:
-    """Cuts a stream of `tokens` into rows; memory_length None is unlimited reach.
+    """Cuts a stream of `tokens` into rows, for n_layer layers of this memory each.
 
     'auto' is exact where that adds less than a quarter of the work, else fill; with
-    unlimited reach it is none. A segment is never longer than the text.
+    unlimited reach, memory_length None, it is none. A segment is never longer than the
+    text.
     """
+
+    def replay(T):
+        return None if memory_length is None else n_layer * -(-memory_length // T)
+
+    return _plan(tokens, batch_size, segment_length, warmup, replay, memory_length)
+
+
+def _plan(tokens, batch_size, segment_length, warmup, replay, memory_length) -> Plan:
     if warmup not in WARMUPS:
         raise UserError(f"--warmup={warmup} is none of {', '.join(WARMUPS)}")
     if tokens < 2:
@@ -79,13 +101,15 @@ def plan(
             "at least 1"
         )
     T = min(segment_length, tokens - 1)
-    endless = memory_length is None and batch_size > 1
-    if endless and warmup in ("exact", "fill"):
+    replayed = {"exact": replay(T), "fill": memory_length and -(-memory_length // T)}
+    if batch_size == 1:  # There is nothing before the row.
+        replayed = {"exact": 0, "fill": 0}
+    if warmup in replayed and replayed[warmup] is None:
         raise UserError(
             f"--warmup={warmup} with --batch_size={batch_size}: this model's state "
             "reaches back without limit; use 1 row, or --warmup=none"
         )
-    if warmup == "none" or endless:
+    if warmup == "none" or replayed["fill"] is None:
         batch_size = min(batch_size, tokens // 2)
         length = tokens // batch_size
         start_B = np.arange(batch_size) * length
@@ -95,11 +119,10 @@ def plan(
     rows = min(batch_size, segments)
     each = math.ceil(segments / rows)
     rows = math.ceil(segments / each)
-    fill = math.ceil((memory_length or 0) / T)
-    replayed = {"exact": n_layer * fill, "fill": fill}
     if warmup == "auto":
         # More than a quarter of extra work is worth asking for.
-        warmup = "exact" if rows == 1 or 4 * replayed["exact"] < each else "fill"
+        exact = 0 if rows == 1 else replayed["exact"]
+        warmup = "exact" if exact is not None and 4 * exact < each else "fill"
     before = min(replayed[warmup], (rows - 1) * each)
     first_B = np.arange(rows) * each * T
     last_B = np.minimum(first_B + each * T, tokens - 1)
@@ -138,6 +161,9 @@ class Evaluator:
         at_most = max(1, TOKENS_PER_CALL // (batch_size * segment_length))
         self._steps = min(at_most, steps or at_most)
         self._inputs = segment_length + model.extended_length
+        # Padding comes after all that is scored; only such a model must know of it.
+        # (A segment of one token has none.)
+        self._tells_lengths = model.positions_from_end and self._inputs > 1
         params = jax.eval_shape(model.init, jax.random.key(0))
         axes = model.cache_axes(segment_length=self._inputs)
         abstract = jax.eval_shape(self._cold_state, params)
@@ -175,6 +201,7 @@ class Evaluator:
                 batch["targets_BT"],
                 state,
                 resets_BT=batch["resets_BT"],
+                lengths_B=batch.get("lengths_B"),
             )
             return state, jnp.where(batch["scored_BT"], nll_BT, 0).sum(axis=1)
 
@@ -215,6 +242,8 @@ class Evaluator:
                 for k in range(step, step + self._steps)
             ]
             batch = {name: np.stack([b[name] for b in chunk]) for name in chunk[0]}
+            if not self._tells_lengths:
+                del batch["lengths_B"]
             # The same shape with documents and without: one compiled function.
             only_before = not self._model.resets_in_segment
             if only_before and documents is None and not self._model.extended_length:
@@ -270,7 +299,11 @@ def _whole_rows(batch_size, segment_length) -> Plan:
 
 
 def _batch(plan_: Plan, tokens, documents, step: int, extended: int) -> dict:
-    """One segment of every row: inputs, targets, resets and which targets count."""
+    """One segment of every row.
+
+    Inputs, targets, resets, which targets count, and how many inputs come before the
+    end of the row: what follows is padding, or the next row's.
+    """
     T, N = plan_.segment_length, len(tokens)
     start_B = plan_.start_B + step * T
     index_BT = start_B[:, None] + np.arange(-extended, T)[None]
@@ -281,8 +314,9 @@ def _batch(plan_: Plan, tokens, documents, step: int, extended: int) -> dict:
     scored_BT = (target_BT >= plan_.first_B[:, None]) & (
         target_BT < plan_.last_B[:, None]
     )
-    # A row that starts before the text, and the first segment of one that does not.
-    resets_BT = (index_BT == 0) | ((step == 0) & (index_BT == start_B[:, None]))
+    # A row that starts before the text, and the first token of one that does not,
+    # which comes again with as many segments as an extended length repeats.
+    resets_BT = (index_BT == 0) | (index_BT == plan_.start_B[:, None])
     if documents is not None:
         found_BT = np.searchsorted(documents, index_BT)
         found_BT = np.minimum(found_BT, len(documents) - 1)
@@ -292,6 +326,7 @@ def _batch(plan_: Plan, tokens, documents, step: int, extended: int) -> dict:
         "targets_BT": targets_BT.astype(np.int32),
         "resets_BT": resets_BT,
         "scored_BT": scored_BT,
+        "lengths_B": extended + np.clip(plan_.last_B - start_B, 0, T).astype(np.int32),
     }
 
 

@@ -308,7 +308,7 @@ def _check_segments(case: _Case) -> None:
 
 def _check_single_tokens(case: _Case) -> None:
     trunk = case.jit(functools.partial(case.model.trunk.apply, case.params))
-    shape = ROWS, TOKENS, case.model.config.d_model
+    shape = ROWS, TOKENS, case.model.width
     x_BND = np.random.default_rng(0).normal(size=shape)
 
     def apply(first, start, end, state):

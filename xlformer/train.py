@@ -131,7 +131,8 @@ def train(
 def _gone_on(old: ConfigDict, config: ConfigDict) -> ConfigDict:
     """The config of a run that has begun: where it began is not changed any more."""
     if config.init_from not in ("", old.init_from) and hosts.is_first():
-        hosts.say(f"the run has begun: --init_from={config.init_from} is not read")
+        line = f"the run has begun: --init_from={config.init_from} is not read"
+        print(line, file=sys.stderr, flush=True)
     config = ConfigDict(config.to_dict())
     config.init_from = old.init_from
     config.lock()

@@ -29,12 +29,11 @@ class Validation:
             "same_length": settings.same_length or None,
         }
         model = runs.for_reading(model, visible)
-        self._plan = scoring.plan(
+        self._plan = scoring.plan_for(
+            model,
             len(self._tokens),
             batch_size=settings.batch_size,
             segment_length=settings.segment_length,
-            memory_length=scoring.reach(model),
-            n_layer=getattr(model.config, "n_layer", 1),
         )
         self._evaluator = scoring.Evaluator(
             model,

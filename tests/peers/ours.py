@@ -112,12 +112,11 @@ def evaluation(setting, config, model, mesh):
         N = times * each * T + 1
         repeated = -(-N // rows_BN.shape[1])
         tokens = np.tile(rows_BN, (1, repeated))[:, :N].ravel()
-        plan = scoring.plan(
+        plan = scoring.plan_for(
+            model,
             len(tokens),
             batch_size=rows,
             segment_length=T,
-            memory_length=scoring.reach(model),
-            n_layer=model.config.n_layer,
             warmup="none",
         )
         return evaluator.score(params, tokens, plan).targets

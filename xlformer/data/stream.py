@@ -91,11 +91,18 @@ class Stream:
         return {
             "inputs_BT": inputs_BT,
             "targets_BT": targets_BT,
-            "resets_BT": self._resets(offset, lack, start, stop),
+            "resets_BT": self.resets(step),
             "length": np.int32(length),
             "epoch": np.int32(epoch),
             "offset": np.int32(offset),
         }
+
+    def resets(self, step: int) -> np.ndarray:
+        """resets_BT of a step, for who does not need its tokens."""
+        _, offset, length = self.place(step)
+        lack = max(self.extended_length - offset, 0)
+        start = offset - self.extended_length + lack
+        return self._resets(offset, lack, start, offset + length)
 
     def _segment(self, start: int, stop: int) -> np.ndarray:
         part_BT = self._grid_BL[:, start:stop]
@@ -106,8 +113,10 @@ class Stream:
         if self._documents is None and not self.extended_length:
             return np.full((rows, 1), offset == 0)
         resets_BT = np.zeros((rows, self.extended_length + self.width), bool)
-        if lack or offset == 0:
-            resets_BT[:, lack] = True  # the row's first token
+        if offset <= self.extended_length:
+            # The row's first token, wherever it comes: a reset counts for the memory
+            # in the segment whose inputs up to there are remembered.
+            resets_BT[:, lack] = True
         if self._documents is not None:
             base = self._rows * self.row_length
             low = np.searchsorted(self._documents, base + start)

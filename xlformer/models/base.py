@@ -109,6 +109,31 @@ class Model:
         return True
 
     @property
+    def positions_from_end(self) -> bool:
+        """Whether an output depends on how many inputs of its segment follow.
+
+        So it does where absolute positions count backwards. Where True, scoring says
+        with lengths_B where the text ends; else it need not.
+        """
+        return True
+
+    def replay(self, segment_length: int) -> int | None:
+        """Segments that scoring replays before a row to carry what one row would have.
+
+        None is without limit: what is true of any state if nothing is known of it but
+        how many positions a layer sees, because layers reach back through layers. 0 is
+        no state. Extended context counts: a row's first inputs see nothing before it.
+        """
+        if self.memory_length == 0:
+            return -(-self.extended_length // segment_length)
+        return None
+
+    @property
+    def width(self) -> int:
+        """Of the vectors that the trunk takes."""
+        return self.config.d_model
+
+    @property
     def resets_in_segment(self) -> bool:
         """Whether a reset may lie inside a segment; else only before it, as [B, 1]."""
         return True
@@ -210,6 +235,7 @@ class Model:
                 f"{targets_BT.shape[1]}: config.model.extended_length="
                 f"{self.extended_length} allows at most that many more inputs"
             )
+        params = _arrays(params)
         nll_BT, state = self._module(compute_dtype(self.config.dtype, params)).apply(
             {"params": params},
             inputs_BT,
@@ -230,6 +256,7 @@ class Model:
 
         For generation and small vocabularies: T x V numbers a row.
         """
+        params = _arrays(params)
         module = self._module(compute_dtype(self.config.dtype, params))
         log_probs_BTV, state = module.apply(
             {"params": params},
@@ -268,6 +295,11 @@ class Model:
 
     def _module(self, dtype) -> nn.Module:
         raise NotImplementedError
+
+
+def _arrays(params):
+    """Of JAX, where they are numpy's: those cannot be indexed while tracing."""
+    return jax.tree.map(jnp.asarray, params)
 
 
 def _lengths(lengths_B):
@@ -316,7 +348,7 @@ class Trunk:
         Args are those of `Model.apply`; gradients flow into x_BTD, not into the state.
         """
         del step
-        params = params.get("trunk", params)
+        params = _arrays(params.get("trunk", params))
         dtype = compute_dtype(self.model.config.dtype, params)
         y_BTD, state = self.model._module(dtype).apply(
             {"params": {"trunk": params}},

@@ -252,12 +252,25 @@ class TransformerXL(Model):
     def segments_equal_one_pass(self) -> bool:
         """False for types 2 and 3, and for attended zeros that stay in sight."""
         config = self.config
-        if config.encoding in (SINUSOID, LEARNED_ABSOLUTE):
+        if self.positions_from_end:
             return False
         # One pass keeps its M zeros to the end; segments push them out of the memory.
         window = config.attention_window
         in_sight = window is None or window > config.memory_length
         return not (config.attend_zero_memory and in_sight)
+
+    @property
+    def positions_from_end(self) -> bool:
+        return self.config.encoding in (SINUSOID, LEARNED_ABSOLUTE)
+
+    def replay(self, segment_length: int) -> int:
+        """Each layer's memory was made with the memories below it.
+
+        Only the first of them lies behind the extended context of the row's start.
+        """
+        M, E = self.memory_length, self.extended_length
+        above = (self.config.n_layer - 1) * -(-M // segment_length)
+        return above + -(-(M + E) // segment_length)
 
     @property
     def resets_in_segment(self) -> bool:

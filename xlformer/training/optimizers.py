@@ -21,6 +21,8 @@ import optax
 from xlformer.errors import UserError, did_you_mean
 
 STACKED = "layers"  # every leaf below a key of this name has a leading layer axis
+# How names of biases end; u and v are Transformer-XL's, of a layer or of all.
+BIASES = ("bias", "attention/u", "attention/v", "trunk/u", "trunk/v")
 
 
 # Learning rates ---------------------------------------------------------------------
@@ -182,10 +184,16 @@ def is_stacked(path) -> bool:
 
 
 def decay_mask(params):
-    """True for weights: leaves that are matrices (or more) within one layer."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: jnp.ndim(x) - is_stacked(path) >= 2, params
-    )
+    """True for weights: matrices (or more) within one layer that are no biases.
+
+    Those of attention are matrices, [H, K] and [distances, H].
+    """
+
+    def decays(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jnp.ndim(x) - is_stacked(path) >= 2 and not name.endswith(BIASES)
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def scale_by_layer_trust_ratio(

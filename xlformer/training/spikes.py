@@ -74,21 +74,28 @@ def init() -> Spikes:
     )
 
 
-def ratio(spikes: Spikes, loss, *, warmup: int = WARMUP) -> jax.Array:
-    """loss / average; 1 in the first `warmup` steps, then inf if it is not finite."""
+def ratio(spikes: Spikes, loss, *, warmup: int = WARMUP, dropped=False) -> jax.Array:
+    """loss / average; 1 in the first `warmup` steps, then inf if it is not finite.
+
+    1 too of a step that is dropped for what is not finite in it: config.train.
+    skip_nonfinite goes on from there, not back.
+    """
     loss = jnp.asarray(loss, jnp.float32)
     tiny = jnp.finfo(jnp.float32).tiny
     found = loss / jnp.maximum(spikes.average, tiny)
     found = jnp.where(jnp.isfinite(loss), found, jnp.inf)
-    return jnp.where(spikes.count < warmup, 1.0, found)
+    return jnp.where((spikes.count < warmup) | dropped, 1.0, found)
 
 
-def update(spikes: Spikes, loss, *, factor: float, warmup: int = WARMUP) -> Spikes:
-    """Takes the loss of one step into the average, unless it is a spike.
+def update(
+    spikes: Spikes, loss, *, factor: float, warmup: int = WARMUP, dropped=False
+) -> Spikes:
+    """Takes the loss of one step into the average, unless it is a spike or dropped.
 
     A spike is more than `factor` times the average; what is not finite never enters.
     """
     good = jnp.isfinite(loss) & (ratio(spikes, loss, warmup=warmup) <= factor)
+    good &= jnp.logical_not(dropped)
     # The plain mean until the weight of a new loss has come down to WEIGHT.
     weight = jnp.maximum(1 / (spikes.count + 1), WEIGHT)
     average = spikes.average + weight * (loss - spikes.average)
@@ -114,6 +121,20 @@ def data_index(step: int, skips: Sequence[int] | np.ndarray) -> int:
             break
         step += 1
     return step
+
+
+def batch(stream, step: int, skips: Sequence[int] | np.ndarray) -> dict:
+    """What a step reads of a data.stream.Stream, with the resets of what is left out.
+
+    What a left-out segment would have hidden stays hidden: in a row that has a reset
+    in one of them, the next segment begins with one.
+    """
+    index = data_index(step, skips)
+    found = stream.at(index)
+    previous = data_index(step - 1, skips) if step else -1
+    for left_out in range(previous + 1, index):
+        found["resets_BT"][:, 0] |= stream.resets(left_out).any(axis=1)
+    return found
 
 
 def add(spikes: Spikes, *indices: int) -> Spikes:

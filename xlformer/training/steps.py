@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
 from xlformer.training import optimizers, spikes
-from xlformer.training.gradients import make_gradients
+from xlformer.training.gradients import batch_axis, make_gradients
 from xlformer.training.state import Place, TrainState
 
 
@@ -50,7 +52,8 @@ def make_step(config, model, optimizer, schedule):
             )
         with jax.named_scope("update"):
             return _update(
-                config, optimizer, schedule, state, batch, grads, carried, metrics
+                *(config, model, optimizer, schedule),
+                *(state, batch, grads, carried, metrics),
             )
 
     return step_fn
@@ -89,7 +92,32 @@ def loss_weights(shape, length, *, half: bool) -> jax.Array:
     return counts_BT.astype(jnp.float32)
 
 
-def _update(config, optimizer, schedule, state, batch, grads, carried, metrics):
+def average_weight(decay: float, n) -> jax.Array:
+    """Of the parameters after the n-th step taken in their average, from n = 1 on.
+
+    (1 - d) / (1 - d^n): what is averaged are the steps, each d times as much as the
+    next, and not the initial parameters, of which a weight of 1 - d would leave d^n (37
+    % after 1,000 steps with 0.999).
+    """
+    n = jnp.asarray(n, jnp.float32)
+    # 1 - d^n would lose its digits in float32 where d^n is near 1.
+    return jnp.where(n == 1, 1, (1 - decay) / -jnp.expm1(n * math.log(decay)))
+
+
+def reset_rows(model, carried, rows_B):
+    """A model's state with rows as they are before the first token."""
+    fresh = model.init_state(rows_B.shape[0])
+
+    def reset(old, new, axis):
+        shape = [1] * old.ndim
+        shape[axis] = -1
+        return jnp.where(rows_B.reshape(shape), new.astype(old.dtype), old)
+
+    axes = batch_axis(carried, model.state_axes())
+    return jax.tree.map(reset, carried, fresh, axes)
+
+
+def _update(config, model, optimizer, schedule, state, batch, grads, carried, metrics):
     train = config.train
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     rate = schedule(state.step, state.plateau.scale)
@@ -98,23 +126,27 @@ def _update(config, optimizer, schedule, state, batch, grads, carried, metrics):
     )
     ema = state.ema
     if train.ema_decay:
+        w = average_weight(train.ema_decay, state.step - state.skipped + 1)
         ema = jax.tree.map(
-            lambda a, p: train.ema_decay * a + (1 - train.ema_decay) * p, ema, params
+            lambda a, p: ((1 - w) * a + w * p).astype(a.dtype), ema, params
         )
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["train/loss_nats"]) & jnp.isfinite(norm)
     moved = (params, opt_state, ema, carried)
     if train.skip_nonfinite:
-        kept = (state.params, state.opt_state, state.ema, state.carried)
+        # What follows a dropped segment must not see past its resets either.
+        before = reset_rows(model, state.carried, batch["resets_BT"].any(1))
+        kept = (state.params, state.opt_state, state.ema, before)
         moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
     params, opt_state, ema, carried = moved
     skip = jnp.where(finite, 0, 1).astype(jnp.int32)
     guard, loss = state.spikes, metrics["train/loss_nats"]
     if train.spike_factor:
-        metrics["spike/ratio"] = spikes.ratio(guard, loss, warmup=train.spike_after)
-        guard = spikes.update(
-            guard, loss, factor=train.spike_factor, warmup=train.spike_after
-        )
+        settings = {"warmup": train.spike_after}
+        if train.skip_nonfinite:  # What is dropped already is no spike.
+            settings["dropped"] = ~finite
+        metrics["spike/ratio"] = spikes.ratio(guard, loss, **settings)
+        guard = spikes.update(guard, loss, factor=train.spike_factor, **settings)
     state = state._replace(
         step=state.step + 1,
         params=params,

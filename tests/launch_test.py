@@ -188,6 +188,9 @@ def test_dry_run_prints_what_would_run_and_does_nothing(checkout, environment):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_reaches_training_once(checkout, environment, number):
+    # A shell without job control starts what runs in the background, these tests too,
+    # with SIGINT ignored, and what is ignored at the start bash cannot trap.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         ["bash", str(checkout / "launch/local.sh")],
         env={**environment, "FAKE_HANG": "yes"},
@@ -201,7 +204,10 @@ def test_signal_reaches_training_once(checkout, environment, number):
         os.killpg(process.pid, number)
         assert process.wait(timeout=30) == 42
     finally:
-        process.kill()
+        signal.signal(signal.SIGINT, before)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     name = number.name.removeprefix("SIG")
     assert [c for c in calls(environment) if c in ("TERM", "INT")] == [name]
 

@@ -33,7 +33,7 @@ def test_a_killed_process_is_restarted_and_the_run_is_scored_and_sampled(tmp_pat
     workdir = tmp_path / "run"
     fields = {"train.steps": 160, "train.save_every": 20, "train.log_every": 10}
     fields |= {"mesh.data": 2, "data.directory": tmp_path / "prepared"}
-    fields |= {"train.eval_every": 0}
+    fields |= {"train.eval_every": 0, "model.n_layer": 1}
     environment = os.environ | {"XLA_FLAGS": xla_flags(devices=1)}
     environment |= {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
     with log.open("w") as file:

@@ -166,6 +166,7 @@ def corpora():
 @pytest.mark.parametrize("name", config_lib.names())
 def test_every_config_trains_two_steps(name, corpora, tmp_path, monkeypatch):
     config = config_lib.load(f"{name}:debug")
+    config.model.scan_layers, config.mesh.data = True, 1  # compiles faster
     words = config.data.corpus in ("wikitext103", "lm1b", "penn")
     prepared = corpora["words" if words else "bytes"]
     monkeypatch.setattr("xlformer.train.prepare.prepare", lambda data: prepared)

@@ -232,23 +232,31 @@ class Process:
         assert self.process.wait(timeout=60) == 0, self.log.read_text()
 
 
-def test_killed_at_random_moments_it_ends_bit_by_bit_as_if_it_never_was(
-    text, config, uninterrupted, tmp_path
+def compiled_steps(workdir):
+    kept = (workdir / "compilation_cache").iterdir()
+    return {path.name for path in kept if path.name.startswith("jit_step")}
+
+
+def test_killed_at_a_random_moment_it_ends_bit_by_bit_as_if_it_never_was(
+    text, config, uninterrupted, tmp_path, monkeypatch
 ):
+    # What it compiles is then kept in its own directory.
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     workdir = tmp_path / "killed"
     seed = time.time_ns()
     print("seed", seed)  # shown if this fails
     chance = random.Random(seed)
-    for first in (2, 12):
-        process = Process(text, workdir)
-        step = chance.randrange(first, first + 9)
-        process.wait_for(rf"step +({'|'.join(map(str, range(step, TOTAL + 1)))})/24")
-        time.sleep(chance.random() * 0.2)
-        # 0: so late a moment that the run was already over.
-        assert process.signal(signal.SIGKILL) in (-signal.SIGKILL, 0)
+    process, step = Process(text, workdir), chance.randrange(2, 21)
+    process.wait_for(rf"step +({'|'.join(map(str, range(step, TOTAL + 1)))})/24")
+    time.sleep(chance.random() * 0.2)
+    # 0: so late a moment that the run was already over.
+    assert process.signal(signal.SIGKILL) in (-signal.SIGKILL, 0)
+    kept = compiled_steps(workdir)
     Process(text, workdir).finish()
     assert_same_run(workdir, uninterrupted[0], config)
     assert losses(workdir) == losses(uninterrupted[0])
+    assert kept and compiled_steps(workdir) == kept
 
 
 def test_a_signal_while_it_compiles_ends_it_at_once(text, tmp_path):
@@ -257,22 +265,6 @@ def test_a_signal_while_it_compiles_ends_it_at_once(text, tmp_path):
     assert process.signal(signal.SIGTERM) == faults.INTERRUPTED
     assert "SIGTERM: stopped before the first step" in process.log.read_text()
     assert not (tmp_path / "run" / "checkpoints" / "1").exists()
-
-
-def test_what_it_compiles_is_kept_in_its_directory(text, tmp_path, monkeypatch):
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    process = Process(text, tmp_path / "run")
-    process.wait_for("compiled the step")
-    process.signal(signal.SIGKILL)
-    kept = {p.name for p in (tmp_path / "run" / "compilation_cache").iterdir()}
-    assert [name for name in kept if name.startswith("jit_step")]
-    process = Process(text, tmp_path / "run")
-    process.wait_for("compiled the step")
-    process.signal(signal.SIGKILL)
-    found = {p.name for p in (tmp_path / "run" / "compilation_cache").iterdir()}
-    steps = [{n for n in x if n.startswith("jit_step")} for x in (kept, found)]
-    assert steps[0] == steps[1]
 
 
 @pytest.mark.parametrize("step", [3, 16])

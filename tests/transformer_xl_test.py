@@ -377,6 +377,46 @@ def test_types_2_and_3_take_memory_where_it_is_allowed():
         assert not model.segments_equal_one_pass
 
 
+@pytest.mark.parametrize("fields", [{}, {"pre_norm": True, "window": 4}])
+def test_what_is_hidden_may_be_nan(fields):
+    """In memory, padding, or before a reset: neither values nor gradients know."""
+    model, random = _build(**fields), np.random.default_rng(0)
+    x_BTD, params = random.normal(size=(3, 7, D)), _params(model)["trunk"]
+    resets_BT, lengths_B = np.zeros((3, 7), bool), np.array([7, 5, 7])
+    resets_BT[[0, 1, 2], [0, 0, 4]] = True
+    seen_BT1 = (np.arange(7) < lengths_B[:, None])[..., None]
+    seen_BT1[2, :4] = False  # before the reset
+
+    @jit
+    def found(x_BTD, state, resets_BT):
+        def loss(params, x_BTD):
+            options = {"resets_BT": resets_BT, "lengths_B": lengths_B}
+            y_BTD, _ = model.trunk.apply(params, x_BTD, state, **options)
+            return jnp.sin(jnp.where(seen_BT1, y_BTD, 0)).sum(), y_BTD
+
+        grads, y_BTD = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x_BTD)
+        return *grads, y_BTD
+
+    state = model.init_state(3, jnp.float64)
+    state = state._replace(length_B=state.length_B + 9)
+    lost = state._replace(hidden_LBMD=state.hidden_LBMD * jnp.nan)
+    _, dx_BTD, y_BTD = found(x_BTD, state, resets_BT)
+    nan_BTD = np.where(seen_BT1, x_BTD, np.nan)
+    _, lost_dx_BTD, lost_BTD = found(nan_BTD, lost, resets_BT)
+    for actual, expected in ((lost_BTD, y_BTD), (lost_dx_BTD, dx_BTD)):
+        actual, expected = (np.where(seen_BT1, x, 0) for x in (actual, expected))
+        np.testing.assert_allclose(actual, expected, atol=TINY)
+    # Where no query is NaN itself, the parameters' gradients are numbers too.
+    resets_BT[2, 0] = True
+    grads, expected = (found(x_BTD, x, resets_BT)[0] for x in (lost, state))
+    for x, y in zip(*map(jax.tree.leaves, (grads, expected)), strict=True):
+        np.testing.assert_allclose(x, y, atol=TINY)
+    # And what is seen stays NaN.
+    resets_BT[0] = False
+    _, _, y_BTD = found(x_BTD, lost, resets_BT)
+    assert np.isnan(y_BTD[0, 0]).all() and np.isfinite(y_BTD[1:]).all()
+
+
 def test_parameters_may_be_arrays_of_numpy():
     """What conversion gives: a gradient in them, not under jit, indexes no numpy."""
     fields = {"cutoffs": (7, 13), "div_val": 2, "d_embed": 16, "vocab_size": 23}

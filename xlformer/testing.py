@@ -34,7 +34,8 @@ def check_model(
     - state: init_state, what apply returns and state_axes agree; float64 stays float64;
     - rows: no row depends on another, and their order does not matter;
     - causal: no output depends on a later input, bit for bit;
-    - resets: a reset row is a fresh row from there, and other rows do not move;
+    - resets: a reset row is a fresh row from there, and other rows do not move; what
+      it no longer sees may be NaN;
     - padding: lengths_B, one for each row or one number, changes nothing before it;
     - segments: of any sizes, or one token, they equal one pass, as long as none starts
       later than memory_length (not for a memory of under 2 tokens, nor where the model
@@ -129,6 +130,11 @@ class _Case:
 def _require(holds, message: str):
     if not holds:
         raise AssertionError(message)
+
+
+def _lost(state):
+    """The same with NaN for all numbers: what a reset hides may be that too."""
+    return jax.tree.map(lambda x: x * jnp.nan if _is_float(x) else x, state)
 
 
 def _is_float(x) -> bool:
@@ -249,6 +255,11 @@ def _check_resets(case: _Case) -> None:
             ("of the next segment", two_BN, slice(max(last, 2 * TOKENS), None)),
         ):
             _close(f"{name} {where}", reset_BN[b, here], expected_BN[b, here])
+    lost_BN = _two_segments(case, _lost(case.warm), start_B, resets_BN)
+    for b, row in enumerate(places):
+        if row:
+            name, here = f"resets at {row}: nll after a state of NaN", slice(first_B[b])
+            _close(name, *(np.delete(x[b], here) for x in (lost_BN, reset_BN)))
 
 
 def _check_padding(case: _Case) -> None:
@@ -384,6 +395,17 @@ def _check_cache(case: _Case) -> None:
             found = [score(*arrays, state, *options) for state in states]
             _close(f"cache of {longest}: nll of call {i}", found[1][0], found[0][0])
             states = [state for _, state in found]
+        score, (inputs_BT, targets_BT), _ = calls[0]
+        resets_BT = np.zeros(inputs_BT.shape, bool)
+        resets_BT[:, 0] = True
+        lost = case.model.to_cache(
+            case.params, _lost(case.warm), segment_length=longest
+        )
+        nll = [
+            score(inputs_BT, targets_BT, state, resets_BT, None)[0]
+            for state in (lost, case.fresh)
+        ]
+        _close(f"cache of {longest}: nll after a reset of NaN", *nll)
 
 
 CHECKS = (

@@ -50,11 +50,17 @@ class Cache(NamedTuple):
         """For Attention: keeps the last M keys and values of [memory; x[:end]]."""
         del carried, index
         keys_BHMK, values_BHMK, r_SHK = scanned
+        seen = keys_BHMK, values_BHMK
+        if key_start_BT is not None:  # What no query sees may be NaN: see memory.py.
+            M = keys_BHMK.shape[2]
+            hidden_BM = jnp.arange(M)[None] < key_start_BT[:, :1]
+            hidden_BHMK = hidden_BM[:, None, :, None]
+            seen = tuple(jnp.where(hidden_BHMK, 0, x) for x in seen)
 
         def attend(qu_BTHK, qw_BTHK, k_BTHK, v_BTHK):
             k_BHTK, v_BHTK = (jnp.swapaxes(x, 1, 2) for x in (k_BTHK, v_BTHK))
-            k_BHSK = jnp.concatenate([keys_BHMK, k_BHTK], axis=2)
-            v_BHSK = jnp.concatenate([values_BHMK, v_BHTK], axis=2)
+            k_BHSK = jnp.concatenate([seen[0], k_BHTK], axis=2)
+            v_BHSK = jnp.concatenate([seen[1], v_BHTK], axis=2)
             k_BSHK, v_BSHK = (jnp.swapaxes(x, 1, 2) for x in (k_BHSK, v_BHSK))
             if rotary:
                 qu_BTHK, k_BSHK = positions.rotated(qu_BTHK, k_BSHK)

@@ -88,3 +88,31 @@ def next_length(length_B, resets_BT, end, *, M: int) -> jax.Array:
         last_B = jnp.where(counts_BT, index_BT, -1).max(axis=1)
         length_B = jnp.where(last_B >= 0, end_B - last_B, length_B)
     return jnp.minimum(length_B, M).astype(jnp.int32)
+
+
+# Masks hide a number by giving it the weight 0, and 0 NaN is NaN: what is not finite is
+# taken out before attention, and put back where it is seen.
+
+
+def valid_slots(state: Memory) -> Memory:
+    """Zeros in the slots that do not count."""
+    M = state.hidden_LBMD.shape[2]
+    valid_BM = jnp.arange(M)[None] >= M - state.length_B[:, None]
+    hidden_LBMD = jnp.where(valid_BM[None, ..., None], state.hidden_LBMD, 0)
+    return state._replace(hidden_LBMD=hidden_LBMD)
+
+
+def finite(x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Zeros at positions that hold anything not finite, and which these are, [B, S]."""
+    bad_BS = ~jnp.isfinite(x_BSD).all(axis=-1)
+    return jnp.where(bad_BS[..., None], 0, x_BSD), bad_BS
+
+
+def sees(bad_BS: jax.Array, T: int, key_start_BT: jax.Array | None, window: int | None):
+    """Which of the last T positions see a bad one, [B, T]; None hides nothing."""
+    S = bad_BS.shape[1]
+    index_BS = jnp.broadcast_to(jnp.arange(S)[None], bad_BS.shape)
+    newest_BT = lax.cummax(jnp.where(bad_BS, index_BS, -1), axis=1)[:, S - T :]
+    oldest_BT = index_BS[:, S - T :] - (S if window is None else window)
+    oldest_BT = jnp.maximum(oldest_BT, 0 if key_start_BT is None else key_start_BT)
+    return newest_BT >= oldest_BT

@@ -54,6 +54,7 @@ class TrunkModule(nn.Module):
             end = max(0, T - config.extended_length)
         else:
             end = jnp.maximum(0, lengths - config.extended_length)
+            x_BTD = jnp.where(_valid(x_BTD, lengths), x_BTD, 0)
         index_BT = _backward_index(B, T, lengths)
         x_BTD = self._add_sinusoid(x_BTD, index_BT)
         shared_key, key = (None, None) if keys is None else keys
@@ -87,8 +88,8 @@ class TrunkModule(nn.Module):
             shape = (config.n_layer, config.table_length, x_BTD.shape[-1])
             tables_LND = self.param("position", initializers(config)["kernel"], shape)
         cached = not isinstance(state, Memory)
-        if cached and config.attend_zero_memory:
-            state = transformer_xl_cache.with_zeros(config, params, state, resets_BT)
+        if cached:
+            state = transformer_xl_cache.after_resets(config, params, state, resets_BT)
         elif not cached:
             hidden_LBMD = state.hidden_LBMD.astype(self.dtype)
             if config.attend_zero_memory:
@@ -366,6 +367,12 @@ def _backward_index(B, T, lengths):
         return index_BT
     padding_B = T - jnp.broadcast_to(lengths, (B,))
     return jnp.maximum(index_BT - padding_B[:, None], 0)
+
+
+def _valid(x_BTD, lengths):
+    B, T, _ = x_BTD.shape
+    lengths_B = jnp.broadcast_to(lengths, (B,))
+    return (jnp.arange(T)[None] < lengths_B[:, None])[..., None]
 
 
 def _zero_rows(hidden_LBMD, resets_BT):

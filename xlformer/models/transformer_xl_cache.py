@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from xlformer.layers import cache as cache_lib
+from xlformer.layers import memory as memory_lib
 from xlformer.layers import positions
 from xlformer.layers.attention import (
     LEARNED_RELATIVE,
@@ -23,7 +24,7 @@ def to_cache(
 ) -> Cache | Ring:
     """See Model.to_cache; layers: their stacked parameters."""
     with jax.named_scope("to_cache"):
-        hidden_LBMD = state.hidden_LBMD.astype(dtype)
+        hidden_LBMD = memory_lib.valid_slots(state).hidden_LBMD.astype(dtype)
         keys_LBHMK, values_LBHMK = _keys_values(config, layers, hidden_LBMD)
         S = config.memory_length + segment_length
         r_LSHK = _position_rows(config, layers["attention"], S, dtype)
@@ -44,12 +45,18 @@ def axes(config: TransformerXLConfig, segment_length: int) -> Cache | Ring:
     return names._replace(r_LCHK=None) if names[4:] else names._replace(r_LSHK=None)
 
 
-def with_zeros(config: TransformerXLConfig, layers, state, resets_BT):
-    """What `attend_zero_memory` sees after a reset: the keys and values of zeros."""
-    if resets_BT is None:
+def after_resets(config: TransformerXLConfig, layers, state, resets_BT):
+    """What is seen after a reset, or at least hides no NaN: as `to_cache` of zeros.
+
+    `attend_zero_memory` sees the keys and values of zeros. Else they are masked; a
+    Cache takes care of them where it reads them.
+    """
+    if resets_BT is None or not (config.attend_zero_memory or isinstance(state, Ring)):
         return state
-    zeros_LBMD = jnp.zeros((config.n_layer, 1, 1, config.d_model), state[0].dtype)
-    fresh = _keys_values(config, layers, zeros_LBMD)
+    fresh = jnp.zeros((), state[0].dtype), jnp.zeros((), state[1].dtype)
+    if config.attend_zero_memory:
+        zeros_LBMD = jnp.zeros((config.n_layer, 1, 1, config.d_model), state[0].dtype)
+        fresh = _keys_values(config, layers, zeros_LBMD)
     reset_LBHMK = resets_BT[None, :, :1, None, None]
     kept = [jnp.where(reset_LBHMK, *x) for x in zip(fresh, state, strict=False)]
     return type(state)(*kept, *state[2:])

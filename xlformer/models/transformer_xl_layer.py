@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from xlformer.kernels.dropout import fold
+from xlformer.layers import memory as memory_lib
 from xlformer.layers.attention import Attention
 from xlformer.layers.feed_forward import FeedForward, LayerNorm
 from xlformer.models.transformer_xl_config import TransformerXLConfig
@@ -91,8 +92,10 @@ class Layer(nn.Module):
             name="feed_forward",
         )
         r_SD, biases = shared
-        context_BSD = jnp.concatenate([memory_BMD, x_BTD], axis=1)
-        queries_BTD = x_BTD
+        queries_BTD, bad_BT = (x_BTD, None) if attend else memory_lib.finite(x_BTD)
+        if not attend:
+            memory_BMD, bad_BM = memory_lib.finite(memory_BMD)
+        context_BSD = jnp.concatenate([memory_BMD, queries_BTD], axis=1)
         if config.pre_norm:
             # Memory is stored as it was and normalised at use, by the same norm.
             context_BSD = attention_norm(context_BSD)
@@ -108,6 +111,12 @@ class Layer(nn.Module):
             # A norm learns from the memory too.
             fixed=0 if config.pre_norm else memory_BMD.shape[1],
         )
+        if not attend:
+            bad_BS = jnp.concatenate([bad_BM, bad_BT], axis=1)
+            seen_BT = memory_lib.sees(
+                *(bad_BS, x_BTD.shape[1]), key_start_BT, config.attention_window
+            )
+            more_BTD = jnp.where(seen_BT[..., None], jnp.nan, more_BTD)
         y_BTD = x_BTD + more_BTD
         if config.pre_norm:
             y_BTD = y_BTD + network(feed_forward_norm(y_BTD), keys[2:])

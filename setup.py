@@ -58,4 +58,5 @@ setuptools.setup(
         "numpy>=2",
     ],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["xlformer = xlformer.__main__:main"]},
 )

@@ -2,17 +2,22 @@
 
 import collections
 import dataclasses
+import io
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import trained_run
+from training_runs import Bag, BagConfig
 
-from xlformer import generate, models, sharding
+from xlformer import continuation, generate, models, sharding
+from xlformer.data import local
 from xlformer.data.vocabulary import ByteVocabulary, CharVocabulary, WordVocabulary
 from xlformer.errors import UserError
-from xlformer.generate import Printer, Sampling
+from xlformer.generate import Sampling
+from xlformer.printing import Printer, Row
 
 VOCAB_SIZE, MEMORY = 13, 7
 PROMPTS = [[3], [1, 5, 2, 11, 7], list(np.random.default_rng(2).integers(0, 13, 83))]
@@ -128,6 +133,53 @@ def test_refuses_impossible_settings(settings, message):
         Sampling(**settings)
 
 
+class Told(Bag):
+    """Its state is its cache too, which drawing must not use up."""
+
+    def log_probs(self, params, inputs_BT, state, **options):
+        def nll(token):
+            targets_BT = jnp.full_like(inputs_BT, token)
+            return self.apply(params, inputs_BT, targets_BT, state)[0]
+
+        nll_VBT = jax.vmap(nll)(jnp.arange(self.vocab_size))
+        after = self.apply(params, inputs_BT, inputs_BT, state)[1]
+        return -jnp.moveaxis(nll_VBT, 0, -1), after
+
+
+@pytest.mark.parametrize("kind", ["transformer_xl", "bag"])
+def test_turns_are_one_long_text(made, kind):
+    """What is read after a draw stands where one long prompt would have it."""
+    if kind == "bag":
+        model = Told(BagConfig())
+        made = model, {**model.init(jax.random.key(1)), "gain": jnp.float32(1)}
+    greedy = {"sampling": Sampling(temperature=0)}
+    text = continuation.Continuation(*made, 1, **greedy)
+    path = []
+    for number, part in enumerate((PROMPTS[2], PROMPTS[1], [4])):
+        kept = text.draw(21)[0][0, : 5 + number].tolist() if path else []
+        path += [*kept, *part]
+        text.read([[*kept, *part]])
+    found, log_p = text.draw(19)
+    expected, expected_log_p = sample(made, [path], **greedy)
+    np.testing.assert_array_equal(found, expected)
+    # Other segments, other rounding: as where generating is compared with scoring.
+    np.testing.assert_allclose(log_p, expected_log_p, atol=1e-4, rtol=0)
+
+
+def test_a_block_that_ends_all_rows_is_the_last(made):
+    blocks = []
+    on_tokens = lambda block: blocks.append(block) or len(blocks) == 2  # noqa: E731
+    tokens_RN, log_p_RN = sample(made, PROMPTS, 1000, on_tokens=on_tokens)
+    assert tokens_RN.shape == log_p_RN.shape == (3, 2 * continuation.BLOCK)
+
+
+def test_probabilities_that_are_not_numbers_are_said(made):
+    model, params = made
+    broken = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
+    with pytest.raises(UserError, match="NaN.*--checkpoint"):
+        sample((model, broken), PROMPTS, 5)
+
+
 # From what -------------------------------------------------------------------------
 
 
@@ -192,13 +244,13 @@ def test_memory_reaches_back_n_layer_times_and_no_farther(made):
 
 def test_cost_of_a_token_does_not_grow(made):
     """Structure, not time: one program of BLOCK steps, a state of one shape."""
-    generate._block.clear_cache()
+    continuation._block.clear_cache()
     blocks = []
-    sample(made, [PROMPTS[1]], 3 * generate.BLOCK + 1, on_tokens=blocks.append)
-    assert generate._block._cache_size() == 1
-    assert [b.shape[1] for b in blocks] == [generate.BLOCK] * 3 + [1]
+    sample(made, [PROMPTS[1]], 3 * continuation.BLOCK + 1, on_tokens=blocks.append)
+    assert continuation._block._cache_size() == 1
+    assert [b.shape[1] for b in blocks] == [continuation.BLOCK] * 3 + [1]
     sample(made, [PROMPTS[1]], 101, seed=3)
-    assert generate._block._cache_size() == 1
+    assert continuation._block._cache_size() == 1
     model = generate.for_generation(made[0])
     state = model.to_cache(made[1], model.init_state(1))
     _, after = jax.eval_shape(model.log_probs, made[1], jnp.zeros((1, 1), int), state)
@@ -213,6 +265,7 @@ def test_library_refuses(made):
         ([[]], 5, "empty"),
         ([], 5, "empty"),
         ([[3]], 0, "num_tokens=0 must be at least 1"),
+        ([[3]], 1 << 31, "num_tokens=2147483648 must be at least 1 and at most"),
     ):
         with pytest.raises(UserError, match=message):
             sample(made, prompts, num_tokens)
@@ -221,9 +274,9 @@ def test_library_refuses(made):
 # How it is printed -----------------------------------------------------------------
 
 
-def printed(capsys, vocabulary, prompt, blocks):
+def printed(capsys, vocabulary, prompt, blocks, stops=()):
     """What stands on the terminal after each block, and at the end."""
-    printer, shown = Printer(vocabulary, np.array(prompt)), ""
+    printer, shown = Printer([Row(vocabulary, prompt, stops)]), ""
     seen = []
     for block in blocks:
         printer(np.array([block]))
@@ -247,6 +300,45 @@ def test_words_stand_apart_across_blocks(capsys):
     words = WordVocabulary(["<eos>", "a", "bc"], [0] * 3)
     seen = printed(capsys, words, [1, 2], [[1], [0, 2], [2]])
     assert seen == ["a bc a", "a bc a\nbc", "a bc a\nbc bc", "a bc a\nbc bc\n"]
+
+
+@pytest.mark.parametrize("unit", ["bytes", "chars"])
+@pytest.mark.parametrize("size", [1, 2, 5])  # of blocks
+@pytest.mark.parametrize(
+    ("stops", "expected"),
+    [
+        (["xx"], "a日b日c"),
+        (["日c"], "a日b"),
+        (["b日", "日b"], "a"),  # the one that begins first, whatever their order
+        (["日cd", "xxx"], "a日b日cxx"),  # held back, and written at the end
+        (["a日b日cxx"], ""),
+        (["p"], "a日b日cxx"),  # of the prompt
+    ],
+)
+def test_a_row_ends_before_a_stop_text(capsys, unit, size, stops, expected):
+    text = "a日b日cxx"
+    if unit == "bytes":
+        vocabulary = ByteVocabulary(list(range(256)), [0] * 256)
+    else:
+        vocabulary = CharVocabulary("abcdxp日", [0] * 7)
+    ids = vocabulary.encode(text).tolist()
+    blocks = [ids[i : i + size] for i in range(0, len(ids), size)]
+    seen = printed(capsys, vocabulary, vocabulary.encode("p"), blocks, stops)
+    assert seen[-1] == f"p{expected}\n"
+    assert all(f"p{expected}".startswith(part) for part in seen[:-1])
+    row = Row(vocabulary, vocabulary.encode("p"), stops)
+    for block in blocks:
+        row.add(block)
+    assert row.stopped == (expected != text)
+    if stops == ["b日", "日b"]:  # with the token that completed it
+        assert text.encode()[: row.tokens] == "a日b".encode() or row.tokens == 3
+
+
+def test_stop_texts_across_words(capsys):
+    words = WordVocabulary(["<eos>", "a", "bc"], [0] * 3)
+    blocks = [[1], [0, 2], [2]]
+    assert printed(capsys, words, [1, 2], blocks, ["c bc"])[-1] == "a bc a\nb\n"
+    assert printed(capsys, words, [1, 2], blocks, ["\n"])[-1] == "a bc a\n"
 
 
 def test_characters_follow_each_other(capsys):
@@ -299,6 +391,64 @@ def test_command_prints_every_sample_of_every_prompt(capsys, base, tmp_path):
         assert text.startswith(start) and len(text.rstrip("\n")) <= len(start) + 5
     assert len(texts) == 6 and len(set(texts)) == 6
     assert "--- 2 of 6\n" in out and "--- 6 of 6\n" in out
+
+
+def test_command_ends_rows_before_stop_texts(capsys, base):
+    workdir = trained_run.trained(base)
+    flags = ("--prompt=the", "--num_samples=2", "--num_tokens=83")
+    rows = main(capsys, workdir, *flags)[1].removesuffix("\n").split("\n--- 2 of 2\n")
+    assert [row[:3] for row in rows] == ["the", "the"]
+    stop = rows[0][40:42]
+    code, out, _ = main(capsys, workdir, *flags, f"--stop={stop}", "--stop=~~")
+    ends = [3 + row[3:].index(stop) if stop in row[3:] else None for row in rows]
+    assert code == 0 and ends[0] <= 40
+    cut = [row[:end] for row, end in zip(rows, ends, strict=True)]
+    assert out == "\n--- 2 of 2\n".join(cut) + "\n"
+
+
+def type_lines(monkeypatch, text):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
+def test_command_talks_with_one_memory(capsys, base, monkeypatch):
+    workdir, flags = trained_run.trained(base), ("--temperature=0", "--num_tokens=21")
+    type_lines(monkeypatch, "\nthe na\nvu: ☃\n17\r\n\n")
+    code, out, err = main(capsys, workdir, "--interactive", *flags)
+    *answers, end = _answers(out, 21)
+    assert code == 0 and end == ""
+    assert "type a beginning" in err and "'☃'" in err
+    path = ""
+    for said, answer in zip(("the na", "17", ""), answers, strict=False):
+        path += said
+        expected = main(capsys, workdir, f"--prompt={path}", *flags)[1]
+        assert expected == f"{path}{answer}\n"
+        path += answer
+
+
+def test_a_conversation_ends_with_ctrl_c(capsys, base, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    type_lines(monkeypatch, "")
+    monkeypatch.setattr(sys.stdin, "readline", interrupt, raising=False)
+    code, out, err = main(capsys, trained_run.trained(base), "--interactive")
+    assert (code, out, err) == (0, "\n", "")
+
+
+def _answers(out, size):
+    """Cut by length, as the answers may have line ends of their own."""
+    parts = [out[i * (size + 1) :][:size] for i in range(3)]
+    return [*parts, out[3 * (size + 1) :]]
+
+
+def test_command_reads_standard_input_once(capsys, base, monkeypatch):
+    workdir, flags = trained_run.trained(base), ("--num_tokens=7", "--temperature=0")
+    said = ["the n\u2603", "the na"]
+    monkeypatch.setattr(local, "read_once", lambda name: said.pop(0).encode())
+    code, _, err = main(capsys, workdir, "--prompt_file=-", *flags)
+    assert code == 2 and "--prompt_file=-" in err  # no such characters
+    code, out, _ = main(capsys, workdir, "--prompt_file=-", *flags)
+    assert code == 0 and out == main(capsys, workdir, "--prompt=the na", *flags)[1]
 
 
 def test_paper_preset(capsys, base, monkeypatch):

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from xlformer import config as config_lib
+from xlformer import progress as progress_lib
+from xlformer.data import counting, vocabulary
 from xlformer.training import metrics
 from xlformer.training.profiler import Profiler
 from xlformer.training.progress import Progress
@@ -61,3 +63,22 @@ def test_a_trace_covers_the_chosen_steps_and_ends_with_the_run(tmp_path, monkeyp
     cut_short = Profiler(_config(profile_start=2, profile_steps=3), tmp_path)
     cut_short.follow(2)
     assert str(tmp_path) in cut_short.stop() and calls[-1] == "stop"
+
+
+def test_words_are_counted_and_then_encoded_with_a_line_now_and_then(
+    capsys, monkeypatch
+):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(vocabulary, "BLOCK", 10)
+    text = b"a bc d ef\n" * 10
+    with progress_lib.counting("preparing words", 2 * len(text)):
+        for words in vocabulary.split_words(text, "<eos>", False, True, "text"):
+            now[0] += len(words)
+        made = counting.count_words([text], specials=("<eos>", "<unk>"))
+        now[0] += 10
+        made.encode(text)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "preparing words 10%, 0:01:30 left"
+    progress_lib.passed(10)  # Nothing counts any more.
+    assert capsys.readouterr().err == ""

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from xlformer import command, convert, evaluate, models, prepare, runs
+from xlformer import command, convert, evaluate, models, prepare, runs, storage
 from xlformer import config as config_lib
 from xlformer.data import vocabulary as vocabularies
 from xlformer.data.local import is_read_once
@@ -27,6 +27,9 @@ from xlformer.training.checkpoints import Checkpoints
 from xlformer.weights import read_json, read_state
 
 PROBE_TOKENS = 20_000
+VOCAB_HELP = (
+    "vocabulary.json, or a symbol a line: words with <eos>, byte values, or characters"
+)
 
 
 def adopt(
@@ -92,7 +95,7 @@ def _check_size(config, vocabulary, vocab_size) -> None:
 
 
 def _new_directory(workdir) -> epath.Path:
-    workdir = epath.Path(workdir)
+    workdir = storage.path(workdir)
     try:
         if workdir.exists() and any(workdir.iterdir()):
             raise UserError(f"--workdir={workdir} is not empty; name a new directory")
@@ -168,16 +171,15 @@ def _main(argv) -> int:
     parser = command.Parser(
         prog="python -m xlformer.convert", description=convert.__doc__
     )
-    parser.add_argument("--source", required=True, help="weights, or an hf directory")
     parser.add_argument("--format", required=True, choices=["original", "hf"])
-    parser.add_argument("--workdir", required=True)
-    parser.add_argument(
-        "--vocab",
-        help="vocabulary.json, or a symbol a line: "
-        "words with <eos>, byte values, or characters",
-    )
-    parser.add_argument("--hparams", help="JSON of the original's arguments")
-    parser.add_argument("--probe", help="a text file, scored at the end as a check")
+    for name, required, about in (
+        ("--source", True, "weights, or an hf directory"),
+        ("--workdir", True, "new or empty"),
+        ("--vocab", False, VOCAB_HELP),
+        ("--hparams", False, "JSON of the original's arguments"),
+        ("--probe", False, "a text file, scored at the end as a check"),
+    ):
+        parser.add_argument(name, required=required, type=command.place, help=about)
     args, overrides = parser.parse_with_overrides(argv)
     vocabulary = read_vocabulary(args.vocab) if args.vocab else None
     if args.probe and is_read_once(args.probe):

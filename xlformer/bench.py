@@ -187,8 +187,12 @@ def _main(argv) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each repeat")
     parser.add_argument("--mesh", help=sharding.MESH_HELP)
-    parser.add_argument("--json", help="a file for the same in numbers")
-    parser.add_argument("--plot", help="an .svg for the same against --sweep")
+    parser.add_argument(
+        "--json", type=command.place, help="a file for the same in numbers"
+    )
+    parser.add_argument(
+        "--plot", type=command.place, help="an .svg for the same against --sweep"
+    )
     args, overrides = parser.parse_with_overrides(argv)
     _check(args)
     options = {

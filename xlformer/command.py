@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import itertools
 import os
+import pathlib
+import platform
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
+from xlformer import __version__, storage
 from xlformer.errors import UserError, did_you_mean
 
 USER_ERROR_EXIT_CODE = 2
+OVERRIDE = "--config."
+# What a directory or a disk may answer, whoever asks; not ours to correct.
+_DENIED = "EACCES EPERM ENOENT ENOTDIR EISDIR EEXIST EROFS ENOSPC EDQUOT EFBIG"
+_DENIED += " ENAMETOOLONG ELOOP EIO ESTALE ENOTEMPTY EBUSY EMFILE ENFILE ENXIO ENODEV"
+OF_FILES = {getattr(errno, name) for name in _DENIED.split()}
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are UserErrors.
+    """An ArgumentParser whose complaints are UserErrors, with --version.
 
     Flags are never abbreviated: a typo must not pick a flag.
     """
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
+    def __init__(self, *, prog: str, **kwargs):
+        super().__init__(allow_abbrev=False, prog=_as_started(prog), **kwargs)
+        self.add_argument(
+            "--version",
+            action="version",
+            version=version(),
+            help="of xlformer, jax and Python",
+        )
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
@@ -31,11 +47,12 @@ class Parser(argparse.ArgumentParser):
         self, argv: Sequence[str] | None
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parses argv; returns the flags and the `--config.a.b=v` items as 'a.b=v'."""
+        argv = list(_joined(sys.argv[1:] if argv is None else argv))
         args, rest = self.parse_known_args(argv)
-        overrides = [r[len("--config.") :] for r in rest if r.startswith("--config.")]
+        overrides = [r[len(OVERRIDE) :] for r in rest if r.startswith(OVERRIDE)]
         flags = [name for action in self._actions for name in action.option_strings]
         for item in rest:
-            if not item.startswith("--config."):
+            if not item.startswith(OVERRIDE):
                 near = did_you_mean(item.split("=")[0], flags)
                 raise UserError(f"unknown argument {item!r}{near}")
         return args, overrides
@@ -50,8 +67,37 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+def _joined(argv: Sequence[str]) -> Iterator[str]:
+    """`--config.a.b v` as `--config.a.b=v`: with a space all other flags work too."""
+    items = iter(argv)
+    for item in items:
+        if item.startswith(OVERRIDE) and "=" not in item:
+            value = next(items, "--")
+            if value.startswith("--"):
+                raise UserError(f"{item} needs a value: {item}=VALUE")
+            item = f"{item}={value}"
+        yield item
+
+
+def _as_started(prog: str) -> str:
+    """'python -m xlformer.train' where that is how the command was started."""
+    *_, folder, name = ["", *pathlib.PurePath(sys.argv[0] or "python").parts]
+    if name == "xlformer":  # the console script
+        return prog.replace("python -m xlformer.", "xlformer ")
+    if (folder, name) == ("xlformer", "__main__.py"):
+        return prog.replace("python -m xlformer.", "python -m xlformer ")
+    return prog
+
+
+def version() -> str:
+    return (
+        f"xlformer {__version__}, jax {jax.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+
+
 def run(main: Callable[[Sequence[str] | None], int], argv=None) -> int:
-    """Calls main(argv); a UserError becomes its one line and exit code 2."""
+    """Calls main(argv); an error that is the user's becomes one line, exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):
         # A terminal that lacks a character shows '?'.
         sys.stdout.reconfigure(errors="replace")
@@ -65,16 +111,82 @@ def run(main: Callable[[Sequence[str] | None], int], argv=None) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         message = f"out of memory on the device: {reason(error)}"
+    except (RuntimeError, AssertionError):
+        message = _missing_platform()
+        if not message:
+            raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `... | head` has read what it wanted.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in OF_FILES:
+            raise
+        message = _of_files(error, sys.argv[1:] if argv is None else argv)
     print(f"error: {message}", file=sys.stderr)
     return USER_ERROR_EXIT_CODE
+
+
+def place(text: str) -> str:
+    """A path as a flag has it; for add_argument's type."""
+    if not text:  # an unset variable of a script, not the directory it runs in
+        raise argparse.ArgumentTypeError("the path is empty")
+    return os.fspath(storage.path(text))
 
 
 def reason(error: Exception) -> str:
     """The beginning of a message that may be pages long, on one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _missing_platform() -> str:
+    """Which platform was asked for and is not there; '' if that is not what failed."""
+    wanted = jax.config.jax_platforms
+    if not wanted:
+        return ""
+    try:
+        jax.devices()
+        return ""
+    # JAX has no type of its own for it: RuntimeError, or an assertion without a text.
+    except (RuntimeError, AssertionError) as error:
+        why = reason(error).removeprefix("Unable to initialize backend ")
+        why = "" if isinstance(error, AssertionError) else f" ({why})"
+    jax.config.update("jax_platforms", None)
+    found = f"{len(jax.devices())} x {jax.devices()[0].platform}"
+    return (
+        f"JAX_PLATFORMS={wanted}: there is no such device, or JAX was installed "
+        f"without support for it{why}; this machine has {found}"
+    )
+
+
+def _of_files(error: OSError, argv: Sequence[str]) -> str:
+    """The line of a folder or file that cannot be used, by the flag that named it."""
+    what = error.strerror or reason(error)
+    if error.filename is None:
+        return what
+    path = _absolute(os.fsdecode(error.filename))
+    named = [(_absolute(value), text) for value, text in _named_paths(argv)]
+    holding = [x for x in named if len(x[0].parts) > 1 and path.is_relative_to(x[0])]
+    leading = [x for x in named if x[0].is_relative_to(path)]
+    if not holding and not leading:
+        return f"{path}: {what}"
+    place, text = max(holding or leading, key=lambda x: len(x[0].parts))
+    return f"{text}: {what}" + ("" if place == path else f": {path}")
+
+
+def _absolute(place: str) -> pathlib.Path:
+    return pathlib.Path(os.path.abspath(os.path.expanduser(place)))
+
+
+def _named_paths(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What may be a path, and how a person named it."""
+    for item, following in itertools.pairwise([*argv, ""]):
+        name, equals, value = item.partition("=")
+        value = value if equals else following
+        if name.startswith("--") and value:
+            yield value, f"{name}={value}"
+    unset = storage.CACHE_VARIABLE not in os.environ
+    where = storage.cache()
+    yield where, f"{storage.CACHE_VARIABLE}={where}" + " (the default)" * unset

@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from xlformer import fields as fields_lib
-from xlformer import models
+from xlformer import models, storage
 from xlformer.errors import UserError, did_you_mean
 
 FORMAT = 2  # of a resolved config as JSON; 1 is that of xlformer 0.1.0, which had none
@@ -130,7 +130,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 def module(name: str):
     """The Python module of a config: a named one, or a file's. Raises UserError."""
-    path = pathlib.Path(name)
+    path = pathlib.Path(storage.path(name))
     if path.suffix != ".py":
         candidates = [d / f"{name}.py" for d in directories()]
         path = next((c for c in candidates if c.is_file()), None)

@@ -17,6 +17,7 @@ import jax
 from xlformer import (
     cards,
     command,
+    compiled,
     models,
     runs,
     scored_text,
@@ -26,7 +27,7 @@ from xlformer import (
 )
 from xlformer.data.local import is_read_once
 from xlformer.errors import UserError
-from xlformer.training import metrics
+from xlformer.progress import Progress
 
 SOFTWARE = ("xlformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -160,33 +161,11 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-class Progress:
-    """A line on standard error every few seconds, with the time that is left."""
-
-    def __init__(self, label: str = "", seconds: float = 5.0):
-        self._label, self._seconds = label, seconds
-        self._start = self._last = time.perf_counter()
-        self._begun = None  # the first call, which may have compiled
-
-    def __call__(self, fraction: float) -> bool:
-        now = time.perf_counter()
-        since, done = self._begun or (self._start, 0.0)
-        if now - self._last > self._seconds and done < fraction < 1:
-            self._last = now
-            left = (now - since) * (1 - fraction) / (fraction - done)
-            line = (
-                f"evaluating{self._label} {fraction:.0%}, {metrics.duration(left)} left"
-            )
-            print(line, file=sys.stderr, flush=True)
-        self._begun = self._begun or (now, fraction)
-        return False
-
-
 def _main(argv) -> int:
     parser = command.Parser(prog="python -m xlformer.evaluate", description=__doc__)
-    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--workdir", required=True, type=command.place)
     parser.add_argument("--split", default="validation", help="train, validation, test")
-    parser.add_argument("--text", help="score this file instead of a split")
+    parser.add_argument("--text", type=command.place, help="score this file instead")
     parser.add_argument("--data_path", help="where the run's own text lies now")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
     parser.add_argument("--params", help="raw or ema; default: ema where it is kept")
@@ -198,6 +177,7 @@ def _main(argv) -> int:
     parser.add_argument("--warmup", default="auto", help=", ".join(scoring.WARMUPS))
     parser.add_argument("--mesh", default="data=-1", help=sharding.MESH_HELP)
     args = parser.parse(argv)
+    compiled.keep()
     mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh), where="--mesh")
     lengths = [None] if args.memory_length is None else _numbers(args.memory_length)
     for length in lengths:  # All of them before the first is scored.
@@ -209,6 +189,7 @@ def _main(argv) -> int:
         )
     found = []
     for number, length in enumerate(lengths, 1):
+        which = f" {number} of {len(lengths)}:" * (len(lengths) > 1)
         card = evaluate(
             args.workdir,
             split=args.split,
@@ -223,7 +204,7 @@ def _main(argv) -> int:
             batch_size=args.batch_size,
             warmup=args.warmup,
             mesh=mesh,
-            progress=Progress(f" {number} of {len(lengths)}:" * (len(lengths) > 1)),
+            progress=Progress("evaluating" + which),
         )
         found.append(card)
     print(cards.table(found))

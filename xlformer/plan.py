@@ -298,7 +298,9 @@ def _main(argv) -> int:
         help="have the compiler count all rounds of the loop over layers: two more "
         "programs",
     )
-    parser.add_argument("--json", help="a file for the same in numbers")
+    parser.add_argument(
+        "--json", type=command.place, help="a file for the same in numbers"
+    )
     args, overrides = parser.parse_with_overrides(argv)
     if not 0 < args.mfu <= 1:
         raise UserError(f"--mfu={args.mfu} must be above 0 and at most 1")

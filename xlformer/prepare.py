@@ -13,7 +13,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 import sys
 import time
@@ -21,7 +20,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from xlformer import command, config, storage
+from xlformer import command, config, progress, storage
 from xlformer.data import corpora, counting, local, pieces, sources
 from xlformer.data.folders import CARD, complete
 from xlformer.data.prepared import FORMAT, Prepared, encode_file, load
@@ -94,24 +93,19 @@ def prepare(data, *, directory=None, stored=False) -> Prepared:
     name = f"{recipe.name}-{recipe.unit}-{_digest(recipe.key())}"
     named = directory or data.directory
     if stored and named:
-        card = storage.path(named).expanduser() / name / CARD
+        card = storage.path(named) / name / CARD
         named = named if card.exists() else ""
-    root = str(named or default_root())
+    root = str(named or storage.cache())
     return load(at_hand(root, name, functools.partial(_build, recipe=recipe)))
-
-
-def default_root() -> str:
-    """Where prepared corpora lie, unless config.data.directory says otherwise."""
-    return os.environ.get("XLFORMER_DATA") or "~/.cache/xlformer"
 
 
 def at_hand(root: str, name: str, build=None) -> pathlib.Path:
     """The local folder of a prepared corpus, made by `build` where there is none."""
     if not storage.is_remote(root):
-        return complete(pathlib.Path(root).expanduser() / name, build)
+        return complete(pathlib.Path(storage.path(root)) / name, build)
     # tokens are mapped from a local copy of what lies in the remote directory
     remote = storage.path(root) / name
-    copies = pathlib.Path("~/.cache/xlformer/copies").expanduser()
+    copies = pathlib.Path(storage.path(storage.DEFAULT_CACHE)) / "copies"
     return complete(copies / _digest({"root": root}) / name, build, remote)
 
 
@@ -198,6 +192,15 @@ def _build(folder: pathlib.Path, recipe: _Recipe) -> None:
         download_dir=folder.parent / "downloads",
     )
     texts = {split: corpora.read_split(builder, split) for split in sources.SPLITS}
+    # Words are counted first, and then found: twice through the text.
+    total = sum(len(x) for documents in texts.values() for x in documents)
+    total *= 1 if recipe.tokenizer else 2
+    with progress.counting(f"preparing {recipe.name}", total):
+        _encode(folder, recipe, builder, texts)
+
+
+def _encode(folder: pathlib.Path, recipe: _Recipe, builder, texts) -> None:
+    """Fills the folder: tokens and documents of each split, vocabulary and card."""
     vocabulary = _count(recipe, texts)
     if recipe.tokenizer:
         _say_what_is_lost(recipe.tokenizer, texts)
@@ -331,8 +334,12 @@ def benchmark(prepared: Prepared, batch_size: int, segment_length: int) -> float
 def _main(argv) -> int:
     parser = command.Parser(prog="python -m xlformer.prepare", description=__doc__)
     parser.add_argument("--config", required=True, help="a config's name or file")
-    parser.add_argument("--manual_dir", help="where archives lie that you fetched")
-    parser.add_argument("--directory", help="where prepared corpora are kept")
+    parser.add_argument(
+        "--manual_dir", type=command.place, help="where archives lie that you fetched"
+    )
+    parser.add_argument(
+        "--directory", type=command.place, help="where prepared corpora are kept"
+    )
     parser.add_argument(
         "--benchmark", action="store_true", help="print the stream's tokens per second"
     )

@@ -46,7 +46,7 @@ def vocab_size(spec: str, config) -> int:
     if found and not config.data.tokenizer and config.data.unit == "bytes":
         return found
     directory = config.data.directory
-    if directory and storage.path(directory).expanduser().exists():
+    if directory and storage.path(directory).exists():
         from xlformer import prepare  # TFDS, which only this case needs
 
         return prepare.prepare(config.data).vocabulary.size

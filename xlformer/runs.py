@@ -42,10 +42,12 @@ class Run:
 def read_config(workdir) -> ConfigDict:
     """The resolved config of a work directory; UserError if it holds no run."""
     path = storage.path(workdir) / CONFIG
-    if not path.exists():
-        raise UserError(f"--workdir={workdir} holds no run: there is no {CONFIG} in it")
     try:
         text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"--workdir={workdir} holds no run: there is no {CONFIG} in it"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a resolved config: {error}") from error
     return config_lib.from_json(text)

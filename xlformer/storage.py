@@ -12,16 +12,47 @@ from etils import epath
 from xlformer.errors import UserError
 
 TEMPORARY = ".tmp"
+CACHE_VARIABLE, DEFAULT_CACHE = "XLFORMER_DATA", "~/.cache/xlformer"
 
 
 def path(place) -> epath.Path:
-    """The path, ready for use; UserError where it needs what is not installed."""
-    found = epath.Path(place)
-    if is_remote(found):
-        if not str(found).startswith("gs://"):
+    """The path, ready for use: every one that a person gave goes through here.
+
+    `~` becomes the home directory, which no shell does in --workdir=~/run. UserError
+    where there is no home, or where the path needs what is not installed.
+    """
+    if is_remote(place):
+        if not os.fspath(place).startswith("gs://"):
             raise UserError(f"{place}: only local directories and gs:// are known")
         _prepare()
-    return found
+        return epath.Path(place)
+    found = os.path.expanduser(place)
+    if found == "~" or found.startswith("~/"):  # a uid that has no passwd entry
+        other = f" or {CACHE_VARIABLE}" if found.startswith(DEFAULT_CACHE) else ""
+        raise UserError(f"{place}: this user has no home directory: set HOME{other}")
+    return epath.Path(found)
+
+
+def cache() -> str:
+    """Where what can be made again is kept, as a person would write it."""
+    return os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE
+
+
+def check_writable(folder, name: str) -> None:
+    """Raises UserError where a folder cannot be made or not be filled; makes nothing.
+
+    Said before hours of preparing, as far as it can be known. name: of the flag.
+    """
+    if is_remote(folder):
+        return
+    place = os.path.abspath(folder)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    effective = os.access in os.supports_effective_ids
+    if not os.path.isdir(place):
+        raise UserError(f"{name}={folder}: {place} is not a directory")
+    if not os.access(place, os.W_OK | os.X_OK, effective_ids=effective):
+        raise UserError(f"{name}={folder}: {place} cannot be written by this user")
 
 
 def is_remote(place) -> bool:

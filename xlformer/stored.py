@@ -103,14 +103,14 @@ def _card(path) -> dict | None:
 
 
 def _roots(data) -> list[str]:
-    return [*filter(None, [data.directory]), prepare.default_root()]
+    return [*filter(None, [data.directory]), storage.cache()]
 
 
 def _search(data, card: dict) -> Iterator:
     """Folders whose tokens were made of this text, in the same way."""
     for root in _roots(data):
         try:
-            folder = storage.path(os.path.expanduser(root))
+            folder = storage.path(root)
             paths = sorted(folder.glob(f"{data.corpus}-*/{folders.CARD}"))
         except (OSError, UserError):
             continue

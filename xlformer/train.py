@@ -171,14 +171,16 @@ def _watchdog(config, workdir) -> Watchdog:
 def _main(argv) -> int:
     parser = command.Parser(prog="python -m xlformer.train", description=__doc__)
     parser.add_argument("--config", required=True, help="NAME[:args] or FILE.py[:args]")
-    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--workdir", required=True, type=command.place)
     parser.add_argument(
         "--init_from",
         metavar="DIR[:best|latest|STEP]",
         help="start from the weights, model and vocabulary of another run, or of a "
         "directory of convert",
     )
-    parser.add_argument("--manual_dir", help="where archives lie that you fetched")
+    parser.add_argument(
+        "--manual_dir", type=command.place, help="where archives lie that you fetched"
+    )
     hosts.add_flags(parser)
     args, overrides = parser.parse_with_overrides(argv)
     config = config_lib.load(args.config, overrides)
@@ -186,6 +188,7 @@ def _main(argv) -> int:
         config.data.manual_dir = args.manual_dir
     workdir = storage.path(args.workdir)
     workdirs.refuse_foreign(workdir)
+    storage.check_writable(workdir, "--workdir")
     if args.init_from is not None:
         config = start.with_model(config, args.init_from, workdir, overrides)
     with hosts.leaving_at_once():

@@ -111,7 +111,7 @@ def read_once(path) -> bytes:
     if str(path) == "-":
         with open(0, "rb", closefd=False) as file:
             return file.read()
-    return storage.path(os.path.expanduser(path)).read_bytes()
+    return storage.path(path).read_bytes()
 
 
 def plain_text(data: bytes, unit: str, where: str) -> bytes:
@@ -168,7 +168,7 @@ def _expand(path: str) -> list[str]:
     found = []
     entries = [path] if os.path.exists(path) else path.split(";")
     for entry in filter(None, (part.strip() for part in entries)):
-        name = os.path.expanduser(entry)
+        name = os.fspath(storage.path(entry))
         if name == "-":
             found.append(name)
             continue

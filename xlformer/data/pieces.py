@@ -13,8 +13,8 @@ import json
 from collections.abc import Iterable
 
 import numpy as np
-from etils import epath
 
+from xlformer import storage
 from xlformer.data.vocabulary import (
     Vocabulary,
     as_bytes,
@@ -109,7 +109,7 @@ class PieceVocabulary(Vocabulary):
 def load_tokenizer(path) -> PieceVocabulary:
     """Wraps a SentencePiece model or a Hugging Face tokenizers file (JSON)."""
     try:
-        data = epath.Path(path).read_bytes()
+        data = storage.path(path).read_bytes()
     except OSError as error:
         raise UserError(f"config.data.tokenizer: {path}: {error}") from None
     try:

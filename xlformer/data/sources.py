@@ -20,6 +20,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
+from xlformer import storage
 from xlformer.errors import UserError, did_you_mean
 
 SPLITS = ("train", "validation", "test")
@@ -156,7 +157,7 @@ def read_archive(corpus: Corpus, dl, manual_dir: str) -> Text:
     """
     if manual_dir:
         try:
-            return _read_manual(corpus, epath.Path(manual_dir))
+            return _read_manual(corpus, storage.path(manual_dir))
         except UserError as error:
             raise UserError(f"{error}; {_remedy(corpus)}") from None
     reasons = []
@@ -195,7 +196,6 @@ def _remedy(corpus: Corpus) -> str:
 
 
 def _read_manual(corpus: Corpus, folder: epath.Path) -> Text:
-    folder = folder.expanduser()
     if not folder.is_dir():
         raise UserError(f"config.data.manual_dir={folder}: no such directory")
     if (folder / corpus.archive).exists():

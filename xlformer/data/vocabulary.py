@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from etils import epath
 
+from xlformer import progress
 from xlformer.errors import UserError
 
 FORMAT = "xlformer vocabulary 1"
@@ -249,6 +250,7 @@ def line_blocks(data: bytes) -> Iterator[tuple[int, bytes]]:
             stop = data.rfind(b"\n", start, start + BLOCK) + 1
             stop = stop or data.find(b"\n", start) + 1 or len(data)
         yield start, data[start:stop]
+        progress.passed(stop - start)
         start = stop
 
 

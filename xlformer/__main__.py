@@ -1,0 +1,53 @@
+"""All commands by name: python -m xlformer, or xlformer where it is installed."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from xlformer.errors import UserError, did_you_mean
+
+COMMANDS = {
+    "train": ("train", "trains a model, or resumes; its data is prepared by itself"),
+    "evaluate": ("evaluate", "scores a text and writes a card of what was measured"),
+    "generate": ("generate", "continues a text, or talks with --interactive"),
+    "prepare": ("prepare", "downloads and encodes a corpus ahead of training"),
+    "convert": ("adopt", "makes a work directory of other programs' weights"),
+    "plan": ("plan", "says whether a run fits onto a slice, and what it costs"),
+    "bench": ("bench", "times a model on the devices here"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code of the one that is named first in argv."""
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in COMMANDS:
+        module, _ = COMMANDS[name]
+        return importlib.import_module(f"xlformer.{module}").main(rest)
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        from xlformer import command  # it takes half a second: jax
+
+        print(command.version())
+        return 0
+    known = COMMANDS if name[:1] != "-" else ("--help", "--version")
+    error = UserError(f"unknown command {name!r}{did_you_mean(name, known)}")
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def usage() -> str:
+    installed = os.path.basename(sys.argv[0]) == "xlformer"
+    start = "xlformer" if installed else "python -m xlformer"
+    lines = [f"  {name:10}{about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        [f"usage: {start} COMMAND ... ({start} COMMAND --help)", "", *lines]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

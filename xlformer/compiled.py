@@ -1,0 +1,64 @@
+"""Compiled programs that the commands keep between two starts, in the user's own cache.
+
+They are machine code, so they never lie in a work directory that may be a stranger's,
+and a folder that another user could have filled is not used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import stat
+import sys
+
+import jax
+
+from xlformer import storage
+from xlformer.errors import UserError
+
+LIMIT = 1 << 30  # bytes; what was not used for the longest time goes first
+
+
+def keep() -> None:
+    """Makes JAX find its programs again; for commands that run for seconds.
+
+    JAX_COMPILATION_CACHE_DIR goes before. Where no folder of one's own can be had
+    there is one line about it, and everything is compiled anew.
+    """
+    if _named():
+        return
+    try:
+        folder = own_folder()
+    except (OSError, UserError) as error:
+        print(f"xlformer: compiled programs are not kept: {error}", file=sys.stderr)
+        return
+    jax.config.update("jax_compilation_cache_dir", folder)
+    # Many small programs, not one large one, are what a start waits for.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if importlib.util.find_spec("filelock"):  # JAX needs it to remove any.
+        jax.config.update("jax_compilation_cache_max_size", LIMIT)
+
+
+def _named() -> str | None:
+    return jax.config.jax_compilation_cache_dir
+
+
+def own_folder() -> str:
+    """A folder that is this user's alone, made if need be."""
+    place = storage.cache()
+    root = storage.path(storage.DEFAULT_CACHE if storage.is_remote(place) else place)
+    # A cache of data may be shared by users, the programs are not.
+    folder = os.path.join(root, f"compiled-{os.getuid()}")
+    os.makedirs(root, exist_ok=True)
+    try:
+        os.mkdir(folder, mode=0o700)
+    except FileExistsError:
+        pass
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise UserError(f"{folder} is not a directory of this user: remove it")
+    if found.st_mode & 0o022:
+        raise UserError(f"{folder} can be written by others: remove it")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written")
+    return folder

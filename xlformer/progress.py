@@ -1,0 +1,63 @@
+"""How far something is that takes long: a line every few seconds, with what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import sys
+import time
+from collections.abc import Iterator
+
+from xlformer.training import metrics
+
+_counting = contextvars.ContextVar("counting", default=None)
+
+
+class Progress:
+    """Called with the fraction done; says it on standard error.
+
+    The first call only starts the clock: what was before it, compiling say, tells
+    nothing about the rest. False is returned, which lets Evaluator.score go on.
+
+    Args:
+      what: is being done: 'evaluating'.
+      seconds: between two lines.
+    """
+
+    def __init__(self, what: str, seconds: float = 5.0):
+        self._what, self._seconds = what, seconds
+        self._last, self._begun = time.perf_counter(), None
+
+    def __call__(self, fraction: float) -> bool:
+        now = time.perf_counter()
+        start, done = self._begun = self._begun or (now, fraction)
+        if now - self._last > self._seconds and done < fraction < 1:
+            self._last = now
+            left = metrics.duration((now - start) * (1 - fraction) / (fraction - done))
+            line = f"{self._what} {fraction:.0%}, {left} left"
+            print(line, file=sys.stderr, flush=True)
+        return False
+
+
+@contextlib.contextmanager
+def counting(what: str, total: int) -> Iterator[None]:
+    """Shows how much of `total` has `passed` inside of it, in this thread."""
+    progress, count = Progress(what), 0
+
+    def add(amount: int) -> None:
+        nonlocal count
+        count += amount
+        progress(count / max(total, 1))
+
+    add(0)
+    token = _counting.set(add)
+    try:
+        yield
+    finally:
+        _counting.reset(token)
+
+
+def passed(amount: int) -> None:
+    """So much more of what `counting` counts is done; nothing where nothing counts."""
+    if add := _counting.get():
+        add(amount)

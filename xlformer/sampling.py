@@ -1,0 +1,55 @@
+"""How a next token is drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlformer.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a next token is drawn.
+
+    Attributes:
+      temperature: of the softmax; 0 takes the most probable token.
+      top_k: draw among this many of the most probable; 0 is all.
+      top_p: draw among the most probable that together reach this mass; 1 is all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0 or not np.isfinite(self.temperature):
+            raise UserError(
+                f"--temperature={self.temperature} must be finite and not negative"
+            )
+        if self.top_k < 0:
+            raise UserError(f"--top_k={self.top_k} must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p={self.top_p} must be in (0, 1]")
+
+    def draw(self, key: jax.Array, log_probs_RV: jax.Array) -> jax.Array:
+        """One token a row."""
+        if self.temperature < np.finfo(np.float32).tiny:
+            return jnp.argmax(log_probs_RV, axis=-1)
+        # A small temperature must not send the largest one to -inf too.
+        logits_RV = log_probs_RV - log_probs_RV.max(axis=-1, keepdims=True)
+        logits_RV /= self.temperature
+        V = logits_RV.shape[-1]
+        if self.top_k in (0, V) and self.top_p == 1:
+            return jax.random.categorical(key, logits_RV)
+        # The most probable first; of equals those with the smaller id.
+        logits_RK, ids_RK = jax.lax.top_k(logits_RV, min(self.top_k or V, V))
+        p_RK = jax.nn.softmax(logits_RK)
+        # What lies beyond the first tokens that reach the mass is dropped.
+        before_RK = jnp.cumsum(p_RK, axis=-1) - p_RK
+        logits_RK = jnp.where(before_RK < self.top_p, logits_RK, -jnp.inf)
+        chosen_R = jax.random.categorical(key, logits_RK)
+        return jnp.take_along_axis(ids_RK, chosen_R[:, None], axis=1)[:, 0]

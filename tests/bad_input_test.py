@@ -12,6 +12,7 @@ import pytest
 import trained_run
 from training_runs import quick_jit, write_text
 
+from xlformer import workdirs
 from xlformer.train import main
 from xlformer.training import checkpoints, metrics
 from xlformer.training.checkpoints import Checkpoints
@@ -173,6 +174,17 @@ def test_a_foreign_directory_is_left_alone(case, files, tmp_path, capsys):
     assert line.startswith(f"error: --workdir={tmp_path} is no run and not empty")
     assert next(iter(FOREIGN[case])) in line
     assert tree(tmp_path) == before
+
+
+def test_a_config_that_was_spoiled_is_no_foreign_directory(files, tmp_path, capsys):
+    """And the card of an evaluation is a run's."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "evaluation-test.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model": 3,}')
+    *_, line = call([TEXT.format(files=files), f"--workdir={tmp_path}"], capsys)
+    assert "its config.json is not one of a run; without it the run goes on" in line
+    (tmp_path / "config.json").unlink()
+    workdirs.refuse_foreign(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["file", "file/below"])

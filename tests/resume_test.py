@@ -1,11 +1,14 @@
 """A run that is called again with other options: refused, taken and said, or free."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from xlformer import config as config_lib
 from xlformer import models, resume
 from xlformer.errors import UserError
 from xlformer.fields import FREE, REFUSED, TAKEN
+from xlformer.training import optimizers
 
 # Another valid value, where one more or "not" is none.
 OTHER = {
@@ -130,6 +133,24 @@ def test_more_steps_say_what_becomes_of_the_rate():
     (line,) = resume.lines(old, new, 1000, 1.0)
     assert line.endswith("config.train.steps=3000, before 1000: the next step's rate "
                          "is 1.75, not 1")  # fmt: skip
+
+
+def test_the_plateau_forgets_a_loss_of_other_settings():
+    found = optimizers.plateau_init()._replace(
+        best=jnp.float32(0.5), bad_count=jnp.int32(3), scale=jnp.float32(0.25)
+    )
+    same = resume.plateau(found, config(), config())
+    assert same == found
+    anew = resume.plateau(found, config(), config(**{"eval.max_tokens": 5}))
+    assert (float(anew.best), int(anew.bad_count)) == (np.inf, 0)
+    assert float(anew.scale) == 0.25
+
+
+def test_a_rate_that_stays_is_said_once():
+    sizes = {"optimizer.learning_rate": 2.0, "optimizer.schedule": "constant"}
+    old, new = config(**sizes), config(**sizes, **{"train.steps": 3000})
+    (line,) = resume.lines(old, new, 7, 1.0)
+    assert line.endswith("before 1000: the next step's rate is 2")
 
 
 def test_a_complete_run_says_what_it_did_not_do():

@@ -52,6 +52,8 @@ def test_weights_model_and_vocabulary_come_and_all_else_is_new(text, tmp_path, c
     assert f"the parameters of step 12 of {SOURCE}:latest (their average)" in said
     source, tuned = runs.load(SOURCE), runs.load(workdir)
     assert_same(tuned.params, source.params)
+    # A kill or a spike before the first save goes back to these weights.
+    assert_same(runs.load(workdir, checkpoint="0").params, source.params)
     assert tuned.vocabulary.symbols == source.vocabulary.symbols
     assert tuned.config.model.d_inner == source.config.model.d_inner == 16
     assert (source.config.model.dropout, tuned.config.model.dropout) == (0.1, 0.0)
@@ -78,7 +80,15 @@ def test_what_is_no_start(text, tmp_path, capsys, monkeypatch):
     line = error(capsys, text, workdir, f"--init_from={SOURCE}:3")
     assert "there is no checkpoint of step 3; there are steps 12" in line
     line = error(capsys, text, workdir, f"--init_from={tmp_path}")
-    assert "holds no run" in line
+    assert f"error: --init_from={tmp_path} holds no run" in line
+    line = error(capsys, text, workdir, "--init_from=")
+    assert "--init_from= names no directory" in line
+    (tmp_path / runs.CONFIG).write_text("{")  # The other spelling of the flag.
+    line = error(capsys, text, workdir, f"--config.init_from={tmp_path}")
+    assert f"error: --init_from={tmp_path}: config.json is not a resolved" in line
+    line = error(capsys, text, workdir, f"--init_from={SOURCE}",
+                 "--config.data.max_vocab=9")  # fmt: skip
+    assert f"config.data.max_vocab=9 with --init_from={SOURCE}: the voc" in line
     text.write_text(LINE * 40 + "ÿ" * 40)
     line = error(capsys, text, workdir, f"--init_from={SOURCE}")
     assert "20 chars without 1 of those in the text of config.data: 'ÿ'" in line
@@ -150,12 +160,40 @@ def test_unknown_words_become_the_unknown_word():
     np.testing.assert_array_equal(found.tokens["train"], there.encode("a b <unk>"))
 
 
+def test_words_are_looked_up_as_the_other_vocabulary_writes_them():
+    here = count_words([b"A a B\n"], specials=("<eos>", "<unk>"))
+    there = count_words([b"b a\n"], specials=("<S>", "<unk>"), lower=True)
+    found = translated(prepared(here, "A a B\n"), there, where="DIR")
+    np.testing.assert_array_equal(found.tokens["train"], there.encode("a a b\n"))
+
+
+def test_a_word_that_stands_once_is_kept_for_other_weights():
+    config = config_lib.load("text:path=a.txt,unit=words,debug")
+    config.init_from = "DIR"
+    assert start.with_every_word(config).data.min_count == 1
+    assert config.data.min_count == 0
+
+
+def test_what_is_unknown_is_said():
+    config = config_lib.load("text:path=a.txt,unit=words,debug")
+    here = count_words([b"a b c\n"], specials=("<eos>", "<unk>"))
+    run = runs.Run("DIR", config, None, None, here, 7, False)
+    found = prepared(here, "a <unk> b <unk>\n")
+    assert (
+        "40.0% of the training tokens are <unk>" in start.lines(config, run, found)[1]
+    )
+    assert len(start.lines(config, run, prepared(here, "a b\n"))) == 1
+
+
 def test_other_symbols_are_refused():
     here = count_chars([b"ab"])
     with pytest.raises(UserError, match="DIR has a vocabulary of bytes, config.data g"):
         translated(prepared(here, "ab"), count_bytes([b"ab"]), where="DIR")
     with pytest.raises(UserError, match="2 chars without 1 .*: 'b'"):
         translated(prepared(here, "ab"), count_chars([b"ax"]), where="DIR")
+    spaced = count_words([b"a b\n"], unit="chars")
+    with pytest.raises(UserError, match="of chars between spaces, config.data gives"):
+        translated(prepared(count_chars([b"a"]), "a"), spaced, where="DIR")
     # What does not stand in the text need not be known.
     translated(prepared(here, "aa"), count_chars([b"ax"]), where="DIR")
     assert translated(found := prepared(here, "ab"), here, where="DIR") is found

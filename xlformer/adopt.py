@@ -65,6 +65,7 @@ def _config(model_config, params, hparams, overrides):
     config = config_lib.default_config("transformer_xl", **fields)
     config.name = "converted"
     config.data.corpus = "text"
+    config.data.min_count = 1  # which words there are is said by the weights
     segment_length = max(hparams.get("tgt_len") or 64, 1)
     config.train.segment_length = config.eval.segment_length = segment_length
     for override in overrides:

@@ -73,6 +73,7 @@ class Loop:
         with Checkpoints(
             self.workdir / runs.CHECKPOINTS, keep=self.config.train.keep
         ) as self.checkpoints:
+            resumed = bool(self.checkpoints.steps())
             with self._phase("restoring"):
                 self.state, self.step = self._state()
             self.writer.rewind(self.step)
@@ -86,11 +87,13 @@ class Loop:
             if hosts.is_first():
                 workdirs.describe(self.workdir, self.config, self.prepared)
             self._introduce()
-            if self.step:
+            if resumed:
                 self._say(f"resuming from the checkpoint of step {self.step}")
                 scale = float(self.state.plateau.scale)
                 for line in resume.lines(self.sealed, self.config, self.step, scale):
                     self._say(line)
+            elif self.config.init_from:
+                self._save()  # For a kill or a spike: the source may change.
             with self._phase("compiling"):
                 self.validation.compile(self._scored())
                 if self.step < total:
@@ -128,16 +131,17 @@ class Loop:
             last = spikes.data_index(step - 1, spikes.skipped(found.spikes))
             place = self.stream.place(last)
             workdirs.check_place(self.workdir, step, found.data, place)
-        return found, step
+        plateau = resume.plateau(found.plateau, self.sealed, self.config)
+        return found._replace(plateau=plateau), step
 
     def _begin(self, create, key):
         """Before the first step: fresh parameters, or those of another run."""
         if self.source is None:
             self._say("no checkpoint: starting from fresh parameters")
             return jax.jit(create, out_shardings=self.placed)(key)
-        for line in start.lines(self.config, self.source):
-            self._say(line)
         create = start.from_weights(create, self.config, self.model, self.source)
+        for line in start.lines(self.config, self.source, self.prepared):
+            self._say(line)
         params, self.source = self.source.params, None  # as many bytes again
         return jax.jit(create, out_shardings=self.placed)(key, params)
 

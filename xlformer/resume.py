@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import jax
 from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
@@ -67,11 +68,26 @@ def lines(old: ConfigDict, new: ConfigDict, step: int, scale: float) -> list[str
             line = f"from step {step} on config.{name}={wanted!r}, before {was!r}"
             if name in RATE:
                 rates = [_rate(config, step, scale) for config in (old, new)]
-                line += f": the next step's rate is {rates[1]:.4g}, not {rates[0]:.4g}"
+                line += f": the next step's rate is {rates[1]:.4g}"
+                line += f", not {rates[0]:.4g}" * (rates[0] != rates[1])
             elif name.startswith("eval."):
-                line += ": validations before and after do not compare, 'best' is anew"
+                line += (
+                    ": validations before and after do not compare, 'best' and the "
+                    "plateau begin anew"
+                )
             said.append(line)
     return said
+
+
+def plateau(
+    found: optimizers.Plateau, old: ConfigDict, new: ConfigDict
+) -> optimizers.Plateau:
+    """Of a restored state; anew where its best loss was measured with other settings,
+    but for the scale that it has come to."""
+    if old.eval.to_dict() == new.eval.to_dict():
+        return found
+    anew = optimizers.plateau_init()._replace(scale=found.scale)
+    return jax.tree.map(lambda x, was: jax.device_put(x, was.sharding), anew, found)
 
 
 def complete(old: ConfigDict, new: ConfigDict, step: int) -> str:

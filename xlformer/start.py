@@ -6,16 +6,19 @@ the vocabulary. The optimizer, the step and the place in the text are new.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
 from xlformer import models, resume, runs, storage
+from xlformer.data.prepared import Prepared
 from xlformer.errors import UserError
 from xlformer.training import leaves
 from xlformer.training.checkpoints import Checkpoints
@@ -38,8 +41,10 @@ class Source:
     @classmethod
     def parse(cls, name: str, own_workdir) -> Source:
         """'DIR' is DIR:best; a suffix is one only if it is best, latest or a number."""
+        if not name:
+            raise UserError("--init_from= names no directory")
         workdir, colon, which = name.rpartition(":")
-        number = which.isascii() and which.isdigit()
+        number = which.isascii() and which.isdigit() and len(which) < 19
         if not colon or not (number or which in ("best", "latest")):
             workdir, which = name, "best"
         here, own = storage.path(workdir), storage.path(own_workdir)
@@ -53,6 +58,26 @@ class Source:
             )
         return cls(name, workdir, which)
 
+    def config(self) -> ConfigDict:
+        """What the weights were trained with."""
+        with self._named():
+            return runs.read_sealed(self.workdir, self.checkpoint)
+
+    def load(self, mesh: jax.sharding.Mesh) -> runs.Run:
+        with self._named():
+            return runs.load(self.workdir, checkpoint=self.checkpoint, mesh=mesh)
+
+    @contextlib.contextmanager
+    def _named(self):
+        """Errors of reading a run name the flag that this one was given by."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            line, flag = str(error), f"--init_from={self.name}"
+            own = line.removeprefix(f"--workdir={self.workdir}")
+            line = f"{flag}{own}" if own != line else f"{flag}: {line}"
+            raise UserError(line) from error
+
 
 def with_model(
     config: ConfigDict, name: str, workdir, overrides: Sequence[str] = ()
@@ -60,14 +85,13 @@ def with_model(
     """`config` with the model of the weights that --init_from=name means.
 
     In a work directory that has a checkpoint already it is the model of that, since
-    the run goes on from there. overrides 'model.x=v' are applied to it; `weights`
+    the run goes on from there. overrides 'model.x=v' are applied to it; `from_weights`
     refuses those that ask for other shapes.
     """
     checkpoints = Checkpoints(storage.path(workdir) / runs.CHECKPOINTS, read_only=True)
     found = resume.sealed(workdir, checkpoints)
     if found is None:
-        source = Source.parse(name, workdir)
-        found = runs.read_sealed(source.workdir, source.checkpoint)
+        found = Source.parse(name, workdir).config()
     if found.model.name != config.model.name:
         raise UserError(
             f"--init_from={name} holds a {found.model.name}, --config asks for a "
@@ -95,7 +119,7 @@ def from_weights(
     if leaves.layouts(wanted) != leaves.layouts(run.params):
         raise UserError(
             f"--init_from={config.init_from}: its weights have other shapes than "
-            f"{', '.join(_changed(config, run)) or 'config.model'} would give"
+            f"{', '.join(_changed(config, run)) or 'this model'} would give"
         )
 
     def created(key, params):
@@ -107,14 +131,40 @@ def from_weights(
     return created
 
 
-def lines(config: ConfigDict, run: runs.Run) -> list[str]:
+def with_every_word(config: ConfigDict) -> ConfigDict:
+    """`config` for text that is put into the ids of other weights.
+
+    Which of its words they know is theirs to say: a word that stands once in this text
+    may be one, so the text's own vocabulary must not have left it out.
+    """
+    data = config.data
+    for name, value, free in (
+        ("min_count", data.min_count, (0, 1)),
+        ("max_vocab", data.max_vocab, (0,)),
+    ):
+        if value not in free:
+            raise UserError(
+                f"config.data.{name}={value} with --init_from={config.init_from}: the "
+                "vocabulary is that of its weights"
+            )
+    config = ConfigDict(config.to_dict())
+    config.data.min_count = 1
+    config.lock()
+    return config
+
+
+def lines(config: ConfigDict, run: runs.Run, prepared: Prepared) -> list[str]:
     """What a run says that starts from the weights of `run`."""
     averaged = " (their average)" if run.averaged else ""
     first = (
         f"no checkpoint: starting from the parameters of step {run.step} of "
         f"{config.init_from}{averaged}; all else is fresh"
     )
-    return [first, *(f"{x}: not what they saw" for x in _changed(config, run))]
+    said = [first, *(f"{x}: not what they saw" for x in _changed(config, run))]
+    tokens, unknown = prepared.tokens["train"], getattr(run.vocabulary, "unk_id", None)
+    if unknown is not None and (share := np.mean(tokens == unknown)):
+        said.append(f"{share:.1%} of the training tokens are <unk> in its vocabulary")
+    return said
 
 
 def _changed(config: ConfigDict, run: runs.Run) -> list[str]:

@@ -77,6 +77,8 @@ def train(
         if old is not None:
             resume.check(workdir, old, config)
             config = _gone_on(old, config)
+        if config.init_from:
+            config = start.with_every_word(config)
         rows = config.train.batch_size // config.train.micro_batches
         mesh = sharding.make_mesh(config.mesh, rows=rows)
         sharding.check(config, mesh)
@@ -145,8 +147,7 @@ def _source(config, workdir, prepared, mesh, fresh: bool):
         own = vocabularies.load(workdir / runs.VOCABULARY)
         where = f"--workdir={workdir}"
         return None, translation.translated(prepared, own, where=where)
-    found = start.Source.parse(config.init_from, workdir)
-    source = runs.load(found.workdir, checkpoint=found.checkpoint, mesh=mesh)
+    source = start.Source.parse(config.init_from, workdir).load(mesh)
     where = f"--init_from={config.init_from}"
     return source, translation.translated(prepared, source.vocabulary, where=where)
 
@@ -189,8 +190,9 @@ def _main(argv) -> int:
     workdir = storage.path(args.workdir)
     workdirs.refuse_foreign(workdir)
     storage.check_writable(workdir, "--workdir")
-    if args.init_from is not None:
-        config = start.with_model(config, args.init_from, workdir, overrides)
+    init_from = config.init_from if args.init_from is None else args.init_from
+    if args.init_from is not None or init_from:
+        config = start.with_model(config, init_from, workdir, overrides)
     with hosts.leaving_at_once():
         hosts.join(
             args,

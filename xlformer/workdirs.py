@@ -45,8 +45,12 @@ def refuse_foreign(workdir: epath.Path) -> None:
     config = workdir / runs.CONFIG
     if runs.CONFIG in names and _sections(config) >= {"model", "train"}:
         return
-    known = (OWN - {runs.CONFIG}) | {n for n in names if n.startswith(PART)}
-    strange = sorted(names - known)
+    if {runs.CONFIG, runs.CHECKPOINTS} <= names:
+        raise UserError(
+            f"--workdir={workdir}: its {runs.CONFIG} is not one of a run; without it "
+            "the run goes on, its checkpoints have their own config"
+        )
+    strange = sorted(names - (ours - {runs.CONFIG}))
     if strange:
         raise UserError(
             f"--workdir={workdir} is no run and not empty (it has {strange[0]!r}); "

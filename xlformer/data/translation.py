@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from xlformer.data.prepared import Prepared
-from xlformer.data.vocabulary import Vocabulary
+from xlformer.data.vocabulary import Vocabulary, WordVocabulary
 from xlformer.errors import UserError
 
 
@@ -20,14 +20,23 @@ def translated(prepared: Prepared, vocabulary: Vocabulary, *, where: str) -> Pre
     ours = prepared.vocabulary
     if ours.symbols == vocabulary.symbols and ours.unit == vocabulary.unit:
         return prepared
-    if (type(ours), ours.unit) != (type(vocabulary), vocabulary.unit):
+    kinds = [f"{x.unit}{' between spaces' * _spaced(x)}" for x in (vocabulary, ours)]
+    if kinds[0] != kinds[1]:
         raise UserError(
-            f"{where} has a vocabulary of {vocabulary.unit}, config.data gives "
-            f"{ours.unit}"
+            f"{where} has a vocabulary of {kinds[0]}, config.data gives {kinds[1]}"
+        )
+    if ours.unit == "pieces":  # Another tokenizer also cuts the text elsewhere.
+        raise UserError(
+            f"{where} has the pieces of another tokenizer: pass that one's file as "
+            "config.data.tokenizer"
         )
     index = {symbol: i for i, symbol in enumerate(vocabulary.symbols)}
     unknown = getattr(vocabulary, "unk_id", None)
-    table = np.array([index.get(symbol, -1) for symbol in ours.symbols], np.int32)
+    lower = getattr(vocabulary, "lower", False)
+    symbols = [s.lower() for s in ours.symbols] if lower else ours.symbols
+    table = np.array([index.get(symbol, -1) for symbol in symbols], np.int32)
+    if hasattr(ours, "eos_id"):
+        table[ours.eos_id] = vocabulary.eos_id
     missing = np.flatnonzero(table < 0)
     if missing.size and unknown is None:
         used = np.zeros(ours.size, bool)
@@ -44,3 +53,7 @@ def translated(prepared: Prepared, vocabulary: Vocabulary, *, where: str) -> Pre
     table = table.astype(vocabulary.dtype)
     tokens = {split: table[found] for split, found in prepared.tokens.items()}
     return dataclasses.replace(prepared, tokens=tokens, vocabulary=vocabulary)
+
+
+def _spaced(vocabulary: Vocabulary) -> bool:
+    return isinstance(vocabulary, WordVocabulary) and vocabulary.unit == "chars"

@@ -46,8 +46,11 @@ def files(tmp_path_factory):
 @pytest.fixture
 def run(tmp_path, data_directory):
     """A finished run of two steps, with checkpoints 1 and 2, to be damaged."""
-    yield trained_run.copy(data_directory.parent, tmp_path / "run")
+    copied = trained_run.copy(data_directory.parent, tmp_path / "run")
+    gc.freeze()  # or it takes a second: all that was there before
+    yield copied
     gc.collect()  # Not in a test of another file.
+    gc.unfreeze()
 
 
 def call(argv, capsys) -> list[str]:

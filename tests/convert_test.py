@@ -80,7 +80,17 @@ def test_the_golden_cases_are_all_here():
     assert len(CASES) == 10 and len(HF_CASES) == 2
 
 
-@pytest.mark.parametrize("name", CASES)
+# One of each form of attention: what the options compute is told in float64.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attn0_adaptive_div4",
+        "attn0_pre_ln_same_length_clamp",
+        "attn1_learned_relative",
+        "attn2_sinusoid_absolute_no_memory",
+        "attn3_learned_absolute_no_memory",
+    ],
+)
 def test_equals_the_original_in_float32(name):
     _check_case(name, np.float32, 1e-4, 1e-3)
 

@@ -31,7 +31,7 @@ EXTRAS = {
 
 setuptools.setup(
     name="xlformer",
-    version="0.1.0",
+    version="0.2.0",
     description="Language models that remember beyond their context window, in JAX",
     python_requires=">=3.11",
     packages=[

@@ -1,6 +1,12 @@
 """Packaging of xlformer: `pip install -e .`, with extras for each accelerator."""
 
+import pathlib
+import re
+
 import setuptools
+
+PACKAGE = pathlib.Path(__file__).parent / "xlformer" / "__init__.py"
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', PACKAGE.read_text(), re.MULTILINE)
 
 EXTRAS = {
     "cuda12": ["jax[cuda12]>=0.10"],
@@ -31,7 +37,7 @@ EXTRAS = {
 
 setuptools.setup(
     name="xlformer",
-    version="0.2.0",
+    version=VERSION,
     description="Language models that remember beyond their context window, in JAX",
     python_requires=">=3.11",
     packages=[

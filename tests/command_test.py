@@ -12,6 +12,7 @@ import jax
 import pytest
 import trained_run
 
+import xlformer
 from xlformer import __main__ as names
 from xlformer import adopt, command, compiled, evaluate, generate, prepare, train
 from xlformer.errors import UserError, did_you_mean
@@ -285,7 +286,7 @@ def test_usage_says_how_it_was_started(started, usage, monkeypatch):
 
 
 def test_versions(capsys):
-    expected = f"xlformer 0.1.0, jax {jax.__version__}, Python "
+    expected = f"xlformer {xlformer.__version__}, jax {jax.__version__}, Python "
     for argv in (["--version"], ["train", "--version"]):
         try:
             assert names.main(argv) == 0

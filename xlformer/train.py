@@ -131,12 +131,16 @@ def train(
 
 
 def _gone_on(old: ConfigDict, config: ConfigDict) -> ConfigDict:
-    """The config of a run that has begun: where it began is not changed any more."""
+    """The config of a run that has begun: where it began is not changed any more.
+
+    Nor is the least count of a word, where none is given: its default was 1 once.
+    """
     if config.init_from not in ("", old.init_from) and hosts.is_first():
         line = f"the run has begun: --init_from={config.init_from} is not read"
         print(line, file=sys.stderr, flush=True)
     config = ConfigDict(config.to_dict())
     config.init_from = old.init_from
+    config.data.min_count = config.data.min_count or old.data.min_count
     config.lock()
     return config
 

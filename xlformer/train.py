@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import json
 import signal
 import sys
@@ -146,14 +147,16 @@ def _gone_on(old: ConfigDict, config: ConfigDict) -> ConfigDict:
 
 
 def _source(config, workdir, prepared, mesh, fresh: bool):
-    """The run to start from, None if this one has begun; the text in its ids."""
+    """What loads the run to start from, None if this one has begun; the text in its
+    ids."""
     if not fresh:
         own = vocabularies.load(workdir / runs.VOCABULARY)
         where = f"--workdir={workdir}"
         return None, translation.translated(prepared, own, where=where)
-    source = start.Source.parse(config.init_from, workdir).load(mesh)
+    source = start.Source.parse(config.init_from, workdir)
     where = f"--init_from={config.init_from}"
-    return source, translation.translated(prepared, source.vocabulary, where=where)
+    prepared = translation.translated(prepared, source.vocabulary(), where=where)
+    return functools.partial(source.load, mesh), prepared
 
 
 def _signals() -> dict:

@@ -357,6 +357,35 @@ def test_a_carried_state_takes_the_dtype_of_this_machine(tmp_path, caplog):
         reader.restore(lower)
 
 
+def test_doubles_that_jax_would_halve_are_not_called_damaged(tmp_path):
+    state = {"carried": {"m": np.arange(6.0).reshape(2, 3)}}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, config=CONFIG)
+        wanted = {"carried": {"m": jnp.ones((2, 3))}}
+        with pytest.raises(UserError, match="m is float64, .*JAX_ENABLE_X64=1"):
+            checkpoints.restore(wanted)
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        ("JsonCheckpointHandler", PermissionError(13, "Permission denied")),
+        ("PyTreeCheckpointHandler", ValueError("...: Permission denied [source='")),
+    ],
+)
+def test_what_may_not_be_read_is_not_called_damaged(part, error, copied, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise error
+
+    before = sorted(path.name for path in copied.iterdir())
+    with Checkpoints(copied) as checkpoints:
+        monkeypatch.setattr(getattr(integrity.ocp, part), "restore", refuse)
+        with pytest.raises(UserError, match="cannot be read: .*Permission denied"):
+            checkpoints.restore(abstract_state())
+    assert sorted(path.name for path in copied.iterdir()) == before
+
+
 def test_a_checkpoint_of_a_later_release_is_named_and_no_older_one_taken(
     copied, monkeypatch
 ):

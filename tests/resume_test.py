@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from xlformer import config as config_lib
-from xlformer import models, resume
+from xlformer import models, resume, train
 from xlformer.errors import UserError
 from xlformer.fields import FREE, REFUSED, TAKEN
 from xlformer.training import optimizers
@@ -133,6 +133,12 @@ def test_more_steps_say_what_becomes_of_the_rate():
     (line,) = resume.lines(old, new, 1000, 1.0)
     assert line.endswith("config.train.steps=3000, before 1000: the next step's rate "
                          "is 1.75, not 1")  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "taken"), [(0, 1), (3, 3)])
+def test_the_least_count_of_a_word_stays_where_none_is_given(given, taken):
+    old, new = config(**{"data.min_count": 1}), config(**{"data.min_count": given})
+    assert train._gone_on(old, new).data.min_count == taken
 
 
 def test_the_plateau_forgets_a_loss_of_other_settings():

@@ -14,6 +14,7 @@ from xlformer.data.prepared import Prepared
 from xlformer.data.translation import translated
 from xlformer.errors import UserError
 from xlformer.train import main
+from xlformer.training import spikes
 from xlformer.training.checkpoints import Checkpoints
 
 SOURCE = pathlib.Path(__file__).parent / "golden" / "run-0.1.0" / "run"
@@ -44,16 +45,30 @@ def error(capsys, *args):
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_weights_model_and_vocabulary_come_and_all_else_is_new(text, tmp_path, capsys):
+@pytest.fixture
+def spike(monkeypatch):
+    """The first loss is one, before there is a checkpoint to go back to."""
+    seen = iter([spikes.Spike(1, 9.0)])
+
+    def check(*args):
+        for found in seen:
+            raise found
+
+    monkeypatch.setattr(spikes, "check", check)
+
+
+def test_weights_model_and_vocabulary_come_and_all_else_is_new(
+    text, tmp_path, capsys, spike
+):
     workdir = tmp_path / "tuned"
     more = f"--init_from={SOURCE}:latest", "--config.model.dropout=0"
-    assert main(flags(text, workdir, *more)) == 0
+    assert main(flags(text, workdir, *more, "--config.train.spike_factor=2")) == 0
     said = capsys.readouterr().err
+    assert "back to step 0, leaving out segment 0" in said
+    assert said.count("starting from the parameters") == 2
     assert f"the parameters of step 12 of {SOURCE}:latest (their average)" in said
     source, tuned = runs.load(SOURCE), runs.load(workdir)
     assert_same(tuned.params, source.params)
-    # A kill or a spike before the first save goes back to these weights.
-    assert_same(runs.load(workdir, checkpoint="0").params, source.params)
     assert tuned.vocabulary.symbols == source.vocabulary.symbols
     assert tuned.config.model.d_inner == source.config.model.d_inner == 16
     assert (source.config.model.dropout, tuned.config.model.dropout) == (0.1, 0.0)

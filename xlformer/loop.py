@@ -41,7 +41,9 @@ class Loop:
         self.config, self.workdir, self.model = config, workdir, model
         self.prepared, self.mesh = prepared, mesh
         self.stop, self.interrupt = stop, interrupt
-        self.source = source  # a runs.Run whose weights a fresh state starts with
+        self.source = (
+            source  # loads a runs.Run, whose weights a fresh state starts with
+        )
         self.optimizer = optimizers.build(config.optimizer)
         schedule = optimizers.learning_rate(config.optimizer, train.steps)
         self.rows = sharding.Rows(mesh, train.batch_size)
@@ -73,7 +75,6 @@ class Loop:
         with Checkpoints(
             self.workdir / runs.CHECKPOINTS, keep=self.config.train.keep
         ) as self.checkpoints:
-            resumed = bool(self.checkpoints.steps())
             with self._phase("restoring"):
                 self.state, self.step = self._state()
             self.writer.rewind(self.step)
@@ -87,13 +88,11 @@ class Loop:
             if hosts.is_first():
                 workdirs.describe(self.workdir, self.config, self.prepared)
             self._introduce()
-            if resumed:
+            if self.step:
                 self._say(f"resuming from the checkpoint of step {self.step}")
                 scale = float(self.state.plateau.scale)
                 for line in resume.lines(self.sealed, self.config, self.step, scale):
                     self._say(line)
-            elif self.config.init_from:
-                self._save()  # For a kill or a spike: the source may change.
             with self._phase("compiling"):
                 self.validation.compile(self._scored())
                 if self.step < total:
@@ -139,11 +138,11 @@ class Loop:
         if self.source is None:
             self._say("no checkpoint: starting from fresh parameters")
             return jax.jit(create, out_shardings=self.placed)(key)
-        create = start.from_weights(create, self.config, self.model, self.source)
-        for line in start.lines(self.config, self.source, self.prepared):
+        run = self.source()  # Again after a spike before the first save.
+        create = start.from_weights(create, self.config, self.model, run)
+        for line in start.lines(self.config, run, self.prepared):
             self._say(line)
-        params, self.source = self.source.params, None  # as many bytes again
-        return jax.jit(create, out_shardings=self.placed)(key, params)
+        return jax.jit(create, out_shardings=self.placed)(key, run.params)
 
     def _save(self, metric=None, *, replace=False):
         with self._phase("saving"):

@@ -128,6 +128,12 @@ def read_sealed(workdir, checkpoint: str = "best") -> ConfigDict:
     return _sealed(workdir, checkpoints, _step(checkpoints, checkpoint), latest)
 
 
+def read_vocabulary(workdir, checkpoint: str = "best") -> Vocabulary:
+    """That of a run, without its weights; see `load`."""
+    config = read_sealed(workdir, checkpoint)
+    return _vocabulary(storage.path(workdir), config)
+
+
 def _sealed(workdir, checkpoints, step, latest: ConfigDict) -> ConfigDict:
     """What the weights of a step were trained with, whatever config.json says now.
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from xlformer import config as config_lib
 from xlformer import models, resume, runs, storage
 from xlformer.data.prepared import Prepared
+from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError
 from xlformer.training import leaves
 from xlformer.training.checkpoints import Checkpoints
@@ -62,6 +63,11 @@ class Source:
         """What the weights were trained with."""
         with self._named():
             return runs.read_sealed(self.workdir, self.checkpoint)
+
+    def vocabulary(self) -> Vocabulary:
+        """What their ids mean."""
+        with self._named():
+            return runs.read_vocabulary(self.workdir, self.checkpoint)
 
     def load(self, mesh: jax.sharding.Mesh) -> runs.Run:
         with self._named():

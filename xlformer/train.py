@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import json
 import signal
 import sys
@@ -131,25 +132,31 @@ def train(
 
 
 def _gone_on(old: ConfigDict, config: ConfigDict) -> ConfigDict:
-    """The config of a run that has begun: where it began is not changed any more."""
+    """The config of a run that has begun: where it began is not changed any more.
+
+    Nor is the least count of a word, where none is given: its default was 1 once.
+    """
     if config.init_from not in ("", old.init_from) and hosts.is_first():
         line = f"the run has begun: --init_from={config.init_from} is not read"
         print(line, file=sys.stderr, flush=True)
     config = ConfigDict(config.to_dict())
     config.init_from = old.init_from
+    config.data.min_count = config.data.min_count or old.data.min_count
     config.lock()
     return config
 
 
 def _source(config, workdir, prepared, mesh, fresh: bool):
-    """The run to start from, None if this one has begun; the text in its ids."""
+    """What loads the run to start from, None if this one has begun; the text in its
+    ids."""
     if not fresh:
         own = vocabularies.load(workdir / runs.VOCABULARY)
         where = f"--workdir={workdir}"
         return None, translation.translated(prepared, own, where=where)
-    source = start.Source.parse(config.init_from, workdir).load(mesh)
+    source = start.Source.parse(config.init_from, workdir)
     where = f"--init_from={config.init_from}"
-    return source, translation.translated(prepared, source.vocabulary, where=where)
+    prepared = translation.translated(prepared, source.vocabulary(), where=where)
+    return functools.partial(source.load, mesh), prepared
 
 
 def _signals() -> dict:

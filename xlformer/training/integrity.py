@@ -92,7 +92,7 @@ def read_state(directory: epath.Path, sealed: Mapping, abstract, *, whole: bool)
     something else.
     """
     target = leaves.flatten(abstract)
-    wanted = _as_stored(target, sealed["layouts"])
+    wanted = _as_stored(directory, target, sealed["layouts"])
     _check_layouts(directory, wanted, sealed["layouts"])
     extra = sorted(set(sealed["layouts"]) - set(wanted)) if whole else []
     if extra:
@@ -106,6 +106,7 @@ def read_state(directory: epath.Path, sealed: Mapping, abstract, *, whole: bool)
         values = leaves.flatten(_read_arrays(directory, leaves.nest(stored)))
         sums = leaves.digests(values)
     except Exception as error:
+        _refuse_forbidden(directory, error)
         raise Corrupt(f"state: {reason(error)}") from error
     for path in stored:
         if sums[path] != sealed["leaves"].get(path):
@@ -117,12 +118,17 @@ def read_state(directory: epath.Path, sealed: Mapping, abstract, *, whole: bool)
     return jax.tree.unflatten(jax.tree.structure(abstract), restored)
 
 
-def _as_stored(wanted: Mapping, stored: Mapping) -> dict:
+def _as_stored(directory, wanted: Mapping, stored: Mapping) -> dict:
     """`wanted` with floats of the carried state in the dtype of the checkpoint."""
     found = {}
     for path, x in wanted.items():
         dtype = str(stored.get(path, "")).partition("[")[0]
         known = path.startswith(CARRIED) and {dtype, str(x.dtype)} <= FLOATS
+        if known and dtype == "float64" and not jax.config.jax_enable_x64:
+            raise UserError(
+                f"{directory}: {path} is {dtype}, which JAX reads only with "
+                "JAX_ENABLE_X64=1 in the environment"
+            )
         if known and dtype != str(x.dtype):
             _log.warning(
                 "%s was %s when it was saved, here it is %s", path, dtype, x.dtype
@@ -169,7 +175,17 @@ def _read_json(path: epath.Path):
     try:
         return ocp.JsonCheckpointHandler().restore(path)
     except Exception as error:
+        _refuse_forbidden(path, error)
         raise Corrupt(f"{path.name}: {reason(error)}") from error
+
+
+def _refuse_forbidden(path: epath.Path, error: Exception) -> None:
+    """What another user's rights hide is not damaged: no older step is taken for it.
+
+    tensorstore says so in a ValueError.
+    """
+    if isinstance(error, PermissionError) or "Permission denied" in str(error):
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
 
 
 def _crc(item) -> int:

@@ -334,6 +334,8 @@ def test_best_is_among_those_that_were_measured_alike(tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         save(checkpoints, 5, 2.0, split="train", cutoffs=(1, 2))
         assert checkpoints.best() == 1
+    # Who changes the settings back finds what was best by them.
+    assert Checkpoints(tmp_path, read_only=True).steps() == [1, 3, 5]
 
 
 def test_a_carried_state_takes_the_dtype_of_this_machine(tmp_path, caplog):

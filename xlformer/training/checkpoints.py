@@ -48,7 +48,8 @@ class Checkpoints:
 
     Keeps the `keep` latest steps and, besides, the best: the one whose metric is lowest
     among those that were measured as the newest was, with the same section `eval` of
-    their config. One process (or one job) writes; any number read with read_only=True.
+    their config. The best of earlier settings is kept too. One process (or one job)
+    writes; any number read with read_only=True.
     """
 
     def __init__(self, directory, *, keep: int = 2, read_only: bool = False):
@@ -66,7 +67,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True,  # of a process that died while saving
-            preservation_policy=_LatestAndBest(self._keep, self._best_of),
+            preservation_policy=_LatestAndBest(self._keep, self._bests),
             async_options=ocp.options.AsyncOptions(barrier_sync_fn=_barrier()),
         )
         try:
@@ -107,10 +108,12 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the lowest metric that compares, None if no step has one."""
-        return self._best_of(self.steps())
+        return next(iter(self._bests(self.steps())), None)
 
-    def _best_of(self, steps) -> int | None:
-        """Not Orbax's BestN: it reads metrics at start-up, where one damaged file of
+    def _bests(self, steps) -> list[int]:
+        """The best step of each way of measuring, that of the newest metric first.
+
+        Not Orbax's BestN: it reads metrics at start-up, where one damaged file of
         metrics would make every checkpoint unreachable."""
         for step in set(steps) - set(self._metrics):
             try:
@@ -118,12 +121,12 @@ class Checkpoints:
             except Exception as error:
                 _log.warning("step %d: its metric is unreadable: %s", step, error)
                 self._metrics[step] = None
-        known = {s: self._metrics[s] for s in steps if self._metrics[s] is not None}
-        if not known:
-            return None
-        _, how = known[max(known)]
-        equal = {s: metric for s, (metric, was) in known.items() if was == how}
-        return min(equal, key=lambda s: (equal[s], s))
+        found = {}
+        for step in sorted(steps, reverse=True):
+            if self._metrics[step] is not None:
+                metric, how = self._metrics[step]
+                found.setdefault(how, []).append((metric, step))
+        return [min(of_one)[1] for of_one in found.values()]
 
     def _measured(self, step: int) -> tuple[float, Any] | None:
         sealed = read_seal(self._path(step))
@@ -347,15 +350,15 @@ def _barrier():
 
 
 class _LatestAndBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the latest steps and the best; a step without a metric only as latest."""
+    """The latest steps and the best ones; a step without a metric only as latest."""
 
-    def __init__(self, latest: int, best_of):
-        self._latest, self._best_of = latest, best_of
+    def __init__(self, latest: int, bests):
+        self._latest, self._bests = latest, bests
 
     def should_preserve(self, checkpoints, *, context):
         del context
         steps = [c.step for c in checkpoints]
-        kept = {*steps[-self._latest :], self._best_of(steps)}
+        kept = {*steps[-self._latest :], *self._bests(steps)}
         return [s in kept for s in steps]
 
 

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_runs import SYMBOLS, bag, final_state, quick_jit, text_config, write_text
 
 from xlformer import config as config_lib
 from xlformer import models, resume, train
@@ -150,6 +151,20 @@ def test_the_plateau_forgets_a_loss_of_other_settings():
     anew = resume.plateau(found, config(), config(**{"eval.max_tokens": 5}))
     assert (float(anew.best), int(anew.bad_count)) == (np.inf, 0)
     assert float(anew.scale) == 0.25
+
+
+def test_a_run_with_another_validation_begins_its_plateau_anew(tmp_path):
+    found = text_config(write_text(tmp_path / "text.txt"), steps=1)
+    found.optimizer.learning_rate = 0.0
+    model, losses = bag(vocab_size=SYMBOLS), []
+    for steps, tokens in ((1, 17), (2, 61)):
+        found.train.steps, found.eval.max_tokens = steps, tokens
+        with quick_jit():
+            result = train.train(found, tmp_path / "run", model)
+        losses.append(result["eval/nats_per_token"])
+    assert losses[1] > losses[0]
+    _, state, _ = final_state(tmp_path / "run", found, model)
+    np.testing.assert_allclose(state.plateau.best, losses[1], rtol=1e-6)
 
 
 def test_a_rate_that_stays_is_said_once():

@@ -12,6 +12,7 @@ from xlformer import models, runs, start
 from xlformer.data.counting import count_bytes, count_chars, count_words
 from xlformer.data.prepared import Prepared
 from xlformer.data.translation import translated
+from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError
 from xlformer.train import main
 from xlformer.training import spikes
@@ -206,6 +207,10 @@ def test_other_symbols_are_refused():
         translated(prepared(here, "ab"), count_bytes([b"ab"]), where="DIR")
     with pytest.raises(UserError, match="2 chars without 1 .*: 'b'"):
         translated(prepared(here, "ab"), count_chars([b"ax"]), where="DIR")
+    pieces = [Vocabulary(symbols, [1, 1], "pieces") for symbols in ("ab", "ba")]
+    tokens = Prepared({"train": np.zeros(3, np.int32)}, {}, pieces[0], {}, None)
+    with pytest.raises(UserError, match="DIR has the pieces of another tokenizer"):
+        translated(tokens, pieces[1], where="DIR")
     spaced = count_words([b"a b\n"], unit="chars")
     with pytest.raises(UserError, match="of chars between spaces, config.data gives"):
         translated(prepared(count_chars([b"a"]), "a"), spaced, where="DIR")

@@ -79,6 +79,8 @@ def test_npz_evaluates_and_generates_at_once(tmp_path, vocab, text, capsys):
     flags = (f"--vocab={vocab(SYMBOLS[60])}", f"--probe={text}")
     assert main(NPZ, workdir, *flags) == 0
     captured = capsys.readouterr()
+    # Which words there are is said by the weights: each word of a text is looked up.
+    assert runs.read_config(workdir).data.min_count == 1
     assert captured.out.startswith("probe: ") and '"vocab_size": 60' in captured.out
     # Random weights on random characters are worse than frequencies alone.
     assert "warning: the loss" in captured.err and "vocabulary order" in captured.err

@@ -18,6 +18,7 @@ from training_runs import (
 from xlformer import models
 from xlformer.data.stream import Stream
 from xlformer.training import optimizers, state, steps
+from xlformer.training.gradients import make_gradients
 
 TOKENS = np.random.default_rng(3).integers(0, 13, 601).astype(np.uint8)
 
@@ -108,6 +109,19 @@ def test_micro_batches_with_a_memory_each_are_the_whole_batch(make):
         np.testing.assert_allclose(
             one["train/loss_nats"], other["train/loss_nats"], rtol=1e-6
         )
+
+
+def test_micro_batches_without_memory_keep_its_shape():
+    def loss_fn(params, carried, batch, rngs):
+        del rngs
+        return (params * batch["inputs_BT"]).mean(), (carried, {})
+
+    gradients = make_gradients(
+        loss_fn, micro_batches=3, state_axes=("layers", "batch", "memory")
+    )
+    carried, batch = jnp.zeros((2, 6, 0)), {"inputs_BT": jnp.arange(6.0)[:, None]}
+    found, (after, _) = gradients(jnp.float32(7), carried, batch, jax.random.key(0))
+    assert found == 2.5 and after.shape == carried.shape
 
 
 @pytest.mark.parametrize("make", [bag, transformer], ids=["bag", "transformer"])

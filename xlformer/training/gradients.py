@@ -91,7 +91,8 @@ def _over_micro_batches(one, params, carried, split, axes, n):
 
     def join(x, axis):
         x = jnp.moveaxis(x, 0, axis + 1)
-        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+        rows = x.shape[axis] * n  # not -1: without memory there is no element
+        return x.reshape(*x.shape[:axis], rows, *x.shape[axis + 2 :])
 
     batch_axes = batch_axis(carried, axes)
     scalars = {k: x for k, x in split["batch"].items() if not jnp.ndim(x)}

@@ -231,7 +231,6 @@ def test_memory_that_no_machine_has(refused, base):
     assert "memory_length=10000000000000 must be" in refused(evaluate.main, *flags)
 
 
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -78,7 +78,10 @@ def test_what_is_no_start(text, tmp_path, capsys, monkeypatch):
     line = error(capsys, text, workdir, f"--init_from={SOURCE}:3")
     assert "there is no checkpoint of step 3; there are steps 12" in line
     line = error(capsys, text, workdir, f"--init_from={tmp_path}")
-    assert "holds no run" in line
+    assert f"--init_from={tmp_path} holds no run" in line
+    line = error(capsys, text, workdir, f"--init_from={SOURCE}:beste")
+    assert f"; after {SOURCE}: stands best, latest or a step, not 'beste'" in line
+    assert "names no directory" in error(capsys, text, workdir, "--init_from=")
     text.write_text(LINE * 40 + "ÿ" * 40)
     line = error(capsys, text, workdir, f"--init_from={SOURCE}")
     assert "20 chars without 1 of those in the text of config.data: 'ÿ'" in line

@@ -42,6 +42,8 @@ class Source:
         number = which.isascii() and which.isdigit()
         if not colon or not (number or which in ("best", "latest")):
             workdir, which = name, "best"
+        if not workdir:
+            raise UserError(f"--init_from={name} names no directory")
         here, own = storage.path(workdir), storage.path(own_workdir)
         same = os.fspath(here) == os.fspath(own)
         if not same and not storage.is_remote(here) and not storage.is_remote(own):
@@ -52,6 +54,19 @@ class Source:
                 "on; to start anew from its weights name another --workdir"
             )
         return cls(name, workdir, which)
+
+    def check(self) -> None:
+        """Raises UserError where there is no run, in the words of --init_from."""
+        if (storage.path(self.workdir) / runs.CONFIG).exists():
+            return
+        workdir, _, which = self.name.rpartition(":")
+        advice = ""
+        if workdir and (storage.path(workdir) / runs.CONFIG).exists():
+            advice = f"; after {workdir}: stands best, latest or a step, not {which!r}"
+        raise UserError(
+            f"--init_from={self.name} holds no run: there is no {runs.CONFIG} in it"
+            f"{advice}"
+        )
 
 
 def with_model(
@@ -67,6 +82,7 @@ def with_model(
     found = resume.sealed(workdir, checkpoints)
     if found is None:
         source = Source.parse(name, workdir)
+        source.check()
         found = runs.read_sealed(source.workdir, source.checkpoint)
     if found.model.name != config.model.name:
         raise UserError(

@@ -34,6 +34,19 @@ def test_flags_and_overrides_are_told_apart():
     assert overrides == ["train.steps=7", "seed=2"]
 
 
+def test_a_typo_in_a_required_flag_is_named_as_one():
+    expected = "unknown argument '--wrkdir=a', did you mean '--workdir'"
+    with pytest.raises(UserError, match=expected):
+        _parser().parse(["--wrkdir=a"])
+
+
+def test_a_path_that_is_not_utf_8_is_refused():
+    parser = command.Parser(prog="x")
+    parser.add_argument("--workdir", type=command.place)
+    with pytest.raises(UserError, match=r"the path is not UTF-8: b'a\\xff'"):
+        parser.parse([f"--workdir={os.fsdecode(bytes([97, 255]))}"])
+
+
 def test_an_override_may_have_a_space_as_any_flag_may():
     argv = ["--config.train.steps", "7", "--workdir", "a", "--config.b.c", "-1"]
     args, overrides = _parser().parse_with_overrides(argv)

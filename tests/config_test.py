@@ -61,6 +61,7 @@ def test_text_field_takes_anything():
         ("optimizer.learning_rate=high", "expected float"),
         ("train=3", "--config.train is a section; name one of its fields"),
         ("train.steps", "--config.train.steps needs a value"),
+        ("train.steps.x=1", "config.train.steps has no field 'x'"),
     ],
 )
 def test_bad_override(override, expected):
@@ -99,6 +100,17 @@ def test_config_from_a_file(tmp_path):
     assert found.model.n_layer == 2 and found.name == "mine"
     path.write_text("x = 1\n")
     assert "no get_config" in message(config.load, str(path))
+    path.write_text("def get_config():\n    return {'seed': 1}\n")
+    assert "get_config returns no ConfigDict" in message(config.load, str(path))
+    path.write_text(
+        "from xlformer.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config('transformer_xl')\n"
+        "    config.train.step = 7  # would train as if it were not there\n"
+        "    return config\n"
+    )
+    text = message(config.load, str(path))
+    assert "mine.py: config.train has no field 'step', did you mean 'steps'?" in text
 
 
 def test_unknown_model_field():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import trained_run
 
+import xlformer
 from xlformer import config as config_lib
 from xlformer import evaluate, runs, scored_text, scoring, sharding
 from xlformer.data.vocabulary import CharVocabulary, WordVocabulary
@@ -58,6 +59,7 @@ def test_card_says_everything_as_table_and_json(workdir, capsys):
     *table, line = capsys.readouterr().out.splitlines()
     found = json.loads(line)
     assert set(found) - {"warning"} == FIELDS
+    assert found["xlformer"] == xlformer.__version__  # of what ran, if not installed
     stored = (workdir / "evaluation-test.json").read_text()
     assert json.loads(stored) == found
     assert (workdir / "evaluation-test.txt").read_text() == "\n".join(table) + "\n"

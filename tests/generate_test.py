@@ -407,16 +407,17 @@ def test_command_ends_rows_before_stop_texts(capsys, base):
 
 
 def type_lines(monkeypatch, text):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    typed = io.BytesIO(text.encode(errors="surrogateescape"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="ascii"))
 
 
 def test_command_talks_with_one_memory(capsys, base, monkeypatch):
     workdir, flags = trained_run.trained(base), ("--temperature=0", "--num_tokens=21")
-    type_lines(monkeypatch, "\nthe na\nvu: ☃\n17\r\n\n")
+    type_lines(monkeypatch, "\nthe na\nvu: ☃\n\udcff\n17\r\n\n")
     code, out, err = main(capsys, workdir, "--interactive", *flags)
     *answers, end = _answers(out, 21)
     assert code == 0 and end == ""
-    assert "type a beginning" in err and "'☃'" in err
+    assert "type a beginning" in err and "'☃'" in err and r"'\udcff'" in err
     path = ""
     for said, answer in zip(("the na", "17", ""), answers, strict=False):
         path += said

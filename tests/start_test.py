@@ -99,6 +99,8 @@ def test_what_is_no_start(text, tmp_path, capsys, monkeypatch):
     assert f"error: --init_from={tmp_path} holds no run" in line
     line = error(capsys, text, workdir, "--init_from=")
     assert "--init_from= names no directory" in line
+    line = error(capsys, text, workdir, f"--init_from={SOURCE}:beste")
+    assert f"after {SOURCE}: stands best, latest or a step, not 'beste'" in line
     (tmp_path / runs.CONFIG).write_text("{")  # The other spelling of the flag.
     line = error(capsys, text, workdir, f"--config.init_from={tmp_path}")
     assert f"error: --init_from={tmp_path}: config.json is not a resolved" in line

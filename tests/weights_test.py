@@ -251,7 +251,7 @@ def test_state_that_does_not_fit(changes, message):
         ({"dropout": "x"}, "config.model.dropout='x'"),
         ({"attn_type": 7}, "config.model.attn_type=7"),
         ({"n_layer": 10**9}, "lacks 'layers.3."),  # before any memory is asked for
-        ({"n_token": 10**15}, "the hparams say"),
+        ({"n_token": 2**31 - 1}, "the hparams say"),
         ({"d_inner": 10**15}, "config.model.d_inner=1000000000000000"),
         ({"n_head": 0}, "n_head=0 must be at least 1"),
     ],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
+from xlformer import streams
 from xlformer.errors import UserError, did_you_mean
 
 COMMANDS = {
@@ -22,22 +25,31 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code of the one that is named first in argv."""
+    streams.stand_in()
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in COMMANDS:
         module, _ = COMMANDS[name]
-        return importlib.import_module(f"xlformer.{module}").main(rest)
+        try:
+            command = importlib.import_module(f"xlformer.{module}")
+        except KeyboardInterrupt:  # It takes a second: jax.
+            print("interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
+        return command.main(rest)
     if name in ("-h", "--help", "help"):
-        print(usage())
-        return 0
+        return _said(usage())
     if name == "--version":
-        from xlformer import command  # it takes half a second: jax
-
-        print(command.version())
-        return 0
+        return _said(importlib.import_module("xlformer.command").version())
     known = COMMANDS if name[:1] != "-" else ("--help", "--version")
     error = UserError(f"unknown command {name!r}{did_you_mean(name, known)}")
     print(f"error: {error}", file=sys.stderr)
     return 2
+
+
+def _said(text: str) -> int:
+    with contextlib.suppress(OSError):  # `... | head` has read what it wanted.
+        print(text)
+    streams.drop_stdout()
+    return 0
 
 
 def usage() -> str:

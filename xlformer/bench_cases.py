@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xlformer import continuation as generation
 from xlformer import flops, models, rehearsal, runs, scoring, sharding
-from xlformer import generate as generation
 from xlformer.kernels import pallas_tpu, pallas_tpu_case
 from xlformer.kernels.relative_attention import choose
 from xlformer.layers.attention import LEARNED_RELATIVE, RELATIVE

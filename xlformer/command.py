@@ -10,11 +10,11 @@ import pathlib
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 
-from xlformer import __version__, storage
+from xlformer import __version__, storage, streams
 from xlformer.errors import UserError, did_you_mean
 
 USER_ERROR_EXIT_CODE = 2
@@ -31,8 +31,13 @@ class Parser(argparse.ArgumentParser):
     Flags are never abbreviated: a typo must not pick a flag.
     """
 
-    def __init__(self, *, prog: str, **kwargs):
-        super().__init__(allow_abbrev=False, prog=_as_started(prog), **kwargs)
+    def __init__(self, *, prog: str, description: str | None = None):
+        super().__init__(
+            allow_abbrev=False,
+            prog=_as_started(prog),
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # examples have lines
+        )
         self.add_argument(
             "--version",
             action="version",
@@ -48,14 +53,19 @@ class Parser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parses argv; returns the flags and the `--config.a.b=v` items as 'a.b=v'."""
         argv = list(_joined(sys.argv[1:] if argv is None else argv))
+        # First, because a typo in a flag that is required reads as if it were missing.
+        self._refuse_unknown(item for item in argv if item.startswith("--"))
         args, rest = self.parse_known_args(argv)
-        overrides = [r[len(OVERRIDE) :] for r in rest if r.startswith(OVERRIDE)]
+        self._refuse_unknown(rest)
+        return args, [item[len(OVERRIDE) :] for item in rest]
+
+    def _refuse_unknown(self, items: Iterable[str]) -> None:
         flags = [name for action in self._actions for name in action.option_strings]
-        for item in rest:
-            if not item.startswith(OVERRIDE):
-                near = did_you_mean(item.split("=")[0], flags)
+        for item in items:
+            name = item.partition("=")[0]
+            if name not in flags and not item.startswith(OVERRIDE):
+                near = did_you_mean(name, flags)
                 raise UserError(f"unknown argument {item!r}{near}")
-        return args, overrides
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parses argv; an unknown flag is an error that names the nearest known one."""
@@ -98,11 +108,12 @@ def version() -> str:
 
 def run(main: Callable[[Sequence[str] | None], int], argv=None) -> int:
     """Calls main(argv); an error that is the user's becomes one line, exit code 2."""
+    streams.stand_in()
     if hasattr(sys.stdout, "reconfigure"):
         # A terminal that lacks a character shows '?'.
         sys.stdout.reconfigure(errors="replace")
     try:
-        return main(argv)
+        return _written(main, argv)
     except UserError as error:
         message = str(error)
     except MemoryError as error:
@@ -119,20 +130,38 @@ def run(main: Callable[[Sequence[str] | None], int], argv=None) -> int:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `... | head` has read what it wanted.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.drop_stdout()
         return 0
     except OSError as error:
         if error.errno not in OF_FILES:
             raise
         message = _of_files(error, sys.argv[1:] if argv is None else argv)
+        if streams.drop_stdout():
+            message = f"standard output: {message}"
     print(f"error: {message}", file=sys.stderr)
     return USER_ERROR_EXIT_CODE
+
+
+def _written(main: Callable[[Sequence[str] | None], int], argv) -> int:
+    """Calls main(argv); what it printed is written before the exit code is known."""
+    try:
+        code = main(argv)
+    except SystemExit:  # --help
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return code
 
 
 def place(text: str) -> str:
     """A path as a flag has it; for add_argument's type."""
     if not text:  # an unset variable of a script, not the directory it runs in
         raise argparse.ArgumentTypeError("the path is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Orbax cannot name such a directory.
+        line = f"the path is not UTF-8: {os.fsencode(text)!r}"
+        raise argparse.ArgumentTypeError(line) from None
     return os.fspath(storage.path(text))
 
 

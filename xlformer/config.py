@@ -117,8 +117,14 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     get_config = module(name).get_config
     known = list(inspect.signature(get_config).parameters.values())
     config = get_config(**parse_argument(argument, {p.name: p.default for p in known}))
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"--config={name}: get_config returns no ConfigDict, as default_config "
+            f"makes it, but {type(config).__name__}"
+        )
+    # A field that does not exist, misspelt in a file of one's own, would do nothing.
+    config = from_dict(to_dict(config), where=f"--config={name}")
     config.name = config.name or pathlib.Path(name).stem
-    config.lock()
     for override in overrides:
         field, equals, text = override.partition("=")
         if not equals:
@@ -167,8 +173,7 @@ def set_field(config: ConfigDict, field: str, text: str) -> None:
     for depth, part in enumerate(parts):
         if not isinstance(node, ConfigDict) or part not in node:
             where = ".".join(["config", *parts[:depth]])
-            known = list(node) if isinstance(node, ConfigDict) else []
-            near = did_you_mean(part, known)
+            near = did_you_mean(part, node) if isinstance(node, ConfigDict) else ""
             raise UserError(f"--config.{field}: {where} has no field {part!r}{near}")
         if depth < len(parts) - 1:
             node = node[part]

@@ -15,6 +15,7 @@ import time
 import jax
 
 from xlformer import (
+    __version__,
     cards,
     command,
     compiled,
@@ -29,7 +30,7 @@ from xlformer.data.local import is_read_once
 from xlformer.errors import UserError
 from xlformer.progress import Progress
 
-SOFTWARE = ("xlformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+SOFTWARE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def evaluate(
@@ -149,6 +150,7 @@ def _machine(mesh) -> dict:
     return {
         "device": f"{device.device_kind} x{mesh.size}",
         "python": platform.python_version(),
+        "xlformer": __version__,  # What runs; an old checkout may be what is installed.
         **{name: _version(name) for name in SOFTWARE},
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -23,6 +23,8 @@ def talk(continuation, vocabulary, *, num_tokens: int, stops=(), first="") -> No
       stops: texts that end an answer.
       first: a prompt that comes before those of standard input.
     """
+    if hasattr(sys.stdin, "reconfigure"):  # As text files are, whatever the locale is.
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     before: list[int] = []  # generated, and not yet read
     try:
         for line in _lines(first):

@@ -42,12 +42,17 @@ class Source:
     @classmethod
     def parse(cls, name: str, own_workdir) -> Source:
         """'DIR' is DIR:best; a suffix is one only if it is best, latest or a number."""
-        if not name:
-            raise UserError("--init_from= names no directory")
         workdir, colon, which = name.rpartition(":")
         number = which.isascii() and which.isdigit() and len(which) < 19
         if not colon or not (number or which in ("best", "latest")):
+            if workdir and (storage.path(workdir) / runs.CONFIG).exists():
+                raise UserError(
+                    f"--init_from={name}: after {workdir}: stands best, latest or a "
+                    f"step, not {which!r}"
+                )
             workdir, which = name, "best"
+        if not workdir:
+            raise UserError(f"--init_from={name} names no directory")
         here, own = storage.path(workdir), storage.path(own_workdir)
         same = os.fspath(here) == os.fspath(own)
         if not same and not storage.is_remote(here) and not storage.is_remote(own):

@@ -94,7 +94,7 @@ def read_text(vocabulary: Vocabulary, path) -> bytes:
     try:
         data = local.read_once(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot read the text: {error}") from None
+        raise UserError(f"{path}: cannot read the text: {error.strerror}") from None
     data = local.plain_text(data, vocabulary.unit, str(path))
     if not data:
         raise UserError(f"{path}: the text is empty")

@@ -1,0 +1,32 @@
+"""Standard streams that are closed, full, or no longer read. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def stand_in() -> None:
+    """Puts the null device where a standard stream is closed (`2>&-`).
+
+    The next file that is opened would get its number: what libraries write to standard
+    error would then go into a checkpoint.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def drop_stdout() -> bool:
+    """Gives up what standard output does not take; says whether there was anything.
+
+    Python would try again at its exit, complain, and end with code 120.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+        return True
+    return False

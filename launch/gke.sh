@@ -105,7 +105,8 @@ apply() {
     local jobset
     jobset=$(fill) || exit 2
     [[ -z $DRY ]] || printf '%s\n' "$jobset"
-    printf '%s\n' "$jobset" | kube apply -f -
+    # No pipe: a dry run reads nothing, and printf would die of it.
+    kube apply -f - <<<"$jobset"
 }
 
 # Prints the output of host 0, of one pod after the other, until the JobSet has ended.

@@ -163,7 +163,22 @@ def corpora():
     }
 
 
-@pytest.mark.parametrize("name", config_lib.names())
+# Whose small form is that of another config, but for the text and the rates.
+ALIKE = {
+    "text8_base": "enwik8_base",
+    "text8_large": "enwik8_large",
+    "lm1b_base_paper": "lm1b_base",
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_these_configs_are_small_alike(name):
+    pair = [config_lib.load(f"{n}:debug").to_dict() for n in (name, ALIKE[name])]
+    for section in ("model", "train", "eval", "mesh"):
+        assert pair[0][section] == pair[1][section]
+
+
+@pytest.mark.parametrize("name", sorted(set(config_lib.names()) - set(ALIKE)))
 def test_every_config_trains_two_steps(name, corpora, tmp_path, monkeypatch):
     config = config_lib.load(f"{name}:debug")
     config.model.scan_layers, config.mesh.data = True, 1  # compiles faster

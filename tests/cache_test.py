@@ -170,6 +170,25 @@ def test_the_trunk_takes_it():
         np.testing.assert_allclose(y_BTD, expected, atol=1e-4)
 
 
+def test_what_a_reset_hides_may_be_nan():
+    """In the segment's own part and in the slots, which later queries do not see."""
+    model, params = build()
+    x_BTD = np.random.default_rng(7).normal(size=(B, T, 8)).astype(np.float32)
+    nan_BTD, resets_BT = x_BTD.copy(), np.zeros((2, B, T), bool)
+    nan_BTD[0, :3], resets_BT[0, 0, 3] = np.nan, True
+    nan_BTD[1, 4], resets_BT[1, 1, 2] = np.nan, True
+    run = jit(lambda x, state, r: model.trunk.apply(params, x, state, resets_BT=r))
+    plain = model.init_state(B)
+    cached = model.to_cache(params, plain, segment_length=T)
+    lost = np.zeros((2, B, T), bool)
+    lost[0, 0, :3] = lost[0, 1, 4] = lost[1, 1, :2] = True
+    for k, part_BTD in enumerate((nan_BTD, x_BTD)):
+        expected, plain = run(part_BTD, plain, resets_BT[k])
+        found, cached = run(part_BTD, cached, resets_BT[k])
+        np.testing.assert_array_equal(np.isnan(found).any(axis=-1), lost[k])
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 # What it refuses ----------------------------------------------------------------------
 
 

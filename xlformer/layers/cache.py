@@ -50,17 +50,19 @@ class Cache(NamedTuple):
         """For Attention: keeps the last M keys and values of [memory; x[:end]]."""
         del carried, index
         keys_BHMK, values_BHMK, r_SHK = scanned
-        seen = keys_BHMK, values_BHMK
-        if key_start_BT is not None:  # What no query sees may be NaN: see memory.py.
-            M = keys_BHMK.shape[2]
-            hidden_BM = jnp.arange(M)[None] < key_start_BT[:, :1]
-            hidden_BHMK = hidden_BM[:, None, :, None]
-            seen = tuple(jnp.where(hidden_BHMK, 0, x) for x in seen)
 
         def attend(qu_BTHK, qw_BTHK, k_BTHK, v_BTHK):
+            T = k_BTHK.shape[1]
             k_BHTK, v_BHTK = (jnp.swapaxes(x, 1, 2) for x in (k_BTHK, v_BTHK))
-            k_BHSK = jnp.concatenate([seen[0], k_BHTK], axis=2)
-            v_BHSK = jnp.concatenate([seen[1], v_BHTK], axis=2)
+            k_BHSK = jnp.concatenate([keys_BHMK, k_BHTK], axis=2)
+            v_BHSK = jnp.concatenate([values_BHMK, v_BHTK], axis=2)
+            # What a query does not see may be NaN: see memory.py. A key made of what is
+            # not finite is so throughout: one of its numbers tells.
+            # Of each head, which may lie on another device.
+            bad_BHS = ~jnp.isfinite(k_BHSK[..., 0])
+            k_BHSK, v_BHSK = (
+                jnp.where(bad_BHS[..., None], 0, x) for x in (k_BHSK, v_BHSK)
+            )
             k_BSHK, v_BSHK = (jnp.swapaxes(x, 1, 2) for x in (k_BHSK, v_BHSK))
             if rotary:
                 qu_BTHK, k_BSHK = positions.rotated(qu_BTHK, k_BSHK)
@@ -73,6 +75,9 @@ class Cache(NamedTuple):
                 key_start_BT=key_start_BT,
                 **options,
             )
+            where = T, key_start_BT, options["window"]
+            seen_BTH = jax.vmap(lambda x_BS: memory.sees(x_BS, *where), 1, 2)(bad_BHS)
+            y_BTHK = jnp.where(seen_BTH[..., None], jnp.nan, y_BTHK)
             kept = (keys_BHMK, k_BHTK), (values_BHMK, v_BHTK)
             return y_BTHK, tuple(memory.append(*x, end, axis=2) for x in kept)
 

@@ -63,8 +63,14 @@ def check(config: ConfigDict) -> None:
     `load` and `train` call it first: nothing is downloaded or prepared before.
     """
     models.check(config.model)
-    values = flat(config)
-    for name, rule in rules(config).items():
+    values, known = flat(config), rules(config)
+    for (
+        name
+    ) in values:  # A misspelt one would do nothing, and be sealed in checkpoints.
+        if name not in known and name != "model.name":
+            near = did_you_mean(name, known)
+            raise UserError(f"config.{name}: there is no such field{near}")
+    for name, rule in known.items():
         rule.check(f"config.{name}", values[name])
     _check_together(config)
 
@@ -122,9 +128,8 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
             f"--config={name}: get_config returns no ConfigDict, as default_config "
             f"makes it, but {type(config).__name__}"
         )
-    # A field that does not exist, misspelt in a file of one's own, would do nothing.
-    config = from_dict(to_dict(config), where=f"--config={name}")
     config.name = config.name or pathlib.Path(name).stem
+    config.lock()
     for override in overrides:
         field, equals, text = override.partition("=")
         if not equals:

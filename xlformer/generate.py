@@ -68,7 +68,7 @@ def _file(name: str, unit: str, where: str) -> bytes:
     try:
         data = local.read_once(name)
     except OSError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error.strerror}") from error
     return local.plain_text(data, unit, where)
 
 

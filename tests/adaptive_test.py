@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from quick import jit
+from jax import jit
 
 from xlformer import sharding
 from xlformer.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Bins

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
+from jax import jit
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from quick import jit
 
 from xlformer import sharding
 from xlformer.kernels.relative_attention import relative_attention

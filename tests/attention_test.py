@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from quick import jit
+from jax import jit
 
 from xlformer.layers import positions
 from xlformer.layers.attention import (

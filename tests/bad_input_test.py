@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import trained_run
-from training_runs import quick_jit, write_text
+from training_runs import write_text
 
 from xlformer import workdirs
 from xlformer.train import main
@@ -21,12 +21,6 @@ from xlformer.training.checkpoints import Checkpoints
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    with quick_jit():
-        yield
 
 
 @pytest.fixture(scope="module")

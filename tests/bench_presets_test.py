@@ -4,7 +4,6 @@ import json
 
 import pytest
 from timed_cases import FAST, timed
-from training_runs import quick_jit
 
 from xlformer import bench, bench_plot, bench_presets, rehearsal, sharding
 from xlformer import config as config_lib
@@ -77,8 +76,7 @@ def test_a_preset_is_rehearsed_with_tiny_sizes(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(bench_presets.PRESETS, "one", (line,))
     file = tmp_path / "bench.json"
     arguments = ["--preset=one", "--rehearse", f"--json={file}", "--repeats=1"]
-    with quick_jit():
-        assert bench.main([*arguments, "--seconds=0.01", "--mesh=data=2"]) == 0
+    assert bench.main([*arguments, "--seconds=0.01", "--mesh=data=2"]) == 0
     shown = capsys.readouterr().out
     assert "tiny sizes, 2 x cpu" in shown and "published" not in shown
     (row,) = json.loads(file.read_text())

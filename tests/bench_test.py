@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 from timed_cases import FAST, fake, timed
-from training_runs import quick_jit
 
 from xlformer import (
     bench,
@@ -87,8 +86,7 @@ def test_training_is_timed_for_each_implementation(capsys, tmp_path):
     file = tmp_path / "bench.json"
     arguments = [*FAST, "--implementation=xla,blocked", f"--json={file}"]
     arguments += ["--config.train.batch_size=4", "--mesh=data=2"]
-    with quick_jit():
-        assert bench.main(arguments) == 0
+    assert bench.main(arguments) == 0
     shown = capsys.readouterr().out
     assert "2 x cpu" in shown and "tokens/s" in shown
     rows = json.loads(file.read_text())
@@ -106,9 +104,8 @@ def test_evaluation_sweeps_over_a_field_and_generation_runs():
     config = config_lib.load("quickstart:debug")
     fast = {"repeats": 1, "seconds": 0.01, "mesh": sharding.make_mesh({"data": 1})}
     sweep = ("model.memory_length", ["3", "9"])
-    with quick_jit():
-        short, long = bench.bench(config, 256, mode="eval", sweep=sweep, **fast)
-        (row,) = bench.bench(config, 256, mode="generate", **fast)
+    short, long = bench.bench(config, 256, mode="eval", sweep=sweep, **fast)
+    (row,) = bench.bench(config, 256, mode="generate", **fast)
     assert short["case"] == "auto model.memory_length=3"
     assert long["flops"] > short["flops"] > 0 and short["ms"] > 0
     assert long["memory"] > short["memory"] > 0
@@ -182,10 +179,9 @@ def test_a_case_that_runs_out_of_memory_leaves_the_others_running(monkeypatch):
     fast = {"repeats": 2, "seconds": 0.01, "mesh": sharding.make_mesh({"data": 1})}
     names = ("xla", "blocked")
     config = config_lib.load("quickstart:debug")
-    with quick_jit():
-        lost, kept = bench.bench(config, 256, implementations=names, **fast)
-        monkeypatch.setitem(bench.CASES, "train", too_much)
-        (alone,) = bench.bench(config, 256, **fast)
+    lost, kept = bench.bench(config, 256, implementations=names, **fast)
+    monkeypatch.setitem(bench.CASES, "train", too_much)
+    (alone,) = bench.bench(config, 256, **fast)
     assert lost["out_of_memory"] == alone["out_of_memory"]
     assert kept["tokens_per_second"] > 0
     shown = table([lost, kept]).splitlines()

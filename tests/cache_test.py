@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import trained_run
-from quick import jit
+from jax import jit
 
 from xlformer import config as config_lib
 from xlformer import models, scoring, sharding

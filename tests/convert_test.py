@@ -8,7 +8,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from quick import jit
+from jax import jit
 
 from xlformer import convert, models
 from xlformer.errors import UserError

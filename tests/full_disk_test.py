@@ -14,7 +14,7 @@ UNSHARE = ["unshare", "--map-root-user", "--mount"]
 PROGRAM = """
 import pathlib, subprocess, sys
 sys.path.insert(0, sys.argv.pop(1))
-from training_runs import SYMBOLS, bag, quick_jit, text_config
+from training_runs import SYMBOLS, bag, text_config
 from xlformer import command, train
 from xlformer.training.checkpoints import Checkpoints
 
@@ -43,17 +43,16 @@ def fill(left):
         except OSError:
             file.truncate(file.tell() - left)
 
-with quick_jit():
-    call(6)
-    fill(left=24 << 10)  # enough for the log, too little for a checkpoint
-    call(12)
-    fill(left=0)
-    call(12)
-    (workdir.parent / "filler").unlink()
-    mount("--bind", disk, readonly)
-    mount("-o", "remount,bind,ro", readonly)
-    call(12, pathlib.Path(readonly, "run"))
-    call(12)
+call(6)
+fill(left=24 << 10)  # enough for the log, too little for a checkpoint
+call(12)
+fill(left=0)
+call(12)
+(workdir.parent / "filler").unlink()
+mount("--bind", disk, readonly)
+mount("-o", "remount,bind,ro", readonly)
+call(12, pathlib.Path(readonly, "run"))
+call(12)
 """
 
 

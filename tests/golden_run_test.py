@@ -8,7 +8,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from training_runs import quick_jit
 
 from xlformer import evaluate, generate, models, runs
 from xlformer.data import vocabulary as vocabularies
@@ -18,12 +17,6 @@ from xlformer.training.checkpoints import Checkpoints
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "run-0.1.0"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    with quick_jit():
-        yield
 
 
 @pytest.fixture

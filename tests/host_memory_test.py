@@ -2,7 +2,7 @@
 soak/memory.py."""
 
 from soak.memory import measure
-from training_runs import bag, quick_jit, text_config, write_text
+from training_runs import bag, text_config, write_text
 
 SAVES, WARMUP = 40, 15
 
@@ -11,8 +11,7 @@ def test_saved_checkpoints_do_not_stay_in_memory(tmp_path):
     config = text_config(write_text(tmp_path / "text.txt"), steps=SAVES * 2)
     config.train.update(save_every=2, eval_every=0, log_every=0)
     model = bag(vocab_size=1200)  # 5.5 MiB of parameters
-    with quick_jit():
-        steps, sizes, state = measure(config, tmp_path / "run", model)
+    steps, sizes, state = measure(config, tmp_path / "run", model)
     assert len(steps) == SAVES and state > 5 * 2**20
     growth = (sizes[-1] - sizes[WARMUP]) / state
     # All of them would be 24; the rest is what malloc keeps for each new thread.

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from cluster import Cluster
-from training_runs import SYMBOLS, bag, final_state, quick_jit, text_config, write_text
+from training_runs import SYMBOLS, bag, final_state, text_config, write_text
 
 from xlformer import train as train_lib
 from xlformer.training import faults, metrics
@@ -41,8 +41,7 @@ def model():
 def one_host(text, model, tmp_path_factory):
     """(work directory, result) of one process with four devices."""
     workdir = tmp_path_factory.mktemp("one") / "run"
-    with quick_jit():
-        return workdir, train_lib.train(make_config(text), workdir, model)
+    return workdir, train_lib.train(make_config(text), workdir, model)
 
 
 def assert_same_end(text, model, workdir, reference):

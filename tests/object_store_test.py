@@ -21,7 +21,6 @@ from training_runs import (
     bag,
     everything,
     final_state,
-    quick_jit,
     refusal,
     text_config,
     write_text,
@@ -42,12 +41,6 @@ pytestmark = pytest.mark.filterwarnings(
 TOTAL = 24
 PERIOD = 0.2  # of locks
 BUCKET = f"gs://{object_store.BUCKET}"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    with quick_jit():
-        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -115,7 +108,7 @@ import functools, sys, time
 sys.path.insert(0, sys.argv.pop(1))
 import object_store_test
 import xlformer.train
-from training_runs import everything, quick_jit, text_config
+from training_runs import everything, text_config
 text, workdir = sys.argv[1:]
 config = everything(text_config(text))
 config.data.directory = object_store_test.BUCKET + "/prepared"
@@ -125,8 +118,7 @@ from xlformer.data.stream import Stream
 at = Stream.at
 # However slow the killer is: the run is not over.
 Stream.at = lambda self, step: time.sleep(60) if step == 20 else at(self, step)
-with quick_jit():
-    xlformer.train.train(config, workdir, model=object_store_test.model())
+xlformer.train.train(config, workdir, model=object_store_test.model())
 """
 
 

@@ -19,7 +19,6 @@ from attention_cases import (
     starts,
 )
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
-from training_runs import quick_jit
 
 from xlformer.errors import UserError
 from xlformer.kernels import pallas_gpu, pallas_gpu_case, pallas_gpu_tiles
@@ -137,8 +136,7 @@ def test_tiles_are_as_large_as_the_shared_memory_allows(
 
 def test_the_trial_is_content(small_tiles):
     options = dict(window=9, rate=0.2, key_start_BT=())
-    with quick_jit():
-        pallas_gpu.compare(make_case(T=19, M=13, K=8, R=8, dtype="float32", **options))
+    pallas_gpu.compare(make_case(T=19, M=13, K=8, R=8, dtype="float32", **options))
 
 
 def test_the_trial_finds_what_was_read_too_early(monkeypatch, small_tiles):
@@ -150,7 +148,7 @@ def test_the_trial_finds_what_was_read_too_early(monkeypatch, small_tiles):
         real(self, jnp.where(n == self.first, n, n - 1))
 
     monkeypatch.setattr(pallas_gpu_tiles._Queries, "push", late)
-    with quick_jit(), pytest.raises(ValueError, match="differ by .*% from"):
+    with pytest.raises(ValueError, match="differ by .*% from"):
         pallas_gpu.compare(case)
 
 

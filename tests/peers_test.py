@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 
 from xlformer import config as config_lib
 from xlformer import models
@@ -256,8 +255,8 @@ def test_the_naive_port_computes_the_same(load):
     M = setting.memory_length
     memory = [jnp.zeros((setting.batch_size, M, setting.d_model))] * setting.n_layer
     state = model.init_state(setting.batch_size)
-    theirs = quick.jit(functools.partial(naive.forward, setting))
-    apply, same = quick.jit(model.apply), converted(setting, params)
+    theirs = jax.jit(functools.partial(naive.forward, setting))
+    apply, same = jax.jit(model.apply), converted(setting, params)
     for row in ids:
         inputs_BT, targets_BT = jnp.asarray(row[:, :-1]), jnp.asarray(row[:, 1:])
         with jax.numpy_rank_promotion("allow"):

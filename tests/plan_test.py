@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from training_runs import PERIOD, SYMBOLS, quick_jit, refusal
+from training_runs import PERIOD, SYMBOLS, refusal
 
 from xlformer import (
     chips,
@@ -125,8 +125,7 @@ def debug(**model):
 
 
 def test_data_parallel_training_sends_the_least_possible():
-    with quick_jit():
-        found = plan.plan("quickstart", debug(), "local", sizes={"data": 8})
+    found = plan.plan("quickstart", debug(), "local", sizes={"data": 8})
     assert found["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
     (kind, sent), *others = found["collectives"].items()
     assert kind == "all-reduce" and not others
@@ -149,11 +148,10 @@ def test_split_parameters_take_a_share_of_the_memory_and_more_traffic():
 
 def test_layers_in_a_loop_are_all_counted():
     options = {"sizes": {"data": 1}, "all_layers": True}
-    with quick_jit():
-        looped = plan.plan("quickstart", debug(), "local", **options)
-        config = debug()
-        config.model.scan_layers = False
-        unrolled = plan.plan("quickstart", config, "local", **options)
+    looped = plan.plan("quickstart", debug(), "local", **options)
+    config = debug()
+    config.model.scan_layers = False
+    unrolled = plan.plan("quickstart", config, "local", **options)
     a, b = looped["compiler"], unrolled["compiler"]
     assert a["all_layers"] and b["all_layers"]
     assert a["flops"] == pytest.approx(b["flops"], rel=0.02)
@@ -173,8 +171,7 @@ def test_a_compiler_that_counts_nothing_is_no_reason_to_fail(monkeypatch, capsys
 
     monkeypatch.setattr(plan, "_step", step)
     arguments = ["--config=quickstart:debug", "--topology=local", "--mesh=data=2"]
-    with quick_jit():
-        assert plan.main([*arguments, "--all_layers"]) == 0
+    assert plan.main([*arguments, "--all_layers"]) == 0
     shown = capsys.readouterr().out
     assert "compiled in" in shown and "all-reduce" in shown
     assert "FLOP and" not in shown

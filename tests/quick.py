@@ -18,13 +18,3 @@ def xla_flags(devices: int) -> str:
     # An XLA that does not know a flag ends the process: other versions go without.
     known = FLAGS if importlib.metadata.version("jaxlib").startswith("0.10.") else ()
     return " ".join([f"--xla_force_host_platform_device_count={devices}", *known])
-
-
-def compiler_options() -> dict:
-    return {}
-
-
-def jit(function, **options):
-    import jax
-
-    return jax.jit(function, **options)

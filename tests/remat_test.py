@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import trained_run
-from quick import jit
+from jax import jit
 
 from xlformer import models
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_runs import SYMBOLS, bag, final_state, quick_jit, text_config, write_text
+from training_runs import SYMBOLS, bag, final_state, text_config, write_text
 
 from xlformer import config as config_lib
 from xlformer import models, resume, train
@@ -159,8 +159,7 @@ def test_a_run_with_another_validation_begins_its_plateau_anew(tmp_path):
     model, losses = bag(vocab_size=SYMBOLS), []
     for steps, tokens in ((1, 17), (2, 61)):
         found.train.steps, found.eval.max_tokens = steps, tokens
-        with quick_jit():
-            result = train.train(found, tmp_path / "run", model)
+        result = train.train(found, tmp_path / "run", model)
         losses.append(result["eval/nats_per_token"])
     assert losses[1] > losses[0]
     _, state, _ = final_state(tmp_path / "run", found, model)

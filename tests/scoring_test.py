@@ -7,9 +7,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-import quick
 import trained_run
-from training_runs import quick_jit
 
 from xlformer import models, scoring
 from xlformer.errors import UserError
@@ -220,11 +218,10 @@ def test_positions_from_the_end_end_with_the_text(attn_type, extended):
     fields = {"attn_type": attn_type, "memory_length": 0, "table_length": 6}
     fields |= {"n_layer": 1, "d_head": 7, "extended_length": extended}
     model = models.build(models.TransformerXLConfig(**BASE | fields))
-    params, apply = trained_run.random_params(model), quick.jit(model.apply)
+    params, apply = trained_run.random_params(model), jax.jit(model.apply)
     settings = {"batch_size": 3, "segment_length": SEGMENT}
-    with quick_jit():
-        mine = scoring.Evaluator(model, **settings)
-        mine.compile(params)
+    mine = scoring.Evaluator(model, **settings)
+    mine.compile(params)
     for tokens, warmup in ((53, "none"), (53, "exact"), (22, "none")):
         plan = scoring.plan_for(model, tokens, warmup=warmup, **settings)
         found = mine.score(params, text()[:tokens], plan)

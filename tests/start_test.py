@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from training_runs import assert_same, final_state, quick_jit
+from training_runs import assert_same, final_state
 
 from xlformer import config as config_lib
 from xlformer import models, runs, start
@@ -20,12 +20,6 @@ from xlformer.training.checkpoints import Checkpoints
 
 SOURCE = pathlib.Path(__file__).parent / "golden" / "run-0.1.0" / "run"
 LINE = "a cat sat on the mat as rain fell\n"  # symbols of SOURCE, in another order
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    with quick_jit():
-        yield
 
 
 @pytest.fixture

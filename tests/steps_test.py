@@ -11,7 +11,6 @@ from training_runs import (
     assert_close,
     assert_same,
     bag,
-    quick_jit,
     small_config,
 )
 
@@ -21,12 +20,6 @@ from xlformer.training import optimizers, state, steps
 from xlformer.training.gradients import make_gradients
 
 TOKENS = np.random.default_rng(3).integers(0, 13, 601).astype(np.uint8)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    with quick_jit():
-        yield
 
 
 class Run:

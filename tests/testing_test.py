@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from quick import compiler_options
 
 from xlformer import testing
 from xlformer.models import Model, TransformerXL, TransformerXLConfig
@@ -27,7 +26,7 @@ CONFIG = TransformerXLConfig(
 
 
 def check(model):
-    testing.check_model(model, compiler_options=compiler_options())
+    testing.check_model(model)
 
 
 # A recurrent model: h_t = tanh(x_t + w h_t-1).

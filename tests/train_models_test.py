@@ -9,7 +9,6 @@ from training_runs import (
     SYMBOLS,
     bag,
     final_state,
-    quick_jit,
     refusal,
     text_config,
     write_text,
@@ -22,12 +21,6 @@ from xlformer.data.stream import Stream
 from xlformer.data.vocabulary import ByteVocabulary, WordVocabulary
 from xlformer.train import train
 from xlformer.training import metrics
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    with quick_jit():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from training_runs import (
     assert_same,
     bag,
     final_state,
-    quick_jit,
     refusal,
     text_config,
     write_text,
@@ -20,12 +19,6 @@ from xlformer.train import train
 from xlformer.training import metrics
 
 BAD = 10  # the segment with another text's targets: a loss that training never makes
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    with quick_jit():
-        yield
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from training_runs import (
     bag,
     everything,
     final_state,
-    quick_jit,
     refusal,
     text_config,
     write_text,
@@ -36,12 +35,6 @@ from xlformer.training.checkpoints import Checkpoints
 from xlformer.training.locks import WorkdirLock
 
 TOTAL = 24
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    with quick_jit():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +183,7 @@ def test_lines_come_at_their_multiples_whatever_one_call_makes(text, tmp_path):
 COMMAND = """
 import sys, time
 sys.path.insert(0, sys.argv.pop(1))
-from training_runs import everything, quick_jit, text_config
+from training_runs import everything, text_config
 from xlformer import config
 from xlformer.data.stream import Stream
 from xlformer.train import main
@@ -201,8 +194,7 @@ if slow:  # however slow the killer is, the run is not over
 made = everything(text_config(text))
 made.data.directory = workdir + "-prepared"
 config.load = lambda *_: made
-with quick_jit():
-    sys.exit(main(["--config=made", "--workdir=" + workdir]))
+sys.exit(main(["--config=made", "--workdir=" + workdir]))
 """
 
 

@@ -4,15 +4,12 @@
 it compiles in a tenth of the time, and its state can be counted by hand.
 """
 
-import contextlib
 import dataclasses
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import quick
 
 from xlformer import config as config_lib
 from xlformer.errors import UserError
@@ -24,16 +21,6 @@ from xlformer.training.checkpoints import Checkpoints
 
 PERIOD = "the cat sat on"  # 14 characters, 9 symbols: learnt in a few steps
 SYMBOLS = len(set(PERIOD))
-
-
-@contextlib.contextmanager
-def quick_jit():
-    """The code under test compiles at the lowest level of optimization."""
-    options, real = quick.compiler_options(), jax.jit
-    with mock.patch.object(
-        jax, "jit", functools.partial(real, compiler_options=options)
-    ):
-        yield
 
 
 @dataclasses.dataclass(frozen=True)

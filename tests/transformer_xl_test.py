@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import trained_run
-from quick import compiler_options, jit
+from jax import jit
 
 from xlformer import models, testing
 from xlformer.errors import UserError
@@ -96,7 +96,7 @@ CONTRACT = {
 @pytest.mark.parametrize("name", CONTRACT)
 def test_keeps_the_contract(name):
     model = models.build(TransformerXLConfig(**SMALL | CONTRACT[name]))
-    testing.check_model(model, compiler_options=compiler_options())
+    testing.check_model(model)
 
 
 # The paper's claims (Dai et al. 2019) and their limits.

@@ -27,7 +27,6 @@ def check_model(
     model: Model,
     *,
     key: jax.Array | None = None,
-    compiler_options: dict | None = None,
 ) -> None:
     """Raises AssertionError, naming the property and the difference, unless all hold:
 
@@ -51,14 +50,12 @@ def check_model(
     Args:
       model: small, or this takes long.
       key: for weights and tokens.
-      compiler_options: of jax.jit; a dozen programs are compiled.
     """
     key = jax.random.key(0) if key is None else key
-    jit = functools.partial(jax.jit, compiler_options=compiler_options)
     _check_shapes(model)
-    params = jit(model.init)(key)
+    params = jax.jit(model.init)(key)
     with jax.enable_x64(True):
-        case = _Case.make(model, params, key, jit)
+        case = _Case.make(model, params, key)
         for check in CHECKS:
             check(case)
 
@@ -71,14 +68,13 @@ class _Case:
     params: Any
     inputs_BN: np.ndarray
     targets_BN: np.ndarray
-    jit: Any
     plain: Any  # (inputs_BT, targets_BT, state) -> nll_BT, state
     full: Any  # (inputs_BT, targets_BT, state, resets_BT, lengths_B) -> nll_BT, state
     fresh: Any  # the state before the first token
     warm: Any  # the state after the first segment
 
     @classmethod
-    def make(cls, model, params, key, jit):
+    def make(cls, model, params, key):
         random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         # Of a square matrix this is 1/sqrt(width).
         noisy = jax.tree.map(
@@ -88,12 +84,12 @@ class _Case:
         tokens_BN = random.integers(model.vocab_size, size=shape)
         inputs_BN, targets_BN = tokens_BN[:, :-1], tokens_BN[:, 1:]
 
-        @jit
+        @jax.jit
         def full(inputs_BT, targets_BT, state, resets_BT, lengths_B):
             options = dict(resets_BT=resets_BT, lengths_B=lengths_B)
             return model.apply(noisy, inputs_BT, targets_BT, state, **options)[:2]
 
-        @jit
+        @jax.jit
         def plain(inputs_BT, targets_BT, state):
             return model.apply(noisy, inputs_BT, targets_BT, state)[:2]
 
@@ -101,7 +97,7 @@ class _Case:
         nll_BT, warm = plain(inputs_BN[:, :TOKENS], targets_BN[:, :TOKENS], fresh)
         for leaf in filter(_is_float, (nll_BT, *jax.tree.leaves(warm))):
             _require(leaf.dtype == float, f"state: float64 became {leaf.dtype}")
-        return cls(model, noisy, inputs_BN, targets_BN, jit, plain, full, fresh, warm)
+        return cls(model, noisy, inputs_BN, targets_BN, plain, full, fresh, warm)
 
     def at(self, k: int):
         """Inputs and targets of segment k; `warm` follows number 0."""
@@ -318,7 +314,7 @@ def _check_segments(case: _Case) -> None:
 
 
 def _check_single_tokens(case: _Case) -> None:
-    trunk = case.jit(functools.partial(case.model.trunk.apply, case.params))
+    trunk = jax.jit(functools.partial(case.model.trunk.apply, case.params))
     shape = ROWS, TOKENS, case.model.width
     x_BND = np.random.default_rng(0).normal(size=shape)
 
@@ -338,7 +334,7 @@ def _check_gradient(case: _Case) -> None:
         carried = sum(x.sum() for x in jax.tree.leaves(after) if _is_float(x))
         return nll_BT.sum() + aux.loss + carried
 
-    grad = case.jit(jax.grad(both, argnums=(0, 1), allow_int=True))
+    grad = jax.jit(jax.grad(both, argnums=(0, 1), allow_int=True))
     names = "to the state given", "from the state returned to the weights"
     for name, tree in zip(names, grad(case.warm, case.params), strict=True):
         leaves = [x for x in jax.tree.leaves(tree) if _is_float(x)]
@@ -357,21 +353,21 @@ def _check_loops(case: _Case) -> None:
         return state, nll_BT
 
     segments = jax.tree.map(lambda *x: np.stack(x), case.at(1), case.at(2))
-    scanned = case.jit(functools.partial(lax.scan, body))(case.warm, segments)
+    scanned = jax.jit(functools.partial(lax.scan, body))(case.warm, segments)
     looped = last, np.stack([nll_BT, next_BT])
     _close("loops: lax.scan over segments", scanned, looped)
     if hasattr(model.config, "scan_layers"):
         flipped = not model.config.scan_layers
         config = dataclasses.replace(model.config, scan_layers=flipped)
         other = dataclasses.replace(model, config=config)
-        found = case.jit(other.apply)(case.params, *case.at(1), case.warm)[:2]
+        found = jax.jit(other.apply)(case.params, *case.at(1), case.warm)[:2]
         _close(f"loops: scan_layers={flipped}", found, (nll_BT, state))
 
 
 def _check_log_probs(case: _Case) -> None:
     inputs_BT, targets_BT = case.at(1)
     nll_BT, state = case.plain(inputs_BT, targets_BT, case.warm)
-    log_probs = case.jit(functools.partial(case.model.log_probs, case.params))
+    log_probs = jax.jit(functools.partial(case.model.log_probs, case.params))
     log_probs_BTV, after = log_probs(inputs_BT, case.warm)
     at_BT = np.take_along_axis(np.asarray(log_probs_BTV), targets_BT[..., None], 2)
     _close("log_probs: at the targets, and -nll", at_BT[..., 0], -nll_BT)

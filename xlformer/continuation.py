@@ -1,7 +1,9 @@
 """Continues texts: the state is carried, so a token costs the same however many came.
 
 Every token sees memory_length positions and itself, in the prompt too: what scoring
-sees with segment_length 1, or with window = memory_length.
+sees with segment_length 1, or with window = memory_length. Absolute positions (types 2
+and 3 with memory, which the config has to allow) count anew in every call: there a
+prompt is read in parts of PREFILL tokens, and what follows token by token.
 """
 
 from __future__ import annotations

@@ -75,9 +75,11 @@ def scored(
     last_is_scored = any(stop == size for _, stop in spans)
     but_the_first = sum(stop - start for start, stop in spans) == size - 1
     symbols = _is_exact(vocabulary)
+    # Of several documents it need not be the last whose last line was closed.
+    spare = 1 if documents is None or len(documents) < 2 else 0
 
     def settle(here, all_, first, whole):
-        if whole is not None and all_ is not None and abs(whole - all_) <= 1:
+        if whole is not None and all_ is not None and abs(whole - all_) <= spare:
             # Preparation closes a last line that has no newline.
             return here + (whole - all_) * last_is_scored
         if whole is None or first is None or not but_the_first:

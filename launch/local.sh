@@ -19,7 +19,7 @@ Needs Python 3.11 or newer and, the first time, a network to install packages fr
 2. Trains --config (quickstart) in --workdir (runs/CONFIG in the repository); a run that
    was interrupted goes on, a complete one is left as it is.
 3. Scores the test split and prints a sample.
-Any other argument goes to training: --config.train.steps=100, for example.
+--config.train.steps=100 and the like, --init_from and --manual_dir go to training.
 --processes=N trains in N processes, on CPU only; when one fails all are started again,
 up to K (10) times. --dry-run prints the commands; it installs and runs nothing.
 
@@ -41,7 +41,12 @@ parse() {
             --workdir=*) WORKDIR=${argument#*=} ;;
             --processes=*) PROCESSES=${argument#*=} ;;
             --max_restarts=*) MAX_RESTARTS=${argument#*=} ;;
-            *) REST+=("$argument") ;;
+            --config.* | --init_from* | --manual_dir*) REST+=("$argument") ;;
+            --*) # would be refused only after the installation
+                say "error: unknown argument $argument (see --help)"
+                return 2
+                ;;
+            *) REST+=("$argument") ;; # the value of one of those
         esac
     done
     if [[ -n $flag ]]; then

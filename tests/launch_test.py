@@ -157,6 +157,7 @@ def test_logs_of_the_hosts_of_a_run_in_a_bucket_lie_here(checkout, environment):
         (["--processes=0"], "--processes=0"),
         (["--processes=2", "--max_restarts=some"], "--max_restarts=some"),
         (["--processes"], "--processes needs a value"),
+        (["--dryrun"], "unknown argument --dryrun"),
     ],
 )
 def test_wrong_numbers_are_one_line(checkout, environment, args, words):

@@ -370,10 +370,13 @@ def test_a_run_refuses_another_config(config, finished, changes, fragments):
 
 
 def test_a_resumed_run_refuses_another_text(config, finished, tmp_path):
-    other = tmp_path / "other.txt"  # of the same length, with the same symbols
+    other = tmp_path / "other.txt"
     there = pathlib.Path(config.data.path).read_text()
-    other.write_text(there[:100] + there[:99:-1])
     config = config.copy_and_resolve_references()
     config.data.path, config.train.steps = str(other), 48
-    line = refusal(train, config, finished)
-    assert "was trained on another text" in line and str(finished) in line
+    # Of the same length, with the same symbols; then with others.
+    for text in (there[:100] + there[:99:-1], there + "§"):
+        other.write_text(text)
+        line = refusal(train, config, finished)
+        assert "was trained on another text" in line and str(finished) in line
+        assert f"--init_from={finished} starts from its weights" in line

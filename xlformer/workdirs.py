@@ -76,6 +76,8 @@ def describe(workdir: epath.Path, config, prepared: Prepared) -> None:
 
 def check_same_data(workdir: epath.Path, prepared: Prepared) -> None:
     """Raises UserError if the run's checkpoints come from another text."""
+    if (workdir / DATA).exists():  # converted weights have no text yet
+        _check_same_text(workdir, prepared.card["payload_sha256"])
     if (workdir / runs.VOCABULARY).exists():
         old = vocabularies.load(workdir / runs.VOCABULARY).symbols
         new = prepared.vocabulary.symbols
@@ -89,17 +91,18 @@ def check_same_data(workdir: epath.Path, prepared: Prepared) -> None:
             if "min_count" in prepared.card:
                 line += "; config.data.min_count=1 keeps all words, as 0.1.0 did"
             raise UserError(line)
-    if not (workdir / DATA).exists():
-        return  # converted weights: no text yet
+
+
+def _check_same_text(workdir: epath.Path, new: str) -> None:
     try:
         old = json.loads((workdir / DATA).read_text())["payload_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{workdir / DATA} is unreadable: {error!r}") from error
-    new = prepared.card["payload_sha256"]
     if old != new:
         raise UserError(
             f"--workdir={workdir} was trained on another text: sha256 {old[:12]}, "
-            f"config.data gives {new[:12]}"
+            f"config.data gives {new[:12]}; a new directory with --init_from={workdir} "
+            "starts from its weights"
         )
 
 

@@ -46,6 +46,22 @@ def test_dropped_newlines_count_nowhere():
     assert count(vocabulary, raw, [(1, 3)], lines=False) == (2, None)
 
 
+def test_of_several_documents_any_line_may_have_been_closed():
+    """Of "a b" and "c d", one of which has no newline: of a part the bytes are open."""
+    vocabulary = count_words([b"a b c d"])
+    whole, two = units.Count(7, 4), np.array([0, 3])
+    for documents, expected in ((None, 3), (two, None)):
+        found = units.scored(
+            vocabulary,
+            vocabulary.encode("a b\nc d\n"),
+            [(1, 3)],
+            whole,
+            lines=False,
+            documents=documents,
+        )
+        assert found.bytes == expected
+
+
 def test_words_spell_themselves_and_one_separator(monkeypatch):
     monkeypatch.setattr(units, "BLOCK", 3)
     text = "the cat sat\non a mat\n\nnaïve cats\n"

@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help", "help"):
         return _said(usage())
     if name == "--version":
-        return _said(importlib.import_module("xlformer.command").version())
+        from xlformer import command  # It takes a second: jax.
+
+        return _said(command.version())
     known = COMMANDS if name[:1] != "-" else ("--help", "--version")
     error = UserError(f"unknown command {name!r}{did_you_mean(name, known)}")
     print(f"error: {error}", file=sys.stderr)

@@ -157,6 +157,7 @@ def test_flags_of_generate(flags, message, refused, base):
         (("--split=dev",), "--split=dev is none of train, validation, test"),
         (("--text=/nowhere/t.txt",), "/nowhere/t.txt: cannot read the text"),
         (("--text=/",), "/: cannot read the text"),
+        (("--text=a", "--split=test"), "--text=a with --split=test: a file of"),
         (("--text=",), "argument --text: the path is empty"),
         (("--segment_length=0",), "--segment_length=0 must be at least 1"),
         (("--segment_length=-5",), "--segment_length=-5"),

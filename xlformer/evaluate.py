@@ -166,7 +166,7 @@ def _version(package: str) -> str:
 def _main(argv) -> int:
     parser = command.Parser(prog="python -m xlformer.evaluate", description=__doc__)
     parser.add_argument("--workdir", required=True, type=command.place)
-    parser.add_argument("--split", default="validation", help="train, validation, test")
+    parser.add_argument("--split", help="train, validation (the default) or test")
     parser.add_argument("--text", type=command.place, help="score this file instead")
     parser.add_argument("--data_path", help="where the run's own text lies now")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
@@ -179,6 +179,11 @@ def _main(argv) -> int:
     parser.add_argument("--warmup", default="auto", help=", ".join(scoring.WARMUPS))
     parser.add_argument("--mesh", default="data=-1", help=sharding.MESH_HELP)
     args = parser.parse(argv)
+    if args.text and args.split:
+        raise UserError(
+            f"--text={args.text} with --split={args.split}: a file of one's own has no "
+            "splits"
+        )
     compiled.keep()
     mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh), where="--mesh")
     lengths = [None] if args.memory_length is None else _numbers(args.memory_length)
@@ -194,7 +199,7 @@ def _main(argv) -> int:
         which = f" {number} of {len(lengths)}:" * (len(lengths) > 1)
         card = evaluate(
             args.workdir,
-            split=args.split,
+            split=args.split or "validation",
             text=args.text,
             data_path=args.data_path,
             checkpoint=args.checkpoint,

@@ -96,11 +96,15 @@ def _arguments(argv) -> argparse.Namespace:
     parser.add_argument(
         "--data_path", help="where the run's own text lies now, continued by default"
     )
-    parser.add_argument("--num_tokens", type=int)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_k", type=int)
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_tokens", type=int, help="to generate; default: 256")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="0: the most probable (1.0)"
+    )
+    parser.add_argument("--top_k", type=int, help="draw among so many; 0 is all (0)")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="among those of this mass (1.0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--num_samples", type=int, default=1, help="of each prompt")
     parser.add_argument(
         "--preset", choices=["paper"], help="512 context, top 40, 1,000"

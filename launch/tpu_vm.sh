@@ -199,7 +199,7 @@ remove() {
 copy() {
     local archive="$TEMPORARY/xlformer.tar.gz" name exclude=()
     [[ -n $STALE ]] || return 0
-    for name in ./.git ./.venv ./runs ./build "*.egg-info" __pycache__ ".*_cache"; do
+    for name in ./.git "./.venv*" ./runs ./build ./peers "*.egg-info" __pycache__ ".*_cache"; do
         exclude+=("--exclude=$name")
     done
     say "copying the repository to every host"

@@ -6,7 +6,7 @@ import shlex
 import signal
 
 import pytest
-from fake_commands import Bench
+from fake_commands import ROOT, Bench
 
 # A slice is the file `state`: each look takes a line, the last one stays. Its hosts are
 # the directories host-0 and host-1, where ssh runs the command for real, in parallel.
@@ -101,7 +101,18 @@ def trained(bench, host):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_the_whole_story(bench):
+@pytest.fixture
+def environment():
+    """As tests/run.sh --aot leaves one of 1 GB beside .venv."""
+    made = ROOT / ".venv-tpu"
+    mine = not made.exists()
+    made.mkdir(exist_ok=True)
+    yield made.name
+    if mine:
+        made.rmdir()
+
+
+def test_the_whole_story(bench, environment):
     odd = "--config.data.path=a  b 'c' \"d\" $HOME `x` \\ *;é"
     assert bench.run("tpu_vm.sh", *ARGS, "--spot", "--project=p", odd) == 0
     assert verbs(bench) == ["create", "scp", "install", "start", "delete"]
@@ -127,6 +138,7 @@ def test_the_whole_story(bench):
     there = ["xlformer/train.py", "configs", "launch/worker.sh", "setup.py"]
     assert all((copied / name).exists() for name in there)
     assert not any((copied / name).exists() for name in [".git", "runs", ".jax_cache"])
+    assert not (copied / environment).exists()
 
 
 def test_a_failing_host_ends_the_others_and_all_start_again(bench):

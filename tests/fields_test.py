@@ -8,6 +8,7 @@ import pytest
 from xlformer import config as config_lib
 from xlformer import fields, models
 from xlformer.errors import UserError
+from xlformer.training import optimizers
 
 
 def refusal(*overrides, spec="text:path=not-there.txt,debug"):
@@ -90,3 +91,10 @@ def test_what_cannot_be_is_said_before_the_text_is_looked_for(overrides, message
 @pytest.mark.parametrize("name", config_lib.names())
 def test_every_config_can_be(name):
     config_lib.check(config_lib.load(f"{name}:debug"))
+
+
+def test_the_table_knows_what_there_is():
+    table = fields.TABLE["optimizer"]
+    assert set(table["name"].rule.choices) == set(optimizers.OPTIMIZERS)
+    assert set(table["schedule"].rule.choices) == set(optimizers.SCHEDULES)
+    assert set(fields.ONLY_OF) < set(table)

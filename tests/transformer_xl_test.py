@@ -81,10 +81,23 @@ def _close(actual, expected, tolerance=TINY):
 
 CONTRACT = {
     "post_norm": dict(memory_length=11),
-    "pre_norm": dict(pre_norm=True, final_norm=True, untie_r=True, memory_length=7),
-    "adaptive_div_4": dict(cutoffs=(5, 11), div_val=4, d_embed=16, memory_length=3),
-    "same_length": dict(same_length=True, memory_length=5, scan_layers=False),
-    "learned_relative": dict(attn_type=1, table_length=11, clamp_length=5),
+    "pre_norm_adaptive": dict(
+        pre_norm=True,
+        final_norm=True,
+        untie_r=True,
+        cutoffs=(5, 11),
+        div_val=4,
+        d_embed=16,
+        memory_length=3,
+    ),
+    "learned_relative_same_length": dict(
+        attn_type=1,
+        table_length=11,
+        clamp_length=5,
+        same_length=True,  # up to a distance of 10, beyond the clamp
+        memory_length=11,
+        scan_layers=False,
+    ),
     "absolute": dict(attn_type=2, memory_length=5, allow_incoherent_positions=True),
     "learned_absolute": dict(attn_type=3, table_length=5, memory_length=0),
     "rotary": dict(positions="rotary", memory_length=11),

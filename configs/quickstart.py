@@ -4,7 +4,7 @@ Paper:    none; the run that shows on any machine, without a network, that all w
 Command:  bash launch/local.sh, or
           python -m xlformer.train --config=quickstart --workdir=runs/quickstart
 Hardware: 2 CPU cores (AMD EPYC): 2:21
-Expected: 2.065 bits per byte on test (Python 3.11.7, jax 0.10.2, 2026-11-22), by
+Expected: 2.056 bits per byte on test (Python 3.11.7, jax 0.10.2, 2026-11-25), by
           python -m xlformer.evaluate --workdir=runs/quickstart --split=test
           with segment 64 and memory 64 (config.eval). The corpus is the interpreter's
           own library, so numbers compare within one Python version only.

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from tokenizer_files import hugging_face
 
 from xlformer import config, prepare
 from xlformer.data import local, pieces, vocabulary
@@ -153,16 +154,7 @@ def test_every_file_is_a_document(unit, tmp_path):
 
 
 def test_a_tokenizer_is_used_and_kept(book, tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=263, initial_alphabet=alphabet, show_progress=False
-    )
-    model.train_from_iterator([book.read_text(encoding="utf-8")], trainer)
-    model.save(str(tmp_path / "tokenizer.json"))
+    hugging_face(tmp_path / "tokenizer.json", [book.read_text(encoding="utf-8")], 263)
     options = data_config(path=str(book), tokenizer=str(tmp_path / "tokenizer.json"))
     found = prepare.prepare(options)
     assert isinstance(found.vocabulary, pieces.PieceVocabulary)

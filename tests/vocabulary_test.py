@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from tokenizer_files import hugging_face
 
 from xlformer.data import counting, pieces, vocabulary
 from xlformer.errors import UserError
@@ -210,18 +211,8 @@ def sentencepiece_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hugging_face_file(tmp_path_factory):
-    tokenizers = pytest.importorskip("tokenizers")
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=271, initial_alphabet=alphabet, show_progress=False
-    )
-    model.train_from_iterator(TEXT.splitlines(), trainer)
     path = tmp_path_factory.mktemp("tokenizers") / "tokenizer.json"
-    model.save(str(path))
-    return path
+    return hugging_face(path, TEXT.splitlines(), 271)
 
 
 @pytest.mark.parametrize("which", ["sentencepiece_file", "hugging_face_file"])

@@ -41,13 +41,8 @@ setuptools.setup(
     description="Language models that remember beyond their context window, in JAX",
     python_requires=">=3.11",
     packages=[
-        "xlformer",
+        *setuptools.find_packages(include=["xlformer", "xlformer.*"]),
         "xlformer.configs",
-        "xlformer.data",
-        "xlformer.kernels",
-        "xlformer.layers",
-        "xlformer.models",
-        "xlformer.training",
     ],
     package_dir={"xlformer.configs": "configs"},
     install_requires=[

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xlformer.training.checkpoints import Checkpoints
+from xlformer.runs.checkpoints import Checkpoints
 
 CONFIG = {"name": "test", "model": {"d_model": 5, "cutoffs": [2, 3]}}
 

@@ -14,7 +14,8 @@ import trained_run
 
 import xlformer
 from xlformer import __main__ as names
-from xlformer import adopt, command, compiled, evaluate, generate, prepare, train
+from xlformer import command, compiled, evaluate, generate, prepare, train
+from xlformer.convert.__main__ import main as convert
 from xlformer.errors import UserError, did_you_mean
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -229,7 +230,7 @@ def test_home_is_what_a_tilde_stands_for(book, tmp_path, monkeypatch, capsys):
     ):
         assert str(tmp_path / "none") in last_line(capsys, generate.main(flags))
     flags = ["--source=~/w.npz", "--format=original", "--workdir=~/w"]
-    assert str(tmp_path / "w.npz") in last_line(capsys, adopt.main(flags))
+    assert str(tmp_path / "w.npz") in last_line(capsys, convert(flags))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["book.txt", "cache"]
 
 

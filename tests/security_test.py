@@ -18,14 +18,15 @@ import pytest
 import trained_run
 import training_runs
 
+import xlformer
 from xlformer import config as config_lib
 from xlformer import evaluate, models, prepare, runs, train
-from xlformer.data import prepared, vocabulary
+from xlformer.data import prepared, vocabularies, vocabulary
 from xlformer.errors import UserError
-from xlformer.training import integrity
-from xlformer.training.checkpoints import Checkpoints
+from xlformer.runs import integrity
+from xlformer.runs.checkpoints import Checkpoints
 
-PACKAGE = pathlib.Path(runs.__file__).parent
+PACKAGE = pathlib.Path(xlformer.__file__).parent
 # Orbax abandons coroutines when one of several reads fails; each then complains.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -88,10 +89,10 @@ ALLOWED = {
     ("config.py", "spec.loader.exec_module"): "",  # --config files are Python
     ("storage.py", "importlib.import_module"): "import_module(name)",  # of constants
     ("__main__.py", "importlib.import_module"): "f'xlformer.{module}'",  # of a table
-    ("weights.py", "torch.load"): "weights_only=True",
-    ("weights.py", "np.lib.npyio.NpzFile"): "allow_pickle=False",
+    ("files.py", "torch.load"): "weights_only=True",
+    ("files.py", "np.lib.npyio.NpzFile"): "allow_pickle=False",
     ("prepared.py", "np.load"): "allow_pickle=False",
-    ("prepare.py", "np.save"): "",  # of arrays of numbers that were made here
+    ("preparing.py", "np.save"): "",  # of arrays of numbers that were made here
 }
 
 
@@ -205,7 +206,7 @@ def test_a_tokenizer_is_stored_and_never_named(tmp_path):
             fields = {"format": vocabulary.FORMAT, "kind": "pieces", "counts": [0]}
             stored = json.dumps(fields | {"symbols": ["a"], "model": text})
             with pytest.raises(UserError, match="not a stored vocabulary"):
-                vocabulary.from_json(stored)
+                vocabularies.from_json(stored)
 
 
 def test_objects_among_prepared_tokens_do_not_run(base, workdir, tmp_path, canary):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from xlformer.bench_cases import Case
+from xlformer.machines.bench_cases import Case
 
 FAST = ["--config=quickstart:debug", "--repeats=2", "--seconds=0.01"]
 

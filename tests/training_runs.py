@@ -16,8 +16,8 @@ from xlformer.errors import UserError
 from xlformer.kernels.dropout import bernoulli
 from xlformer.layers.memory import expand_resets
 from xlformer.models import Aux, Model
+from xlformer.runs.checkpoints import Checkpoints
 from xlformer.training import optimizers, state
-from xlformer.training.checkpoints import Checkpoints
 
 PERIOD = "the cat sat on"  # 14 characters, 9 symbols: learnt in a few steps
 SYMBOLS = len(set(PERIOD))

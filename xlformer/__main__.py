@@ -17,7 +17,10 @@ COMMANDS = {
     "evaluate": ("evaluate", "scores a text and writes a card of what was measured"),
     "generate": ("generate", "continues a text, or talks with --interactive"),
     "prepare": ("prepare", "downloads and encodes a corpus ahead of training"),
-    "convert": ("adopt", "makes a work directory of other programs' weights"),
+    "convert": (
+        "convert.__main__",
+        "makes a work directory of other programs' weights",
+    ),
     "plan": ("plan", "says whether a run fits onto a slice, and what it costs"),
     "bench": ("bench", "times a model on the devices here"),
 }

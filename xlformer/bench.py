@@ -18,12 +18,13 @@ import sys
 import jax
 from etils import epath
 
-from xlformer import bench_plot, bench_presets, chips, command, rehearsal, sharding
+from xlformer import command, sharding
 from xlformer import config as config_lib
-from xlformer.bench_cases import CASES, Case, matmul_case
-from xlformer.bench_table import table
-from xlformer.errors import UserError
+from xlformer.errors import UserError, reason
 from xlformer.kernels.relative_attention import relative_attention
+from xlformer.machines import bench_plot, bench_presets, chips, rehearsal
+from xlformer.machines.bench_cases import CASES, Case, matmul_case
+from xlformer.machines.bench_table import table
 from xlformer.models.base import compute_dtype
 
 REHEARSED_VOCABULARY = 32  # more than the cutoffs of config.shrink
@@ -37,7 +38,7 @@ def _memory_may_end(case: Case):
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        case.out_of_memory = command.reason(error)
+        case.out_of_memory = reason(error)
         case.run = None  # with all that it holds
 
 

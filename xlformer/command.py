@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 
 from xlformer import __version__, storage, streams
-from xlformer.errors import UserError, did_you_mean
+from xlformer.errors import USER_ERROR_EXIT_CODE, UserError, did_you_mean, reason
 
-USER_ERROR_EXIT_CODE = 2
 OVERRIDE = "--config."
 # What a directory or a disk may answer, whoever asks; not ours to correct.
 _DENIED = "EACCES EPERM ENOENT ENOTDIR EISDIR EEXIST EROFS ENOSPC EDQUOT EFBIG"
@@ -94,7 +93,7 @@ def _as_started(prog: str) -> str:
     *_, folder, name = ["", *pathlib.PurePath(sys.argv[0] or "python").parts]
     if name == "xlformer":  # the console script
         return prog.replace("python -m xlformer.", "xlformer ")
-    if (folder, name) == ("xlformer", "__main__.py"):
+    if folder == "xlformer" and name.strip("_") == "main__.py":
         return prog.replace("python -m xlformer.", "python -m xlformer ")
     return prog
 
@@ -163,11 +162,6 @@ def place(text: str) -> str:
         line = f"the path is not UTF-8: {os.fsencode(text)!r}"
         raise argparse.ArgumentTypeError(line) from None
     return os.fspath(storage.path(text))
-
-
-def reason(error: Exception) -> str:
-    """The beginning of a message that may be pages long, on one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _missing_platform() -> str:

@@ -1,9 +1,11 @@
-"""The one exception whose message is written for the person at the keyboard."""
+"""The exceptions whose messages are written for the person at the keyboard."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+USER_ERROR_EXIT_CODE = 2
 
 
 class UserError(Exception):
@@ -29,3 +31,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     return f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def reason(error: Exception) -> str:
+    """The beginning of a message that may be pages long, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

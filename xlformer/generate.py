@@ -10,25 +10,19 @@ import sys
 
 import numpy as np
 
-from xlformer import (
-    command,
-    compiled,
-    interactive,
-    runs,
-    scored_text,
-    sharding,
-)
-from xlformer.continuation import (
+from xlformer import command, compiled, runs, sharding
+from xlformer.data import local
+from xlformer.errors import UserError
+from xlformer.generation import interactive
+from xlformer.generation.continuation import (
     MOST,
     Continuation,
     compiled_block,
     for_generation,
     generate,
 )
-from xlformer.data import local
-from xlformer.errors import UserError
-from xlformer.printing import Printer, Row
-from xlformer.sampling import Sampling
+from xlformer.generation.printing import Printer, Row
+from xlformer.generation.sampling import Sampling
 
 __all__ = [
     "Continuation",
@@ -56,7 +50,7 @@ def _prompts(args, run: runs.Run) -> list[np.ndarray]:
         if not len(prompt):
             raise UserError(f"{where} is empty: at least one token is needed")
     if not texts:
-        tokens, _, _ = scored_text.read(run, "test", None, args.data_path)
+        tokens, _, _ = texts.read(run, "test", None, args.data_path)
         prompts = [np.asarray(tokens[:OPENING])]
     if args.preset == "paper":
         prompts = [p[-PAPER_CONTEXT:] for p in prompts]

@@ -20,20 +20,12 @@ import jax
 from etils import epath
 from jax.sharding import AbstractMesh, AxisType
 
-from xlformer import (
-    chips,
-    command,
-    flops,
-    models,
-    rehearsal,
-    sharding,
-    topologies,
-    traffic,
-)
+from xlformer import command, flops, models, sharding
 from xlformer import config as config_lib
-from xlformer.errors import UserError
+from xlformer.errors import UserError, reason
+from xlformer.machines import chips, rehearsal, topologies, traffic
+from xlformer.machines.plan_text import table
 from xlformer.models.base import compute_dtype
-from xlformer.plan_text import table
 
 # Kept for the backward pass of a layer without remat, in numbers a token. Fitted to
 # what libtpu 0.0.42 makes of 4 rows on a v5e: 1.3 GiB of enwik8_base, 6.6 of _large.
@@ -147,7 +139,7 @@ def _compile(found: dict, config, model, mesh):
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found["refused"] = command.reason(error)
+        found["refused"] = reason(error)
         return None
     found["compile_seconds"] = time.perf_counter() - start
     memory, stats = found["memory"], compiled.memory_analysis()

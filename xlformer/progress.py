@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from xlformer.training import metrics
+from xlformer import tables
 
 _counting = contextvars.ContextVar("counting", default=None)
 
@@ -33,7 +33,7 @@ class Progress:
         start, done = self._begun = self._begun or (now, fraction)
         if now - self._last > self._seconds and done < fraction < 1:
             self._last = now
-            left = metrics.duration((now - start) * (1 - fraction) / (fraction - done))
+            left = tables.duration((now - start) * (1 - fraction) / (fraction - done))
             line = f"{self._what} {fraction:.0%}, {left} left"
             print(line, file=sys.stderr, flush=True)
         return False

@@ -18,27 +18,17 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from xlformer import (
-    command,
-    hosts,
-    models,
-    prepare,
-    resume,
-    runs,
-    sharding,
-    start,
-    storage,
-    workdirs,
-)
+from xlformer import command, hosts, models, runs, sharding, storage
 from xlformer import config as config_lib
-from xlformer.data import translation
-from xlformer.data import vocabulary as vocabularies
+from xlformer.data import preparing, translation, vocabularies
 from xlformer.errors import UserError
-from xlformer.loop import Loop
-from xlformer.training import faults, goodput, metrics
-from xlformer.training.checkpoints import Checkpoints
-from xlformer.training.locks import WorkdirLock
-from xlformer.training.watchdog import Watchdog
+from xlformer.hosts import faults
+from xlformer.hosts.watchdog import Watchdog
+from xlformer.runs import goodput, log, resume, writing
+from xlformer.runs.checkpoints import Checkpoints
+from xlformer.runs.locks import WorkdirLock
+from xlformer.training import start
+from xlformer.training.loop import Loop
 
 M_ARENA_MAX = -8  # malloc.h
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -84,8 +74,8 @@ def train(
         mesh = sharding.make_mesh(config.mesh, rows=rows)
         sharding.check(config, mesh)
         if hosts.is_first():
-            workdirs.refuse_foreign(workdir)
-        prepared, source = prepare.prepare(config.data), None
+            writing.refuse_foreign(workdir)
+        prepared, source = preparing.prepare(config.data), None
         if config.init_from:
             source, prepared = _source(config, workdir, prepared, mesh, old is None)
         size = prepared.vocabulary.size
@@ -109,7 +99,7 @@ def train(
             with contextlib.ExitStack() as stack:
                 first = hosts.is_first()
                 lock = stack.enter_context(WorkdirLock(workdir)) if first else None
-                writer = stack.enter_context(metrics.Writer(workdir, enabled=first))
+                writer = stack.enter_context(log.Writer(workdir, enabled=first))
                 watchdog = stack.enter_context(_watchdog(config, workdir))
                 clock = goodput.Clock(writer.write, started=started)
                 with watchdog.allow(config.hosts.phase_limit, "agreeing"):
@@ -168,7 +158,7 @@ def _signals() -> dict:
 
 def _watchdog(config, workdir) -> Watchdog:
     return Watchdog(
-        workdir / workdirs.HEARTBEATS,
+        workdir / writing.HEARTBEATS,
         jax.process_index(),
         jax.process_count(),
         timeout_s=config.hosts.heartbeat,
@@ -195,7 +185,7 @@ def _main(argv) -> int:
     if args.manual_dir is not None:
         config.data.manual_dir = args.manual_dir
     workdir = storage.path(args.workdir)
-    workdirs.refuse_foreign(workdir)
+    writing.refuse_foreign(workdir)
     storage.check_writable(workdir, "--workdir")
     init_from = config.init_from if args.init_from is None else args.init_from
     if args.init_from is not None or init_from:
@@ -218,7 +208,7 @@ def _main(argv) -> int:
 def _keep_compiled(workdir) -> None:
     """A restarted run finds its programs in the work directory."""
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(workdir / workdirs.COMPILED))
+        jax.config.update("jax_compilation_cache_dir", str(workdir / writing.COMPILED))
 
 
 def keep_heap_small() -> None:

@@ -14,7 +14,7 @@ from xlformer import config as config_lib
 from xlformer import models, sharding
 from xlformer.data.stream import Stream
 from xlformer.kernels.relative_attention import relative_attention
-from xlformer.topologies import mesh_of
+from xlformer.machines.topologies import mesh_of
 from xlformer.training import optimizers, state, steps
 
 ENWIK8 = dict(B=8, H=8, T=512, M=512, K=64)

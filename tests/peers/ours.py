@@ -15,8 +15,9 @@ import numpy as np
 import worker
 from settings import Setting
 
-from xlformer import models, rehearsal, scoring, sharding
+from xlformer import models, scoring, sharding
 from xlformer.config import default_config
+from xlformer.machines import rehearsal
 from xlformer.models import TransformerXL
 from xlformer.models.base import Model, compute_dtype
 

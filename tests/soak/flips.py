@@ -31,9 +31,9 @@ import orbax.checkpoint as ocp
 
 from xlformer import config as config_lib
 from xlformer import models
+from xlformer.runs.checkpoints import Checkpoints
 from xlformer.training import optimizers
 from xlformer.training import state as state_lib
-from xlformer.training.checkpoints import Checkpoints
 
 OLDER, NEWER = 1, 2
 ENDS = ("refused", "harmless", "changed", "failed")

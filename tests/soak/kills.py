@@ -24,8 +24,8 @@ import time
 import cluster
 from training_runs import write_text
 
-from xlformer.training import goodput, integrity, metrics
-from xlformer.training.checkpoints import Checkpoints
+from xlformer.runs import goodput, integrity, log
+from xlformer.runs.checkpoints import Checkpoints
 
 HERE = pathlib.Path(__file__).resolve().parent
 EVERY = 50  # steps between two saves
@@ -82,7 +82,7 @@ class Run:
 
     def last_step(self):
         """That was logged; 0 if none was."""
-        path = self.workdir / metrics.FILE
+        path = self.workdir / log.FILE
         lines = path.read_text().splitlines() if path.exists() else []
         for line in reversed(lines):
             try:

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from xlformer import config as config_lib
+from xlformer.runs.checkpoints import Checkpoints
 from xlformer.train import keep_heap_small, train
-from xlformer.training.checkpoints import Checkpoints
 
 MIB = 2**20
 

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from xlformer.data import local
-from xlformer.data import vocabulary as vocabularies
+from xlformer.data import local, vocabularies
 from xlformer.data.sources import SPLITS
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError

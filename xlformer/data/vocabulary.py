@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from etils import epath
 
 from xlformer import progress
 from xlformer.errors import UserError
@@ -262,31 +261,3 @@ def split_words(text, eos, lower, close_line, where) -> Iterator[list[str]]:
         if close_line and not block.endswith("\n"):
             words.append(eos)
         yield words
-
-
-def load(path) -> Vocabulary:
-    """Reads a stored vocabulary from a file."""
-    try:
-        text = epath.Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the vocabulary: {error}") from None
-    return from_json(text, str(path))
-
-
-def from_json(text: str, where: str = "vocabulary") -> Vocabulary:
-    """Reads what to_json wrote; anything else is a UserError that names `where`."""
-    from xlformer.data import pieces
-
-    kinds = (ByteVocabulary, CharVocabulary, WordVocabulary, pieces.PieceVocabulary)
-    try:
-        fields = json.loads(text)
-        check(isinstance(fields, dict), "not a JSON object")
-        check(fields.pop("format", None) == FORMAT, f"'format' is not {FORMAT!r}")
-        name = fields.pop("kind", None)
-        found = [kind for kind in kinds if kind.kind == name]
-        check(found, f"unknown kind {name!r}")
-        for key in ("symbols", "counts"):
-            check(isinstance(fields.get(key), list), f"{key!r} is not a list")
-        return found[0](**fields)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{where}: not a stored vocabulary: {error}") from None

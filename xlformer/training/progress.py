@@ -7,7 +7,8 @@ import time
 
 import numpy as np
 
-from xlformer.training import metrics
+from xlformer import tables
+from xlformer.runs import log
 
 
 class Progress:
@@ -16,7 +17,7 @@ class Progress:
     score: (nats) -> ('bpc' or 'ppl', value).
     """
 
-    def __init__(self, config, writer: metrics.Writer, score):
+    def __init__(self, config, writer: log.Writer, score):
         self._train, self._writer, self._score = config.train, writer, score
         self._per_step = config.train.batch_size * config.train.segment_length
         self.restart()
@@ -49,7 +50,7 @@ class Progress:
         values = values | {"train/loss_nats": loss, f"train/{unit}": score}
         self._writer.write(step, values | {"perf/tokens_per_s": rate})
         total = self._train.steps
-        line = metrics.format_progress(
+        line = format_progress(
             step=step,
             total=total,
             loss_nats=loss,
@@ -60,3 +61,21 @@ class Progress:
         )
         self._writer.console(line)
         self.restart()
+
+
+def format_progress(
+    *,
+    step: int,
+    total: int,
+    loss_nats: float,
+    score: float,
+    unit: str,
+    tokens_per_s: float,
+    eta_s: float,
+) -> str:
+    """'step 1,200/10,000  loss 1.234  bpc 1.780  12.3k tokens/s  eta 1:02:03'."""
+    width = len(f"{total:,}")
+    return (
+        f"step {step:>{width},}/{total:,}  loss {loss_nats:.4f}  {unit} {score:.4f}  "
+        f"{tables.short(tokens_per_s)} tokens/s  eta {tables.duration(eta_s)}"
+    )

@@ -1,0 +1,132 @@
+"""Several hosts are one run: the same numbers, joined, stopped and resumed together."""
+
+import re
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from cluster import Cluster
+from training_runs import SYMBOLS, bag, final_state, text_config, write_text
+
+from xlformer import train as train_lib
+from xlformer.hosts import faults
+from xlformer.runs import log
+from xlformer.runs.checkpoints import Checkpoints
+
+B, STEPS = 8, 200
+FIELDS = {"batch_size": B, "steps": STEPS, "save_every": 50, "eval_every": 100}
+# Or a run is over before it is killed.
+PACED = {"hosts": {"heartbeat": 5.0}, "pace_s": 0.04}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def make_config(text, **fields):
+    config = text_config(text, **(FIELDS | fields))
+    config.data.directory = f"{text}-prepared"
+    config.mesh.data = 4
+    return config
+
+
+@pytest.fixture(scope="module")
+def model():
+    return bag(vocab_size=SYMBOLS, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def one_host(text, model, tmp_path_factory):
+    """(work directory, result) of one process with four devices."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    return workdir, train_lib.train(make_config(text), workdir, model)
+
+
+def assert_same_end(text, model, workdir, reference):
+    """The whole state: also what is carried, and the place in the data."""
+    config = make_config(text)
+    step, found, _ = final_state(workdir, config, model)
+    expected_step, expected, _ = final_state(reference, config, model)
+    assert step == expected_step
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(found),
+        jax.tree.leaves(expected),
+        strict=True,
+    ):
+        where = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6, err_msg=where)
+
+
+def test_two_hosts_give_the_numbers_of_one(text, model, one_host, tmp_path):
+    reference, expected = one_host
+    with Cluster(text, tmp_path / "run", devices=2, train=FIELDS) as cluster:
+        found = cluster.finish()
+        assert re.search(r"host 1 of 2: \S+, pid \d+, 2 x cpu", cluster.text(1))
+        assert "mesh data 4 x fsdp 1 x tensor 1" in cluster.text(0)
+        assert "mesh" not in cluster.text(
+            1
+        )  # after its first line only process 0 talks
+    assert found["step"] == STEPS
+    assert found["train/loss_nats"] == pytest.approx(
+        expected["train/loss_nats"], rel=1e-4
+    )
+    assert found["eval/nats_per_token"] == pytest.approx(
+        expected["eval/nats_per_token"], rel=1e-4
+    )
+    assert_same_end(text, model, tmp_path / "run", reference)
+    assert len(list((tmp_path / "run").glob("metrics*.jsonl"))) == 1
+
+
+def test_saved_on_two_hosts_resumed_on_four_and_on_one(text, model, one_host, tmp_path):
+    workdir, before = tmp_path / "run", 0
+    for count, devices, steps in [(2, 1, 50), (4, 1, 100), (1, 4, 200)]:
+        mesh = {"fsdp": 2} if count == 2 else {}
+        fields = FIELDS | {"steps": steps}
+        with Cluster(
+            text, workdir, count=count, devices=devices, train=fields, mesh=mesh
+        ) as cluster:
+            cluster.finish()
+            if before:
+                resumed = f"resuming from the checkpoint of step {before}"
+                assert resumed in cluster.text()
+            before = steps
+    assert_same_end(text, model, workdir, one_host[0])
+
+
+def test_sigterm_to_any_host_saves_all_at_one_step_and_kill_9_costs_one_save_interval(
+    text, model, one_host, tmp_path
+):
+    """One run, stopped once and killed twice: the start of hosts is what this costs."""
+    workdir = tmp_path / "run"
+    fields = FIELDS | {"save_every": 0, "eval_every": 0, "log_every": 1}
+    with Cluster(text, workdir, train=fields, **PACED) as cluster:
+        cluster.wait_for(r"step +\d+/200")
+        cluster.signal(signal.SIGTERM, 1)
+        assert cluster.codes() == [faults.INTERRUPTED] * 2, cluster.everything()
+        saved = int(cluster.found(r"SIGTERM: saved at step (\d+)")[1])
+    assert Checkpoints(workdir / "checkpoints", read_only=True).steps() == [saved]
+    fields = FIELDS | {"log_every": 1}
+    for victim in (0, 1):
+        with Cluster(text, workdir, train=fields, **PACED) as cluster:
+            cluster.wait_for(f"resuming from the checkpoint of step {saved}")
+            saved = saved // 50 * 50 + 50
+            committed = workdir / "checkpoints" / str(saved)
+            while not committed.exists():
+                assert cluster.processes[0].poll() is None, cluster.everything()
+                time.sleep(0.01)
+            cluster.signal(signal.SIGKILL, victim)
+            start = time.monotonic()
+            codes = cluster.codes()
+            assert codes[victim] == -signal.SIGKILL and codes[1 - victim] != 0
+            assert time.monotonic() - start < 30
+        last = max(r["step"] for r in log.read(workdir, kind="train"))
+        latest = Checkpoints(workdir / "checkpoints", read_only=True).latest()
+        assert saved <= latest and last - latest <= 50
+        saved = latest
+    with Cluster(text, workdir, train=fields) as cluster:
+        cluster.finish()
+        assert f"resuming from the checkpoint of step {saved}" in cluster.text()
+    assert_same_end(text, model, workdir, one_host[0])

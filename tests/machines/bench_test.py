@@ -1,0 +1,237 @@
+"""Benchmarks: what is timed, in which order, and what the table says."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from timed_cases import FAST, fake, timed
+
+from xlformer import bench, flops, models, sharding
+from xlformer import config as config_lib
+from xlformer.kernels import pallas_tpu, pallas_tpu_case
+from xlformer.kernels.case import interpreted
+from xlformer.machines import bench_cases, rehearsal
+from xlformer.machines.bench_cases import Case
+from xlformer.machines.bench_table import table
+
+
+def test_cases_take_turns_and_the_median_counts():
+    log = []
+    cases = [fake("a", 0.5, log), fake("b", 0.25, log)]
+    cases[1].steps = 5
+    bench.measure(cases, repeats=3, seconds=1.0)
+    warm, turns = log[:4], log[4:]
+    assert warm == [("a", 1), ("a", 1), ("b", 1), ("b", 1)]
+    assert turns == [("a", 2), ("b", 4)] * 3
+    assert cases[0].host_seconds == [0.1] * 3
+    assert cases[1].seconds == [0.05] * 3  # of a step
+    cases[0].seconds = [1.0, 0.5, 0.4]
+    cases[1].seconds = [0.25] * 3
+    found = bench.report(cases[0], cases[1], sharding.make_mesh({"data": 1}))
+    assert found["ms"] == 500 and found["tokens_per_second"] == 200
+    assert found["spread"] == pytest.approx(1.2)
+    assert found["of_matrix_products"] == 0.5
+    assert found["flops_per_second"] == 4e9 and found["mfu"] is None  # of a CPU
+
+
+def test_the_share_of_the_datasheet_is_of_all_devices():
+    case = timed("a", 1.0)
+    devices = np.array([SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * 4)
+    mesh = SimpleNamespace(devices=devices, size=4)
+    assert bench.report(case, case, mesh)["mfu"] == 2e9 / 4 / 989e12
+
+
+def test_two_steps_are_in_flight_at_most(monkeypatch):
+    config = config_lib.load("quickstart:debug")
+    config.train.micro_batches = 2
+    mesh, log = sharding.make_mesh({"data": 1}), []
+    real = rehearsal.step(config, models.build(config.model, vocab_size=256), mesh)
+
+    class Compiled:
+        def __call__(self, state, batch):
+            log.append("step")
+            loss = SimpleNamespace(block_until_ready=lambda: log.append("done"))
+            return state, {"train/loss_nats": loss}
+
+        def memory_analysis(self):
+            fields = ("argument", "output", "alias", "temp")
+            sizes = {f"{name}_size_in_bytes": 3 for name in fields}
+            return SimpleNamespace(**sizes)
+
+        def cost_analysis(self):
+            return {"bytes accessed": 7.0}
+
+    lowered = SimpleNamespace(compile=Compiled)
+    function = SimpleNamespace(lower=lambda *_: lowered)
+    step = real._replace(function=function, create=lambda _: None)
+    monkeypatch.setattr(rehearsal, "step", lambda *_: step)
+    monkeypatch.setattr(bench_cases, "kernel_bytes", lambda *_, rows, **__: {"x": rows})
+    case = bench_cases.train_case("a", config, 256, mesh)
+    assert case.kernel_bytes == {"x": 2}  # of 2 groups of one row
+    case.run(5)
+    in_flight = np.cumsum([1 if event == "step" else -1 for event in log])
+    assert max(in_flight) == 2 and in_flight[-1] == 0
+    assert case.memory == 6 and case.accessed == 7
+
+
+def test_training_is_timed_for_each_implementation(capsys, tmp_path):
+    file = tmp_path / "bench.json"
+    arguments = [*FAST, "--implementation=xla,blocked", f"--json={file}"]
+    arguments += ["--config.train.batch_size=4", "--mesh=data=2"]
+    assert bench.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "2 x cpu" in shown and "tokens/s" in shown
+    rows = json.loads(file.read_text())
+    assert [row["case"] for row in rows] == ["xla", "blocked"]
+    config = config_lib.load("quickstart:debug")
+    model = models.build(config.model, vocab_size=256).config
+    counted = flops.segment(model, batch_size=4, segment_length=7)
+    for row in rows:
+        assert row["flops"] == counted.training
+        assert len(row["seconds"]) == 2 and row["memory"] > 0
+        assert 0 < row["host_ms"] and row["compile_seconds"] > 0
+
+
+def test_evaluation_sweeps_over_a_field_and_generation_runs():
+    config = config_lib.load("quickstart:debug")
+    fast = {"repeats": 1, "seconds": 0.01, "mesh": sharding.make_mesh({"data": 1})}
+    sweep = ("model.memory_length", ["3", "9"])
+    short, long = bench.bench(config, 256, mode="eval", sweep=sweep, **fast)
+    (row,) = bench.bench(config, 256, mode="generate", **fast)
+    assert short["case"] == "auto model.memory_length=3"
+    assert long["flops"] > short["flops"] > 0 and short["ms"] > 0
+    assert long["memory"] > short["memory"] > 0
+    assert config.model.memory_length == 5  # the caller's config stays as it was
+    assert row["tokens_per_second"] > 0 and 0 < row["host_ms"] and 0 < row["memory"]
+    assert row["tokens_per_second"] == pytest.approx(2 / row["ms"] * 1e3)  # 2 rows
+
+
+def test_bytes_of_kernels_are_those_of_a_device():
+    config = config_lib.load("quickstart:debug")
+    config.model.update(attention="pallas_tpu", attention_dropout=0.1)
+    mesh = sharding.make_mesh({"data": 2, "tensor": 2})
+    sizes = {"rows": 4, "length": 7, "mesh": mesh}
+
+    def found(**options):
+        model = models.build(config.model, vocab_size=256)
+        return bench_cases.kernel_bytes(model.config, **sizes, **options)
+
+    with interpreted(query_tile=8, key_tile=8):
+        shapes = ((2, 7, 1, 8), (2, 12, 1, 8), (2, 12, 1, 8), (12, 1, 8))
+        case = pallas_tpu_case.Tiles.of(
+            *(jax.ShapeDtypeStruct(s, "float32") for s in shapes),
+            key_start_BT=True,
+            window=None,
+            causal=True,
+            rate=0.1,
+        )
+        one = pallas_tpu.copied_bytes(case, rows=2, heads=1)
+        assert found(train=True) == one
+        assert found(train=False) == {"forward": one["forward"]}
+        config.model.positions = "rotary"
+        assert 0 < found(train=True)["forward"] < one["forward"]
+        config.model.attention = "auto"  # on a CPU
+        assert found(train=True) is None
+
+
+def test_bytes_are_told_by_two_counts():
+    case = timed("a", 1.0)
+    case.accessed = 2e6
+    mesh = sharding.make_mesh({"data": 1})
+    plain = bench.report(case, case, mesh)
+    assert "MB kernels" not in table([plain])
+    fused = plain | {"kernel_bytes": {"forward": 3e6, "backward": 4e6}}
+    head, first, second, *notes = table([fused, plain]).splitlines()
+    assert "MB by XLA" in head and "MB kernels" in head and len(notes) == 2
+    assert "2.0" in second and "7.0" in first and "7.0" not in second
+
+
+def test_tokens_are_as_frequent_as_words():
+    ids = bench_cases.tokens(1000, (4000,))
+    expected = flops.frequencies(1000)
+    assert abs((ids == 0).mean() - expected[0]) < 0.03
+    assert ids.max() < 1000 and ids.dtype == np.int32
+    assert jax.device_count() > 1  # as in every test
+
+
+# What the device cannot do ------------------------------------------------------------
+
+
+def too_much(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 99 GiB")
+
+
+def test_a_case_that_runs_out_of_memory_leaves_the_others_running(monkeypatch):
+    real = bench.CASES["train"]
+
+    def create(name, *arguments):
+        return too_much() if name == "xla" else real(name, *arguments)
+
+    monkeypatch.setitem(bench.CASES, "train", create)
+    fast = {"repeats": 2, "seconds": 0.01, "mesh": sharding.make_mesh({"data": 1})}
+    names = ("xla", "blocked")
+    config = config_lib.load("quickstart:debug")
+    lost, kept = bench.bench(config, 256, implementations=names, **fast)
+    monkeypatch.setitem(bench.CASES, "train", too_much)
+    (alone,) = bench.bench(config, 256, **fast)
+    assert lost["out_of_memory"] == alone["out_of_memory"]
+    assert kept["tokens_per_second"] > 0
+    shown = table([lost, kept]).splitlines()
+    assert "out of memory: RESOURCE_EXHAUSTED: 99 GiB" in shown[1]
+    assert shown[2].startswith("blocked")
+    assert "99 GiB" in table([alone])
+
+
+def test_what_cannot_run_is_refused_before_anything_is_compiled(monkeypatch, capsys):
+    monkeypatch.setitem(bench.CASES, "train", too_much)
+    assert bench.main([*FAST, "--implementation=xla,pallas_tpu"]) == 2
+    assert "config.model.attention='pallas_tpu'" in capsys.readouterr().err
+
+
+def test_memory_may_end_while_the_turns_are_taken():
+    log = []
+    cases = [fake("a", 0.5, log), fake("b", 0.5, log)]
+    good = cases[0].run
+    cases[0].run = lambda times: too_much() if len(log) > 5 else good(times)
+    bench.measure(cases, repeats=3, seconds=1.0)
+    assert "99 GiB" in cases[0].out_of_memory and cases[0].run is None
+    assert len(cases[1].seconds) == 3
+
+    def broken(_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    cases = [Case("c", broken)]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        bench.measure(cases, repeats=1, seconds=1.0)
+
+
+# Bad input ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--implementation=foo"], ["config.model.attention='foo'", "blocked"]),
+        (["--implementation=xla,pallas_tpu"], ["pallas_tpu", "cpu"]),
+        (["--mode=serve"], ["serve", "train", "generate"]),
+        (["--sweep=memory_length"], ["--sweep=memory_length", "FIELD:VALUE"]),
+        (["--sweep=memory_lenth:1,2"], ["memory_lenth", "did you mean"]),
+        (["--repeats=0"], ["--repeats=0"]),
+        (["--mesh=data=99"], ["data=99", "8 devices"]),
+        (["--preset=enwik8"], ["--config=quickstart:debug", "--preset=enwik8"]),
+        (["--rehearse"], ["--rehearse", ":debug"]),
+        (["--plot=a.png", "--sweep=n_layer:1,2"], ["--plot=a.png", ".svg"]),
+        (["--plot=a.svg", "--sweep=remat:none,full"], ["--sweep=model.remat:none"]),
+        (["--plot=a.svg"], ["--plot=a.svg", "--sweep"]),
+        (["--config=", "--preset=nvidia_trian"], ["did you mean 'nvidia_train'"]),
+        (["--config=", "--preset=enwik8", "--mode=eval"], ["--mode=eval", "preset"]),
+        (["--config=", "--preset=enwik8", "--sweep=d:1"], ["--sweep=d:1", "preset"]),
+    ],
+)
+def test_bad_input_is_one_line(arguments, fragments, capsys):
+    assert bench.main([*FAST, *arguments]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1
+    assert all(fragment in line for fragment in fragments), line

@@ -1,0 +1,186 @@
+"""Training with bad losses, other models and texts, and with every config."""
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+from training_runs import (
+    SYMBOLS,
+    bag,
+    final_state,
+    refusal,
+    text_config,
+    write_text,
+)
+
+from xlformer import config as config_lib
+from xlformer import runs
+from xlformer.data.prepared import Prepared
+from xlformer.data.stream import Stream
+from xlformer.data.vocabulary import ByteVocabulary, WordVocabulary
+from xlformer.runs import log
+from xlformer.train import train
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+# Losses that are not finite -----------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_with_what_helps(text, tmp_path):
+    config = text_config(text, save_every=3)
+    line = refusal(train, config, tmp_path, model=bag(vocab_size=9, nan_steps=(6,)))
+    assert "not finite at step 7" in line and "last good checkpoint is step 6" in line
+    assert "config.optimizer.learning_rate=0.02" in line and "skip_nonfinite" in line
+    model = bag(vocab_size=SYMBOLS)
+    step, found, _ = final_state(tmp_path, config, model)
+    assert step == 6
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found.params))
+    assert train(config, tmp_path, model=model)["step"] == 24
+
+
+def test_one_bad_step_among_several_in_a_call_stops_too(text, tmp_path):
+    config = text_config(text, segments_per_call=6, eval_every=0)
+    # Infinite with a finite gradient: the steps after it look well.
+    model = bag(vocab_size=SYMBOLS, inf_steps=(8,))
+    line = refusal(train, config, tmp_path, model=model)
+    assert "not finite at step 9" in line and "checkpoint is step 6" in line
+
+
+def test_skipping_goes_on_until_ten_in_a_row(text, tmp_path):
+    config = text_config(text, skip_nonfinite=True, segments_per_call=2)
+    few = bag(vocab_size=SYMBOLS, nan_steps=(2, 3, *range(8, 17)))
+    assert train(config, tmp_path / "few", model=few)["step"] == 24
+    _, found, _ = final_state(tmp_path / "few", config, few)
+    assert int(found.skipped) == 11 and int(found.skipped_in_a_row) == 0
+    assert log.read(tmp_path / "few", kind="train")[-1]["train/skipped"] == 11
+    ten = bag(vocab_size=SYMBOLS, nan_steps=tuple(range(9, 19)))
+    line = refusal(train, config, tmp_path / "ten", model=ten)
+    assert "not finite" in line and "last good checkpoint is step 18" in line
+
+
+# The text and the model ---------------------------------------------------------------
+
+
+def test_your_own_model_is_trained_like_ours(text, tmp_path):
+    config = text_config(text)
+    config.optimizer.learning_rate = 0.3
+    result = train(config, tmp_path, model=bag(vocab_size=SYMBOLS))
+    evals = [r["eval/nats_per_token"] for r in log.read(tmp_path, kind="eval")]
+    assert evals[2] < evals[0] and result["step"] == 24
+    assert "bag/seen" in log.read(tmp_path, kind="train")[0]
+    line = refusal(train, config, tmp_path / "b", model=bag(vocab_size=8))
+    assert "the model knows 8 ids, the data has 9" in line
+
+
+def carried_by_hand(stream, steps, starts):
+    """How many tokens each row of a bag holds after that many steps."""
+    seen = []
+    for row in range(2):
+        position = row * stream.row_length
+        count = 0
+        for k in range(steps):
+            _, offset, length = stream.place(k)
+            for t in range(offset, offset + length):
+                count = 0 if t == 0 or position + t in starts else count
+                count += 1
+        seen.append(count)
+    return seen
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_memory_ends_where_a_row_or_a_document_begins(tmp_path, documents):
+    (tmp_path / "a.txt").write_text("abcdefghi" * 11)  # 99 characters
+    (tmp_path / "b.txt").write_text("ihgfedcba" * 13)
+    model = bag(vocab_size=9)
+    config = text_config(f"{tmp_path}/a.txt;{tmp_path}/b.txt", steps=17)
+    config.data.documents = documents
+    train(config, tmp_path / "run", model=model)
+    _, found, _ = final_state(tmp_path / "run", config, model)
+    seen = np.asarray(found.carried["seen_VB"]).sum(axis=0).tolist()
+    stream = Stream(np.zeros(194, np.uint8), batch_size=2, segment_length=7)
+    assert stream.row_length == 97 and stream.steps_per_epoch == 13
+    assert seen == carried_by_hand(stream, 17, {99} if documents else ())
+    assert seen == ([28, 26] if documents else [28, 28])  # the second epoch
+
+
+def test_a_trace_of_the_chosen_steps_is_written(text, tmp_path):
+    config = text_config(text, steps=8, segments_per_call=3)
+    config.train.update(profile_start=2, profile_steps=2)
+    train(config, tmp_path, model=bag(vocab_size=SYMBOLS))
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
+
+
+def test_outside_of_the_main_thread_it_runs_without_signals(text, tmp_path):
+    found = []
+    config = text_config(text, steps=2, eval_every=0)
+    model = bag(vocab_size=SYMBOLS)
+
+    def call():
+        found.append(train(config, tmp_path, model=model))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert found[0]["step"] == 2
+
+
+# Every config -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpora():
+    """Random tokens, and a vocabulary of 31 symbols for bytes and for words."""
+    tokens = np.random.default_rng(7).integers(0, 31, 601).astype(np.uint8)
+    counts = [100 - k for k in range(31)]
+    words = ["<eos>", *(f"w{k}" for k in range(30))]
+    vocabularies = {
+        "bytes": ByteVocabulary(range(97, 128), counts),
+        "words": WordVocabulary(words, counts),
+    }
+    splits = ("train", "validation", "test")
+    return {
+        unit: Prepared(
+            tokens={split: tokens for split in splits},
+            documents={split: None for split in splits},
+            vocabulary=vocabulary,
+            card={"corpus": unit, "payload_sha256": unit},
+            directory=None,
+        )
+        for unit, vocabulary in vocabularies.items()
+    }
+
+
+# Whose small form is that of another config, but for the text and the rates.
+ALIKE = {
+    "text8_base": "enwik8_base",
+    "text8_large": "enwik8_large",
+    "lm1b_base_paper": "lm1b_base",
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_these_configs_are_small_alike(name):
+    pair = [config_lib.load(f"{n}:debug").to_dict() for n in (name, ALIKE[name])]
+    for section in ("model", "train", "eval", "mesh"):
+        assert pair[0][section] == pair[1][section]
+
+
+@pytest.mark.parametrize("name", sorted(set(config_lib.names()) - set(ALIKE)))
+def test_every_config_trains_two_steps(name, corpora, tmp_path, monkeypatch):
+    config = config_lib.load(f"{name}:debug")
+    config.model.scan_layers, config.mesh.data = True, 1  # compiles faster
+    words = config.data.corpus in ("wikitext103", "lm1b", "penn")
+    prepared = corpora["words" if words else "bytes"]
+    monkeypatch.setattr("xlformer.train.preparing.prepare", lambda data: prepared)
+    result = train(config, tmp_path)
+    assert result["step"] == config.train.steps == 2
+    unit = "ppl" if words else "bpc"
+    assert 0 < result[f"eval/{unit}"] < 200
+    assert [r["step"] for r in log.read(tmp_path, kind="train")] == [1, 2]
+    assert runs.read_config(tmp_path).name == name

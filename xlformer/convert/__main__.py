@@ -1,0 +1,93 @@
+"""Makes a work directory of other programs' weights: python -m xlformer.convert."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+from xlformer import command
+from xlformer.convert import transformer_xl
+from xlformer.convert.adopt import VOCAB_HELP, adopt, read_vocabulary
+from xlformer.convert.files import read_json, read_state
+from xlformer.data.local import is_read_once
+from xlformer.data.prepared import encode_file
+from xlformer.errors import UserError
+from xlformer.scoring import evaluation
+
+PROBE_TOKENS = 20_000
+
+
+def _read(args):
+    if args.format == "hf":
+        config, params = transformer_xl.from_hf(args.source)
+        return config, params, read_json(pathlib.Path(args.source) / "config.json")
+    state, hparams = read_state(args.source)
+    if args.hparams:
+        hparams = read_json(pathlib.Path(args.hparams))
+    if hparams is None:
+        beside = pathlib.Path(args.source).with_name("hparams.json")
+        if not beside.is_file():
+            raise UserError(
+                f"{args.source} carries no hparams: pass --hparams=FILE.json with the "
+                f"original's arguments, or put {beside.name} beside it"
+            )
+        hparams = read_json(beside)
+    return (*transformer_xl.from_original(state, hparams), hparams)
+
+
+def _probe(args, overrides) -> None:
+    """Warns when the loss exceeds the unigram entropy."""
+    if not args.probe and not any(o.startswith("data.") for o in overrides):
+        print(
+            "no probe: --probe=FILE or --config.data.corpus=NAME would check the order"
+        )
+        return
+    card = evaluation.evaluate(args.workdir, text=args.probe, max_tokens=PROBE_TOKENS)
+    print(f"probe: {card['nats_per_token']:.4f} nats per token of {card['corpus']}")
+    if "warning" in card:
+        print(f"warning: {card['warning']}", file=sys.stderr)
+
+
+def _main(argv) -> int:
+    parser = command.Parser(
+        prog="python -m xlformer.convert", description=transformer_xl.__doc__
+    )
+    parser.add_argument("--format", required=True, choices=["original", "hf"])
+    for name, required, about in (
+        ("--source", True, "weights, or an hf directory"),
+        ("--workdir", True, "new or empty"),
+        ("--vocab", False, VOCAB_HELP),
+        ("--hparams", False, "JSON of the original's arguments"),
+        ("--probe", False, "a text file, scored at the end as a check"),
+    ):
+        parser.add_argument(name, required=required, type=command.place, help=about)
+    args, overrides = parser.parse_with_overrides(argv)
+    vocabulary = read_vocabulary(args.vocab) if args.vocab else None
+    if args.probe and is_read_once(args.probe):
+        raise UserError(f"--probe={args.probe} is read twice, a pipe only once: a file")
+    if args.probe and vocabulary is not None:
+        encode_file(vocabulary, args.probe)  # Before anything is written.
+    elif args.probe and not any(o.startswith("data.") for o in overrides):
+        raise UserError(f"--probe={args.probe} needs --vocab=FILE to be encoded with")
+    model_config, params, hparams = _read(args)
+    adopt(
+        model_config,
+        params,
+        args.workdir,
+        vocabulary=vocabulary,
+        hparams=hparams,
+        overrides=overrides,
+    )
+    _probe(args, overrides)
+    print(json.dumps({"workdir": args.workdir, "vocab_size": model_config.vocab_size}))
+    return 0
+
+
+def main(argv=None) -> int:
+    """The command; returns its exit code."""
+    return command.run(_main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Makes a work directory of other programs' weights; the command behind convert.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+from etils import epath
+
+from xlformer import config as config_lib
+from xlformer import models, runs, storage
+from xlformer.data import preparing, vocabularies
+from xlformer.data.vocabulary import (
+    ByteVocabulary,
+    CharVocabulary,
+    Vocabulary,
+    WordVocabulary,
+)
+from xlformer.errors import UserError
+from xlformer.runs.checkpoints import Checkpoints
+
+PROBE_TOKENS = 20_000
+VOCAB_HELP = (
+    "vocabulary.json, or a symbol a line: words with <eos>, byte values, or characters"
+)
+
+
+def adopt(
+    model_config, params, workdir, *, vocabulary=None, hparams=None, overrides=()
+):
+    """Writes config.json, vocabulary.json and one checkpoint, of step 0, in float32.
+
+    Args:
+      model_config, params: of `convert.from_original` or `convert.from_hf`.
+      workdir: new or empty.
+      vocabulary: symbols in the order of the weights' ids; None leaves it to the data.
+      hparams: the originals' settings, for the segment length of evaluation.
+      overrides: 'a.b=v' of the written config, such as data.corpus=wikitext103.
+    """
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    config = _config(model_config, params, hparams or {}, overrides)
+    _check_size(config, vocabulary, model_config.vocab_size)
+    workdir = _new_directory(workdir)
+    with Checkpoints(workdir / runs.CHECKPOINTS) as checkpoints:
+        checkpoints.save(0, {"params": params}, config=config_lib.to_dict(config))
+    try:
+        if vocabulary is not None:
+            text = vocabulary.to_json()
+            (workdir / runs.VOCABULARY).write_text(text, encoding="utf-8")
+        text = config_lib.to_json(config)
+        (workdir / runs.CONFIG).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be written: {error}") from error
+
+
+def _config(model_config, params, hparams, overrides):
+    fields = dataclasses.asdict(model_config)
+    config = config_lib.default_config("transformer_xl", **fields)
+    config.name = "converted"
+    config.data.corpus = "text"
+    config.data.min_count = 1  # which words there are is said by the weights
+    segment_length = max(hparams.get("tgt_len") or 64, 1)
+    config.train.segment_length = config.eval.segment_length = segment_length
+    for override in overrides:
+        field, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--config.{field} needs a value: --config.{field}=VALUE")
+        config_lib.set_field(config, field, text)
+    expected = jax.eval_shape(models.build(config.model).init, jax.random.key(0))
+    if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
+        raise UserError(
+            f"--config.model overrides ({', '.join(overrides)}) ask for another shape "
+            "than the weights have"
+        )
+    return config
+
+
+def _check_size(config, vocabulary, vocab_size) -> None:
+    """Before anything is written."""
+    name = "--vocab"
+    if vocabulary is None:
+        if not runs.names_data(config):
+            return
+        vocabulary, name = preparing.prepare(config.data).vocabulary, "the data"
+    if vocabulary.size != vocab_size:
+        raise UserError(
+            f"{name} has {vocabulary.size} symbols, the weights have {vocab_size}"
+        )
+
+
+def _new_directory(workdir) -> epath.Path:
+    workdir = storage.path(workdir)
+    try:
+        if workdir.exists() and any(workdir.iterdir()):
+            raise UserError(f"--workdir={workdir} is not empty; name a new directory")
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: not a directory: {error}") from error
+    return workdir
+
+
+def read_vocabulary(path: str) -> Vocabulary:
+    """Our JSON, or a text file with one symbol a line in the order of their ids.
+
+    With `<eos>` among them the symbols are words. Different numbers below 256 are bytes
+    (the original's enwik8), unless all of them are of one digit; all else are single
+    characters.
+    """
+    if path.endswith(".json"):
+        return vocabularies.load(path)
+    try:
+        symbols = pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--vocab={path}: cannot be read: {error}") from error
+    symbols = symbols[:-1] if symbols[-1] == "" else symbols
+    counts = [0] * len(symbols)
+    try:
+        numbers = {str(value) for value in range(256)} >= set(symbols)
+        if numbers and len(set(symbols)) == len(symbols) and max(map(len, symbols)) > 1:
+            values = [int(s) for s in symbols]
+            newline = "keep" if vocabularies.NEWLINE in values else "drop"
+            return ByteVocabulary(values, counts, newline=newline)
+        if "<eos>" in symbols:
+            return WordVocabulary(symbols, counts)
+        return CharVocabulary(symbols, counts)
+    except ValueError as error:
+        raise UserError(
+            f"--vocab={path}: not a list of symbols: {error}; a line each: words with "
+            "<eos> among them, byte values (0 to 255), or single characters"
+        ) from error

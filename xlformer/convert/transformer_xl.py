@@ -1,0 +1,295 @@
+"""Weights of the PyTorch original and of Hugging Face's TransfoXL, to and fro.
+
+    config, params = from_original(state, hparams)
+    state = to_original(config, params)
+    config, params = from_hf(directory)
+
+`python -m xlformer.convert` makes a work directory that evaluates and generates.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from xlformer import models
+from xlformer.convert import hparams as hparams_lib
+from xlformer.convert.files import read_json, read_state
+from xlformer.errors import UserError
+from xlformer.layers.adaptive import Bins
+from xlformer.layers.attention import LEARNED_ABSOLUTE, LEARNED_RELATIVE, RELATIVE
+from xlformer.models.transformer_xl_config import TransformerXLConfig
+
+# What is in the originals' files and needs no counterpart.
+BUFFERS = ("pos_emb.inv_freq",)
+
+
+class Entry(NamedTuple):
+    """One array of the original: where it lies in our tree, and how it is turned.
+
+    Attributes:
+      name: in the original's state dict.
+      path: in our tree.
+      index: of the part of that leaf: a layer, a slice, or ... for the whole.
+      shape: of the array in the original.
+      turn: original's layout to that of leaf[index].
+      turn_back: the inverse.
+      tied: whether another entry holds the same numbers.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    index: Any
+    shape: tuple[int, ...]
+    turn: Any = lambda x: x
+    turn_back: Any = lambda x: x
+    tied: bool = False
+
+
+def from_original(
+    state: Mapping[str, np.ndarray], hparams: Mapping[str, Any]
+) -> tuple[TransformerXLConfig, dict]:
+    """Reads a state dict of the PyTorch original.
+
+    Args:
+      state: original names to numpy arrays; their dtype is kept.
+      hparams: the original's argument names to values; unknown ones are ignored.
+
+    Returns:
+      The configuration and the parameters, for models.build(config).
+
+    Raises:
+      UserError: a name is missing or too many, or a shape does not fit.
+    """
+    config = hparams_lib.to_config(hparams)
+    return config, _read(config, state, reverse_clusters=True)
+
+
+def to_original(config: TransformerXLConfig, tree) -> dict[str, np.ndarray]:
+    """The inverse of from_original, for any tree shaped like params, gradients too.
+
+    Tied arrays appear under every name of theirs.
+    """
+    state = {}
+    for entry in _entries(config, reverse_clusters=True):
+        leaf = tree
+        for key in entry.path:
+            leaf = leaf[key]
+        state[entry.name] = entry.turn_back(np.asarray(leaf)[entry.index])
+    return state
+
+
+def from_hf(directory: str | pathlib.Path) -> tuple[TransformerXLConfig, dict]:
+    """Reads a directory that Hugging Face's TransfoXL wrote with save_pretrained.
+
+    Its memory starts as zeros that are attended. Raises UserError.
+    """
+    directory = pathlib.Path(directory)
+    hparams = read_json(directory / "config.json")
+    if "vocab_size" not in hparams or hparams.get("model_type") != "transfo-xl":
+        raise UserError(f"{directory}/config.json: model_type is not 'transfo-xl'")
+    if type(hparams["vocab_size"]) is not int:
+        raise UserError(f"{directory}/config.json: vocab_size is not a whole number")
+    files = [directory / n for n in ("model.safetensors", "pytorch_model.bin")]
+    found = next((f for f in files if f.is_file()), None)
+    if found is None:
+        raise UserError(f"{directory} has no {files[0].name} and no {files[1].name}")
+    state, _ = read_state(found)
+    state = {name.removeprefix("transformer."): x for name, x in state.items()}
+    renamed = {
+        "n_token": hparams["vocab_size"],
+        "tie_weight": hparams.get("tie_word_embeddings", True),
+    }
+    config = hparams_lib.to_config(
+        {"cutoffs": [], **hparams, **renamed},
+        attend_zero_memory=True,
+        norm_epsilon=hparams.get("layer_norm_epsilon", 1e-5),
+    )
+    return config, _read(config, state, reverse_clusters=False)
+
+
+def _entries(config: TransformerXLConfig, *, reverse_clusters: bool) -> Iterator[Entry]:
+    if config.positions != "original":
+        raise UserError(
+            f"config.model.positions={config.positions!r}: the original has none such"
+        )
+    yield from _embedding_entries(config)
+    yield from _softmax_entries(config, reverse_clusters)
+    for i in range(config.n_layer):
+        yield from _layer_entries(config, i)
+    H, K, L = config.n_head, config.head_width, config.n_layer
+    attention = ("trunk", "layers", "attention")
+    table = (L, config.table_length, H, K)
+    if config.attn_type == RELATIVE and not config.untie_r:
+        yield Entry("r_w_bias", ("trunk", "u"), ..., (H, K))
+        yield Entry("r_r_bias", ("trunk", "v"), ..., (H, K))
+    if config.attn_type == LEARNED_RELATIVE:
+        yield Entry("r_emb", (*attention, "distance"), ..., table)
+        yield Entry("r_w_bias", (*attention, "u"), ..., (L, H, K))
+        yield Entry("r_bias", (*attention, "distance_bias"), ..., table[:3])
+    if config.attn_type == LEARNED_ABSOLUTE:
+        flat = (L, config.table_length, H * K)
+        yield Entry(
+            "r_emb",
+            ("trunk", "position"),
+            ...,
+            table,
+            lambda x: x.reshape(flat),
+            lambda x: x.reshape(table),
+        )
+
+
+def _bins(config) -> Bins:
+    return Bins(
+        config.vocab_size,
+        config.d_model,
+        config.embedding_width,
+        config.cutoffs,
+        config.div_val,
+        config.proj_same_dim,
+    )
+
+
+def _embedding_entries(config):
+    bins = _bins(config)
+    for b, (name, shape) in enumerate(bins.tables.items()):
+        yield Entry(f"word_emb.emb_layers.{b}.weight", ("embedding", name), ..., shape)
+    for b in range(len(bins.tables)):
+        projection = bins.embedding_projection(b)
+        if projection is not None:
+            shape = (config.d_model, bins.width(b))
+            path = ("embedding", projection)
+            yield Entry(
+                f"word_emb.emb_projs.{b}", path, ..., shape, np.transpose, np.transpose
+            )
+
+
+def _softmax_entries(config, reverse_clusters):
+    bins = _bins(config)
+    tied = config.tie_weights
+    starts = [0] if config.div_val == 1 else bins.edges[:-1]
+    for b, (name, shape) in enumerate(bins.tables.items()):
+        path = ("embedding" if tied else "softmax", name)
+        yield Entry(f"crit.out_layers.{b}.weight", path, ..., shape, tied=tied)
+        rows = slice(starts[b], starts[b] + shape[0])
+        path = ("softmax", "bias")
+        yield Entry(f"crit.out_layers.{b}.bias", path, rows, (shape[0],))
+    for b in range(bins.n_tail + 1):
+        if not bins.projects(b):
+            continue
+        name, shape = f"crit.out_projs.{b}", (config.d_model, bins.width(b))
+        if b < len(config.tie_projections) and config.tie_projections[b]:
+            path = ("embedding", bins.embedding_projection(b))
+            yield Entry(name, path, ..., shape, np.transpose, np.transpose, tied=True)
+        else:
+            yield Entry(name, ("softmax", f"projection_{b}"), ..., shape)
+    if bins.n_tail:
+        order = slice(None, None, -1 if reverse_clusters else 1)
+        for name, part, shape in (
+            ("crit.cluster_weight", "cluster_kernel", (bins.n_tail, bins.d_embed)),
+            ("crit.cluster_bias", "cluster_bias", (bins.n_tail,)),
+        ):
+            yield Entry(name, ("softmax", part), order, shape)
+
+
+def _layer_entries(config, i):
+    D, F = config.d_model, config.d_inner
+    H, K = config.n_head, config.head_width
+    attention, feed_forward = f"layers.{i}.dec_attn", f"layers.{i}.pos_ff"
+
+    def entry(name, path, shape, turn=lambda x: x, turn_back=lambda x: x):
+        return Entry(name, ("trunk", "layers", *path), i, shape, turn, turn_back)
+
+    def linear(name, path, ours, *, inputs):
+        """torch's [out, in] against our [in..., out...]; `inputs` is the in."""
+        outputs = int(np.prod(ours)) // inputs
+        return entry(
+            f"{name}.weight",
+            path,
+            (outputs, inputs),
+            lambda x: x.T.reshape(ours),
+            lambda x: x.reshape(inputs, outputs).T,
+        )
+
+    if config.attn_type in (RELATIVE, LEARNED_RELATIVE):
+        yield linear(
+            f"{attention}.qkv_net", ("attention", "qkv"), (D, 3, H, K), inputs=D
+        )
+    else:
+        path, width = ("trunk", "layers", "attention", "qkv"), H * K
+        for name, columns in (("q_net", slice(0, 1)), ("kv_net", slice(1, 3))):
+            n = columns.stop - columns.start
+            yield Entry(
+                f"{attention}.{name}.weight",
+                path,
+                (i, slice(None), columns),
+                (n * width, D),
+                lambda x, n=n: x.T.reshape(D, n, H, K),
+                lambda x, n=n: x.reshape(D, n * width).T,
+            )
+    output = ("attention", "output")
+    yield linear(f"{attention}.o_net", output, (H, K, D), inputs=H * K)
+    if config.attn_type == RELATIVE:
+        yield linear(
+            f"{attention}.r_net", ("attention", "position"), (D, H, K), inputs=D
+        )
+        if config.untie_r:
+            yield entry(f"{attention}.r_w_bias", ("attention", "u"), (H, K))
+            yield entry(f"{attention}.r_r_bias", ("attention", "v"), (H, K))
+    for ours, theirs in (("attention_norm", attention), ("norm", feed_forward)):
+        yield entry(f"{theirs}.layer_norm.weight", (ours, "scale"), (D,))
+        yield entry(f"{theirs}.layer_norm.bias", (ours, "bias"), (D,))
+    core = f"{feed_forward}.CoreNet"
+    for j, part, inputs, outputs in ((0, "in", D, F), (3, "out", F, D)):
+        path = ("feed_forward", f"{part}_kernel")
+        yield linear(f"{core}.{j}", path, (inputs, outputs), inputs=inputs)
+        yield entry(f"{core}.{j}.bias", ("feed_forward", f"{part}_bias"), (outputs,))
+
+
+def _read(config, state, *, reverse_clusters):
+    """Fills a tree of the model's shapes from the state's arrays."""
+    state = {name: np.asarray(x) for name, x in state.items() if name not in BUFFERS}
+    _check(config, state, reverse_clusters)
+    dtype = np.result_type(*state.values())
+    shapes = jax.eval_shape(models.build(config).init, jax.random.key(0))
+    tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, dtype), shapes)
+    for entry in _entries(config, reverse_clusters=reverse_clusters):
+        if entry.name not in state:
+            continue  # A tied one.
+        found = state[entry.name]
+        leaf = tree
+        for key in entry.path:
+            leaf = leaf[key]
+        turned = entry.turn(found)
+        if entry.tied and not np.array_equal(leaf[entry.index], turned):
+            raise UserError(
+                f"{entry.name} is tied in the hparams but differs in the file"
+            )
+        leaf[entry.index] = turned
+    return tree
+
+
+def _check(config, state, reverse_clusters) -> None:
+    """Before anything as large as the hparams say is made."""
+    known = set()
+    for entry in _entries(config, reverse_clusters=reverse_clusters):
+        known.add(entry.name)
+        if entry.name not in state:
+            if entry.tied:
+                continue
+            raise UserError(f"the state dict lacks {entry.name!r}")
+        found = state[entry.name]
+        if found.shape != entry.shape:
+            raise UserError(
+                f"{entry.name} has shape {found.shape}, the hparams say {entry.shape}"
+            )
+        if not np.issubdtype(found.dtype, np.floating):
+            raise UserError(f"{entry.name} holds {found.dtype}, expected floats")
+    unexpected = sorted(set(state) - known)
+    if unexpected:
+        shown = ", ".join(unexpected[:8]) + ", ..." * (len(unexpected) > 8)
+        raise UserError(f"the state dict has unexpected names: {shown}")

@@ -1,0 +1,326 @@
+"""Raw corpus -> TFDS -> one token array per split, in a folder that is made once.
+
+Batch size, segment length and host count play no part: one preparation serves all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from xlformer import progress, storage
+from xlformer.data import corpora, counting, local, pieces, sources
+from xlformer.data.folders import CARD, complete
+from xlformer.data.prepared import FORMAT, Prepared, load
+from xlformer.data.stream import Stream
+from xlformer.data.vocabulary import Vocabulary
+from xlformer.errors import UserError
+
+BLOCK = 1 << 24  # bytes in which words are counted at a time
+OWN_SPECIALS, OWN_MIN_COUNT = ("<eos>", "<unk>"), 2  # of own words
+SPACES = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """What is to be prepared, and what its folder's name must tell apart."""
+
+    name: str
+    unit: str
+    newline: str
+    documents: bool
+    min_count: int  # of own words, which have <unk>: others keep every symbol
+    max_vocab: int
+    tokenizer: pieces.PieceVocabulary | None
+    corpus: sources.Corpus | None  # None: a text of this machine
+    source: dict  # tells one raw text from another
+    read: Callable[[object], sources.Text]  # of a TFDS download manager
+
+    @property
+    def lines(self) -> bool:
+        """Whether `<eos>` at each line's end counts as a word."""
+        if self.corpus:
+            return self.corpus.lines
+        return self.tokenizer.line_ends if self.tokenizer else self.own_words
+
+    @property
+    def own_words(self) -> bool:
+        return self.unit == "words" and self.corpus is None
+
+    def key(self) -> dict:
+        model = self.tokenizer.model if self.tokenizer else ""
+        key = {
+            "source": self.source,
+            "unit": self.unit,
+            "newline": self.newline,
+            "documents": self.documents,
+            "tokenizer": _sha256(model.encode()),
+            "format": FORMAT,
+        }
+        # What 0.1.0 did too has its name.
+        if (self.min_count, self.max_vocab) != (1, 0):
+            key |= {"min_count": self.min_count, "max_vocab": self.max_vocab}
+        if self.tokenizer and self.tokenizer.newline_id is not None:
+            key["newline_id"] = self.tokenizer.newline_id
+        if self.tokenizer and not self.tokenizer.line_ends:
+            key["line_ends"] = False  # 0.1.0 counted them as words all the same
+        return key
+
+
+def prepare(data, *, directory=None, stored=False) -> Prepared:
+    """Prepares what a config's data section describes, or finds it prepared.
+
+    `directory` goes before config.data.directory, XLFORMER_DATA and ~/.cache/xlformer.
+    Several processes may call at once: one works, the others wait for it. stored: the
+    config was read from a work directory, maybe a stranger's. What lies in its
+    config.data.directory is read, but nothing is made there.
+    """
+    recipe = _recipe(data)
+    name = f"{recipe.name}-{recipe.unit}-{_digest(recipe.key())}"
+    named = directory or data.directory
+    if stored and named:
+        card = storage.path(named) / name / CARD
+        named = named if card.exists() else ""
+    root = str(named or storage.cache())
+    return load(at_hand(root, name, functools.partial(_build, recipe=recipe)))
+
+
+def at_hand(root: str, name: str, build=None) -> pathlib.Path:
+    """The local folder of a prepared corpus, made by `build` where there is none."""
+    if not storage.is_remote(root):
+        return complete(pathlib.Path(storage.path(root)) / name, build)
+    # tokens are mapped from a local copy of what lies in the remote directory
+    remote = storage.path(root) / name
+    copies = pathlib.Path(storage.path(storage.DEFAULT_CACHE)) / "copies"
+    return complete(copies / _digest({"root": root}) / name, build, remote)
+
+
+def _recipe(data) -> _Recipe:
+    name, unit, corpus = data.corpus, data.unit, None
+    if unit not in ("bytes", "chars", "words"):
+        raise UserError(f"config.data.unit={unit}: it is bytes, chars or words")
+    if data.newline not in ("keep", "drop"):
+        raise UserError(f"config.data.newline={data.newline}: it is keep or drop")
+    if data.newline == "drop" and (name != "enwik8" or data.tokenizer):
+        raise UserError("config.data.newline=drop is for the bytes of enwik8")
+    if name != "text" and (data.path or data.documents):
+        raise UserError("config.data.path and .documents need config.data.corpus=text")
+    min_count, max_vocab = _bounds(data)
+    tokenizer = pieces.load_tokenizer(data.tokenizer) if data.tokenizer else None
+    text = raw_text(data)
+    if name == "text":
+        source = {"text": local.fingerprint(text)}
+    elif name == "stdlib":
+        unit = "bytes"
+        source = {"stdlib": local.fingerprint(text), **text.facts}
+    else:
+        corpus = sources.find(name)
+        unit, source = corpus.unit, dataclasses.asdict(corpus)
+    if data.unit not in ("bytes", unit):
+        raise UserError(
+            f"config.data.unit={data.unit} is of config.data.corpus=text; {name} has"
+            f" {unit}"
+        )
+    read = (
+        (lambda dl: sources.read_archive(corpus, dl, data.manual_dir))
+        if corpus
+        else (lambda dl: text)
+    )
+    return _Recipe(
+        name=name,
+        unit="pieces" if tokenizer else unit,
+        newline=data.newline,
+        documents=data.documents,
+        min_count=min_count,
+        max_vocab=max_vocab,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        source=source,
+        read=read,
+    )
+
+
+def raw_text(data) -> sources.Text | None:
+    """A text of this machine, as it is prepared; None where it is a public corpus."""
+    if data.corpus == "stdlib":
+        return local.read_stdlib()
+    if data.corpus != "text":
+        return None
+    split_by = "pieces" if data.tokenizer and data.unit != "words" else data.unit
+    return local.read_files(data.path, split_by)
+
+
+def _bounds(data) -> tuple[int, int]:
+    """Of the vocabulary: the least count of a word, the most symbols (0: any number).
+
+    Own words that stand once in train become `<unk>` by default, or it would never be
+    trained; elsewhere every symbol is kept, as the fields of the public corpora do.
+    """
+    min_count, max_vocab = data.min_count, data.max_vocab
+    if data.corpus != "text" or data.unit != "words" or data.tokenizer:
+        for name, value in (("min_count", min_count), ("max_vocab", max_vocab)):
+            if value and (name, value) != ("min_count", 1):  # 1: what is done anyway
+                unit = "pieces" if data.tokenizer else data.unit
+                raise UserError(
+                    f"config.data.{name}={value} is for the words of your own text"
+                    " (corpus=text, unit=words, no tokenizer); config.data.corpus is"
+                    f" {data.corpus}" + f", its unit {unit}" * (data.corpus == "text")
+                )
+        return 1, 0
+    return min_count or OWN_MIN_COUNT, max_vocab
+
+
+def _build(folder: pathlib.Path, recipe: _Recipe) -> None:
+    builder = corpora.build(
+        recipe.name,
+        recipe.read,
+        folder.parent / "tfds" / _digest(recipe.source),
+        download_dir=folder.parent / "downloads",
+    )
+    texts = {split: corpora.read_split(builder, split) for split in sources.SPLITS}
+    # Words are counted first, and then found: twice through the text.
+    total = sum(len(x) for documents in texts.values() for x in documents)
+    total *= 1 if recipe.tokenizer else 2
+    with progress.counting(f"preparing {recipe.name}", total):
+        _encode(folder, recipe, builder, texts)
+
+
+def _encode(folder: pathlib.Path, recipe: _Recipe, builder, texts) -> None:
+    """Fills the folder: tokens and documents of each split, vocabulary and card."""
+    vocabulary = _count(recipe, texts)
+    if recipe.tokenizer:
+        _say_what_is_lost(recipe.tokenizer, texts)
+    payload, splits = hashlib.sha256(), {}
+    for split, documents in texts.items():
+        for document in documents:
+            payload.update(document)
+        where = f"{recipe.name} {split}"
+        parts = [vocabulary.encode(document, where=where) for document in documents]
+        tokens = np.concatenate(parts)
+        if not tokens.size:
+            size = sum(map(len, documents))
+            raise UserError(f"{where}: its {size} bytes make no token")
+        if split == "train" and recipe.tokenizer:
+            counts = np.bincount(tokens, minlength=vocabulary.size)
+            vocabulary = vocabulary.with_counts(counts)
+        np.save(folder / f"{split}.npy", tokens, allow_pickle=False)
+        if recipe.documents:
+            starts = np.cumsum([0, *(len(part) for part in parts[:-1])])
+            np.save(folder / f"{split}-documents.npy", starts.astype(np.int64))
+        splits[split] = {
+            "tokens": len(tokens),
+            "bytes": sum(map(len, documents)),
+            "words": _words(recipe, documents, len(tokens)),
+            "sha256": _sha256((folder / f"{split}.npy").read_bytes()),
+        }
+        unk_id = None if recipe.corpus else getattr(vocabulary, "unk_id", None)
+        if unk_id is not None:
+            unknown = np.count_nonzero(tokens == unk_id)
+            splits[split]["unknown_share"] = round(unknown / len(tokens), 6)
+    bounds = {"min_count": recipe.min_count, "max_vocab": recipe.max_vocab}
+    card = {
+        "format": FORMAT,
+        "corpus": recipe.name,
+        "unit": recipe.unit,
+        "newline": recipe.newline,
+        "documents": recipe.documents,
+        "vocabulary_size": vocabulary.size,
+        "payload_sha256": payload.hexdigest(),
+        "words_are": "between white space" + ", and <eos> of each line" * recipe.lines,
+        **dict(builder.info.metadata),
+        **(bounds if recipe.own_words else {}),
+        "splits": splits,
+    }
+    (folder / "vocabulary.json").write_text(vocabulary.to_json(), encoding="utf-8")
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def _say_what_is_lost(tokenizer, texts: Mapping[str, list[bytes]]) -> None:
+    lines = []
+    if not tokenizer.line_ends:
+        lines.append("does not keep line ends: newlines are lost")
+    if lost := tokenizer.dropped(itertools.chain(*texts.values())):
+        shown = ", ".join(map(repr, lost[:8])) + (", ..." if len(lost) > 8 else "")
+        lines.append(f"makes no token of {len(lost)} characters of the text: {shown}")
+    for line in lines:
+        line = f"config.data.tokenizer {line}"
+        print(f"xlformer: {line}", file=sys.stderr, flush=True)
+
+
+def _count(recipe: _Recipe, texts: Mapping[str, list[bytes]]) -> Vocabulary:
+    if recipe.tokenizer:
+        return recipe.tokenizer
+    everything = (document for split in texts.values() for document in split)
+    corpus = recipe.corpus
+    if recipe.unit == "words" or (corpus and corpus.spaced):
+        found = counting.count_words(
+            texts["train"] if recipe.unit == "words" else everything,
+            specials=("<eos>",) if corpus else OWN_SPECIALS,
+            min_count=recipe.min_count,
+            max_size=recipe.max_vocab,
+            unit=recipe.unit,
+            lower=bool(corpus and corpus.lower),
+            where=recipe.name,
+        )
+        if recipe.own_words and found.size == len(OWN_SPECIALS):
+            raise UserError(
+                f"config.data.min_count={recipe.min_count} leaves no word: all"
+                f" {found.counts_V[1]} of train would be <unk>;"
+                " config.data.min_count=1 keeps them"
+            )
+        return found
+    if recipe.unit == "chars":
+        return counting.count_chars(everything, where=recipe.name)
+    # a public corpus has the symbols that its field counts; elsewhere any byte may come
+    return counting.count_bytes(
+        everything, newline=recipe.newline, every=corpus is None
+    )
+
+
+def _words(recipe: _Recipe, documents: list[bytes], tokens: int) -> int:
+    """Words by which a per-word perplexity divides, whatever the unit is."""
+    if recipe.unit == "words":
+        return tokens
+    total = 0
+    for document in documents:
+        if recipe.corpus and recipe.corpus.spaced:
+            document = document.replace(b" ", b"").replace(b"_", b" ")
+        outside = True
+        for start in range(0, len(document), BLOCK):
+            codes = np.frombuffer(document[start : start + BLOCK], np.uint8)
+            space = np.isin(codes, SPACES)
+            total += np.count_nonzero(space[:-1] & ~space[1:])
+            total += int(outside and not space[0])
+            outside = bool(space[-1])
+        if recipe.lines:
+            total += document.count(b"\n") + (not document.endswith(b"\n"))
+    return int(total)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digest(key: dict) -> str:
+    return _sha256(json.dumps(key, sort_keys=True).encode())[:16]
+
+
+def benchmark(prepared: Prepared, batch_size: int, segment_length: int) -> float:
+    """Tokens per second that a Stream over train makes on one thread."""
+    stream = Stream(
+        prepared.tokens["train"], batch_size=batch_size, segment_length=segment_length
+    )
+    step, start = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - start) < 2.0 or step < 2:
+        stream.at(step)
+        step += 1
+    return step * batch_size * segment_length / seconds

@@ -1,0 +1,44 @@
+"""Stored vocabularies of every kind: reads what `Vocabulary.to_json` wrote."""
+
+from __future__ import annotations
+
+import json
+
+from etils import epath
+
+from xlformer.data.pieces import PieceVocabulary
+from xlformer.data.vocabulary import (
+    FORMAT,
+    ByteVocabulary,
+    CharVocabulary,
+    Vocabulary,
+    WordVocabulary,
+    check,
+)
+from xlformer.errors import UserError
+
+
+def load(path) -> Vocabulary:
+    """Reads a stored vocabulary from a file."""
+    try:
+        text = epath.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the vocabulary: {error}") from None
+    return from_json(text, str(path))
+
+
+def from_json(text: str, where: str = "vocabulary") -> Vocabulary:
+    """Reads what to_json wrote; anything else is a UserError that names `where`."""
+    kinds = (ByteVocabulary, CharVocabulary, WordVocabulary, PieceVocabulary)
+    try:
+        fields = json.loads(text)
+        check(isinstance(fields, dict), "not a JSON object")
+        check(fields.pop("format", None) == FORMAT, f"'format' is not {FORMAT!r}")
+        name = fields.pop("kind", None)
+        found = [kind for kind in kinds if kind.kind == name]
+        check(found, f"unknown kind {name!r}")
+        for key in ("symbols", "counts"):
+            check(isinstance(fields.get(key), list), f"{key!r} is not a list")
+        return found[0](**fields)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{where}: not a stored vocabulary: {error}") from None

@@ -1,0 +1,13 @@
+"""The processes of one run: how they meet, agree and end, and who watches them."""
+
+from xlformer.hosts.job import (
+    Stop,
+    add_flags,
+    agree,
+    is_first,
+    join,
+    leaving_at_once,
+    say,
+)
+
+__all__ = ["Stop", "add_flags", "agree", "is_first", "join", "leaving_at_once", "say"]

@@ -1,0 +1,234 @@
+"""Several hosts as one job: joined, agreed, stopped and ended together.
+
+Each host runs the same program. They find each other by flags, or by what a TPU slice
+or a SLURM step says of itself, and from then on every step is one for all of them. No
+wait is without a limit: see training/watchdog.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+import traceback
+import zlib
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from xlformer import storage
+from xlformer.errors import USER_ERROR_EXIT_CODE, UserError, WorthAnotherTry
+from xlformer.hosts.watchdog import HUNG, Watchdog
+from xlformer.runs import writing
+
+SLOW_VIEW_S = 20  # a shared directory may show a new file that much later (NFS: 3-60)
+
+
+def add_flags(parser) -> None:
+    several = "of several processes; needs the other two"
+    parser.add_argument("--coordinator", help=f"HOST:PORT of the first {several}")
+    parser.add_argument("--num_processes", type=int, help=f"how many {several}")
+    parser.add_argument("--process_id", type=int, help=f"which, from 0, {several}")
+
+
+def join(args, *, workdir: epath.Path, start_limit: float, heartbeat: float) -> None:
+    """Waits for the other hosts of this job, if there are any; then says who it is.
+
+    args: with what add_flags has added. Limits are in seconds. A host that does not
+    come within start_limit is named, and the process ends with exit code HUNG.
+    """
+    explicit = (args.coordinator, args.num_processes, args.process_id)
+    given = [x is not None for x in explicit]
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --num_processes and --process_id go together")
+    if all(given) and not 0 <= args.process_id < args.num_processes:
+        raise UserError(
+            f"--process_id={args.process_id} must be from 0 to --num_processes="
+            f"{args.num_processes} - 1"
+        )
+    known = explicit[1:] if all(given) else _own_place()
+    if known is None and not _on_tpu_vm():
+        return
+    if known and known[0] == 1:
+        return
+    with _within(start_limit, known, workdir / writing.HEARTBEATS):
+        _initialize(explicit, start_limit, heartbeat)
+    if jax.process_count() > 1:
+        say(
+            f"host {jax.process_index()} of {jax.process_count()}: "
+            f"{socket.gethostname()}, pid {os.getpid()}, {jax.local_device_count()} x "
+            f"{jax.local_devices()[0].device_kind}"
+        )
+
+
+def _own_place() -> tuple[int, int] | None:
+    """(hosts, index) by the environment of a SLURM step or a TPU slice."""
+    env = os.environ
+    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
+        return int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"])
+    names = [n for n in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if n]
+    if names and "TPU_WORKER_ID" in env and "MEGASCALE_NUM_SLICES" not in env:
+        return len(names), int(env["TPU_WORKER_ID"])
+    return None
+
+
+def _on_tpu_vm() -> bool:
+    """Where only the machine's metadata tell of other hosts; JAX asks them."""
+    chips = glob.glob("/dev/accel[0-9]*")
+    named = any(n in os.environ for n in ("TPU_NAME", "TPU_ACCELERATOR_TYPE"))
+    groups = glob.glob("/dev/vfio/[0-9]*") if named else []
+    return bool(chips or groups) and "cpu" not in os.environ.get("JAX_PLATFORMS", "")
+
+
+def _initialize(explicit, start_limit, heartbeat) -> None:
+    # JAX's own limits end in an abort and a stack trace; ours, with a line, come first.
+    options = {
+        "initialization_timeout": int(start_limit) + 60,
+        "heartbeat_timeout_seconds": int(2 * heartbeat) + 1,
+    }
+    try:
+        jax.distributed.initialize(*explicit, **options)
+    except ValueError:
+        if explicit[0] is not None or _own_place():
+            raise
+        # A TPU VM that is no part of a slice: there is no coordinator to be found.
+
+
+@contextlib.contextmanager
+def _within(limit: float, known, directory):
+    """Ends the process with one line when it takes longer than `limit` seconds."""
+    if known:
+        count, index = known
+        with Watchdog(directory, index, count, timeout_s=limit, say=say) as watchdog:
+            watchdog.beat("joining", 0)
+            yield
+        return
+
+    def leave():
+        say(f"not all hosts of this job have started within {limit:.0f} s")
+        os._exit(HUNG)
+
+    timer = threading.Timer(limit, leave)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def say(line: str) -> None:
+    """Straight to the descriptor, whatever the main thread holds."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"xlformer: {line}\n".encode())
+
+
+# Agreement ----------------------------------------------------------------------------
+
+
+def agree(workdir: epath.Path, **facts: str) -> None:
+    """Raises the same UserError on all hosts, unless they see and are told the same.
+
+    The first writes a nonce into the work directory and all must read it there. facts:
+    texts by name, as config=...
+    """
+    if jax.process_count() == 1:
+        return
+    path = workdir / writing.NONCE
+    nonce = secrets.token_hex(16)
+    if is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.write(path, nonce)
+    expected = int(multihost_utils.broadcast_one_to_all(_checksum(nonce)))
+    own = [int(_reads(path, expected)), *(_checksum(f) for f in facts.values())]
+    found = np.asarray(multihost_utils.process_allgather(np.array(own, np.uint32)))
+    blind = [str(host) for host, row in enumerate(found) if not row[0]]
+    if blind:
+        verb = "does" if len(blind) == 1 else "do"
+        raise UserError(
+            f"host {', '.join(blind)} {verb} not see --workdir={workdir}; use gs:// or "
+            "a shared mount"
+        )
+    for column, name in enumerate(facts, start=1):
+        column_H = found[:, column]
+        other = [str(host) for host in np.flatnonzero(column_H != column_H[0])]
+        if other:
+            raise UserError(
+                f"host {', '.join(other)} has another {name} than host 0: all hosts "
+                "need the same command"
+            )
+
+
+def _checksum(text: str) -> np.uint32:
+    return np.uint32(zlib.crc32(text.encode()))
+
+
+def _reads(path: epath.Path, expected: int) -> bool:
+    deadline = time.monotonic() + SLOW_VIEW_S
+    while True:
+        with contextlib.suppress(OSError):
+            if _checksum(path.read_text()) == expected:
+                return True
+        # Where there is no such directory none will appear.
+        if time.monotonic() > deadline or not path.parent.is_dir():
+            return False
+        time.sleep(0.1)
+
+
+# The end ------------------------------------------------------------------------------
+
+
+class Stop:
+    """Whether to stop: on all hosts the same answer, at the same call.
+
+    SIGTERM to any host reaches all through JAX's preemption service, which picks a call
+    that none has made yet; so all hosts must ask at the same places.
+    """
+
+    def __init__(self, interrupt):
+        self._interrupt, self._asked, self._found = interrupt, 0, None
+
+    def requested(self) -> str | None:
+        """The signal's name."""
+        if jax.process_count() == 1:
+            return self._interrupt.requested
+        if self._found is None:
+            self._asked += 1
+            if multihost_utils.reached_preemption_sync_point(self._asked):
+                self._found = "SIGTERM"
+        return self._found
+
+
+@contextlib.contextmanager
+def leaving_at_once():
+    """An error of one host ends its process now: the others shall notice.
+
+    Python's exit would wait minutes for hosts that wait for this one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.distributed.is_initialized() and jax.process_count() > 1:
+            code = 1
+            if isinstance(error, UserError):
+                print(f"error: {error}", file=sys.stderr)
+                if not isinstance(error, WorthAnotherTry):
+                    code = USER_ERROR_EXIT_CODE
+            else:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        raise

@@ -1,0 +1,1 @@
+"""Machines that are here and machines that are not: what a run takes on them."""

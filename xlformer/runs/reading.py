@@ -1,0 +1,194 @@
+"""What lies in a work directory, for the commands that only read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from xlformer import config as config_lib
+from xlformer import models, sharding, storage
+from xlformer.data import preparing, vocabularies
+from xlformer.data.vocabulary import Vocabulary
+from xlformer.errors import UserError
+from xlformer.runs import resume
+from xlformer.runs.checkpoints import Checkpoints
+
+CONFIG, VOCABULARY, CHECKPOINTS = "config.json", "vocabulary.json", "checkpoints"
+EVALUATION = "evaluation-"  # how the names of evaluate's newest results begin
+EVALUATIONS = "evaluations"  # all of them; see cards.py
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained model: everything that scoring and sampling need."""
+
+    workdir: epath.Path
+    config: ConfigDict
+    model: models.Model
+    params: Any
+    vocabulary: Vocabulary
+    step: int
+    averaged: bool  # whether params is the moving average
+
+
+def read_config(workdir) -> ConfigDict:
+    """The resolved config of a work directory; UserError if it holds no run."""
+    path = storage.path(workdir) / CONFIG
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"--workdir={workdir} holds no run: there is no {CONFIG} in it"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a resolved config: {error}") from error
+    return config_lib.from_json(text)
+
+
+def refuse_links(workdir, written: Iterable[str]) -> None:
+    """Raises UserError if one of these names, or what lies in it, is a symbolic link.
+
+    A link in a stranger's directory would have us write wherever it points to.
+    """
+    if storage.is_remote(workdir):
+        return
+    tops = [os.path.join(workdir, name) for name in sorted(written)]
+    inside = (
+        os.path.join(directory, name)
+        for top in tops
+        for directory, folders, files in os.walk(top)
+        for name in (*folders, *files)
+    )
+    for path in itertools.chain(tops, inside):
+        if os.path.islink(path):
+            raise UserError(
+                f"--workdir={workdir}: {os.path.relpath(path, workdir)} is a symbolic "
+                f"link to {os.readlink(path)}; what is written must lie in the work "
+                "directory itself"
+            )
+
+
+def load(
+    workdir,
+    *,
+    checkpoint: str = "best",
+    params: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Run:
+    """Loads a run for reading; works on any devices and never touches its state.
+
+    Args:
+      workdir: of `xlformer.train` or `xlformer.convert`.
+      checkpoint: best, latest or a step; best is the latest where none was validated.
+      params: raw or ema; None is ema where the run keeps one, which is also what its
+        validation scored.
+      mesh: where the parameters shall lie; by default on the first device. It need not
+        be like the one that saved them.
+
+    Raises:
+      UserError: no run, no such checkpoint, a damaged one, or one of another model.
+    """
+    workdir = storage.path(workdir)
+    latest = read_config(workdir)
+    results = [p.name for p in workdir.iterdir() if p.name.startswith(EVALUATION)]
+    refuse_links(workdir, [*results, EVALUATIONS])
+    checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
+    step = _step(checkpoints, checkpoint)
+    config = _sealed(workdir, checkpoints, step, latest)
+    vocabulary = _vocabulary(workdir, config)
+    model = models.build(config.model, vocab_size=vocabulary.size)
+    if params is None:
+        params = "ema" if config.train.ema_decay else "raw"
+    if params not in ("raw", "ema"):
+        raise UserError(f"--params={params} is neither raw nor ema")
+    if params == "ema" and not config.train.ema_decay:
+        raise UserError("--params=ema but the run has config.train.ema_decay=0.0")
+    name = {"raw": "params", "ema": "ema"}[params]
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    mesh = mesh or sharding.make_mesh({"data": 1})
+    placed = sharding.parameters(mesh, abstract, model.param_axes(abstract))
+    abstract = sharding.with_shardings(abstract, placed)
+    found = checkpoints.restore_params(step, {name: abstract})[name]
+    return Run(workdir, config, model, found, vocabulary, step, params == "ema")
+
+
+def read_sealed(workdir, checkpoint: str = "best") -> ConfigDict:
+    """The config of a checkpoint of a run, without its weights; see `load`."""
+    workdir = storage.path(workdir)
+    latest = read_config(workdir)
+    checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
+    return _sealed(workdir, checkpoints, _step(checkpoints, checkpoint), latest)
+
+
+def read_vocabulary(workdir, checkpoint: str = "best") -> Vocabulary:
+    """That of a run, without its weights; see `load`."""
+    config = read_sealed(workdir, checkpoint)
+    return _vocabulary(storage.path(workdir), config)
+
+
+def _sealed(workdir, checkpoints, step, latest: ConfigDict) -> ConfigDict:
+    """What the weights of a step were trained with, whatever config.json says now.
+
+    Where things lie comes from config.json, which is of the latest start.
+    """
+    where = f"{workdir / CHECKPOINTS}: config of step {step}"
+    config = config_lib.from_dict(checkpoints.config(step), where=where)
+    if other := resume.differences(config, latest):
+        _log.warning(
+            "%s says %s: the checkpoint's own is used", workdir / CONFIG, other[0]
+        )
+    return resume.with_free_fields(config, latest)
+
+
+def _vocabulary(workdir, config) -> Vocabulary:
+    """The run's own; converted weights without one take that of their data."""
+    if (workdir / VOCABULARY).exists() or not config.model.vocab_size:
+        return vocabularies.load(workdir / VOCABULARY)
+    if not names_data(config):
+        raise UserError(
+            f"--workdir={workdir} has no {VOCABULARY}, and its config names no data: "
+            "convert again with --vocab=FILE, or with --config.data.corpus=NAME"
+        )
+    return preparing.prepare(config.data, stored=True).vocabulary
+
+
+def names_data(config: ConfigDict) -> bool:
+    """False where converted weights came without data."""
+    return config.data.corpus != "text" or bool(config.data.path)
+
+
+def _step(checkpoints: Checkpoints, which: str) -> int | None:
+    if which in ("best", "latest"):
+        best = checkpoints.best() if which == "best" else None
+        return checkpoints.latest() if best is None else best
+    if not (which.isascii() and which.isdigit() and len(which) < 19):
+        raise UserError(f"--checkpoint={which} is neither best, latest nor a step")
+    return int(which)
+
+
+def for_reading(model: models.Model, fields: Mapping[str, Any]) -> models.Model:
+    """The same model with another memory or visibility; -1 and None keep the model's.
+
+    An explicit window goes before what same_length and memory_length imply.
+    """
+    changes = {
+        name: value
+        for name, value in fields.items()
+        if value is not None and not (name != "same_length" and value < 0)
+    }
+    known = {field.name for field in dataclasses.fields(model.config)}
+    missing = set(changes) - known
+    if missing:
+        raise UserError(f"this model has no {', '.join(sorted(missing))}")
+    return dataclasses.replace(
+        model, config=dataclasses.replace(model.config, **changes)
+    )

@@ -1,0 +1,210 @@
+"""The text of a stored run: found again by its checksum, wherever it lies today.
+
+A run may be read from another directory or machine, after its text has moved, was
+edited or is gone. What it was made of is in its data.json: tokens that were prepared
+from that text serve, and so does the text itself, wherever they are found; another text
+never. The run may be a stranger's, so nothing is made where its config says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+from xlformer import runs, storage
+from xlformer.data import folders, local, preparing
+from xlformer.data.prepared import FORMAT, Prepared
+from xlformer.data.sources import SPLITS, Text
+from xlformer.data.vocabulary import Vocabulary
+from xlformer.errors import UserError
+from xlformer.runs import writing
+
+SAME = ("payload_sha256", "unit", "newline", "documents")
+
+
+def read(run: runs.Run, split: str, data_path: str | None = None) -> Prepared:
+    """The text that the run was trained on, with this split and no other.
+
+    data_path: where the text lies now, in place of config.data.path. UserError where
+    that is another text, or where there is none and no prepared one.
+    """
+    data = run.config.data
+    if data_path is not None:
+        if data.corpus != "text":
+            raise UserError(
+                f"--data_path={data_path}: the run's text is config.data.corpus="
+                f"{data.corpus}, no file"
+            )
+        data = data.copy_and_resolve_references()
+        data.path = data_path
+    card = _card(run.workdir / writing.DATA)
+    if card is None:  # Converted weights: the text is what their config says today.
+        return _of(preparing.prepare(data, stored=True), split)
+    _check(split, card["splits"])
+    name = "--data_path" if data_path is not None else "config.data.path"
+    found = next(_search(data, card), None)
+    if found is None or data_path is not None:
+        text = _text(data, card, name, advice=found is None)
+    if found is not None:
+        if data_path is None:
+            _say_if_changed(data, card, found)
+        return _of(preparing.load(found), split)
+    # Where others' weights were trained on, the vocabulary is not that of this text.
+    if text is not None and card.get("vocabulary_size") == run.vocabulary.size:
+        return _encoded(text, split, run.vocabulary, card)
+    again = preparing.prepare(data, stored=True)
+    if again.card["payload_sha256"] != card["payload_sha256"]:
+        raise UserError(_another(f"config.data.corpus={data.corpus}", again.card, card))
+    return _of(again, split)
+
+
+def _of(found: Prepared, split: str) -> Prepared:
+    _check(split, found.tokens)
+    return dataclasses.replace(
+        found,
+        tokens={split: found.tokens[split]},
+        documents={split: found.documents[split]},
+    )
+
+
+def _check(split: str, splits) -> None:
+    if split not in splits:
+        raise UserError(f"--split={split} is none of {', '.join(splits)}")
+
+
+def _card(path) -> dict | None:
+    """What the run says of its text; None where it has none yet."""
+    if not path.exists():
+        return None
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        splits = {name: card["splits"][name] for name in SPLITS}
+        sizes = [
+            s[key] for s in splits.values() for key in ("tokens", "bytes", "words")
+        ]
+        if not all(type(size) is int for size in sizes):
+            raise ValueError("the size of a split is no number")
+        texts = [
+            card[key] for key in ("payload_sha256", "unit", "newline", "words_are")
+        ]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a field is no text")
+        return card | {"splits": splits}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is unreadable: {error!r:.100}") from None
+
+
+# Prepared tokens ----------------------------------------------------------------------
+
+
+def _roots(data) -> list[str]:
+    return [*filter(None, [data.directory]), storage.cache()]
+
+
+def _search(data, card: dict) -> Iterator:
+    """Folders whose tokens were made of this text, in the same way."""
+    for root in _roots(data):
+        try:
+            folder = storage.path(root)
+            paths = sorted(folder.glob(f"{data.corpus}-*/{folders.CARD}"))
+        except (OSError, UserError):
+            continue
+        for path in paths:
+            try:
+                other = json.loads(path.read_text(encoding="utf-8"))
+                same = _same(other, card)
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                continue
+            if same:
+                yield preparing.at_hand(root, path.parent.name)
+
+
+def _same(other: dict, card: dict) -> bool:
+    return (
+        other["format"] == FORMAT
+        and all(other[key] == card[key] for key in SAME)
+        and all(
+            other["splits"][name]["sha256"] == card["splits"][name]["sha256"]
+            for name in SPLITS
+        )
+    )
+
+
+# The text itself ----------------------------------------------------------------------
+
+
+def _text(data, card: dict, name: str, *, advice: bool) -> Text | None:
+    """The raw text, which is the run's; None of a public corpus."""
+    remedy = (
+        f"; no prepared copy of the run's text (sha256 {card['payload_sha256'][:12]}) "
+        f"is in {' or '.join(_roots(data))}: --data_path=FILE says where that text "
+        "lies now, --text=FILE scores another one"
+    ) * advice
+    try:
+        if name != "--data_path" and _is_read_once(data.path):
+            raise UserError(f"config.data.path={data.path}: {local.ONCE}")
+        text = preparing.raw_text(data)
+    except UserError as error:
+        line = str(error).replace("config.data.path", name)
+        raise UserError(line + remedy) from None
+    if text is not None and _payload(text) != card["payload_sha256"]:
+        where = (
+            f"{name}={data.path}" if data.path else f"config.data.corpus={data.corpus}"
+        )
+        raise UserError(
+            _another(where, {"payload_sha256": _payload(text)}, card) + remedy
+        )
+    return text
+
+
+def _another(where: str, found: dict, card: dict) -> str:
+    return (
+        f"{where} holds another text than the run was trained on: sha256 "
+        f"{found['payload_sha256'][:12]}, the run has {card['payload_sha256'][:12]}"
+    )
+
+
+def _payload(text: Text) -> str:
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for document in text.splits[split]:
+            digest.update(document)
+    return digest.hexdigest()
+
+
+def _say_if_changed(data, card: dict, found) -> None:
+    """Where the text is still there, but is another one."""
+    try:
+        _text(data, card, "config.data.path", advice=False)
+    except UserError as error:
+        if "holds another text" in str(error):
+            line = f"{error}: scoring the prepared text of the run, in {found}"
+            print(f"xlformer: {line}", file=sys.stderr, flush=True)
+
+
+def _is_read_once(path: str) -> bool:
+    """Whether there is a pipe in it, which another process has emptied."""
+    entries = [os.path.expanduser(entry.strip()) for entry in path.split(";")]
+    return any(map(local.is_read_once, entries))
+
+
+def _encoded(text: Text, split: str, vocabulary: Vocabulary, card: dict) -> Prepared:
+    where = f"{card['corpus']} {split}"
+    parts = [
+        vocabulary.encode(document, where=where) for document in text.splits[split]
+    ]
+    tokens, expected = np.concatenate(parts), card["splits"][split]["tokens"]
+    if len(tokens) != expected:
+        raise UserError(
+            f"{where} has {len(tokens)} tokens by {runs.VOCABULARY}, the run had "
+            f"{expected}: its text was cut in another way"
+        )
+    starts = np.cumsum([0, *(len(part) for part in parts[:-1])]).astype(np.int64)
+    documents = {split: starts if card["documents"] else None}
+    return Prepared({split: tokens}, documents, vocabulary, card, None)

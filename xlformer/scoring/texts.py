@@ -1,0 +1,63 @@
+"""The text that an evaluation scores, and what its card says about it."""
+
+from __future__ import annotations
+
+import hashlib
+
+from xlformer import runs
+from xlformer.data import translation
+from xlformer.data.prepared import read_text
+from xlformer.data.vocabulary import Vocabulary, WordVocabulary
+from xlformer.errors import UserError
+from xlformer.runs import stored
+
+
+def read(run: runs.Run, split: str, text: str | None, data_path: str | None = None):
+    """Tokens, where documents begin, and what the card says about them.
+
+    text: a file to score in place of a split; data_path: where the run's text lies now.
+    """
+    if text is not None:
+        if data_path is not None:
+            raise UserError(
+                f"--text={text} is another text than the run's, which --data_path="
+                f"{data_path} is: pass one of them"
+            )
+        return own_text(run.vocabulary, text)
+    found = stored.read(run, split, data_path)
+    # Weights that were converted, or trained on from others, have ids of their own.
+    found = translation.translated(found, run.vocabulary, where=runs.VOCABULARY)
+    card = found.card
+    facts = {
+        "corpus": card["corpus"],
+        "unit": card["unit"],
+        "newline": card["newline"],
+        "split": split,
+        "payload_sha256": card["payload_sha256"],
+        **{k: card["splits"][split][k] for k in ("bytes", "words")},
+        "words_are": card["words_are"],
+    }
+    return found.tokens[split], found.documents[split], facts
+
+
+def own_text(vocabulary: Vocabulary, path: str):
+    """As read, of a file; words are counted as preparation counts them."""
+    content = read_text(vocabulary, path)
+    tokens = vocabulary.encode(content, where=path)
+    spaced = isinstance(vocabulary, WordVocabulary) and vocabulary.unit == "chars"
+    lines = vocabulary.line_ends
+    text = content.replace(b" ", b"").replace(b"_", b" ") if spaced else content
+    words = len(text.split())
+    if lines:
+        words += content.count(b"\n") + (not content.endswith(b"\n"))
+    facts = {
+        "corpus": path,
+        "unit": vocabulary.unit,
+        "newline": getattr(vocabulary, "newline", "keep"),
+        "split": "text",
+        "payload_sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "words": len(tokens) if vocabulary.unit == "words" else words,
+        "words_are": "between white space" + ", and <eos> of each line" * lines,
+    }
+    return tokens, None, facts

@@ -1,0 +1,188 @@
+"""Weights that a new run starts from: train --init_from=DIR[:best|latest|STEP].
+
+Of DIR, a work directory of train or of convert, come the parameters, config.model and
+the vocabulary. The optimizer, the step and the place in the text are new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from xlformer import config as config_lib
+from xlformer import models, runs, storage
+from xlformer.data.prepared import Prepared
+from xlformer.data.vocabulary import Vocabulary
+from xlformer.errors import UserError
+from xlformer.runs import leaves, resume
+from xlformer.runs.checkpoints import Checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where weights lie, and which of them.
+
+    Attributes:
+      name: as the person wrote it.
+      workdir: a work directory.
+      checkpoint: best, latest or a step.
+    """
+
+    name: str
+    workdir: str
+    checkpoint: str
+
+    @classmethod
+    def parse(cls, name: str, own_workdir) -> Source:
+        """'DIR' is DIR:best; a suffix is one only if it is best, latest or a number."""
+        workdir, colon, which = name.rpartition(":")
+        number = which.isascii() and which.isdigit() and len(which) < 19
+        if not colon or not (number or which in ("best", "latest")):
+            if workdir and (storage.path(workdir) / runs.CONFIG).exists():
+                raise UserError(
+                    f"--init_from={name}: after {workdir}: stands best, latest or a "
+                    f"step, not {which!r}"
+                )
+            workdir, which = name, "best"
+        if not workdir:
+            raise UserError(f"--init_from={name} names no directory")
+        here, own = storage.path(workdir), storage.path(own_workdir)
+        same = os.fspath(here) == os.fspath(own)
+        if not same and not storage.is_remote(here) and not storage.is_remote(own):
+            same = os.path.realpath(here) == os.path.realpath(own)
+        if same:
+            raise UserError(
+                f"--init_from={name} is --workdir itself: without --init_from it goes "
+                "on; to start anew from its weights name another --workdir"
+            )
+        return cls(name, workdir, which)
+
+    def config(self) -> ConfigDict:
+        """What the weights were trained with."""
+        with self._named():
+            return runs.read_sealed(self.workdir, self.checkpoint)
+
+    def vocabulary(self) -> Vocabulary:
+        """What their ids mean."""
+        with self._named():
+            return runs.read_vocabulary(self.workdir, self.checkpoint)
+
+    def load(self, mesh: jax.sharding.Mesh) -> runs.Run:
+        with self._named():
+            return runs.load(self.workdir, checkpoint=self.checkpoint, mesh=mesh)
+
+    @contextlib.contextmanager
+    def _named(self):
+        """Errors of reading a run name the flag that this one was given by."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            line, flag = str(error), f"--init_from={self.name}"
+            own = line.removeprefix(f"--workdir={self.workdir}")
+            line = f"{flag}{own}" if own != line else f"{flag}: {line}"
+            raise UserError(line) from error
+
+
+def with_model(
+    config: ConfigDict, name: str, workdir, overrides: Sequence[str] = ()
+) -> ConfigDict:
+    """`config` with the model of the weights that --init_from=name means.
+
+    In a work directory that has a checkpoint already it is the model of that, since
+    the run goes on from there. overrides 'model.x=v' are applied to it; `from_weights`
+    refuses those that ask for other shapes.
+    """
+    checkpoints = Checkpoints(storage.path(workdir) / runs.CHECKPOINTS, read_only=True)
+    found = resume.sealed(workdir, checkpoints)
+    if found is None:
+        found = Source.parse(name, workdir).config()
+    if found.model.name != config.model.name:
+        raise UserError(
+            f"--init_from={name} holds a {found.model.name}, --config asks for a "
+            f"{config.model.name}"
+        )
+    config = ConfigDict(config.to_dict())
+    config.model, config.init_from = found.model, name
+    config.lock()
+    for override in overrides:
+        field, _, text = override.partition("=")
+        if field.startswith("model."):
+            config_lib.set_field(config, field, text)
+    config_lib.check(config)
+    return config
+
+
+def from_weights(
+    create: Callable, config: ConfigDict, model: models.Model, run: runs.Run
+) -> Callable:
+    """Of `create(key)`, a fresh TrainState, one of (key, the parameters of `run`).
+
+    Raises UserError naming the field of config.model that asks for other shapes.
+    """
+    wanted = jax.eval_shape(model.init, jax.random.key(0))
+    if leaves.layouts(wanted) != leaves.layouts(run.params):
+        raise UserError(
+            f"--init_from={config.init_from}: its weights have other shapes than "
+            f"{', '.join(_changed(config, run)) or 'this model'} would give"
+        )
+
+    def created(key, params):
+        fresh = create(key)
+        # Copies, because the state is donated, and an average is not its parameters.
+        params, ema = (jax.tree.map(_copy, params) for _ in range(2))
+        return fresh._replace(params=params, ema=None if fresh.ema is None else ema)
+
+    return created
+
+
+def with_every_word(config: ConfigDict) -> ConfigDict:
+    """`config` for text that is put into the ids of other weights.
+
+    Which of its words they know is theirs to say: a word that stands once in this text
+    may be one, so the text's own vocabulary must not have left it out.
+    """
+    data = config.data
+    for name, value, free in (
+        ("min_count", data.min_count, (0, 1)),
+        ("max_vocab", data.max_vocab, (0,)),
+    ):
+        if value not in free:
+            raise UserError(
+                f"config.data.{name}={value} with --init_from={config.init_from}: the "
+                "vocabulary is that of its weights"
+            )
+    config = ConfigDict(config.to_dict())
+    config.data.min_count = 1
+    config.lock()
+    return config
+
+
+def lines(config: ConfigDict, run: runs.Run, prepared: Prepared) -> list[str]:
+    """What a run says that starts from the weights of `run`."""
+    averaged = " (their average)" if run.averaged else ""
+    first = (
+        f"no checkpoint: starting from the parameters of step {run.step} of "
+        f"{config.init_from}{averaged}; all else is fresh"
+    )
+    said = [first, *(f"{x}: not what they saw" for x in _changed(config, run))]
+    tokens, unknown = prepared.tokens["train"], getattr(run.vocabulary, "unk_id", None)
+    if unknown is not None and (share := np.mean(tokens == unknown)):
+        said.append(f"{share:.1%} of the training tokens are <unk> in its vocabulary")
+    return said
+
+
+def _changed(config: ConfigDict, run: runs.Run) -> list[str]:
+    """'config.model.x=1 (2 there)' for what differs from how they were trained."""
+    found = resume.differences(run.config, config)
+    return [line for line in found if line.startswith("config.model.")]
+
+
+def _copy(x: jax.Array) -> jax.Array:
+    return jnp.array(x, copy=True)

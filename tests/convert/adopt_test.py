@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from xlformer import convert, evaluate, generate, models, runs
 from xlformer.convert import adopt
-from xlformer.convert.__main__ import main
+from xlformer.convert.__main__ import main as command
 from xlformer.data.vocabulary import ByteVocabulary, CharVocabulary, WordVocabulary
 from xlformer.errors import UserError
 
@@ -54,7 +54,7 @@ def golden():
 
 def main(source, workdir, *flags, format="original"):
     required = [f"--source={source}", f"--format={format}", f"--workdir={workdir}"]
-    return main([*required, "--config.model.scan_layers=true", *flags])
+    return command([*required, "--config.model.scan_layers=true", *flags])
 
 
 def refused(capsys, workdir, code):

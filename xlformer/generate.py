@@ -23,6 +23,7 @@ from xlformer.generation.continuation import (
 )
 from xlformer.generation.printing import Printer, Row
 from xlformer.generation.sampling import Sampling
+from xlformer.scoring.texts import read
 
 __all__ = [
     "Continuation",
@@ -50,7 +51,7 @@ def _prompts(args, run: runs.Run) -> list[np.ndarray]:
         if not len(prompt):
             raise UserError(f"{where} is empty: at least one token is needed")
     if not texts:
-        tokens, _, _ = texts.read(run, "test", None, args.data_path)
+        tokens, _, _ = read(run, "test", None, args.data_path)
         prompts = [np.asarray(tokens[:OPENING])]
     if args.preset == "paper":
         prompts = [p[-PAPER_CONTEXT:] for p in prompts]

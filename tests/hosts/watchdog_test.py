@@ -227,7 +227,7 @@ def test_storage_that_hangs_does_not_stop_the_watch(tmp_path, monkeypatch):
 # Each step ends when the file of the other host's step is there: a collective.
 LOOP = """if True:
     import pathlib, sys, time
-    from xlformer.training.watchdog import Watchdog
+    from xlformer.hosts.watchdog import Watchdog
     directory, index, sleeps = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 
     def say(line):

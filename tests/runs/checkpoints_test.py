@@ -214,7 +214,7 @@ def test_no_directory_an_empty_and_a_foreign_one(tmp_path):
 
 ELSEWHERE = """
     import numpy as np, jax, sys
-    from xlformer.training.checkpoints import Checkpoints
+    from xlformer.runs.checkpoints import Checkpoints
     assert jax.device_count() == 1
     reader = Checkpoints(sys.argv[1], read_only=True)
     params = {
@@ -278,7 +278,7 @@ DISK_FULL = """
     import resource, signal, sys
     import jax
     from xlformer.errors import UserError
-    from xlformer.training.checkpoints import Checkpoints
+    from xlformer.runs.checkpoints import Checkpoints
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes fail instead, with EFBIG
     state = lambda i: {"x": jax.random.normal(jax.random.key(i), (300_000,))}
     checkpoints = Checkpoints(sys.argv[1], keep=1)

@@ -16,7 +16,7 @@ import pathlib, subprocess, sys
 sys.path.insert(0, sys.argv.pop(1))
 from training_runs import SYMBOLS, bag, text_config
 from xlformer import command, train
-from xlformer.training.checkpoints import Checkpoints
+from xlformer.runs.checkpoints import Checkpoints
 
 def mount(*args):
     subprocess.run(["mount", *args], check=True)

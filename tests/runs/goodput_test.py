@@ -255,7 +255,7 @@ def test_records_of_repeated_steps_are_read_and_torn_lines_are_not(tmp_path, now
 
 def test_an_attempt_begins_with_its_process():
     code = """if True:
-        from xlformer.training import goodput
+        from xlformer.runs import goodput
         print(goodput.process_start(), goodput._IMPORTED)"""
     before = time.time()
     found = subprocess.run(

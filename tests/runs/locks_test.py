@@ -15,7 +15,7 @@ from xlformer.runs.locks import WorkdirLock
 
 HOLDER = """
     import sys, time
-    from xlformer.training.locks import WorkdirLock
+    from xlformer.runs.locks import WorkdirLock
     with WorkdirLock(sys.argv[1]):
         print("ready", flush=True)
         time.sleep(60)

@@ -11,6 +11,7 @@ import pytest
 
 from xlformer import tables
 from xlformer.runs import log
+from xlformer.training import progress
 
 
 def refuse(constant):
@@ -126,7 +127,7 @@ def test_curves_of_tensorboard_never_go_back(tmp_path):
 
 
 def test_the_line_of_progress():
-    line = log.format_progress(
+    line = progress.format_progress(
         step=1200,
         total=10_000,
         loss_nats=1.23456,

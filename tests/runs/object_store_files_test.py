@@ -118,7 +118,7 @@ def test_a_part_is_uploaded_after_some_time_and_ends_at_some_size(
 
 HOLDER = """
     import sys, time
-    from xlformer.training.locks import WorkdirLock
+    from xlformer.runs.locks import WorkdirLock
     with WorkdirLock(sys.argv[1], period=float(sys.argv[2])):
         print("ready", flush=True)
         time.sleep(60)

@@ -1,5 +1,7 @@
 """A run that is called again with other options: refused, taken and said, or free."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from xlformer.errors import UserError
 from xlformer.fields import FREE, REFUSED, TAKEN
 from xlformer.runs import resume
 from xlformer.training import optimizers
+from xlformer.training.state import resumed_plateau
 
 # Another valid value, where one more or "not" is none.
 OTHER = {
@@ -60,6 +63,10 @@ def other(name):
     return value / 2 if isinstance(value, float) else value + 1
 
 
+def rate_at(step):
+    return functools.partial(optimizers.next_rate, step=step, scale=1.0)
+
+
 FIELDS = sorted(config_lib.flat(config()))
 
 
@@ -81,7 +88,7 @@ def test_each_field_by_its_class(name):
         assert all(f"{value!r}" in line for value in values) and name in line
         return
     resume.check("DIR", old, new)
-    said = resume.lines(old, new, 7, 1.0)
+    said = resume.lines(old, new, 7, rate_at(7))
     assert len(said) == (kind == TAKEN)
     if kind == TAKEN:
         assert (
@@ -132,7 +139,7 @@ def test_more_steps_say_what_becomes_of_the_rate():
     sizes = {"optimizer.learning_rate": 2.0, "optimizer.schedule": "cosine"}
     old = config(**sizes, **{"train.steps": 1000})
     new = config(**sizes, **{"train.steps": 3000})
-    (line,) = resume.lines(old, new, 1000, 1.0)
+    (line,) = resume.lines(old, new, 1000, rate_at(1000))
     assert line.endswith("config.train.steps=3000, before 1000: the next step's rate "
                          "is 1.75, not 1")  # fmt: skip
 
@@ -147,9 +154,9 @@ def test_the_plateau_forgets_a_loss_of_other_settings():
     found = optimizers.plateau_init()._replace(
         best=jnp.float32(0.5), bad_count=jnp.int32(3), scale=jnp.float32(0.25)
     )
-    same = resume.plateau(found, config(), config())
+    same = resumed_plateau(found, config(), config())
     assert same == found
-    anew = resume.plateau(found, config(), config(**{"eval.max_tokens": 5}))
+    anew = resumed_plateau(found, config(), config(**{"eval.max_tokens": 5}))
     assert (float(anew.best), int(anew.bad_count)) == (np.inf, 0)
     assert float(anew.scale) == 0.25
 
@@ -170,7 +177,7 @@ def test_a_run_with_another_validation_begins_its_plateau_anew(tmp_path):
 def test_a_rate_that_stays_is_said_once():
     sizes = {"optimizer.learning_rate": 2.0, "optimizer.schedule": "constant"}
     old, new = config(**sizes), config(**sizes, **{"train.steps": 3000})
-    (line,) = resume.lines(old, new, 7, 1.0)
+    (line,) = resume.lines(old, new, 7, rate_at(7))
     assert line.endswith("before 1000: the next step's rate is 2")
 
 

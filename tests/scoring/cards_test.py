@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from xlformer import evaluate, runs
+from xlformer import progress, runs
 from xlformer.scoring import cards
 
 
@@ -136,10 +136,10 @@ def test_warnings_say_what_is_wrong():
 
 def test_progress_says_how_long_it_will_take(monkeypatch, capsys):
     now = iter([0.0, 20.0, 30.0, 34.0, 40.0, 60.0])
-    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(now))
-    progress = evaluate.Progress("evaluating 1 of 2:")
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(now))
+    say = progress.Progress("evaluating 1 of 2:")
     for fraction in (0.1, 0.2, 0.3, 0.4, 1.0):  # the first call has compiled
-        assert progress(fraction) is False
+        assert say(fraction) is False
     assert capsys.readouterr().err.splitlines() == [
         "evaluating 1 of 2: 20%, 0:01:20 left",
         "evaluating 1 of 2: 40%, 0:00:40 left",
@@ -148,8 +148,8 @@ def test_progress_says_how_long_it_will_take(monkeypatch, capsys):
 
 def test_a_short_evaluation_says_nothing(monkeypatch, capsys):
     now = iter([0.0, 1.0, 2.0, 4.9])
-    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(now))
-    progress = evaluate.Progress("evaluating")
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(now))
+    say = progress.Progress("evaluating")
     for fraction in (0.3, 0.6, 1.0):
-        progress(fraction)
+        say(fraction)
     assert capsys.readouterr().err == ""

@@ -11,6 +11,7 @@ import trained_run
 
 from xlformer import models, scoring
 from xlformer.errors import UserError
+from xlformer.scoring import rows as rows_lib
 
 VOCAB_SIZE, TOKENS, SEGMENT, MEMORY, LAYERS = 17, 307, 5, 7, 3
 BASE = {
@@ -41,7 +42,7 @@ ACCURACY = 1e-5  # relative, of the summed nll
 @pytest.fixture(autouse=True)
 def small_calls(monkeypatch):
     """Several calls for this text, each of a few segments."""
-    monkeypatch.setattr(scoring, "TOKENS_PER_CALL", 7 * SEGMENT)
+    monkeypatch.setattr(rows_lib, "TOKENS_PER_CALL", 7 * SEGMENT)
 
 
 @functools.cache
@@ -92,7 +93,7 @@ def how_often_scored(plan, tokens):
     counts = np.zeros(tokens, int)
     ids = np.arange(tokens)
     for step in range(plan.steps):
-        batch = scoring._batch(plan, ids, None, step, 0)
+        batch = rows_lib._batch(plan, ids, None, step, 0)
         scored_BT = batch["scored_BT"]
         np.testing.assert_array_equal(
             batch["targets_BT"][scored_BT], batch["inputs_BT"][scored_BT] + 1
@@ -268,7 +269,7 @@ def test_length_of_a_call_changes_nothing(monkeypatch):
     model, params = made("plain")
     plan = planned("plain", 3, "exact")
     for tokens in (1, 10**6):
-        monkeypatch.setattr(scoring, "TOKENS_PER_CALL", tokens)
+        monkeypatch.setattr(rows_lib, "TOKENS_PER_CALL", tokens)
         whole = scoring.Evaluator(
             model, batch_size=3, segment_length=SEGMENT, steps=plan.steps
         )

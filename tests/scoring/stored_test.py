@@ -11,7 +11,8 @@ import training_runs
 
 from xlformer import config as config_lib
 from xlformer import prepare, runs
-from xlformer.data import vocabularies
+from xlformer.data import preparing, vocabularies
+from xlformer.data.vocabulary import CharVocabulary
 from xlformer.runs import writing
 from xlformer.scoring import texts
 
@@ -63,7 +64,7 @@ def test_from_another_directory_and_without_the_text(places, monkeypatch, capsys
     same(run, expected)
     (places / "here" / "text.txt").unlink()
     same(run, expected)
-    monkeypatch.setattr(prepare, "prepare", None)  # nothing is made
+    monkeypatch.setattr(preparing, "prepare", None)  # nothing is made
     same(run, expected)
     assert capsys.readouterr().err == ""
 
@@ -144,7 +145,7 @@ def test_damage_is_one_line(places):
 def test_a_pipe_is_not_read_again(places, monkeypatch):
     run, expected = make_run(places / "run")
     run.config.data.path = "/dev/stdin"
-    monkeypatch.setattr(prepare, "raw_text", None)  # would wait for a terminal
+    monkeypatch.setattr(preparing, "raw_text", None)  # would wait for a terminal
     same(run, expected)
     shutil.rmtree(places / "cache")
     assert "/dev/stdin: a pipe can be read only once" in refused(run)
@@ -174,13 +175,13 @@ def test_a_run_that_started_from_others_weights_keeps_their_ids(places):
     """Its vocabulary.json is not the one that was made of its own text."""
     run, expected = make_run(places / "run")
     own = run.vocabulary
-    other = vocabularies.CharVocabulary("z\n" + "".join(own.symbols[::-1]), [0] * 11)
+    other = CharVocabulary("z\n" + "".join(own.symbols[::-1]), [0] * 11)
     run = dataclasses.replace(run, vocabulary=other)
     for _ in range(2):  # as prepared, and from the text itself
         tokens = texts.read(run, "test", None)[0]
         assert other.decode(tokens) == own.decode(expected["test"])
         shutil.rmtree(places / "cache", ignore_errors=True)
-    lacking = vocabularies.CharVocabulary("the cas", [0] * 7)
+    lacking = CharVocabulary("the cas", [0] * 7)
     run = dataclasses.replace(run, vocabulary=lacking)
     line = refused(run)
     assert "vocabulary.json has a vocabulary of 7 chars without 2 of those" in line

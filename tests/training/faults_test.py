@@ -17,7 +17,7 @@ from xlformer.hosts.faults import INTERRUPTED, Interrupt
 # The second lock of a mutex never returns and no signal ends it: an endless compile.
 IN_C = """
     import ctypes, sys
-    from xlformer.training.faults import Interrupt
+    from xlformer.hosts.faults import Interrupt
     with Interrupt() as interrupt:
         interrupt.armed = sys.argv[1] == "armed"
         libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(256)
@@ -42,7 +42,7 @@ def test_among_several_hosts_ctrl_c_becomes_the_signal_that_reaches_all():
     process = start(
         """
         import signal
-        from xlformer.training.faults import Interrupt
+        from xlformer.hosts.faults import Interrupt
         signal.signal(signal.SIGTERM, lambda *_: print("told all", flush=True))
         with Interrupt([signal.SIGINT], instead=signal.SIGTERM) as interrupt:
             print("ready", flush=True)

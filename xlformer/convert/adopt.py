@@ -13,6 +13,7 @@ from xlformer import config as config_lib
 from xlformer import models, runs, storage
 from xlformer.data import preparing, vocabularies
 from xlformer.data.vocabulary import (
+    NEWLINE,
     ByteVocabulary,
     CharVocabulary,
     Vocabulary,
@@ -21,7 +22,6 @@ from xlformer.data.vocabulary import (
 from xlformer.errors import UserError
 from xlformer.runs.checkpoints import Checkpoints
 
-PROBE_TOKENS = 20_000
 VOCAB_HELP = (
     "vocabulary.json, or a symbol a line: words with <eos>, byte values, or characters"
 )
@@ -120,7 +120,7 @@ def read_vocabulary(path: str) -> Vocabulary:
         numbers = {str(value) for value in range(256)} >= set(symbols)
         if numbers and len(set(symbols)) == len(symbols) and max(map(len, symbols)) > 1:
             values = [int(s) for s in symbols]
-            newline = "keep" if vocabularies.NEWLINE in values else "drop"
+            newline = "keep" if NEWLINE in values else "drop"
             return ByteVocabulary(values, counts, newline=newline)
         if "<eos>" in symbols:
             return WordVocabulary(symbols, counts)

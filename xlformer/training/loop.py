@@ -85,7 +85,10 @@ class Loop:
             if self.step:
                 self._say(f"resuming from the checkpoint of step {self.step}")
                 scale = float(self.state.plateau.scale)
-                for line in resume.lines(self.sealed, self.config, self.step, scale):
+                rate = functools.partial(
+                    optimizers.next_rate, step=self.step, scale=scale
+                )
+                for line in resume.lines(self.sealed, self.config, self.step, rate):
                     self._say(line)
             with self._phase("compiling"):
                 self.validation.compile(self._scored())
@@ -124,7 +127,7 @@ class Loop:
             last = spikes.data_index(step - 1, spikes.skipped(found.spikes))
             place = self.stream.place(last)
             writing.check_place(self.workdir, step, found.data, place)
-        plateau = resume.plateau(found.plateau, self.sealed, self.config)
+        plateau = state.resumed_plateau(found.plateau, self.sealed, self.config)
         return found._replace(plateau=plateau), step
 
     def _begin(self, create, key):

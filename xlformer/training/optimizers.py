@@ -65,6 +65,11 @@ def learning_rate(config, total_steps: int) -> Callable[..., jax.Array]:
     return schedule
 
 
+def next_rate(config, step: int, scale: float) -> float:
+    """The learning rate that a run of this config uses at `step`; scale: plateau's."""
+    return float(learning_rate(config.optimizer, config.train.steps)(step, scale))
+
+
 def _cosine(step, *, warmup, total, floor):
     del warmup
     return _half_cosine(step / max(total, 1), floor)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from xlformer.training import optimizers, spikes
 
@@ -68,3 +69,14 @@ def create(config, model, optimizer, key: jax.Array) -> TrainState:
         skipped=zero,
         skipped_in_a_row=zero,
     )
+
+
+def resumed_plateau(
+    found: optimizers.Plateau, old: ConfigDict, new: ConfigDict
+) -> optimizers.Plateau:
+    """Of a restored state; anew where its best loss was measured with other settings,
+    but for the scale that it has come to."""
+    if old.eval.to_dict() == new.eval.to_dict():
+        return found
+    anew = optimizers.plateau_init()._replace(scale=found.scale)
+    return jax.tree.map(lambda x, was: jax.device_put(x, was.sharding), anew, found)

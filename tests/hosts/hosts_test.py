@@ -5,7 +5,7 @@ import argparse
 import pytest
 from training_runs import refusal
 
-from xlformer import hosts
+from xlformer.hosts import job
 
 SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
 TPU = {"TPU_WORKER_HOSTNAMES": "a,b,c", "TPU_WORKER_ID": "1"}
@@ -37,20 +37,20 @@ def environment(monkeypatch):
 )
 def test_place_by_the_environment(environment, values, place):
     environment(values)
-    assert hosts._own_place() == place
+    assert job._own_place() == place
 
 
 def join(tmp_path, **flags):
     parser = argparse.ArgumentParser()
-    hosts.add_flags(parser)
+    job.add_flags(parser)
     args = parser.parse_args([f"--{k}={v}" for k, v in flags.items()])
-    hosts.join(args, workdir=tmp_path, start_limit=9, heartbeat=9)
+    job.join(args, workdir=tmp_path, start_limit=9, heartbeat=9)
 
 
 def test_what_joins_and_with_which_limits(environment, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        hosts.jax.distributed, "initialize", lambda *a, **k: calls.append((a, k))
+        job.jax.distributed, "initialize", lambda *a, **k: calls.append((a, k))
     )
     environment({})
     join(tmp_path)
@@ -72,5 +72,5 @@ def test_flags_go_together(tmp_path):
 
 
 def test_in_one_process_there_is_nothing_to_agree_on(tmp_path):
-    hosts.agree(tmp_path / "none", config="x")
+    job.agree(tmp_path / "none", config="x")
     assert not (tmp_path / "none").exists()

@@ -123,21 +123,21 @@ xlformer.train.train(config, workdir, model=object_store_test.model())
 """
 
 
-def run_and_kill(text, workdir, log, *, when):
+def run_and_kill(text, workdir, output, *, when):
     """Kills a process -9 when it logs that."""
-    here = pathlib.Path(__file__).parents[1]
-    with log.open("w") as file:
+    here = pathlib.Path(__file__).parent
+    with output.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-c", COMMAND, here, text, str(workdir)],
-            env=os.environ | {"PYTHONPATH": str(here.parent)},
+            env=os.environ | {"PYTHONPATH": f"{here.parents[1]}:{here.parent}"},
             stdout=subprocess.DEVNULL,
             stderr=file,
             start_new_session=True,
         )
     try:
         end = time.monotonic() + 60
-        while not re.search(when, log.read_text()):
-            assert process.poll() is None and time.monotonic() < end, log.read_text()
+        while not re.search(when, output.read_text()):
+            assert process.poll() is None and time.monotonic() < end, output.read_text()
             time.sleep(0.003)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -148,23 +148,23 @@ def run_and_kill(text, workdir, log, *, when):
 def survivor(text, config, tmp_path_factory):
     """(work directory, step left by a kill -9, steps logged until then, log of the
     resumed run) of a run that was killed and resumed; not to be changed."""
-    place, log = storage.path(f"{BUCKET}/survivor"), io.StringIO()
+    place, said = storage.path(f"{BUCKET}/survivor"), io.StringIO()
     killed = tmp_path_factory.mktemp("killed") / "log.txt"
     run_and_kill(text, place, killed, when=r"step +1[4-9]/24")
     left = Checkpoints(place / "checkpoints", read_only=True).latest()
     seen = [r["step"] for r in log.read(place)]
-    with contextlib.redirect_stderr(log):
+    with contextlib.redirect_stderr(said):
         train(config, place, model=model())
-    return place, left, seen, log.getvalue()
+    return place, left, seen, said.getvalue()
 
 
 def test_killed_and_resumed_it_ends_bit_by_bit_like_a_local_run(
     survivor, config, local
 ):
-    place, left, _, log = survivor
+    place, left, _, said = survivor
     assert left in (6, 8, 12, 16, 18)  # every 6, and every 8 with a validation
-    assert len(re.findall("xlformer: .* taking over its lock", log)) == 1
-    assert f"resuming from the checkpoint of step {left}" in log
+    assert len(re.findall("xlformer: .* taking over its lock", said)) == 1
+    assert f"resuming from the checkpoint of step {left}" in said
     assert_same_run(place, local, config)
     names = {path.name for path in place.iterdir()}
     assert {"config.json", "vocabulary.json", "data.json", "checkpoints"} <= names

@@ -48,12 +48,12 @@ class Run:
         supervisor = [sys.executable, HERE.parents[1] / "launch" / "supervise.py"]
         supervisor += [f"--processes={processes}", "--max_restarts=100000"]
         supervisor += [f"--log_dir={workdir}.hosts", "--", *command]
-        with self.log.open("w") as log:
+        with self.log.open("w") as file:
             self.process = subprocess.Popen(
                 supervisor,
                 env=cluster.environment(devices),
-                stdout=log,
-                stderr=log,
+                stdout=file,
+                stderr=file,
                 start_new_session=True,
             )
 

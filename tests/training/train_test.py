@@ -208,12 +208,12 @@ class Process:
     def __init__(self, text, workdir, slow=""):
         self.log = workdir.parent / "log.txt"
         here = pathlib.Path(__file__).parents[1]
-        with self.log.open("w") as log:
+        with self.log.open("w") as file:
             self.process = subprocess.Popen(
                 [*PYTHON, COMMAND, here, text, workdir, slow],
                 env=os.environ | {"PYTHONPATH": str(here.parent)},
                 stdout=subprocess.DEVNULL,
-                stderr=log,
+                stderr=file,
                 start_new_session=True,
             )
 

@@ -319,7 +319,7 @@ def _check_single_tokens(case: _Case) -> None:
     x_BND = np.random.default_rng(0).normal(size=shape)
 
     def apply(first, start, end, state):
-        y_BTD, state = trunk(x_BND[:, first:end], state)
+        y_BTD, state, _ = trunk(x_BND[:, first:end], state)
         return y_BTD[:, start - first :], state
 
     if found := _segments(case, [1] * TOKENS, apply):

@@ -10,8 +10,8 @@ import pytest
 from jax import lax
 
 from xlformer import testing
-from xlformer.models import Model, TransformerXL, TransformerXLConfig
-from xlformer.models.base import Aux, Trunk, compute_dtype
+from xlformer.models import Aux, TransformerXL, TransformerXLConfig
+from xlformer.models.tokens import TokenModel, Trunk
 
 CONFIG = TransformerXLConfig(
     vocab_size=23,
@@ -45,55 +45,29 @@ class Cell(nn.Module):
     carried: bool
 
     @nn.compact
-    def __call__(self, x_BTD, state, resets_BT, lengths):
-        D = x_BTD.shape[-1]
+    def __call__(self, x_BTD, state, *, resets_BT, lengths, step, train, keys):
+        del step, train, keys
+        B, T, D = x_BTD.shape
         weights_DD = self.param("weights", nn.initializers.normal(), (D, D))
 
-        def body(h_BD, step):
-            x_BD, reset_B, valid_B = step
+        def body(h_BD, column):
+            x_BD, reset_B, valid_B = column
             before_BD = jnp.where(reset_B[:, None], 0, h_BD)
             new_BD = jnp.tanh(x_BD + before_BD @ weights_DD)
             h_BD = jnp.where(valid_B[:, None], new_BD, h_BD)
             return h_BD, h_BD
 
         if resets_BT is None:
-            resets_BT = jnp.zeros(x_BTD.shape[:2], bool)
+            resets_BT = jnp.zeros((B, T), bool)
+        lengths_B = jnp.broadcast_to(T if lengths is None else lengths, (B,))
+        valid_BT = jnp.arange(T)[None] < lengths_B[:, None]
         h_BD = state if self.carried else jnp.zeros_like(x_BTD[:, 0])
-        steps = x_BTD, resets_BT, _valid(x_BTD[..., 0], lengths)
-        steps = jax.tree.map(lambda x: x.swapaxes(0, 1), steps)
-        h_BD, y_TBD = lax.scan(body, h_BD, steps)
-        return y_TBD.swapaxes(0, 1), h_BD if self.carried else ()
+        columns = x_BTD.swapaxes(0, 1), resets_BT.T, valid_BT.T
+        h_BD, y_TBD = lax.scan(body, h_BD, columns)
+        return y_TBD.swapaxes(0, 1), h_BD if self.carried else (), Aux(0.0, {})
 
 
-class RecurrentModule(nn.Module):
-    config: RecurrentConfig
-
-    def setup(self):
-        self.embedding = nn.Embed(self.config.vocab_size, self.config.d_model)
-        self.trunk = Cell(self.config.carried)
-
-    def __call__(self, ids_BT, targets_BT, state, *, lengths=None, **options):
-        log_p_BTV, state = self.log_probs(ids_BT, state, lengths=lengths, **options)
-        nll_BT = -jnp.take_along_axis(log_p_BTV, targets_BT[..., None], 2)[..., 0]
-        return jnp.where(_valid(nll_BT, lengths), nll_BT, 0), state
-
-    def log_probs(self, ids_BT, state, **options):
-        y_BTD, state = self.run_trunk(self.embedding(ids_BT), state, **options)
-        return jax.nn.log_softmax(self.embedding.attend(y_BTD)), state
-
-    def run_trunk(self, x_BTD, state, *, resets_BT=None, lengths=None, keys=None):
-        del keys
-        return self.trunk(x_BTD, state, resets_BT, lengths)
-
-
-def _valid(x_BT, lengths):
-    if lengths is None:
-        return jnp.ones(x_BT.shape, bool)
-    B, T = x_BT.shape
-    return jnp.arange(T)[None] < jnp.broadcast_to(lengths, (B,))[:, None]
-
-
-class Recurrent(Model):
+class Recurrent(TokenModel):
     @property
     def memory_length(self):
         return None if self.config.carried else 0
@@ -101,14 +75,13 @@ class Recurrent(Model):
     def init_state(self, batch_size, dtype=None):
         if not self.config.carried:
             return ()
-        dtype = dtype or compute_dtype(self.config.dtype)
-        return jnp.zeros((batch_size, self.config.d_model), dtype)
+        return jnp.zeros((batch_size, self.config.d_model), dtype or self.dtype())
 
     def state_axes(self):
         return ("batch", "embed") if self.config.carried else ()
 
-    def _module(self, dtype):
-        return RecurrentModule(self.config)
+    def trunk_module(self, dtype):
+        return Cell(self.config.carried)
 
 
 @pytest.mark.parametrize("carried", [True, False])
@@ -230,7 +203,8 @@ class LosesItsTrunksMemory(Broken):
     def trunk(self):
         class Forgetful(Trunk):
             def apply(self, params, x_BTD, state, **options):
-                return super().apply(params, x_BTD, state, **options)[0], state
+                y_BTD, _, aux = super().apply(params, x_BTD, state, **options)
+                return y_BTD, state, aux
 
         return Forgetful(self)
 

@@ -21,9 +21,9 @@ def refusal(*overrides, spec="text:path=not-there.txt,debug"):
 def test_every_field_has_a_rule_and_every_rule_a_field(name):
     config = config_lib.default_config(name)
     assert set(config_lib.rules(config)) == set(config_lib.flat(config))
-    _, config_class = models.MODELS[name]
+    config_class = models.MODELS[name].Config
     own = {field.name for field in dataclasses.fields(config_class)}
-    assert set(models.RULES[name]) == own
+    assert set(config_class.RULES) == own
     for rule in config_lib.rules(config).values():
         assert rule.resume in (fields.REFUSED, fields.TAKEN, fields.FREE)
 

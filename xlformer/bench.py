@@ -3,7 +3,7 @@ of published speeds with --preset=NAME.
 
 Random tokens, so no data is needed. All that is compared is compiled first and then
 timed in turns, so a machine that becomes slower does so for all; the table has the
-median and the spread. FLOPs are useful ones (flops.py): MFU is their share of the
+median and the spread. FLOPs are useful ones (Model.flops): MFU is their share of the
 datasheet, and beside it of a step of matrix products only, timed in the same turns.
 """
 

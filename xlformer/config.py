@@ -276,21 +276,11 @@ def _update(node: ConfigDict, found: Mapping, at: str, where: str) -> None:
 def shrink(config: ConfigDict) -> ConfigDict:
     """Makes a run tiny, in place, and returns it: what ':debug' of every config does.
 
-    The character stays (attention, adaptive softmax, schedule, optimizer); every size
-    is set here, so that runs of one family have equal shapes. Sizes are primes where
-    they may be: mixed-up axes then show.
+    The character stays (schedule, optimizer, and what the model's own tiny() keeps);
+    every size is set, so that runs of one family have equal shapes.
     """
-    model, train, evaluation = config.model, config.train, config.eval
-    sizes = {"n_layer": 2, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32}
-    optional = {"d_embed": 16, "clamp_length": 3, "extended_length": 3, "window": 4}
-    optional |= {"table_length": 12, "cutoffs": (11, 19)}  # 12 is segment and memory
-    model.update({k: v for k, v in sizes.items() if k in model})
-    model.update({k: v for k, v in optional.items() if model.get(k)})
-    if model.get("memory_length"):
-        model.memory_length = 5
-    if model.get("cutoffs"):
-        model.div_val = min(model.div_val, 2)
-        model.tie_projections = model.tie_projections[: len(model.cutoffs) + 1]
+    train, evaluation = config.train, config.eval
+    config.model.update(models.tiny(config.model))
     config.mesh.update(data=1, fsdp=1, tensor=1)  # a batch of two has no more
     train.update(steps=2, batch_size=2, segment_length=7)
     train.update(log_every=1, eval_every=2, save_every=2)

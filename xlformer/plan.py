@@ -20,7 +20,7 @@ import jax
 from etils import epath
 from jax.sharding import AbstractMesh, AxisType
 
-from xlformer import command, flops, models, sharding
+from xlformer import command, models, sharding
 from xlformer import config as config_lib
 from xlformer.errors import UserError, reason
 from xlformer.machines import chips, rehearsal, topologies, traffic
@@ -201,10 +201,8 @@ def _advice(memory: dict, config, mesh) -> list[str]:
 
 def _count(found, config, model, mesh, compiled, *, all_layers: bool) -> None:
     train = config.train
-    useful = flops.segment(
-        model.config,
-        batch_size=train.batch_size,
-        segment_length=train.segment_length,
+    useful = model.flops(
+        batch_size=train.batch_size, segment_length=train.segment_length
     ).training
     tokens = train.batch_size * train.segment_length
     found["flops"] = {"useful": useful, "per_token": useful / tokens}

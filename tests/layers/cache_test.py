@@ -163,10 +163,10 @@ def test_any_mesh_gives_the_score_of_one_device(name, segment_length):
 def test_the_trunk_takes_it():
     model, params = build()
     state, x_BTD = warm(model, params), jnp.ones((B, T, 8))
-    expected, _ = model.trunk.apply(params, x_BTD, state)
+    expected, _, _ = model.trunk.apply(params, x_BTD, state)
     for tree in (params, params["trunk"]):
         cached = model.to_cache(tree, state, segment_length=T)
-        y_BTD, _ = model.trunk.apply(tree, x_BTD, cached)
+        y_BTD, _, _ = model.trunk.apply(tree, x_BTD, cached)
         np.testing.assert_allclose(y_BTD, expected, atol=1e-4)
 
 
@@ -177,7 +177,7 @@ def test_what_a_reset_hides_may_be_nan():
     nan_BTD, resets_BT = x_BTD.copy(), np.zeros((2, B, T), bool)
     nan_BTD[0, :3], resets_BT[0, 0, 3] = np.nan, True
     nan_BTD[1, 4], resets_BT[1, 1, 2] = np.nan, True
-    run = jit(lambda x, state, r: model.trunk.apply(params, x, state, resets_BT=r))
+    run = jit(lambda x, state, r: model.trunk.apply(params, x, state, resets_BT=r)[:2])
     plain = model.init_state(B)
     cached = model.to_cache(params, plain, segment_length=T)
     lost = np.zeros((2, B, T), bool)

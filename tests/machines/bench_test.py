@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from timed_cases import FAST, fake, timed
 
-from xlformer import bench, flops, models, sharding
+from xlformer import bench, models, sharding
 from xlformer import config as config_lib
 from xlformer.kernels import pallas_tpu, pallas_tpu_case
 from xlformer.kernels.case import interpreted
+from xlformer.layers import adaptive
 from xlformer.machines import bench_cases, rehearsal
 from xlformer.machines.bench_cases import Case
 from xlformer.machines.bench_table import table
@@ -86,8 +87,8 @@ def test_training_is_timed_for_each_implementation(capsys, tmp_path):
     rows = json.loads(file.read_text())
     assert [row["case"] for row in rows] == ["xla", "blocked"]
     config = config_lib.load("quickstart:debug")
-    model = models.build(config.model, vocab_size=256).config
-    counted = flops.segment(model, batch_size=4, segment_length=7)
+    model = models.build(config.model, vocab_size=256)
+    counted = model.flops(batch_size=4, segment_length=7)
     for row in rows:
         assert row["flops"] == counted.training
         assert len(row["seconds"]) == 2 and row["memory"] > 0
@@ -150,7 +151,7 @@ def test_bytes_are_told_by_two_counts():
 
 def test_tokens_are_as_frequent_as_words():
     ids = bench_cases.tokens(1000, (4000,))
-    expected = flops.frequencies(1000)
+    expected = adaptive.frequencies(1000)
     assert abs((ids == 0).mean() - expected[0]) < 0.03
     assert ids.max() < 1000 and ids.dtype == np.int32
     assert jax.device_count() > 1  # as in every test

@@ -8,16 +8,16 @@ import pytest
 from training_runs import PERIOD, SYMBOLS, refusal
 
 from xlformer import config as config_lib
-from xlformer import flops, models, plan, prepare, sharding
+from xlformer import models, plan, prepare, sharding
 from xlformer.machines import chips, rehearsal, topologies, traffic
 
 WT103_SHARES = (0.86, 0.055, 0.06, 0.025)
 
 
 def count(name, vocab_size, *, batch_size, segment_length, shares=None, **options):
-    config = models.build(config_lib.load(name).model, vocab_size=vocab_size).config
+    model = models.build(config_lib.load(name).model, vocab_size=vocab_size)
     sizes = {"batch_size": batch_size, "segment_length": segment_length}
-    found = flops.segment(config, **sizes, shares=shares, **options)
+    found = model.flops(**sizes, shares=shares, **options)
     tokens = 1e6 * batch_size * segment_length
     return found, tokens
 
@@ -45,8 +45,8 @@ def test_zipfs_law_stands_for_the_words_of_wikitext():
     law, _ = count("wt103_base", 267_735, **sizes)
     stated, _ = count("wt103_base", 267_735, **sizes, shares=WT103_SHARES)
     assert law.training == pytest.approx(stated.training, rel=0.02)
-    shares = flops.bin_shares(flops.frequencies(267_735), (20_000, 40_000, 200_000))
-    assert sum(shares) == pytest.approx(1)
+    model = models.build(config_lib.load("wt103_base").model, vocab_size=267_735)
+    assert sum(model.config.bins.shares()) == pytest.approx(1)
 
 
 def test_a_cache_saves_the_projections_of_the_memory():
@@ -55,9 +55,7 @@ def test_a_cache_saves_the_projections_of_the_memory():
     found = {}
     for cached in (False, True):
         model = models.build(config.model, vocab_size=204)
-        counted = flops.segment(
-            model.config, batch_size=1, segment_length=80, cached=cached
-        )
+        counted = model.flops(batch_size=1, segment_length=80, cached=cached)
         found[cached] = (counted.forward - counted.vocabulary) / 80 / 12 / 1e6
     assert found[False] == pytest.approx(54.6, rel=0.02)
     assert found[True] == pytest.approx(12.8, rel=0.02)
@@ -66,12 +64,12 @@ def test_a_cache_saves_the_projections_of_the_memory():
 def test_a_window_and_other_encodings_change_the_attention_only():
     config = config_lib.load("enwik8_base")
     sizes = {"batch_size": 22, "segment_length": 512}
-    full = flops.segment(models.build(config.model, vocab_size=204).config, **sizes)
+    full = models.build(config.model, vocab_size=204).flops(**sizes)
     config.model.window = 511
-    cut = flops.segment(models.build(config.model, vocab_size=204).config, **sizes)
+    cut = models.build(config.model, vocab_size=204).flops(**sizes)
     assert cut.attention / full.attention == pytest.approx(512 / 768, rel=0.01)
     config.model.update(attn_type=2, allow_incoherent_positions=True)
-    plain = flops.segment(models.build(config.model, vocab_size=204).config, **sizes)
+    plain = models.build(config.model, vocab_size=204).flops(**sizes)
     assert plain.attention == cut.attention * 2 / 3 and plain.positions == 0
     assert plain.feed_forward == full.feed_forward
 

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from xlformer import config as config_lib
-from xlformer import flops, models
+from xlformer import models
 
 B, T = 4, 32
 
@@ -18,7 +18,7 @@ def small(**fields):
 
 def counted(model) -> float:
     """Ours, with all keys for all queries: that is what 'xla' computes."""
-    found = flops.segment(model.config, batch_size=B, segment_length=T)
+    found = model.flops(batch_size=B, segment_length=T)
     seen = sum(range(49, 49 + T))  # keys of the queries, each its own included
     return found.forward + found.attention * (T * (48 + T) / seen - 1)
 
@@ -50,7 +50,7 @@ def test_forward_is_what_xla_counts(fields):
 def test_rotary_positions_need_no_products_of_their_own():
     plain, rotary = small(), small(positions="rotary")
     sizes = {"batch_size": B, "segment_length": T}
-    a, b = (flops.segment(m.config, **sizes) for m in (plain, rotary))
+    a, b = (m.flops(**sizes) for m in (plain, rotary))
     assert b.positions == 0 and b.attention == a.attention * 2 / 3
     saved = by_xla(plain) - by_xla(rotary)
     assert saved == pytest.approx(counted(plain) - counted(rotary), rel=0.05)

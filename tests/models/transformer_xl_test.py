@@ -85,8 +85,8 @@ CONTRACT = {
         pre_norm=True,
         final_norm=True,
         untie_r=True,
-        cutoffs=(5, 11),
-        div_val=4,
+        cutoffs=(7,),
+        div_val=2,
         d_embed=16,
         memory_length=3,
     ),
@@ -404,7 +404,7 @@ def test_what_is_hidden_may_be_nan(fields):
     def found(x_BTD, state, resets_BT):
         def loss(params, x_BTD):
             options = {"resets_BT": resets_BT, "lengths_B": lengths_B}
-            y_BTD, _ = model.trunk.apply(params, x_BTD, state, **options)
+            y_BTD, _, _ = model.trunk.apply(params, x_BTD, state, **options)
             return jnp.sin(jnp.where(seen_BT1, y_BTD, 0)).sum(), y_BTD
 
         grads, y_BTD = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x_BTD)
@@ -440,7 +440,7 @@ def test_parameters_may_be_arrays_of_numpy():
 
     def both(ids_BT):
         def scored(params):
-            y_BTD, _ = model.trunk.apply(params, x_BTD, state)
+            y_BTD, _, _ = model.trunk.apply(params, x_BTD, state)
             log_p_BTV, _ = model.log_probs(params, ids_BT, state)
             nll_BT, _, _ = model.apply(params, ids_BT, ids_BT, state)
             return nll_BT.sum() + log_p_BTV.sum() + y_BTD.sum()

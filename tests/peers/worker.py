@@ -21,7 +21,7 @@ from settings import Setting
 
 BATCHES = 4  # different ones, in turns
 WARM = 6  # steps: each batch once, and compiling again for other sizes of bins
-ZIPF = 1.07  # as xlformer.flops.frequencies
+ZIPF = 1.07  # as xlformer.layers.adaptive.frequencies
 
 
 def batches(setting: Setting) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -193,6 +193,5 @@ def test_a_complete_run_says_what_it_did_not_do():
 
 def test_a_config_of_another_system_is_refused_by_its_name(monkeypatch):
     monkeypatch.setitem(models.MODELS, "wings", models.MODELS["transformer_xl"])
-    monkeypatch.setitem(models.RULES, "wings", {})
     old, new = config(), config(**{"model.name": "wings"})
     assert "config.model.name='transformer_xl', now it is 'wings'" in refusal(old, new)

@@ -105,7 +105,6 @@ def test_what_is_no_start(text, tmp_path, capsys, monkeypatch):
     line = error(capsys, text, workdir, f"--init_from={SOURCE}")
     assert "20 chars without 1 of those in the text of config.data: 'ÿ'" in line
     monkeypatch.setitem(models.MODELS, "wings", models.MODELS["transformer_xl"])
-    monkeypatch.setitem(models.RULES, "wings", models.RULES["transformer_xl"])
     config = config_lib.load("quickstart:debug")
     config.model.name = "wings"
     with pytest.raises(UserError, match="holds a transformer_xl, --config asks for a"):

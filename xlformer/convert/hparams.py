@@ -7,7 +7,7 @@ from typing import Any
 
 from xlformer.errors import UserError
 from xlformer.layers.attention import LEARNED_ABSOLUTE, LEARNED_RELATIVE
-from xlformer.models.transformer_xl_config import TransformerXLConfig
+from xlformer.models import TransformerXLConfig
 
 INTEGERS = ("n_token", "n_layer", "n_head", "d_model", "d_head", "d_inner", "d_embed")
 INTEGERS += ("tgt_len", "ext_len", "mem_len", "clamp_len", "attn_type", "div_val")

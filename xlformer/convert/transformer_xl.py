@@ -20,9 +20,8 @@ from xlformer import models
 from xlformer.convert import hparams as hparams_lib
 from xlformer.convert.files import read_json, read_state
 from xlformer.errors import UserError
-from xlformer.layers.adaptive import Bins
 from xlformer.layers.attention import LEARNED_ABSOLUTE, LEARNED_RELATIVE, RELATIVE
-from xlformer.models.transformer_xl_config import TransformerXLConfig
+from xlformer.models import TransformerXLConfig
 
 # What is in the originals' files and needs no counterpart.
 BUFFERS = ("pos_emb.inv_freq",)
@@ -143,19 +142,8 @@ def _entries(config: TransformerXLConfig, *, reverse_clusters: bool) -> Iterator
         )
 
 
-def _bins(config) -> Bins:
-    return Bins(
-        config.vocab_size,
-        config.d_model,
-        config.embedding_width,
-        config.cutoffs,
-        config.div_val,
-        config.proj_same_dim,
-    )
-
-
 def _embedding_entries(config):
-    bins = _bins(config)
+    bins = config.bins
     for b, (name, shape) in enumerate(bins.tables.items()):
         yield Entry(f"word_emb.emb_layers.{b}.weight", ("embedding", name), ..., shape)
     for b in range(len(bins.tables)):
@@ -169,7 +157,7 @@ def _embedding_entries(config):
 
 
 def _softmax_entries(config, reverse_clusters):
-    bins = _bins(config)
+    bins = config.bins
     tied = config.tie_weights
     starts = [0] if config.div_val == 1 else bins.edges[:-1]
     for b, (name, shape) in enumerate(bins.tables.items()):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlformer import models, runs, sharding
+from xlformer import models, sharding
 from xlformer.errors import UserError
 from xlformer.generation.sampling import Sampling
 
@@ -167,24 +167,8 @@ def _block(model, sampling, params, keys_R, state, last_R, start):
 
 
 def for_generation(model: models.Model) -> models.Model:
-    """The model whose tokens see the same, however many a call holds.
-
-    Extended context has no place here: nothing is recomputed, the memory takes all.
-    """
-    M = model.memory_length
-    if M is None:
-        return model
-    if M == 0:
-        raise UserError(
-            "a memory of 0 carries nothing from token to token: generating needs "
-            "--memory_length=1 or more"
-        )
-    window = getattr(model.config, "attention_window", None)
-    window = M if window is None else min(window, M)
-    changes = {"window": window}
-    if model.extended_length:
-        changes["extended_length"] = 0
-    return runs.for_reading(model, changes)
+    """The model whose tokens see the same, however many a call holds."""
+    return model.for_generation()
 
 
 def _check(prompts, vocab_size: int) -> None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -74,6 +76,38 @@ class Bins:
         return (
             f"projection_{0 if self.div_val == 1 else b}" if self.projects(b) else None
         )
+
+    def shares(self, probabilities_V: np.ndarray | None = None) -> list[float]:
+        """How much of the text lies in each bin; by default by Zipf's law."""
+        if probabilities_V is None:
+            probabilities_V = frequencies(self.vocab_size)
+        pairs = zip(self.edges, self.edges[1:], strict=False)
+        return [float(probabilities_V[start:stop].sum()) for start, stop in pairs]
+
+    def flops(
+        self, *, targets: int, inputs: int, shares: Sequence[float] | None = None
+    ) -> float:
+        """Of the softmax and of all projections, forward; see `shares`."""
+        total = 0.0
+        for b, share in enumerate(self.shares() if shares is None else shares):
+            words = self.edges[b + 1] - self.edges[b] + (self.n_tail if b == 0 else 0)
+            scored = targets * (1.0 if b == 0 else share)
+            total += 2.0 * scored * self.width(b) * words
+            if self.projects(b):
+                projected = scored + inputs * share
+                total += 2.0 * projected * self.width(b) * self.d_model
+        return total
+
+
+# Zipf's law for the words of a text, p(rank) ~ rank^-1.07: with the four bins of
+# WikiText-103 shares of .87, .04, .08, .01. It decides what an adaptive softmax costs.
+ZIPF = 1.07
+
+
+def frequencies(vocab_size: int) -> np.ndarray:
+    """Probability of each id, most frequent first, by Zipf's law."""
+    weights = np.arange(1, vocab_size + 1, dtype=np.float64) ** -ZIPF
+    return weights / weights.sum()
 
 
 class AdaptiveEmbedding(nn.Module):

@@ -79,7 +79,8 @@ class Cache(NamedTuple):
             seen_BTH = jax.vmap(lambda x_BS: memory.sees(x_BS, *where), 1, 2)(bad_BHS)
             y_BTHK = jnp.where(seen_BTH[..., None], jnp.nan, y_BTHK)
             kept = (keys_BHMK, k_BHTK), (values_BHMK, v_BHTK)
-            return y_BTHK, tuple(memory.append(*x, end, axis=2) for x in kept)
+            kept = tuple(memory.append(*x, end, axis=2) for x in kept)
+            return y_BTHK, (None, kept)
 
         return attend
 
@@ -153,7 +154,7 @@ class Ring(NamedTuple):
             if rotary:
                 k_BHNK = _turned_back(k_BHNK, distance_N)
             y_BTHK = _one_query(qu_BTHK, qw_BTHK, k_BHNK, v_BHNK, r_NHK, visible_BN)
-            return y_BTHK, kept
+            return y_BTHK, (kept, None)
 
         return attend
 

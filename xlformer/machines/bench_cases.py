@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlformer import flops, models, runs, scoring, sharding
+from xlformer import models, runs, scoring, sharding
 from xlformer.generation import continuation as generation
 from xlformer.kernels import pallas_tpu, pallas_tpu_case
 from xlformer.kernels.relative_attention import choose
+from xlformer.layers.adaptive import frequencies
 from xlformer.layers.attention import LEARNED_RELATIVE, RELATIVE
 from xlformer.machines import rehearsal
 from xlformer.models.base import compute_dtype
@@ -86,13 +87,9 @@ def train_case(name, config, vocab_size, mesh) -> Case:
         compiled = step.function.lower(step.abstract, step.batch).compile()
     compile_seconds = time.perf_counter() - start
     state = step.create(_key(config))
-    batch, shares = dict(step.batch), None
+    batch = dict(step.batch)
     for key in ("inputs_BT", "targets_BT"):
         batch[key] = tokens(vocab_size, batch[key].shape)
-    if model.config.cutoffs:
-        edges = (0, *model.config.cutoffs, vocab_size)
-        counts, _ = np.histogram(batch["targets_BT"], bins=edges)
-        shares = (counts / counts.sum()).tolist()
 
     def run(times: int):
         nonlocal state
@@ -105,11 +102,8 @@ def train_case(name, config, vocab_size, mesh) -> Case:
         pending.block_until_ready()
         return clocks() - start
 
-    counted = flops.segment(
-        model.config,
-        batch_size=train.batch_size,
-        segment_length=train.segment_length,
-        shares=shares,
+    counted = model.flops(
+        batch_size=train.batch_size, segment_length=train.segment_length
     )
     case = Case(
         name,
@@ -166,9 +160,7 @@ def eval_case(name, config, vocab_size, mesh) -> Case:
             evaluator.score(params, text, plan_)
         return clocks() - start
 
-    counted = flops.segment(
-        model.config, batch_size=rows, segment_length=T, cached=True
-    )
+    counted = model.flops(batch_size=rows, segment_length=T, cached=True)
     case = Case(
         name,
         run,
@@ -216,9 +208,7 @@ def generate_case(name, config, vocab_size, mesh) -> Case:
 
     start = time.perf_counter()
     run(1)
-    counted = flops.segment(
-        model.config, batch_size=rows, segment_length=1, cached=True
-    )
+    counted = model.flops(batch_size=rows, segment_length=1, cached=True)
     case = Case(
         name,
         run,
@@ -302,7 +292,7 @@ def matmul_case(config, at_once: int, mesh) -> Case:
 def tokens(vocab_size: int, shape) -> np.ndarray:
     """Random ids, as frequent as words are."""
     rng = np.random.default_rng(0)
-    ids = rng.choice(vocab_size, size=shape, p=flops.frequencies(vocab_size))
+    ids = rng.choice(vocab_size, size=shape, p=frequencies(vocab_size))
     return ids.astype(np.int32)
 
 

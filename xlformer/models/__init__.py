@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from xlformer.errors import UserError, did_you_mean
 from xlformer.fields import REFUSED, Rule
-from xlformer.models import transformer_xl_config
 from xlformer.models.base import Aux, Model
 from xlformer.models.transformer_xl import TransformerXL, TransformerXLConfig
 
 __all__ = ["Aux", "Model", "TransformerXL", "TransformerXLConfig", "build"]
 
-MODELS = {"transformer_xl": (TransformerXL, TransformerXLConfig)}
-RULES = {"transformer_xl": transformer_xl_config.RULES}
+# A model's class has its `Config`: a frozen dataclass with a vocab_size, whose `RULES`
+# say what each field may be (fields.Rule), and whose tiny() is what ':debug' trains.
+MODELS: dict[str, type[Model]] = {"transformer_xl": TransformerXL}
 
 
-def _lookup(name: str):
+def _class(name: str) -> type[Model]:
     if name not in MODELS:
         raise UserError(f"config.model.name={name!r}{did_you_mean(name, MODELS)}")
     return MODELS[name]
@@ -25,14 +26,12 @@ def _lookup(name: str):
 
 def rules(name: str) -> dict[str, Rule]:
     """What each field of a model's configuration may be, and who may change it."""
-    _lookup(name)
-    return {"name": Rule(REFUSED), **RULES[name]}
+    return {"name": Rule(REFUSED), **_class(name).Config.RULES}
 
 
 def default_config(name: str, **fields) -> dict:
     """The fields of a model's configuration with their defaults, and its name."""
-    _, config_class = _lookup(name)
-    known = {f.name: f.default for f in dataclasses.fields(config_class)}
+    known = {f.name: f.default for f in dataclasses.fields(_class(name).Config)}
     for field in fields:
         if field not in known:
             near = did_you_mean(field, known)
@@ -42,13 +41,23 @@ def default_config(name: str, **fields) -> dict:
 
 def check(config: Mapping) -> None:
     """Raises UserError for fields of `config.model` that no model can have."""
+    _from_fields(config)
+
+
+def tiny(config: Mapping) -> dict:
+    """`config.model` of a model of the same kind, small enough for a test."""
+    return {"name": config["name"], **dataclasses.asdict(_from_fields(config).tiny())}
+
+
+def _from_fields(config: Mapping):
+    """The dataclass that the fields of `config.model` describe."""
+    if "name" not in config:
+        raise UserError(f"config.model.name is missing; known: {', '.join(MODELS)}")
     fields = default_config(**config)
-    _lookup(fields.pop("name"))[1](**fields)
+    return _class(fields.pop("name")).Config(**fields)
 
 
-def build(
-    config: Mapping | TransformerXLConfig, vocab_size: int | None = None
-) -> Model:
+def build(config: Mapping | Any, vocab_size: int | None = None) -> Model:
     """Builds the model that `config` describes.
 
     Args:
@@ -61,10 +70,8 @@ def build(
         that is missing or differs from the config's.
     """
     if not dataclasses.is_dataclass(config):  # ConfigDict is no Mapping.
-        fields = default_config(**config) if "name" in config else None
-        if fields is None:
-            raise UserError(f"config.model.name is missing; known: {', '.join(MODELS)}")
-        config = _lookup(fields.pop("name"))[1](**fields)
+        config = _from_fields(config)
+    model_class = _class_of(config)
     if vocab_size is None and config.vocab_size is None:
         raise UserError("config.model.vocab_size is not set: pass vocab_size to build")
     if None not in (vocab_size, config.vocab_size) and vocab_size != config.vocab_size:
@@ -73,6 +80,15 @@ def build(
         )
     if vocab_size is None:
         vocab_size = config.vocab_size
-    config = dataclasses.replace(config, vocab_size=vocab_size)
-    model_class = next(m for m, c in MODELS.values() if isinstance(config, c))
-    return model_class(config)
+    return model_class(dataclasses.replace(config, vocab_size=vocab_size))
+
+
+def _class_of(config) -> type[Model]:
+    for model_class in MODELS.values():
+        if isinstance(config, model_class.Config):
+            return model_class
+    name, known = type(config).__name__, [m.Config.__name__ for m in MODELS.values()]
+    raise UserError(
+        f"config is a {name}, which belongs to no model of xlformer"
+        f"{did_you_mean(name, known)}; a model of your own is made by its class"
+    )

@@ -176,19 +176,5 @@ def _step(checkpoints: Checkpoints, which: str) -> int | None:
 
 
 def for_reading(model: models.Model, fields: Mapping[str, Any]) -> models.Model:
-    """The same model with another memory or visibility; -1 and None keep the model's.
-
-    An explicit window goes before what same_length and memory_length imply.
-    """
-    changes = {
-        name: value
-        for name, value in fields.items()
-        if value is not None and not (name != "same_length" and value < 0)
-    }
-    known = {field.name for field in dataclasses.fields(model.config)}
-    missing = set(changes) - known
-    if missing:
-        raise UserError(f"this model has no {', '.join(sorted(missing))}")
-    return dataclasses.replace(
-        model, config=dataclasses.replace(model.config, **changes)
-    )
+    """The same model with another memory or visibility; see Model.for_reading."""
+    return model.for_reading(**fields)

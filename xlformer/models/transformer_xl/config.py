@@ -8,12 +8,14 @@ import typing
 from xlformer.errors import UserError
 from xlformer.fields import FREE, REFUSED, TAKEN, Rule
 from xlformer.kernels.relative_attention import IMPLEMENTATIONS
+from xlformer.layers.adaptive import Bins
 from xlformer.layers.attention import (
     LEARNED_ABSOLUTE,
     LEARNED_RELATIVE,
     ROTARY,
     SINUSOID,
 )
+from xlformer.layers.stack import REMAT
 
 _SIZE = Rule(REFUSED, least=1)
 _LENGTH = Rule(REFUSED, least=0)  # tokens; 0: none, or derived
@@ -56,7 +58,7 @@ RULES = {
     "init_scheme": Rule(REFUSED, choices=("pytorch", "tensorflow")),
     "dtype": Rule(TAKEN, choices=("auto", "float32", "bfloat16", "float64")),
     "scan_layers": Rule(FREE),
-    "remat": Rule(FREE, choices=("none", "attention", "full")),
+    "remat": Rule(FREE, choices=REMAT),
     "attention": Rule(FREE, choices=("auto", *IMPLEMENTATIONS)),
 }
 
@@ -106,6 +108,8 @@ class TransformerXLConfig:
     remat: str = "none"  # recompute layers in backward: full, or all but attention
     attention: str = "auto"  # implementation of the attention operation
 
+    RULES = RULES  # not annotated: no field
+
     @property
     def head_width(self) -> int:
         """d_head, derived from d_model if it is 0."""
@@ -131,6 +135,35 @@ class TransformerXLConfig:
         if self.window is None and self.same_length:
             return self.memory_length - 1
         return self.window
+
+    @property
+    def bins(self) -> Bins:
+        """The shapes of the tables of embedding and softmax; needs vocab_size."""
+        return Bins(
+            vocab_size=self.vocab_size,
+            d_model=self.d_model,
+            d_embed=self.embedding_width,
+            cutoffs=self.cutoffs,
+            div_val=self.div_val,
+            proj_same_dim=self.proj_same_dim,
+        )
+
+    def tiny(self) -> TransformerXLConfig:
+        """The same options at sizes of a second on a CPU: what ':debug' trains.
+
+        Every size is set here, so that models of one family have equal shapes. Sizes
+        are primes where they may be: mixed-up axes then show.
+        """
+        sizes = {"n_layer": 2, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32}
+        # Only where the model has it at all; 12 is segment and memory.
+        optional = {"memory_length": 5, "extended_length": 3, "clamp_length": 3}
+        optional |= {"window": 4, "table_length": 12, "d_embed": 16}
+        sizes |= {name: n for name, n in optional.items() if getattr(self, name)}
+        if self.cutoffs:
+            sizes["cutoffs"] = (11, 19)
+            sizes["div_val"] = min(self.div_val, 2)
+            sizes["tie_projections"] = self.tie_projections[:3]
+        return dataclasses.replace(self, **sizes)
 
     def __post_init__(self):
         for field, expected in typing.get_type_hints(type(self)).items():

@@ -8,15 +8,11 @@ import jax.numpy as jnp
 from xlformer.layers import cache as cache_lib
 from xlformer.layers import memory as memory_lib
 from xlformer.layers import positions
-from xlformer.layers.attention import (
-    LEARNED_RELATIVE,
-    RELATIVE,
-    learned_rows,
-)
+from xlformer.layers.attention import LEARNED_RELATIVE, RELATIVE, learned_rows
 from xlformer.layers.cache import Cache, Ring
 from xlformer.layers.feed_forward import layer_norm
 from xlformer.layers.memory import Memory
-from xlformer.models.transformer_xl_config import TransformerXLConfig
+from xlformer.models.transformer_xl.config import TransformerXLConfig
 
 
 def to_cache(
@@ -43,6 +39,22 @@ def axes(config: TransformerXLConfig, segment_length: int) -> Cache | Ring:
     if config.encoding in (RELATIVE, LEARNED_RELATIVE):
         return names
     return names._replace(r_LCHK=None) if names[4:] else names._replace(r_LSHK=None)
+
+
+def check_call(state: Cache | Ring, T: int, lengths, train: bool) -> None:
+    """Raises ValueError where a cached state cannot do what the plain one can."""
+    if train:
+        raise ValueError("train=True needs the state of init_state, not of to_cache")
+    if state.longest is not None and T > state.longest:
+        raise ValueError(
+            f"a segment of {T} inputs, but the state was made by to_cache(..., "
+            f"segment_length={state.longest})"
+        )
+    if isinstance(state, Ring) and lengths is not None:
+        raise ValueError(
+            "lengths_B with a state of to_cache(..., segment_length=1): its rows "
+            "advance together"
+        )
 
 
 def after_resets(config: TransformerXLConfig, layers, state, resets_BT):

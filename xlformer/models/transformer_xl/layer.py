@@ -13,7 +13,7 @@ from xlformer.kernels.dropout import fold
 from xlformer.layers import memory as memory_lib
 from xlformer.layers.attention import Attention
 from xlformer.layers.feed_forward import FeedForward, LayerNorm
-from xlformer.models.transformer_xl_config import TransformerXLConfig
+from xlformer.models.transformer_xl.config import TransformerXLConfig
 from xlformer.sharding import constrain
 
 
@@ -54,7 +54,7 @@ class Layer(nn.Module):
 
         Args:
           x_BTD: the layer's input.
-          memory_BMD: its memory; without slots where `attend` brings its own.
+          memory_BMD: its memory; None where `attend` brings its own.
           shared: (r_SD, (u, v)), the same for all layers.
           key_start_BT: first visible key of each query.
           key: of dropout.
@@ -92,14 +92,18 @@ class Layer(nn.Module):
             name="feed_forward",
         )
         r_SD, biases = shared
-        queries_BTD, bad_BT = (x_BTD, None) if attend else memory_lib.finite(x_BTD)
+        M, context_BSD = 0, x_BTD
         if not attend:
-            memory_BMD, bad_BM = memory_lib.finite(memory_BMD)
-        context_BSD = jnp.concatenate([memory_BMD, queries_BTD], axis=1)
+            M, context_BSD = (
+                memory_BMD.shape[1],
+                jnp.concatenate([memory_BMD, x_BTD], 1),
+            )
+            context_BSD, bad_BS = memory_lib.finite(context_BSD)
+        queries_BTD = context_BSD[:, M:]
         if config.pre_norm:
             # Memory is stored as it was and normalised at use, by the same norm.
             context_BSD = attention_norm(context_BSD)
-            queries_BTD = context_BSD[:, memory_BMD.shape[1] :]
+            queries_BTD = context_BSD[:, M:]
         more_BTD, kept = attention(
             queries_BTD,
             context_BSD,
@@ -109,12 +113,11 @@ class Layer(nn.Module):
             keys=keys[:2],
             attend=attend,
             # A norm learns from the memory too.
-            fixed=0 if config.pre_norm else memory_BMD.shape[1],
+            fixed=0 if config.pre_norm else M,
         )
         if not attend:
-            bad_BS = jnp.concatenate([bad_BM, bad_BT], axis=1)
             seen_BT = memory_lib.sees(
-                *(bad_BS, x_BTD.shape[1]), key_start_BT, config.attention_window
+                bad_BS, x_BTD.shape[1], key_start_BT, config.attention_window
             )
             more_BTD = jnp.where(seen_BT[..., None], jnp.nan, more_BTD)
         y_BTD = x_BTD + more_BTD

@@ -11,12 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from xlformer.layers.adaptive import Bins
 from xlformer.layers.attention import LEARNED_RELATIVE, RELATIVE
-
-# Zipf's law for the words of a text, p(rank) ~ rank^-1.07: with the four bins of
-# WikiText-103 shares of .87, .04, .08, .01. It decides what an adaptive softmax costs.
-ZIPF = 1.07
+from xlformer.models.transformer_xl.config import TransformerXLConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +46,16 @@ class Flops:
 
 
 def segment(
-    config,
+    config: TransformerXLConfig,
     *,
     batch_size: int,
     segment_length: int,
     shares: Sequence[float] | None = None,
     cached: bool = False,
 ) -> Flops:
-    """Counts one segment of all rows with a full memory.
+    """Counts one segment of all rows with a full memory; see Model.flops.
 
-    Args:
-      config: a TransformerXLConfig with its vocab_size.
-      shares: of the targets in each bin of an adaptive softmax; by default Zipf's law.
-      cached: keys, values and positions come from a cache, as in evaluation.
+    With `cached`, keys, values and positions of the memory are not projected again.
     """
     B, M = batch_size, config.memory_length
     T = segment_length + config.extended_length
@@ -79,40 +72,7 @@ def segment(
         memory=0.0 if cached else 4.0 * L * B * M * d * W,
         positions=2.0 * L * S * d * W if projected else 0.0,
         attention=(6.0 if relative else 4.0) * L * B * W * float(seen_T.sum()),
-        vocabulary=_vocabulary(config, shares, B * segment_length, B * T),
+        vocabulary=config.bins.flops(
+            targets=B * segment_length, inputs=B * T, shares=shares
+        ),
     )
-
-
-def _vocabulary(config, shares, targets: int, inputs: int) -> float:
-    bins = Bins(
-        vocab_size=config.vocab_size,
-        d_model=config.d_model,
-        d_embed=config.embedding_width,
-        cutoffs=config.cutoffs,
-        div_val=config.div_val,
-        proj_same_dim=config.proj_same_dim,
-    )
-    if shares is None:
-        shares = bin_shares(frequencies(config.vocab_size), config.cutoffs)
-    total = 0.0
-    for b, share in enumerate(shares):
-        width = bins.width(b)
-        words = bins.edges[b + 1] - bins.edges[b] + (bins.n_tail if b == 0 else 0)
-        scored = targets * (1.0 if b == 0 else share)
-        total += 2.0 * scored * width * words
-        if bins.projects(b):
-            total += 2.0 * (scored + inputs * share) * width * config.d_model
-    return total
-
-
-def frequencies(vocab_size: int) -> np.ndarray:
-    """Probability of each id, most frequent first, by Zipf's law."""
-    weights = np.arange(1, vocab_size + 1, dtype=np.float64) ** -ZIPF
-    return weights / weights.sum()
-
-
-def bin_shares(probabilities: np.ndarray, cutoffs: Sequence[int]) -> list[float]:
-    """How much of the text lies in each bin of an adaptive softmax."""
-    edges = (0, *cutoffs, len(probabilities))
-    pairs = zip(edges, edges[1:], strict=False)
-    return [float(probabilities[start:stop].sum()) for start, stop in pairs]

@@ -1,0 +1,75 @@
+"""A model of one's own, which knows nothing but the contract."""
+
+import dataclasses
+import pathlib
+import types
+
+import jax
+import numpy as np
+import own_model
+import pytest
+
+from xlformer import models, testing
+from xlformer.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+MODEL = own_model.Gated(own_model.Config(vocab_size=19, width=3, dropout=0.1))
+DEFINED = {"init", "init_state", "state_axes", "apply", "log_probs", "_forward"}
+
+
+def test_it_keeps_the_contract_and_defines_five_functions():
+    testing.check_model(MODEL)
+    own = {n for n, x in vars(own_model.Gated).items() if callable(x)}
+    assert {name for name in own if not name.startswith("__")} == DEFINED
+
+
+def test_the_page_about_it_shows_all_of_it():
+    code = (ROOT / "examples" / "own_model.py").read_text()
+    assert len(code.splitlines()) <= 70
+    assert f"```python\n{code}```" in (ROOT / "docs" / "own_model.md").read_text()
+
+
+def test_what_others_ask_has_a_default():
+    assert MODEL.vocab_size == 19 and MODEL.causal and MODEL.needs_rngs
+    assert MODEL.memory_length is MODEL.replay(7) is MODEL.trunk is MODEL.width is None
+    assert MODEL.flops(batch_size=2, segment_length=3) is None
+    assert MODEL.card() == {"memory_length": None, "extended_length": 0}
+    assert MODEL.for_generation() is MODEL
+    assert MODEL.check_mesh(types.SimpleNamespace(shape={"tensor": 7})) is None
+    params = jax.eval_shape(MODEL.init, jax.random.key(0))
+    assert MODEL.dtype(params) == np.float32 and MODEL.dtype({}) is None
+    assert MODEL.param_axes(params)["table_VD"] == (None, None)
+
+
+def test_reading_changes_only_fields_that_there_are():
+    assert MODEL.for_reading(memory_length=-1, clamp_length=None) is MODEL
+    assert MODEL.for_reading(width=5).config == dataclasses.replace(
+        MODEL.config, width=5
+    )
+    with pytest.raises(UserError, match="this model has no clamp_length, window"):
+        MODEL.for_reading(width=5, clamp_length=3, window=2)
+
+
+def test_what_cannot_generate_says_so():
+    class Silent(own_model.Gated):
+        log_probs = models.Model.log_probs
+
+    class Forgetful(own_model.Gated):
+        memory_length = 0
+
+    with pytest.raises(UserError, match="Silent has no log_probs: it cannot generate"):
+        Silent(MODEL.config).log_probs({}, np.zeros((1, 1), int), None)
+    with pytest.raises(UserError, match="a memory of 0 carries nothing from token"):
+        Forgetful(MODEL.config).for_generation()
+
+
+def test_its_config_alone_builds_nothing():
+    with pytest.raises(UserError, match="Config, which belongs to no model .* its cl"):
+        models.build(MODEL.config)
+
+    @dataclasses.dataclass(frozen=True)
+    class TransformerConfig:
+        vocab_size: int = 3
+
+    with pytest.raises(UserError, match="did you mean 'TransformerXLConfig'?"):
+        models.build(TransformerConfig())

@@ -1,0 +1,283 @@
+"""Any stack of layers over vectors as a language model: embedding, softmax, padding.
+
+What is between the two, the trunk, is a Linen module that knows of no tokens:
+
+    y_BTD, state, aux = trunk(
+        x_BTD, state, resets_BT=..., lengths=..., step=..., train=..., keys=...)
+
+resets_BT is [B, T] or None; lengths None, a number or [B]; keys a kernels.dropout.Keys
+in training, None where nothing is drawn. This module knows no system.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from xlformer.errors import UserError
+from xlformer.kernels.dropout import Keys
+from xlformer.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Bins
+from xlformer.layers.memory import expand_resets
+from xlformer.models.base import Aux, Model, compute_dtype
+from xlformer.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """How token ids become vectors, and vectors probabilities.
+
+    Attributes:
+      bins: the shapes of the tables.
+      scale: factor of the embeddings.
+      tie_weights: whether the softmax uses the tables of the embedding.
+      tie_projections: whether it uses its projections, one a bin; () ties none.
+      table_init, projection_init, cluster_init: how the parameters begin.
+    """
+
+    bins: Bins
+    scale: float = 1.0
+    tie_weights: bool = True
+    tie_projections: tuple[bool, ...] = ()
+    table_init: Any = nn.initializers.normal(0.02)
+    projection_init: Any = nn.initializers.normal(0.01)
+    cluster_init: Any = nn.initializers.normal(0.02)
+
+
+class TokenModule(nn.Module):
+    """Embedding, trunk and softmax; its parameters are under these three names."""
+
+    trunk: nn.Module
+    tokens: Tokens
+    dtype: Any
+
+    def setup(self):
+        tokens = self.tokens
+        inits = tokens.table_init, tokens.projection_init
+        self.embedding = AdaptiveEmbedding(tokens.bins, *inits, self.dtype)
+        self.softmax = AdaptiveSoftmax(
+            tokens.bins,
+            tokens.tie_weights,
+            tokens.tie_projections,
+            *inits,
+            tokens.cluster_init,
+            self.dtype,
+        )
+
+    def __call__(self, ids_BT, targets_BT, state, *, lengths=None, **options):
+        y_BTD, state, aux = self._forward(ids_BT, state, lengths=lengths, **options)
+        B, T = targets_BT.shape
+        h_ND = y_BTD[:, -T:].reshape(B * T, -1)
+        nll_N = self.softmax(h_ND, targets_BT.reshape(-1), self.embedding)
+        nll_BT = nll_N.reshape(B, T)
+        if lengths is not None:
+            index_BT = jnp.arange(ids_BT.shape[1] - T, ids_BT.shape[1])[None]
+            valid_BT = index_BT < jnp.broadcast_to(lengths, (B,))[:, None]
+            nll_BT = jnp.where(valid_BT, nll_BT, 0)
+        return nll_BT, state, aux
+
+    def log_probs(self, ids_BT, state, **options):
+        y_BTD, state, _ = self._forward(ids_BT, state, **options)
+        B, T, D = y_BTD.shape
+        log_p_NV = self.softmax.log_probs(y_BTD.reshape(B * T, D), self.embedding)
+        return log_p_NV.reshape(B, T, -1), state
+
+    def run_trunk(
+        self,
+        x_BTD,
+        state,
+        *,
+        resets_BT=None,
+        lengths=None,
+        step=None,
+        train=False,
+        keys=None,
+    ):
+        return self.trunk(
+            x_BTD,
+            state,
+            resets_BT=resets_BT,
+            lengths=lengths,
+            step=step,
+            train=train,
+            keys=keys,
+        )
+
+    def _forward(self, ids_BT, state, **options):
+        x_BTD = self.embedding(ids_BT) * self.tokens.scale
+        return self.run_trunk(constrain(x_BTD, "batch", None, None), state, **options)
+
+
+class TokenModel(Model):
+    """A trunk behind the contract of `Model`.
+
+    Subclasses define `trunk_module`, `init_state` and `state_axes`, and `tokens` where
+    one plain table, tied, is not what they want. The config has vocab_size, d_model,
+    and perhaps dropout and dtype.
+    """
+
+    def trunk_module(self, dtype) -> nn.Module:
+        """The Linen module between embedding and softmax, computing in dtype."""
+        raise NotImplementedError
+
+    def tokens(self) -> Tokens:
+        """What is around it."""
+        return Tokens(Bins(self.vocab_size, self.width, self.width))
+
+    @property
+    def width(self) -> int:
+        return self.config.d_model
+
+    @property
+    def trunk(self) -> Trunk:
+        return Trunk(self)
+
+    def dtype(self, params=None):
+        return compute_dtype(getattr(self.config, "dtype", "auto"), params)
+
+    def init(self, key: jax.Array):
+        """Fresh parameters, the bare tree, float32."""
+        ids_BT = jnp.zeros((1, 1), jnp.int32)
+        state = self.init_state(1, dtype=jnp.float32)
+        module = self._module(jnp.dtype(jnp.float32))
+        params = module.init(key, ids_BT, ids_BT, state)["params"]
+        # Flax's initialisers follow jax_enable_x64.
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+
+    def apply(
+        self,
+        params,
+        inputs_BT,
+        targets_BT,
+        state,
+        *,
+        resets_BT=None,
+        lengths_B=None,
+        step=None,
+        train=False,
+        rngs=None,
+    ):
+        extra = inputs_BT.shape[1] - targets_BT.shape[1]
+        if not 0 <= extra <= self.extended_length:
+            raise UserError(
+                f"inputs_BT has {inputs_BT.shape[1]} tokens and targets_BT "
+                f"{targets_BT.shape[1]}: config.model.extended_length="
+                f"{self.extended_length} allows at most that many more inputs"
+            )
+        options = self._options(inputs_BT, resets_BT, lengths_B, step, train, rngs)
+        arrays = inputs_BT, targets_BT
+        nll_BT, state, aux = self._run(params, None, *arrays, state, **options)
+        return nll_BT, state, _scalars(aux, nll_BT.dtype)
+
+    def log_probs(
+        self, params, inputs_BT, state, *, resets_BT=None, lengths_B=None, step=None
+    ):
+        options = self._options(inputs_BT, resets_BT, lengths_B, step)
+        return self._run(params, "log_probs", inputs_BT, state, **options)
+
+    def _module(self, dtype) -> TokenModule:
+        return TokenModule(self.trunk_module(dtype), self.tokens(), dtype)
+
+    def _run(self, params, method, *arrays, **options):
+        """A method of the module; its last array and its second result are states."""
+        *arrays, state = arrays
+        # Numpy's arrays cannot be indexed while tracing.
+        params = jax.tree.map(jnp.asarray, params)
+        first, state, *rest = self._module(self.dtype(params)).apply(
+            {"params": params},
+            *arrays,
+            jax.lax.stop_gradient(state),
+            method=method,
+            **options,
+        )
+        return first, jax.lax.stop_gradient(state), *rest
+
+    def _options(self, x_BT, resets_BT, lengths_B, step, train=False, rngs=None):
+        """What the module takes, of what `apply` takes."""
+        B, T = x_BT.shape[:2]
+        if resets_BT is not None and resets_BT.shape[1] > 1:
+            if not self.resets_in_segment:
+                raise UserError(
+                    f"resets_BT has {resets_BT.shape[1]} columns, but this model can "
+                    "reset only before a segment, [B, 1]: resets_in_segment is False"
+                )
+        return {
+            "resets_BT": expand_resets(resets_BT, T),
+            "lengths": _lengths(lengths_B),
+            "step": step,
+            "train": train,
+            "keys": _keys(rngs, B) if train and self.needs_rngs else None,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+    """A model without embedding and softmax, for people who bring vectors.
+
+    `apply` takes the model's whole parameter tree or the trunk's part of it, which
+    `init` makes alone. Where there are no tokens, build the model with vocab_size=1.
+    """
+
+    model: TokenModel
+
+    def init(self, key: jax.Array):
+        """Fresh parameters of the trunk alone."""
+        return self.model.init(key)["trunk"]
+
+    def init_state(self, batch_size: int, dtype=None):
+        """As the model's."""
+        return self.model.init_state(batch_size, dtype)
+
+    def apply(
+        self,
+        params,
+        x_BTD: jax.Array,
+        state,
+        *,
+        resets_BT=None,
+        lengths_B=None,
+        step=None,
+        train: bool = False,
+        rngs: dict | None = None,
+    ):
+        """Vectors in; vectors of the last layer out, the new state, and Aux.
+
+        Args are those of `Model.apply`; gradients flow into x_BTD, not into the state.
+        """
+        params = params.get("trunk", params)
+        options = self.model._options(x_BTD, resets_BT, lengths_B, step, train, rngs)
+        x_BTD = x_BTD.astype(self.model.dtype(params))
+        y_BTD, state, aux = self.model._run(
+            {"trunk": params}, "run_trunk", x_BTD, state, **options
+        )
+        return y_BTD, state, _scalars(aux, y_BTD.dtype)
+
+
+def _scalars(aux: Aux, dtype) -> Aux:
+    """A trunk may say 0.0: sums of losses of equal dtypes are wanted outside."""
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    return aux._replace(loss=jnp.asarray(aux.loss, dtype))
+
+
+def _keys(rngs: dict | None, B: int) -> Keys:
+    if not rngs or "dropout" not in rngs:
+        raise ValueError("train=True with dropout needs rngs={'dropout': key}")
+    key = rngs["dropout"]
+    rows_B = rngs.get("rows")
+    if rows_B is None:
+        rows_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    return Keys(key, rows_B)
+
+
+def _lengths(lengths_B):
+    if lengths_B is None:
+        return None
+    lengths = jnp.asarray(lengths_B, jnp.int32)
+    if lengths.ndim > 1:
+        raise ValueError(
+            f"lengths_B has shape {lengths.shape}, expected [B] or a number"
+        )
+    return lengths

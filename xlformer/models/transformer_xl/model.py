@@ -1,0 +1,149 @@
+"""Transformer-XL (Dai et al. 2019, arXiv:1901.02860).
+
+Layer inputs of the last memory_length positions are cached, without gradient, and
+attended together with the segment; positions enter as distances. Post-norm, all of
+the original's options, and the counter-examples that its paper compares with.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from xlformer.errors import UserError
+from xlformer.layers import adaptive, attention, feed_forward
+from xlformer.layers import memory as memory_lib
+from xlformer.layers.attention import LEARNED_ABSOLUTE, SINUSOID
+from xlformer.layers.memory import Memory
+from xlformer.models import base
+from xlformer.models.tokens import TokenModel, Tokens
+from xlformer.models.transformer_xl import cache as cache_lib
+from xlformer.models.transformer_xl import flops as flops_lib
+from xlformer.models.transformer_xl.config import TransformerXLConfig
+from xlformer.models.transformer_xl.layer import initializers
+from xlformer.models.transformer_xl.trunk import TrunkModule
+
+
+class TransformerXL(TokenModel):
+    """Transformer-XL behind the contract of `Model`."""
+
+    Config = TransformerXLConfig
+
+    def trunk_module(self, dtype) -> TrunkModule:
+        return TrunkModule(self.config, dtype)
+
+    def tokens(self) -> Tokens:
+        config, init = self.config, initializers(self.config)
+        return Tokens(
+            config.bins,
+            scale=config.d_model**0.5,
+            tie_weights=config.tie_weights,
+            tie_projections=config.tie_projections,
+            table_init=init["kernel"],
+            projection_init=init["projection"],
+            cluster_init=init["cluster"],
+        )
+
+    @property
+    def memory_length(self) -> int:
+        return self.config.memory_length
+
+    @property
+    def extended_length(self) -> int:
+        return self.config.extended_length
+
+    @property
+    def segments_equal_one_pass(self) -> bool:
+        """False for types 2 and 3, and for attended zeros that stay in sight."""
+        config = self.config
+        if self.positions_from_end:
+            return False
+        # One pass keeps its M zeros to the end; segments push them out of the memory.
+        window = config.attention_window
+        in_sight = window is None or window > config.memory_length
+        return not (config.attend_zero_memory and in_sight)
+
+    @property
+    def positions_from_end(self) -> bool:
+        return self.config.encoding in (SINUSOID, LEARNED_ABSOLUTE)
+
+    def replay(self, segment_length: int) -> int:
+        """Each layer's memory was made with the memories below it.
+
+        Only the first of them lies behind the extended context of the row's start.
+        """
+        M, E = self.memory_length, self.extended_length
+        above = (self.config.n_layer - 1) * -(-M // segment_length)
+        return above + -(-(M + E) // segment_length)
+
+    @property
+    def resets_in_segment(self) -> bool:
+        """False with attend_zero_memory: a reset makes M zeros, which need M slots."""
+        return not self.config.attend_zero_memory
+
+    @property
+    def needs_rngs(self) -> bool:
+        return bool(self.config.dropout or self.config.attention_dropout)
+
+    def init_state(self, batch_size: int, dtype=None) -> Memory:
+        """Empty memory; with attend_zero_memory, zeros that count as valid."""
+        config = self.config
+        dtype = dtype or self.dtype()
+        shape = (config.n_layer, batch_size, config.memory_length, config.d_model)
+        valid = config.memory_length if config.attend_zero_memory else 0
+        return Memory(jnp.zeros(shape, dtype), jnp.full(batch_size, valid, jnp.int32))
+
+    def state_axes(self) -> Memory:
+        return memory_lib.AXES
+
+    def to_cache(self, params, state: Memory, *, segment_length: int = 1):
+        """Keys and values; for single tokens in a ring (layers.cache)."""
+        layers = params.get("trunk", params)["layers"]
+        cache = cache_lib.to_cache(
+            self.config, layers, state, segment_length, self.dtype(params)
+        )
+        return jax.lax.stop_gradient(cache)
+
+    def cache_axes(self, *, segment_length: int = 1):
+        return cache_lib.axes(self.config, segment_length)
+
+    def param_axes(self, params):
+        tables = attention.AXES | feed_forward.AXES | adaptive.AXES | _AXES
+        return base.param_axes(params, tables)
+
+    def for_generation(self) -> TransformerXL:
+        """Extended context has no place here: the memory takes in every token.
+
+        Every token sees memory_length positions and itself: without a window the first
+        tokens of a call would see fewer than its last ones.
+        """
+        super().for_generation()
+        M, window = self.memory_length, self.config.attention_window
+        window = M if window is None else min(window, M)
+        return self.for_reading(window=window, extended_length=0)
+
+    def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
+        heads, tensor = self.config.n_head, mesh.shape["tensor"]
+        if heads % tensor:
+            raise UserError(
+                f"config.model.n_head={heads} is not divisible by config.mesh.tensor="
+                f"{tensor}"
+            )
+
+    def flops(self, **options) -> flops_lib.Flops:
+        return flops_lib.segment(self.config, **options)
+
+    def card(self) -> dict:
+        return {
+            **super().card(),
+            "clamp_length": self.config.clamp_length,
+            "window": self.config.attention_window,
+        }
+
+
+# The learned absolute positions of type 3, [L, N, D]; u and v shared by all layers.
+_AXES = {
+    "trunk/position": (None, None, "embed"),
+    "trunk/u": ("heads", None),
+    "trunk/v": ("heads", None),
+}

@@ -1,0 +1,124 @@
+"""What the checks share: a model with weights and tokens, and how to compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlformer.models.base import Model
+
+ROWS, TOKENS, SHORT, SEGMENTS = 5, 7, 2, 4
+STEP = np.int32(11)
+TOLERANCE = 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model with weights, a stream of tokens, and a state that is not empty.
+
+    Its functions are compiled once for all checks: the arrays of most are [ROWS,
+    TOKENS], and compiling is nearly all that a check costs.
+    """
+
+    model: Model
+    params: Any
+    inputs_BN: np.ndarray
+    targets_BN: np.ndarray
+    plain: Any  # (inputs_BT, targets_BT, state) -> nll_BT, state
+    full: Any  # (inputs_BT, targets_BT, state, resets_BT, lengths_B) -> nll_BT, state
+    train: Any  # (inputs_BT, targets_BT, state, rngs) -> nll_BT, state, aux
+    fresh: Any  # the state before the first token
+    warm: Any  # the state after the first segment
+
+    @classmethod
+    def make(cls, model: Model, params, key: jax.Array) -> Case:
+        """With float64 enabled; params as `init` gives them."""
+        random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        # Of a square matrix this is 1/sqrt(width).
+        noisy = jax.tree.map(
+            lambda x: x + random.normal(size=x.shape) * max(x.size, 1) ** -0.25, params
+        )
+        shape = ROWS, SEGMENTS * TOKENS + 1
+        tokens_BN = random.integers(model.vocab_size, size=shape)
+        inputs_BN, targets_BN = tokens_BN[:, :-1], tokens_BN[:, 1:]
+        apply = functools.partial(model.apply, noisy)
+
+        @jax.jit
+        def full(step, inputs_BT, targets_BT, state, resets_BT, lengths_B):
+            options = dict(resets_BT=resets_BT, lengths_B=lengths_B, step=step)
+            return apply(inputs_BT, targets_BT, state, **options)[:2]
+
+        @jax.jit
+        def plain(step, inputs_BT, targets_BT, state):
+            return apply(inputs_BT, targets_BT, state, step=step)[:2]
+
+        @jax.jit
+        def train(step, *arrays_and_rngs):
+            *arrays, rngs = arrays_and_rngs
+            return apply(*arrays, step=step, train=True, rngs=rngs)
+
+        full, plain, train = (functools.partial(f, STEP) for f in (full, plain, train))
+        fresh = model.init_state(ROWS, jnp.float64)
+        nll_BT, warm = plain(inputs_BN[:, :TOKENS], targets_BN[:, :TOKENS], fresh)
+        for leaf in filter(is_float, (nll_BT, *jax.tree.leaves(warm))):
+            require(leaf.dtype == float, f"state: float64 became {leaf.dtype}")
+        return cls(model, noisy, inputs_BN, targets_BN, plain, full, train, fresh, warm)
+
+    def at(self, k: int):
+        """Inputs and targets of segment k; `warm` follows number 0."""
+        here = slice(k * TOKENS, (k + 1) * TOKENS)
+        return self.inputs_BN[:, here], self.targets_BN[:, here]
+
+    def rows(self, state, rows):
+        """Some rows of a state."""
+        axes = self.model.state_axes()
+        return jax.tree.map(
+            lambda x, names: jnp.take(x, np.asarray(rows), names.index("batch")),
+            *(state, axes),
+        )
+
+    def score(self, inputs_BT, targets_BT, state, resets_BT=None, lengths_B=None):
+        """`full` with defaults, so that one compiled program serves them all."""
+        if resets_BT is None:
+            resets_BT = np.zeros(inputs_BT.shape, bool)
+        if not self.model.resets_in_segment:
+            resets_BT = resets_BT[:, :1]
+        if lengths_B is None:
+            lengths_B = np.full(len(inputs_BT), inputs_BT.shape[1])
+        return self.full(inputs_BT, targets_BT, state, resets_BT, lengths_B)
+
+
+def require(holds, message: str) -> None:
+    """Unlike `assert`, whatever Python is told to leave out."""
+    if not holds:
+        raise AssertionError(message)
+
+
+def lost(state):
+    """The same with NaN for all numbers: what a reset hides may be that too."""
+    return jax.tree.map(lambda x: x * jnp.nan if is_float(x) else x, state)
+
+
+def is_float(x) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def close(name: str, actual, expected, tolerance: float = TOLERANCE) -> None:
+    """Trees of equal shapes and, to the tolerance, values; 0 is bit for bit."""
+    trees = jax.tree.structure(actual), jax.tree.structure(expected)
+    require(trees[0] == trees[1], f"{name}: structures {trees[0]} and {trees[1]}")
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    for x, y in pairs:
+        x, y = np.asarray(x), np.asarray(y)
+        require(x.shape == y.shape, f"{name}: shapes {x.shape} and {y.shape}")
+        difference = np.abs(x.astype(float) - y).max(initial=0)
+        message = f"{name}: differs by {difference:.3g}, allowed {tolerance:.3g}"
+        require(difference <= tolerance, message)  # A nan is not <= anything.
+
+
+same = functools.partial(close, tolerance=0)

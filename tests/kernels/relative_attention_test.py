@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,21 @@ def test_bfloat16_stays_near_the_double_loop():
     exact = [np.asarray(x, np.float64) for x in arrays]
     expected = reference.attention(*exact, window=4)
     np.testing.assert_allclose(np.asarray(actual, float), expected, atol=0.03)
+
+
+def test_no_product_of_bfloat16_numbers_is_made_in_float32():
+    """Neither forward nor backward: matrix units are slower there."""
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in make_arrays()]
+
+    def loss(arrays):
+        return relative_attention(*arrays, implementation="xla").sum()
+
+    text = jax.jit(jax.grad(loss)).lower(arrays).as_text()
+    found = re.findall(
+        r"dot_general.* : \(tensor<\S*x(\w+)>, tensor<\S*x(\w+)>\)", text
+    )
+    # Three forward, two for each of them backward.
+    assert found == 9 * [("bf16", "bf16")]
 
 
 def test_float64_stays_float64():

@@ -31,30 +31,27 @@ def attention_gradients(dy_BTHK, *arrays, **options):
     return grads
 
 
-def _queries(
-    qu_BTHK,
-    qw_BTHK,
-    k_BSHK,
-    v_BSHK,
-    r_SHK,
-    *,
-    window=None,
-    key_start_BT=None,
-    causal=True,
-):
+def visible(t, s, M, *, start=None, window=None, causal=True):
+    """Whether query t of the segment sees key s of [memory; segment]."""
+    if causal and s > M + t:
+        return False
+    if start is not None and s < start:
+        return False
+    return window is None or abs(M + t - s) <= window
+
+
+def _queries(qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK, *, key_start_BT=None, **rule):
     """(b, t, h), the visible keys, and by key the row of r and the probability."""
     B, T, H, _ = qu_BTHK.shape
     S = k_BSHK.shape[1]
     for b, t, h in np.ndindex(B, T, H):
         rows, scores = {}, {}
+        start = None if key_start_BT is None else key_start_BT[b, t]
         for s in range(S):
-            d = t + (S - T) - s
-            hidden = causal and d < 0
-            hidden |= window is not None and abs(d) > window
-            hidden |= key_start_BT is not None and s < key_start_BT[b, t]
-            if hidden:
+            if not visible(t, s, S - T, start=start, **rule):
                 continue
-            rows[s] = d if causal else d + T - 1
+            d = t + (S - T) - s
+            rows[s] = d if rule.get("causal", True) else d + T - 1
             scores[s] = qu_BTHK[b, t, h] @ k_BSHK[b, s, h]
             if r_SHK is not None:
                 scores[s] += qw_BTHK[b, t, h] @ r_SHK[rows[s], h]

@@ -82,7 +82,6 @@ def report(case: Case, products: Case | None, mesh) -> dict:
         "of_matrix_products": rate / best,
         "memory": case.memory,
         "bytes_accessed": case.accessed,
-        "kernel_bytes": case.kernel_bytes,
         "compile_seconds": case.compile_seconds,
         "host_ms": 1e3 * statistics.median(case.host_seconds),
         "seconds": case.seconds,

@@ -19,7 +19,7 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several may compile at once
 import jax
 from programs import ENWIK8, LONG, WT103, attention, run, train_step
 
-from xlformer.kernels.case import OUTPUT_NAME
+from xlformer.kernels.call import OUTPUT_NAME
 
 # For ENWIK8 in bfloat16: a fifth of 2,783 MB, the least that a version of this compiler
 # has counted for the form of the paper (libtpu 0.0.42 counts 3,702).

@@ -7,6 +7,7 @@ import pytest
 import reference
 from jax import jit
 
+from xlformer.kernels.visibility import Visibility
 from xlformer.layers import positions
 from xlformer.layers.attention import (
     LEARNED_ABSOLUTE,
@@ -29,7 +30,6 @@ def _layer(attn_type, **fields):
         own_biases=True,
         table_length=TABLE,
         clamp_length=0,
-        window=None,
         dropout=0.0,
         attention_dropout=0.0,
         kernel_init=jax.nn.initializers.normal(1.0),
@@ -48,9 +48,9 @@ def _inputs(attn_type):
 
 
 def _params(layer, x_BTD, context_BSD, r_SD):
+    arrays = x_BTD, context_BSD, Visibility()
     shapes = jax.eval_shape(
-        lambda key: layer.init(key, x_BTD, context_BSD, r_SD=r_SD)["params"],
-        jax.random.key(0),
+        lambda key: layer.init(key, *arrays, r_SD=r_SD)["params"], jax.random.key(0)
     )
     random = np.random.default_rng(1)
     leaves, tree = jax.tree.flatten(shapes)
@@ -73,13 +73,14 @@ def _expected(params, x_BTD, context_BSD, position_terms, **options):
 
 def _check(layer, params, inputs, position_terms, **options):
     x_BTD, context_BSD, r_SD = inputs
-    actual, _ = jit(layer.apply)({"params": params}, x_BTD, context_BSD, r_SD=r_SD)
+    arrays = {"params": params}, x_BTD, context_BSD, Visibility(**options)
+    actual, _ = jit(layer.apply)(*arrays, r_SD=r_SD)
     expected = _expected(params, x_BTD, context_BSD, position_terms, **options)
     np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_type_0_has_sinusoids_projected_and_two_biases():
-    layer, inputs = _layer(RELATIVE, window=8), _inputs(RELATIVE)
+    layer, inputs = _layer(RELATIVE), _inputs(RELATIVE)
     params = _params(layer, *inputs)
     assert set(params) == {"qkv", "output", "u", "v", "position"}
 
@@ -94,11 +95,12 @@ def test_type_0_takes_the_biases_that_all_layers_share():
     own, shared = _layer(RELATIVE), _layer(RELATIVE, own_biases=False)
     x_BTD, context_BSD, r_SD = _inputs(RELATIVE)
     params = _params(own, x_BTD, context_BSD, r_SD)
-    expected, _ = jit(own.apply)({"params": params}, x_BTD, context_BSD, r_SD=r_SD)
+    arrays = x_BTD, context_BSD, Visibility()
+    expected, _ = jit(own.apply)({"params": params}, *arrays, r_SD=r_SD)
     rest = {k: x for k, x in params.items() if k not in "uv"}
     actual, _ = jit(shared.apply)(
         {"params": rest},
-        *(x_BTD, context_BSD),
+        *arrays,
         r_SD=r_SD,
         biases=(params["u"], params["v"]),
     )
@@ -143,7 +145,7 @@ def test_dropout_of_probabilities_and_outputs_have_keys_of_their_own():
 
     def apply(keys=None, **fields):
         layer = _layer(RELATIVE, **fields)
-        arrays = {"params": params}, x_BTD, context_BSD
+        arrays = {"params": params}, x_BTD, context_BSD, Visibility()
         return np.asarray(layer.apply(*arrays, r_SD=r_SD, keys=keys)[0])
 
     plain = apply()

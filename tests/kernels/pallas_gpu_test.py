@@ -21,9 +21,10 @@ from attention_cases import (
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from xlformer.errors import UserError
-from xlformer.kernels import pallas_gpu, pallas_gpu_case, pallas_gpu_tiles
-from xlformer.kernels.case import Case, interpreted
+from xlformer.kernels import pallas_gpu, pallas_gpu_kernels, pallas_gpu_tiles
+from xlformer.kernels.call import Call, interpreted
 from xlformer.kernels.relative_attention import choose, relative_attention
+from xlformer.kernels.visibility import Visibility
 
 CAUSAL = [name for name, case in CASES.items() if case.get("causal", True)]
 
@@ -63,29 +64,28 @@ def test_a_mesh_gives_the_numbers_of_one_device(B, manual, small_tiles):
 # The choice, and what is refused ------------------------------------------------------
 
 
-def make_case(*, T=512, M=512, K=64, R=64, dtype="bfloat16", **options):
+def make_call(*, T=512, M=512, K=64, R=64, dtype="bfloat16", rate=0.0, **visibility):
     S = M + T
     shapes = [(1, T, 1, K), (1, S, 1, K), (1, S, 1, K), (S, 1, R)]
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    given = dict(key_start_BT=None, window=None, causal=True, rate=0.0) | options
-    return Case.of(*arrays, **given)
+    return Call.of(*arrays, Visibility(**visibility), rate)
 
 
 def test_auto_chooses_it_for_long_segments_in_bfloat16():
-    assert choose(make_case(), "gpu") == "pallas_gpu"
-    assert choose(make_case(T=64), "gpu") == "pallas_gpu"
-    assert choose(make_case(T=63), "gpu") == "xla"
-    assert choose(make_case(dtype="float32"), "gpu") == "blocked"
-    assert choose(make_case(causal=False, window=9), "gpu") == "blocked"
+    assert choose(make_call(), "gpu") == "pallas_gpu"
+    assert choose(make_call(T=64), "gpu") == "pallas_gpu"
+    assert choose(make_call(T=63), "gpu") == "xla"
+    assert choose(make_call(dtype="float32"), "gpu") == "blocked"
+    assert choose(make_call(causal=False, window=9), "gpu") == "blocked"
 
 
 def test_auto_falls_back_with_one_warning_where_it_is_wrong(caplog, monkeypatch):
-    def wrong(case):
+    def wrong(call):
         raise ValueError("gradient of qw differ by 12.0% from those of 'xla'")
 
     monkeypatch.setattr(pallas_gpu, "try_out", wrong)
     for _ in range(2):
-        assert choose(make_case(T=257), "gpu") == "blocked"
+        assert choose(make_call(T=257), "gpu") == "blocked"
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "does not work" in record.getMessage()
@@ -98,13 +98,13 @@ def test_an_explicit_kernel_that_cannot_run_is_refused(small_tiles, monkeypatch)
     with pytest.raises(UserError, match="knows only causal attention"):
         arrays = make_arrays(causal=False)
         relative_attention(*arrays, causal=False, implementation="pallas_gpu")
-    refusal = pallas_gpu_case.refusal
-    real = dataclasses.replace(make_case(K=128, R=128), tiles=None)
+    refusal = pallas_gpu_tiles.refusal
+    real = dataclasses.replace(make_call(K=128, R=128), test_tiles=None)
     assert refusal(real, "gpu") is None
     assert refusal(real, "tpu").startswith("needs an NVIDIA GPU, this is tpu")
     wrong = dataclasses.replace(real, dtype="float64")
     assert refusal(wrong, "gpu") == "knows float32 and bfloat16, not dtype=float64"
-    monkeypatch.setattr(pallas_gpu_case, "shared_memory", lambda: 16 << 10)
+    monkeypatch.setattr(pallas_gpu_tiles, "shared_memory", lambda: 16 << 10)
     assert refusal(real, "gpu") == (
         "its least tiles with d_head=128 in bfloat16 need 37 KiB of shared memory, "
         "this GPU has 16: set 'blocked'"
@@ -125,10 +125,10 @@ def test_an_explicit_kernel_that_cannot_run_is_refused(small_tiles, monkeypatch)
 def test_tiles_are_as_large_as_the_shared_memory_allows(
     shared, K, size, warps, monkeypatch
 ):
-    monkeypatch.setattr(pallas_gpu_case, "shared_memory", lambda: shared << 10)
-    found = pallas_gpu_case.tiles(make_case(K=K, R=K))
+    monkeypatch.setattr(pallas_gpu_tiles, "shared_memory", lambda: shared << 10)
+    found = pallas_gpu_tiles.cut(make_call(K=K, R=K))
     assert (found.Q, found.N, found.warps) == (size, size, warps)
-    assert pallas_gpu_case.tiles(make_case(T=20, K=64)).Q == 32
+    assert pallas_gpu_tiles.cut(make_call(T=20, K=64)).Q == 32
 
 
 # What runs before the first use -------------------------------------------------------
@@ -136,28 +136,28 @@ def test_tiles_are_as_large_as_the_shared_memory_allows(
 
 def test_the_trial_is_content(small_tiles):
     options = dict(window=9, rate=0.2, key_start_BT=())
-    pallas_gpu.compare(make_case(T=19, M=13, K=8, R=8, dtype="float32", **options))
+    pallas_gpu.compare(make_call(T=19, M=13, K=8, R=8, dtype="float32", **options))
 
 
 def test_the_trial_finds_what_was_read_too_early(monkeypatch, small_tiles):
     """As where a compiler fetches the next tile of a loop before it is written."""
-    case = make_case(T=19, M=13, K=8, R=8, dtype="float32")
-    real = pallas_gpu_tiles._Queries.push
+    call = make_call(T=19, M=13, K=8, R=8, dtype="float32")
+    real = pallas_gpu_kernels._Queries.push
 
     def late(self, n):
         real(self, jnp.where(n == self.first, n, n - 1))
 
-    monkeypatch.setattr(pallas_gpu_tiles._Queries, "push", late)
+    monkeypatch.setattr(pallas_gpu_kernels._Queries, "push", late)
     with pytest.raises(ValueError, match="differ by .*% from"):
-        pallas_gpu.compare(case)
+        pallas_gpu.compare(call)
 
 
 def test_the_trial_runs_while_another_program_is_traced(monkeypatch, small_tiles):
-    case, seen = make_case(T=9, M=2, K=8, R=8), []
+    call, seen = make_call(T=9, M=2, K=8, R=8), []
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(pallas_gpu, "compare", lambda c: seen.append(c))
-    jax.jit(lambda x: (pallas_gpu.try_out(case), x)[1]).trace(np.ones(3))
-    assert seen == [case]
+    jax.jit(lambda x: (pallas_gpu.try_out(call), x)[1]).trace(np.ones(3))
+    assert seen == [call]
 
 
 # For a GPU that is not here -----------------------------------------------------------

@@ -26,9 +26,10 @@ from jax.sharding import (
 
 from xlformer import sharding
 from xlformer.kernels import pallas_tpu
-from xlformer.kernels.case import interpreted
-from xlformer.kernels.pallas_tpu_case import MOST_BYTES, Tiles
+from xlformer.kernels.call import Call, interpreted
+from xlformer.kernels.pallas_tpu_tiles import MOST_BYTES, cut
 from xlformer.kernels.relative_attention import relative_attention
+from xlformer.kernels.visibility import Visibility
 
 CAUSAL = [name for name, case in CASES.items() if case.get("causal", True)]
 
@@ -101,18 +102,13 @@ def test_the_probe_compiles_both_kernels_while_another_program_is_traced(monkeyp
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     arrays = make_arrays(B=1, T=9, M=2)
     with interpreted(query_tile=8, key_tile=8):
-        case = Tiles.of(
-            *(arrays[0], *arrays[2:]),
-            key_start_BT=arrays,
-            window=None,
-            causal=True,
-            rate=0.1,
-        )
+        visibility = Visibility(key_start_BT=np.zeros((1, 9), np.int32))
+        call = Call.of(arrays[0], *arrays[2:], visibility, rate=0.1)
 
     def traced(x):
-        pallas_tpu.try_out(case)
+        pallas_tpu.try_out(call)
         with pytest.raises(ValueError, match="interpret"):  # the CPU's compiler
-            pallas_tpu.try_out(dataclasses.replace(case, tiles=None))
+            pallas_tpu.try_out(dataclasses.replace(call, test_tiles=None))
         return x
 
     with jax.set_mesh(sharding.make_mesh({"data": 8})):
@@ -126,8 +122,6 @@ def test_published_shapes_fit_the_fast_memory():
             shapes = [jax.ShapeDtypeStruct((1, n, 1, K), dtype) for n in (T, S, S)] + [
                 jax.ShapeDtypeStruct((S, 1, K), dtype)
             ]
-            case = Tiles.of(
-                *shapes, key_start_BT=None, window=None, causal=True, rate=0.0
-            )
-            assert case.vmem_bytes() < MOST_BYTES / 1.3
-            assert case.Tp - T < 128 and case.Sp - S < 384 and case.Q <= case.N
+            tiles = cut(Call.of(*shapes, Visibility(), rate=0.0))
+            assert tiles.vmem_bytes() < MOST_BYTES / 1.3
+            assert tiles.Tp - T < 128 and tiles.Sp - S < 384 and tiles.Q <= tiles.N

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,9 @@ from attention_cases import (
 
 from xlformer.errors import UserError
 from xlformer.kernels import blocked, dropout, pallas_tpu, xla
-from xlformer.kernels.case import Case, interpreted
+from xlformer.kernels.call import Call, interpreted
 from xlformer.kernels.relative_attention import choose, relative_attention
+from xlformer.kernels.visibility import Visibility
 
 
 @pytest.fixture
@@ -83,6 +85,21 @@ def test_bfloat16_stays_near_the_double_loop():
     exact = [np.asarray(x, np.float64) for x in arrays]
     expected = reference.attention(*exact, window=4)
     np.testing.assert_allclose(np.asarray(actual, float), expected, atol=0.03)
+
+
+def test_no_product_of_bfloat16_numbers_is_made_in_float32():
+    """Neither forward nor backward: matrix units are slower there."""
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in make_arrays()]
+
+    def loss(arrays):
+        return relative_attention(*arrays, implementation="xla").sum()
+
+    text = jax.jit(jax.grad(loss)).lower(arrays).as_text()
+    found = re.findall(
+        r"dot_general.* : \(tensor<\S*x(\w+)>, tensor<\S*x(\w+)>\)", text
+    )
+    # Three forward, two for each of them backward.
+    assert found == 9 * [("bf16", "bf16")]
 
 
 def test_float64_stays_float64():
@@ -172,36 +189,31 @@ def test_an_unknown_implementation_is_named():
         relative_attention(*make_arrays(), implementation="xlaa")
 
 
-def case(*, B=2, causal=True, window=None, **shape):
+def call(*, B=2, causal=True, window=None, **shape):
     arrays = make_arrays(B=B, causal=causal, **{"H": 1, "K": 2, **shape})
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     qu_BTHK, _, k_BSHK, v_BSHK, r_SHK = shapes
-    return Case.of(
-        *(qu_BTHK, k_BSHK, v_BSHK, r_SHK),
-        key_start_BT=None,
-        window=window,
-        causal=causal,
-        rate=0.0,
-    )
+    visibility = Visibility(window, causal=causal)
+    return Call.of(qu_BTHK, k_BSHK, v_BSHK, r_SHK, visibility, rate=0.0)
 
 
 def test_auto_chooses_by_platform_and_shape():
     for platform in ("cpu", "gpu"):
-        assert choose(case(T=255), platform) == "xla"
-        assert choose(case(T=256), platform) == "blocked"
-        assert choose(case(T=256, causal=False), platform) == "xla"
-        assert choose(case(T=256, causal=False, window=9), platform) == "blocked"
-    assert choose(case(T=64), "tpu") == "pallas_tpu"
-    assert choose(case(T=1), "tpu") == "xla"
-    assert choose(case(T=256, causal=False, window=9), "tpu") == "blocked"
-    assert choose(case(T=256, dtype=np.float64), "tpu") == "blocked"
-    assert choose(case(T=256, M=40_000, K=128, B=1), "tpu") == "blocked"
+        assert choose(call(T=255), platform) == "xla"
+        assert choose(call(T=256), platform) == "blocked"
+        assert choose(call(T=256, causal=False), platform) == "xla"
+        assert choose(call(T=256, causal=False, window=9), platform) == "blocked"
+    assert choose(call(T=64), "tpu") == "pallas_tpu"
+    assert choose(call(T=1), "tpu") == "xla"
+    assert choose(call(T=256, causal=False, window=9), "tpu") == "blocked"
+    assert choose(call(T=256, dtype=np.float64), "tpu") == "blocked"
+    assert choose(call(T=256, M=40_000, K=128, B=1), "tpu") == "blocked"
 
 
 def test_auto_says_once_what_and_why(caplog):
     caplog.set_level(logging.INFO)
     for _ in range(2):
-        choose(case(T=257, M=1), "cpu")
+        choose(call(T=257, M=1), "cpu")
     assert [r.getMessage() for r in caplog.records] == [
         "attention=auto is 'blocked' for 257 queries, 258 keys on cpu: chunks of "
         "queries skip keys out of sight"
@@ -209,12 +221,12 @@ def test_auto_says_once_what_and_why(caplog):
 
 
 def test_auto_falls_back_with_one_warning(caplog, monkeypatch):
-    def fail(case):
+    def fail(call):
         raise RuntimeError("Mosaic failed\nwith a long story")
 
     monkeypatch.setattr(pallas_tpu, "try_out", fail)
     for _ in range(2):
-        assert choose(case(T=300, M=3), "tpu") == "blocked"
+        assert choose(call(T=300, M=3), "tpu") == "blocked"
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage().endswith("times the bytes: Mosaic failed")
@@ -271,22 +283,9 @@ def test_relative_shift_equals_a_double_loop(T, S):
         expected_TS = reference.relative_shift(raw_TW, S)
         actual_TS = xla.relative_shift(jnp.asarray(raw_TW)[None, None], S)[0, 0]
         if W == S + 1:  # The one junk column stands for all keys that lie ahead.
-            expected_TS[~xla.visible(T, S, window=None)] = np.nan
+            expected_TS[~Visibility().mask(np.arange(T), np.arange(S), S - T)[0, 0]] = (
+                np.nan
+            )
         known_TS = ~np.isnan(expected_TS)
         np.testing.assert_array_equal(actual_TS[known_TS], expected_TS[known_TS])
         assert known_TS.sum() >= T * (S - T) + T * (T + 1) // 2
-
-
-def test_visible_is_a_band():
-    def visible(T, S, **options):
-        return xla.visible(T, S, **options).astype(int).tolist()
-
-    assert visible(3, 5, window=None) == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1] * 5]
-    assert visible(3, 5, window=1) == [
-        [0, 1, 1, 0, 0],
-        [0, 0, 1, 1, 0],
-        [0, 0, 0, 1, 1],
-    ]
-    assert visible(2, 3, window=0) == [[0, 1, 0], [0, 0, 1]]
-    assert visible(2, 3, window=None, causal=False) == [[1, 1, 1], [1, 1, 1]]
-    assert visible(2, 4, window=1, causal=False) == [[0, 1, 1, 1], [0, 0, 1, 1]]

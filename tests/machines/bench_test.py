@@ -10,8 +10,6 @@ from timed_cases import FAST, fake, timed
 
 from xlformer import bench, models, sharding
 from xlformer import config as config_lib
-from xlformer.kernels import pallas_tpu, pallas_tpu_case
-from xlformer.kernels.case import interpreted
 from xlformer.layers import adaptive
 from xlformer.machines import bench_cases, rehearsal
 from xlformer.machines.bench_cases import Case
@@ -46,7 +44,6 @@ def test_the_share_of_the_datasheet_is_of_all_devices():
 
 def test_two_steps_are_in_flight_at_most(monkeypatch):
     config = config_lib.load("quickstart:debug")
-    config.train.micro_batches = 2
     mesh, log = sharding.make_mesh({"data": 1}), []
     real = rehearsal.step(config, models.build(config.model, vocab_size=256), mesh)
 
@@ -68,9 +65,7 @@ def test_two_steps_are_in_flight_at_most(monkeypatch):
     function = SimpleNamespace(lower=lambda *_: lowered)
     step = real._replace(function=function, create=lambda _: None)
     monkeypatch.setattr(rehearsal, "step", lambda *_: step)
-    monkeypatch.setattr(bench_cases, "kernel_bytes", lambda *_, rows, **__: {"x": rows})
     case = bench_cases.train_case("a", config, 256, mesh)
-    assert case.kernel_bytes == {"x": 2}  # of 2 groups of one row
     case.run(5)
     in_flight = np.cumsum([1 if event == "step" else -1 for event in log])
     assert max(in_flight) == 2 and in_flight[-1] == 0
@@ -107,46 +102,6 @@ def test_evaluation_sweeps_over_a_field_and_generation_runs():
     assert config.model.memory_length == 5  # the caller's config stays as it was
     assert row["tokens_per_second"] > 0 and 0 < row["host_ms"] and 0 < row["memory"]
     assert row["tokens_per_second"] == pytest.approx(2 / row["ms"] * 1e3)  # 2 rows
-
-
-def test_bytes_of_kernels_are_those_of_a_device():
-    config = config_lib.load("quickstart:debug")
-    config.model.update(attention="pallas_tpu", attention_dropout=0.1)
-    mesh = sharding.make_mesh({"data": 2, "tensor": 2})
-    sizes = {"rows": 4, "length": 7, "mesh": mesh}
-
-    def found(**options):
-        model = models.build(config.model, vocab_size=256)
-        return bench_cases.kernel_bytes(model.config, **sizes, **options)
-
-    with interpreted(query_tile=8, key_tile=8):
-        shapes = ((2, 7, 1, 8), (2, 12, 1, 8), (2, 12, 1, 8), (12, 1, 8))
-        case = pallas_tpu_case.Tiles.of(
-            *(jax.ShapeDtypeStruct(s, "float32") for s in shapes),
-            key_start_BT=True,
-            window=None,
-            causal=True,
-            rate=0.1,
-        )
-        one = pallas_tpu.copied_bytes(case, rows=2, heads=1)
-        assert found(train=True) == one
-        assert found(train=False) == {"forward": one["forward"]}
-        config.model.positions = "rotary"
-        assert 0 < found(train=True)["forward"] < one["forward"]
-        config.model.attention = "auto"  # on a CPU
-        assert found(train=True) is None
-
-
-def test_bytes_are_told_by_two_counts():
-    case = timed("a", 1.0)
-    case.accessed = 2e6
-    mesh = sharding.make_mesh({"data": 1})
-    plain = bench.report(case, case, mesh)
-    assert "MB kernels" not in table([plain])
-    fused = plain | {"kernel_bytes": {"forward": 3e6, "backward": 4e6}}
-    head, first, second, *notes = table([fused, plain]).splitlines()
-    assert "MB by XLA" in head and "MB kernels" in head and len(notes) == 2
-    assert "2.0" in second and "7.0" in first and "7.0" not in second
 
 
 def test_tokens_are_as_frequent_as_words():

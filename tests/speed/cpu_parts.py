@@ -20,6 +20,7 @@ import optax
 
 from xlformer.kernels import xla
 from xlformer.kernels.relative_attention import relative_attention
+from xlformer.kernels.visibility import Visibility
 from xlformer.layers.feed_forward import FeedForward, layer_norm
 
 B, D, H, K, F = 8, 256, 8, 32, 1024
@@ -46,13 +47,10 @@ def product(spec, *shapes):
 
 def softmax(T, S, start_BT, window):
     """What the operation does between its products."""
-    mask_TS = xla.visible(T, S, window=window)
 
     def between(content_BHTS, raw_BHTW, start_BT):
         scores_BHTS = content_BHTS + xla.relative_shift(raw_BHTW, S)
-        seen = mask_TS[None, None] & (
-            jnp.arange(S)[None, None, None] >= start_BT[:, None, :, None]
-        )
+        seen = Visibility(window, start_BT).mask(np.arange(T), np.arange(S), S - T)
         scores_BHTS += jnp.where(seen, 0, jnp.finfo(jnp.float32).min)
         p_BHTS = jnp.exp(scores_BHTS - scores_BHTS.max(-1, keepdims=True))
         return p_BHTS, p_BHTS.sum(-1)

@@ -42,7 +42,7 @@ def over_mesh(function, arrays: dict, names: dict, *, like: str):
 
 
 def attention_over_mesh(
-    function, qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK, *, key_start_BT, seeds_BH2
+    function, qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK, visibility, seeds_BH2
 ):
     """function of a dict of qu, qw, k, v, r, start, seeds, without what is None.
 
@@ -54,7 +54,7 @@ def attention_over_mesh(
         "k": k_BSHK,
         "v": v_BSHK,
         "r": r_SHK,
-        "start": key_start_BT,
+        "start": visibility.key_start_BT,
         "seeds": seeds_BH2,
     }
     split = ("batch", None, "heads", None)

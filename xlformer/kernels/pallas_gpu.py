@@ -3,12 +3,13 @@
 Forward no score reaches the memory outside of the chip, but for a ring of tiles in its
 L2 cache. Backward is two kernels and a matrix product, without atomic additions, so
 that it gives the same bits each time: between them stand the probabilities and the
-gradients of the scores of one layer. pallas_gpu_tiles.py is what one program does.
+gradients of the scores of one layer. pallas_gpu_kernels.py is what one program does.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 
 import jax
@@ -18,11 +19,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from xlformer.kernels import pallas_gpu_tiles as kernels
+from xlformer.kernels import pallas_gpu_kernels as kernels
 from xlformer.kernels import xla
-from xlformer.kernels.case import OUTPUT_NAME, Case
+from xlformer.kernels.call import OUTPUT_NAME, Call
 from xlformer.kernels.over_mesh import attention_over_mesh
-from xlformer.kernels.pallas_gpu_case import STAGES, Tiles, tiles
+from xlformer.kernels.pallas_gpu_tiles import STAGES, GPUTiles, cut
 
 TOLERANCE = 0.05  # of the largest number; bfloat16 alone comes to 0.01
 
@@ -33,30 +34,26 @@ def attention(
     k_BSHK,
     v_BSHK,
     r_SHK,
+    visibility,
     *,
-    window,
-    key_start_BT,
-    causal,
     dropout_rate,
     seeds_BH2,
 ):
     """See kernels.relative_attention; causal only."""
-    case = Case.of(
-        *(qu_BTHK, k_BSHK, v_BSHK, r_SHK),
-        key_start_BT=key_start_BT,
-        window=window,
-        causal=causal,
-        rate=dropout_rate,
-    )
+    call = Call.of(qu_BTHK, k_BSHK, v_BSHK, r_SHK, visibility, dropout_rate)
     return attention_over_mesh(
-        functools.partial(_on_one_device, tiles(case)),
-        *(qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK),
-        key_start_BT=key_start_BT,
-        seeds_BH2=seeds_BH2,
+        functools.partial(_on_one_device, cut(call)),
+        qu_BTHK,
+        qw_BTHK,
+        k_BSHK,
+        v_BSHK,
+        r_SHK,
+        visibility,
+        seeds_BH2,
     )
 
 
-def _on_one_device(shape: Tiles, arrays):
+def _on_one_device(tiles: GPUTiles, arrays):
     x = dict(arrays)
     B = x["qu"].shape[0]
     for name in ("qu", "qw", "k", "v", "r"):
@@ -67,33 +64,33 @@ def _on_one_device(shape: Tiles, arrays):
             x[name] = jnp.pad(x[name], edges)
     if "start" in x:
         x["start"] = x["start"].astype(jnp.int32)
-    first = shape.first_tiles(x.get("start"))
-    x["first"] = jnp.broadcast_to(first, (B, shape.query_tiles))
-    o_BTHV = _attend(shape, x)
-    return o_BTHV[..., : shape.case.V]
+    first = tiles.first_tiles(x.get("start"))
+    x["first"] = jnp.broadcast_to(first, (B, tiles.query_tiles))
+    o_BTHV = _attend(tiles, x)
+    return o_BTHV[..., : tiles.call.V]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(shape, x):
-    return _forward(shape, x)[0]
+def _attend(tiles, x):
+    return _forward(tiles, x)[0]
 
 
-def _forward(shape, x):
+def _forward(tiles, x):
     B, T, H, _ = x["qu"].shape
     out = {
         "o": jax.ShapeDtypeStruct((B, T, H, x["v"].shape[-1]), x["v"].dtype),
         "lse": jax.ShapeDtypeStruct((B, H, T), jnp.float32),
     }
-    y = _call(kernels.forward, shape, x, out | _ring(shape, B, H))
+    y = _run(kernels.forward, tiles, x, out | _ring(tiles, B, H))
     # Under a name: with both kept, rematerialisation runs no kernel again.
     o, lse = (checkpoint_name(y[name], OUTPUT_NAME) for name in ("o", "lse"))
     return o, (x, o, lse)
 
 
-def _backward(shape, saved, do):
+def _backward(tiles, saved, do):
     x, o, lse = saved
     (B, T, H, _), S = x["qu"].shape, x["k"].shape[1]
-    pitch = -(-shape.columns // 8) * 8
+    pitch = -(-tiles.columns // 8) * 8
 
     def like(name):
         return jax.ShapeDtypeStruct(x[name].shape, x[name].dtype)
@@ -107,22 +104,22 @@ def _backward(shape, saved, do):
     if "r" in x:
         out["dqw"] = like("qw")
     given = {**x, "o": o, "lse": lse, "do": do}
-    y = _call(kernels.backward_queries, shape, given, out | _ring(shape, B, H))
+    y = _run(kernels.backward_queries, tiles, given, out | _ring(tiles, B, H))
     given = {name: given[name] for name in ("qu", "do", "first")}
     given |= {name: y[name] for name in ("p", "dscores")}
     out = {"dk": like("k"), "dv": like("v")}
-    dk_dv = _call(kernels.backward_keys, shape, given, out)
+    dk_dv = _run(kernels.backward_keys, tiles, given, out)
     dx = dict.fromkeys(x)
     dx |= {"qu": y["dqu"], "k": dk_dv["dk"], "v": dk_dv["dv"]}
     if "r" in x:
-        dx["qw"], dx["r"] = y["dqw"], _distance_gradient(shape, y["dscores"], x)
+        dx["qw"], dx["r"] = y["dqw"], _distance_gradient(tiles, y["dscores"], x)
     return (dx,)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _distance_gradient(shape, dscores_HBTC, x):
+def _distance_gradient(tiles, dscores_HBTC, x):
     with jax.named_scope("distances"):
         dr_HCK = jnp.einsum(
             "HBTC,BTHK->HCK",
@@ -131,30 +128,30 @@ def _distance_gradient(shape, dscores_HBTC, x):
             preferred_element_type=jnp.float32,
         )
         # The last column is distance 0.
-        columns, S = shape.columns, shape.case.S
+        columns, S = tiles.columns, tiles.call.S
         dr_HSK = dr_HCK[:, columns - S : columns][:, ::-1]
         return jnp.swapaxes(dr_HSK, 0, 1).astype(x["r"].dtype)
 
 
-def _ring(shape, B, H):
-    if shape.case.R is None:
+def _ring(tiles, B, H):
+    if tiles.call.R is None:
         return {}
-    ring = (B, H, shape.query_tiles, shape.Q, 2 * shape.N)
+    ring = (B, H, tiles.query_tiles, tiles.Q, 2 * tiles.N)
     return {"ring": jax.ShapeDtypeStruct(ring, jnp.float32)}
 
 
-def _call(kernel, shape, x, out):
+def _run(kernel, tiles, x, out):
     """One pallas_call over (tiles of queries or of keys, heads, rows)."""
     B, _, H, _ = x["qu"].shape
     of_keys = kernel is kernels.backward_keys
     return pl.pallas_call(
-        functools.partial(kernel, shape=shape),
-        grid=(shape.key_tiles if of_keys else shape.query_tiles, H, B),
+        functools.partial(kernel, tiles=tiles),
+        grid=(tiles.key_tiles if of_keys else tiles.query_tiles, H, B),
         in_specs=[{name: _block(name, a.shape) for name, a in x.items()}],
         out_specs={name: _block(name, a.shape) for name, a in out.items()},
         out_shape=out,
-        compiler_params=plgpu.CompilerParams(num_warps=shape.warps, num_stages=STAGES),
-        interpret=shape.case.interpret,
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=STAGES),
+        interpret=tiles.call.interpret,
         name=f"relative_attention_{kernel.__name__}",
     )(x)
 
@@ -178,7 +175,7 @@ def _block(name, shape):
     return pl.BlockSpec(block, lambda i, h, b: (b, 0, h, 0))
 
 
-def try_out(case: Case) -> None:
+def try_out(call: Call) -> None:
     """Runs the kernels on the first GPU here, one row and one head; raises if wrong.
 
     Compared with `xla` and not only compiled: Triton versions differ in what they
@@ -190,41 +187,39 @@ def try_out(case: Case) -> None:
     if jax.default_backend() != "gpu":
         return
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        pool.submit(compare, case).result()
+        pool.submit(compare, call).result()
 
 
-def compare(case: Case) -> None:
+def compare(call: Call) -> None:
     """Values and gradients of both on random numbers; ValueError where they differ."""
     random = np.random.default_rng(0)
 
     def array(*shape):
-        return jnp.asarray(random.normal(size=shape), case.dtype)
+        return jnp.asarray(random.normal(size=shape), call.dtype)
 
     arrays = {
-        "qu": array(1, case.T, 1, case.K) / case.K**0.5,
-        "k": array(1, case.S, 1, case.K),
-        "v": array(1, case.S, 1, case.V),
+        "qu": array(1, call.T, 1, call.K) / call.K**0.5,
+        "k": array(1, call.S, 1, call.K),
+        "v": array(1, call.S, 1, call.V),
     }
-    if case.R is not None:
-        arrays["qw"] = array(1, case.T, 1, case.R) / case.R**0.5
-        arrays["r"] = array(case.S, 1, case.R)
+    if call.R is not None:
+        arrays["qw"] = array(1, call.T, 1, call.R) / call.R**0.5
+        arrays["r"] = array(call.S, 1, call.R)
     start = seeds = None
-    if case.starts:
+    if call.starts:
         # Half of the memory, then a reset in the middle of the segment.
-        start = np.full((1, case.T), case.M // 2, np.int32)
-        start[:, case.T // 2 :] = case.M + case.T // 2
-    if case.rate:
+        start = np.full((1, call.T), call.M // 2, np.int32)
+        start[:, call.T // 2 :] = call.M + call.T // 2
+    if call.rate:
         seeds = jnp.asarray([[[7, 11]]], jnp.int32)
-    weights = array(1, case.T, 1, case.V)
+    weights = array(1, call.T, 1, call.V)
 
     def run(implementation, arrays):
         y = implementation(
             *(arrays["qu"], arrays.get("qw"), arrays["k"], arrays["v"]),
             arrays.get("r"),
-            window=case.window,
-            key_start_BT=start,
-            causal=True,
-            dropout_rate=case.rate,
+            dataclasses.replace(call.visibility, key_start_BT=start),
+            dropout_rate=call.rate,
             seeds_BH2=seeds,
         )
         return (y * weights).astype(jnp.float32).sum(), y

@@ -1,268 +1,92 @@
-"""The three kernels of pallas_gpu.py, in what Triton can say.
+"""How the fused GPU kernels of pallas_gpu.py cut a call, and what they refuse.
 
-Flash attention (Dao et al. 2022, arXiv:2205.14135) with the relative term inside. A
-tile of Q queries from i0 on meets the keys in tiles of N. Its product `raw` = qw . r
-has a column for each distance, ascending like the keys: score (i, j) of a tile stands
-in column g = j - i + Q - 1, counted from the tile's own first one. So a tile of keys
-wants columns of two tiles of raw, this one and the next: one new product each.
-
-Triton's arrays can be neither sliced nor rotated, but loads may have any indices. Each
-program therefore writes its tiles of raw in turns into two places of a ring in global
-memory (32 KiB, which stay in the L2 cache), and reads them back shifted.
-
-The gradients of the scores go the same way back: written shifted into a [T, columns]
-array, read again straight for the gradient of qw, and later whole for that of r.
+Everything here is known when a program is traced.
 """
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+import dataclasses
 
-from xlformer.kernels.dropout import keep_pairs
-from xlformer.kernels.pallas_gpu_case import Tiles, padded
+import jax
 
-HIDDEN = -1e30  # Finite: a difference of two is 0, not NaN.
+from xlformer.kernels.call import Call, Tiles
 
-
-class _Queries:
-    """A program's own tile of queries (tile, head, row)."""
-
-    def __init__(self, x, ring, shape: Tiles):
-        self.x, self.ring, self.shape, self.case = x, ring, shape, shape.case
-        self.Q, self.N = shape.Q, shape.N
-        tile = pl.program_id(0)
-        self.i0 = tile * self.Q
-        self.i = jnp.arange(self.Q, dtype=jnp.int32) + self.i0
-        self.first, self.last = x["first"][tile], shape.last_tile(tile)
-        self.qu = rows(x["qu"], self.i)
-        if self.case.R is not None:
-            self.qw = rows(x["qw"], self.i)
-        if self.case.starts:
-            seen = self.i < self.case.T
-            self.start = plgpu.load(x["start"].at[self.i], mask=seen, other=0)
-
-    def keys(self, n):
-        return jnp.arange(self.N, dtype=jnp.int32) + n * self.N
-
-    def pairs(self, n):
-        shape = (self.Q, self.N)
-        i = lax.broadcast_in_dim(self.i, shape, (0,))
-        return i, lax.broadcast_in_dim(self.keys(n), shape, (1,))
-
-    def distances(self, n):
-        """The rows of r for tile n of raw."""
-        most = self.i0 + self.case.M + self.Q - 1
-        d = most - self.keys(n)
-        return rows(self.x["r"], d)
-
-    def push(self, n):
-        """Tile n of raw into its place in the ring."""
-        if self.case.R is None:
-            return
-        raw = dot(self.qw, self.distances(n), 1, 1)
-        i = lax.broadcasted_iota(jnp.int32, raw.shape, 0)
-        column = lax.broadcasted_iota(jnp.int32, raw.shape, 1) + n % 2 * self.N
-        plgpu.store(self.ring.at[i, column], raw)
-
-    def scores(self, n, k):
-        """[Q, N], and which are visible."""
-        i, j = self.pairs(n)
-        scores = dot(self.qu, k, 1, 1)
-        if self.case.R is not None:
-            self.push(n + 1)
-            barrier(self.case)
-            own = i - self.i0
-            # 2 N is a power of 2, and & its remainder, below 0 too.
-            column = (j - own + self.Q - 1) & (2 * self.N - 1)
-            # Volatile: no compiler may fetch it early, before it is written.
-            scores += plgpu.load(self.ring.at[own, column], volatile=True)
-            barrier(self.case)
-        distance = i + self.case.M - j
-        visible = (distance >= 0) & (i < self.case.T)
-        if self.case.window is not None:
-            visible &= distance <= self.case.window
-        if self.case.starts:
-            visible &= j >= lax.broadcast_in_dim(self.start, i.shape, (0,))
-        return jnp.where(visible, scores, HIDDEN), visible
-
-    def kept(self, n):
-        """What dropout multiplies each probability by."""
-        a, b = self.x["seeds"][0], self.x["seeds"][1]
-        keep = keep_pairs(a, b, *self.pairs(n), self.case.rate)
-        return jnp.where(keep, 1 / (1 - self.case.rate), 0.0)
+# Queries of a tile, and keys. Compiled for an H100 (ptxas -v, head size 64, bfloat16)
+# tiles of 64 need 80 KiB and 136 registers forward, 88 KiB and 252 backward, so two
+# programs share a processor and one computes while the other waits. Tiles of 128 need
+# 192 and 208 KiB and put 120 bytes of registers in memory; float32 does so from 64 on.
+SIZES = {"bfloat16": (64, 32, 16), "float32": (32, 16)}
+STAGES = 2  # Tiles of keys on their way at once.
+H100_SHARED = 232_448  # bytes that one block may have; used where no GPU is asked.
 
 
-def forward(x, y, *, shape: Tiles):
-    """o and the logarithm of each softmax's sum, `lse`."""
-    case, V = shape.case, padded(shape.case.V)
-    tile = _Queries(x, y.get("ring"), shape)
-    tile.push(tile.first)
+@dataclasses.dataclass(frozen=True)
+class GPUTiles(Tiles):
+    """Q and N are powers of 2.
 
-    def step(n, carry):
-        before, total, o = carry
-        k = rows(x["k"], tile.keys(n))
-        v = rows(x["v"], tile.keys(n))
-        scores, visible = tile.scores(n, k)
-        after = jnp.maximum(before, scores.max(1))
-        p = jnp.where(visible, jnp.exp(scores - after[:, None]), 0.0)
-        shrink = jnp.exp(before - after)
-        total = total * shrink + p.sum(1)
-        if case.rate:
-            p *= tile.kept(n)
-        o = o * shrink[:, None] + dot(p.astype(v.dtype), v, 1, 0)
-        return after, total, o
-
-    nothing = (
-        jnp.full((shape.Q,), HIDDEN, jnp.float32),
-        jnp.zeros((shape.Q,), jnp.float32),
-        jnp.zeros((shape.Q, V), jnp.float32),
-    )
-    most, total, o = lax.fori_loop(tile.first, tile.last + 1, step, nothing)
-    total = jnp.where(total == 0.0, 1.0, total)  # a query past the last
-    store_rows(y["o"], o / total[:, None], tile.i)
-    log_sum = most + jnp.log(total)
-    plgpu.store(y["lse"].at[tile.i], log_sum, mask=tile.i < case.T)
-
-
-def backward_queries(x, y, *, shape: Tiles):
-    """Gradients of qu and qw; kept p, and the gradients of the scores, for the rest."""
-    case = shape.case
-    tile = _Queries(x, y.get("ring"), shape)
-    do = rows(x["do"], tile.i)
-    o = rows(x["o"], tile.i)
-    delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(1)
-    log_sum = plgpu.load(x["lse"].at[tile.i], mask=tile.i < case.T, other=0.0)
-    if case.R is not None:
-        _clear(tile, y["dscores"])
-    tile.push(tile.first)
-
-    def step(n, dqu):
-        k = rows(x["k"], tile.keys(n))
-        v = rows(x["v"], tile.keys(n))
-        scores, visible = tile.scores(n, k)
-        p = jnp.where(visible, jnp.exp(scores - log_sum[:, None]), 0.0)
-        dp = dot(do, v, 1, 1)
-        kept_p = p
-        if case.rate:
-            kept = tile.kept(n)
-            kept_p, dp = p * kept, dp * kept
-        dscores = (p * (dp - delta[:, None])).astype(k.dtype)
-        i, j = tile.pairs(n)
-        inside = (i < case.T) & (j < case.S)
-        plgpu.store(y["p"].at[i, j], kept_p.astype(y["p"].dtype), mask=inside)
-        _store_shifted(y["dscores"], dscores, i, j, shape)
-        return dqu + dot(dscores, k, 1, 0)
-
-    dqu = jnp.zeros((shape.Q, padded(case.K)), jnp.float32)
-    dqu = lax.fori_loop(tile.first, tile.last + 1, step, dqu)
-    store_rows(y["dqu"], dqu, tile.i)
-    if case.R is not None:
-        barrier(case)
-        dqw = _position_gradient(tile, y["dscores"])
-        store_rows(y["dqw"], dqw, tile.i)
-
-
-def _store_shifted(array, dscores, i, j, shape):
-    """Each to the column of its distance; there is none for keys ahead."""
-    column = shape.first_column(0) + shape.Q - 1 - i + j
-    inside = (i < shape.case.T) & (column < shape.columns)
-    plgpu.store(array.at[i, column], dscores, mask=inside)
-
-
-def _position_gradient(tile, array):
-    """Of qw. In a loop of its own, where nothing is written.
-
-    In the loop that writes, Triton would load a tile ahead, which is not there yet.
+    A head's score (t, s) has the distance d = t + M - s. `Column` of a distance is
+    T' + M - 1 - d, with T' = T rounded up to Q: ascending like the keys.
     """
-    shape = tile.shape
 
-    def step(n, dqw):
-        i, j = tile.pairs(n)
-        column = shape.first_column(tile.i0) + j
-        inside = (i < shape.case.T) & (column < shape.columns)
-        draw = plgpu.load(array.at[i, column], mask=inside, other=0)
-        return dqw + dot(draw, tile.distances(n), 1, 0)
+    warps: int
 
-    dqw = jnp.zeros((shape.Q, padded(shape.case.R)), jnp.float32)
-    return lax.fori_loop(tile.first, tile.last + 2, step, dqw)
+    @property
+    def columns(self) -> int:
+        return self.query_tiles * self.Q + self.call.M
 
-
-def _clear(tile, array):
-    """Zeroes the columns up to the first that all queries of the tile will write."""
-    shape = tile.shape
-    end = shape.first_column(tile.i0) + tile.first * shape.N + shape.Q
-    zeros = jnp.zeros((shape.Q, shape.N), array.dtype)
-
-    def step(n, _):
-        i, column = tile.pairs(n)
-        inside = (i < shape.case.T) & (column < shape.columns)
-        plgpu.store(array.at[i, column], zeros, mask=inside)
-
-    lax.fori_loop(0, (end + shape.N - 1) // shape.N, step, None)
-    barrier(shape.case)
+    def first_column(self, i0):
+        """Of the last query of the tile from query i0 on, and key 0."""
+        return self.query_tiles * self.Q - self.Q - i0
 
 
-def backward_keys(x, y, *, shape: Tiles):
-    """Gradients of a tile of keys and of values, from what backward_queries left."""
-    case = shape.case
-    n = pl.program_id(0)
-    j = jnp.arange(shape.N, dtype=jnp.int32) + n * shape.N
-    pairs = (shape.Q, shape.N)
-    j_QN = lax.broadcast_in_dim(j, pairs, (1,))
-
-    def step(tile, carry):
-        dk, dv = carry
-        i = jnp.arange(shape.Q, dtype=jnp.int32) + tile * shape.Q
-        i_QN = lax.broadcast_in_dim(i, pairs, (0,))
-        # A pair of tiles that backward_queries did not visit holds nothing.
-        visited = (x["first"][tile] <= n) & (n <= shape.last_tile(tile))
-        inside = (i_QN < case.T) & (j_QN < case.S) & visited
-        p = plgpu.load(x["p"].at[i_QN, j_QN], mask=inside, other=0)
-        column = shape.first_column(0) + shape.Q - 1 - i_QN + j_QN
-        inside &= column < shape.columns
-        dscores = plgpu.load(x["dscores"].at[i_QN, column], mask=inside, other=0)
-        qu = rows(x["qu"], i)
-        do = rows(x["do"], i)
-        return dk + dot(dscores, qu, 0, 0), dv + dot(p, do, 0, 0)
-
-    dk = jnp.zeros((shape.N, padded(case.K)), jnp.float32)
-    dv = jnp.zeros((shape.N, padded(case.V)), jnp.float32)
-    dk, dv = lax.fori_loop(*shape.query_range(n), step, (dk, dv))
-    store_rows(y["dk"], dk, j)
-    store_rows(y["dv"], dv, j)
+def padded(width: int | None) -> int:
+    """Width of a tile's rows: a power of 2, and 16 at least for the matrix units."""
+    return max(16, 1 << ((width or 1) - 1).bit_length())
 
 
-# What all of them do ------------------------------------------------------------------
+def shared_bytes(call: Call, Q: int, N: int) -> int:
+    """Of the largest kernel, backward_queries; more than it needs in float32."""
+    size = 2 if call.dtype == "bfloat16" else 4
+    widths = [call.K, call.V] + ([] if call.R is None else [call.R])
+    stays_and_streams = (Q + STAGES * N) * sum(map(padded, widths))
+    return size * stays_and_streams + 4 * Q * N
 
 
-def rows(array, indices):
-    """Rows of an array; zeros outside, and up to a power of 2."""
-    row, column, inside = _at(array, indices)
-    return plgpu.load(array.at[row, column], mask=inside & (row >= 0), other=0)
+def cut(call: Call) -> GPUTiles | None:
+    """The largest tiles that the GPU's shared memory holds; None if none do."""
+    if call.interpret:
+        return GPUTiles(call, *call.test_tiles, warps=4)
+    limit = shared_memory()
+    for size in SIZES[call.dtype]:
+        too_large = size > 16 and size >= 2 * call.T
+        if not too_large and shared_bytes(call, size, size) <= limit:
+            # With 4 warps a head size of 128 would put registers in memory.
+            wide = max(call.K, call.V, call.R or 0) > 64 and size == 64
+            return GPUTiles(call, size, size, 8 if wide else 4)
+    return None
 
 
-def store_rows(array, values, indices):
-    row, column, inside = _at(array, indices)
-    plgpu.store(array.at[row, column], values.astype(array.dtype), mask=inside)
+def shared_memory() -> int:
+    """Bytes for one block on the first GPU here, else on an H100."""
+    if jax.default_backend() != "gpu":
+        return H100_SHARED
+    device = jax.local_devices()[0]
+    return getattr(device, "shared_memory_per_block_optin", H100_SHARED)
 
 
-def _at(array, indices):
-    count, width = array.shape
-    shape = (indices.shape[0], padded(width))
-    row = lax.broadcast_in_dim(indices, shape, (0,))
-    column = lax.broadcasted_iota(jnp.int32, shape, 1)
-    return row, column, (row < count) & (column < width)
-
-
-def barrier(case):
-    """All threads of the program have written before any reads."""
-    if not case.interpret:  # where there is one thread, and no such operation
-        plgpu.debug_barrier()
-
-
-def dot(a, b, axis_a, axis_b):
-    contract = (((axis_a,), (axis_b,)), ((), ()))
-    return lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
+def refusal(call: Call, platform: str) -> str | None:
+    """Why these kernels cannot run this, in one line; None if they can."""
+    if platform != "gpu" and not call.interpret:
+        return f"needs an NVIDIA GPU, this is {platform}: set 'auto' or 'blocked'"
+    if not call.visibility.causal:
+        return "knows only causal attention: set 'auto' or 'blocked'"
+    if call.dtype not in ("float32", "bfloat16"):
+        return f"knows float32 and bfloat16, not dtype={call.dtype}"
+    if cut(call) is None:
+        least = shared_bytes(call, SIZES[call.dtype][-1], SIZES[call.dtype][-1])
+        return (
+            f"its least tiles with d_head={call.K} in {call.dtype} need "
+            f"{least >> 10} KiB of shared memory, this GPU has "
+            f"{shared_memory() >> 10}: set 'blocked'"
+        )
+    return None

@@ -1,236 +1,80 @@
-"""The two kernels of pallas_tpu.py: what happens to one tile of queries and keys.
+"""How the fused TPU kernels of pallas_tpu.py cut a call, and what they refuse.
 
-Flash attention (Dao et al. 2022, arXiv:2205.14135) with the relative term inside. A
-head's distances lie in a table whose row c holds r of distance d = Tp + M - c (Tp and
-Sp are T and S, rounded up to tiles). The tile of queries from i0 and keys from j0 wants
-the Q + N rows from c0 = Tp - Q - i0 + j0 on, and its own score (i, j) of the product
-`raw` = qw . rows stands in column j - i + Q: a shift that grows by one each row, which
-the TPU's strided rotation does in one go.
-
-The next tile of keys wants rows N further on, of which Q are those that this tile had
-last: they are kept, so that each tile multiplies N new rows only.
+Everything here is known when a program is traced.
 """
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
+import math
 
-from xlformer.kernels.dropout import keep_pairs
+from xlformer.kernels.call import Call, Tiles
 
-HIDDEN = -1e30  # Finite: a difference of two is 0, not NaN.
-LANES = 128
+# Large tiles: a step of the grid costs about 0.35 us whatever is in it (Pallas guide),
+# in which a v5e could multiply 69 MFLOP; a tile like this has 50 at head size 64.
+MOST_QUERIES, MOST_KEYS = 256, 512
+# Of the fast memory (VMEM) of the chips from v5e on, 64 MiB at least. v4 has 16, and no
+# strided rotation either: there the kernels do not compile.
+MOST_BYTES = 48 << 20
 
 
-class _Tile:
-    """Where a grid step (head, row, tile of queries, tile of keys) is."""
+class TPUTiles(Tiles):
+    """Q and N are multiples of 128 outside of tests; Tp, Sp: T and S in whole tiles."""
 
-    def __init__(self, first_ref, seeds_ref, x, shape):
-        self.shape, self.x, self.seeds_ref = shape, x, seeds_ref
-        self.h, self.b, self.q, self.n = (pl.program_id(axis) for axis in range(4))
-        self.B, self.Q, self.N = pl.num_programs(1), shape.Q, shape.N
-        self.i0, self.j0 = self.q * self.Q, self.n * self.N
-        self.first = first_ref[self.b * shape.query_tiles + self.q]
-        self.last = shape.last_tile(self.q)
-        self.row = shape.Tp - self.Q - self.i0 + self.j0  # c0 above
-        self.visited = (self.n >= self.first) & (self.n <= self.last)
+    @property
+    def Tp(self) -> int:
+        return self.query_tiles * self.Q
 
-    def pairs(self):
-        """Indices of the queries and of the keys, [Q, N] each."""
-        shape = (self.Q, self.N)
-        i = lax.broadcasted_iota(jnp.int32, shape, 0) + self.i0
-        return i, lax.broadcasted_iota(jnp.int32, shape, 1) + self.j0
+    @property
+    def Sp(self) -> int:
+        return self.key_tiles * self.N
 
-    def table_rows(self, offset, size):
-        aligned = pl.multiple_of(self.row + offset, self.shape.step)
-        return (0, pl.ds(aligned, size), slice(None))
+    @property
+    def step(self) -> int:
+        """Divides the first of the rows of r that each tile needs."""
+        return math.gcd(self.Q, self.N)
 
-    def scores(self, s):
-        """[Q, N], and which are visible."""
-        x, Q = self.x, self.Q
-        scores = _dot(x["qu"][0, 0], x["k"][0, 0], 1, 1)
-        if self.shape.R is not None:
-            qw, raw = x["qw"][0, 0], s["raw"]
+    def vmem_bytes(self) -> int:
+        """An upper estimate for the backward kernel, which is the larger one."""
+        call = self.call
+        size = 2 if call.dtype == "bfloat16" else 4
+        K, V, R = (-(-(width or 0) // 128) * 128 for width in (call.K, call.V, call.R))
+        queries = self.Q * (2 * K + 2 * V + 2 * R)
+        keys = self.N * (K + V)
+        whole = self.Sp * (K + V)
+        distances = (self.Tp + self.Sp) * R
+        streams = 2 * size * (queries + keys + whole + distances) + 2 * 4 * distances
+        scratch = 4 * (whole + self.Q * (K + R + 3 * 128))
+        work = 4 * self.Q * (self.Q + self.N) * 8
+        return streams + scratch + work
 
-            @pl.when(self.n == self.first)
-            def _():
-                raw[:, :Q] = _dot(qw, x["table"][self.table_rows(0, Q)], 1, 1)
 
-            @pl.when(self.n != self.first)
-            def _():
-                raw[:, :Q] = raw[:, self.N :]
+def cut(call: Call) -> TPUTiles:
+    """The tiles that pad a call least."""
+    if call.interpret:
+        return TPUTiles(call, *call.test_tiles)
+    Q = _tile(call.T, 128, MOST_QUERIES)
+    return TPUTiles(call, Q, _tile(call.S, Q, MOST_KEYS))
 
-            raw[:, Q:] = _dot(qw, x["table"][self.table_rows(Q, self.N)], 1, 1)
-            scores += _skew(raw[...], self.N)
-        i, j = self.pairs()
-        distance = i + self.shape.M - j
-        visible = (distance >= 0) & (j < self.shape.S)
-        if self.shape.window is not None:
-            visible &= distance <= self.shape.window
-        if self.shape.starts:
-            visible &= j >= s["start"][:, :1]
-        return jnp.where(visible, scores, HIDDEN), visible
 
-    def kept(self):
-        """What dropout multiplies each probability by."""
-        at = 2 * (self.b * pl.num_programs(0) + self.h)
-        keep = keep_pairs(
-            self.seeds_ref[at], self.seeds_ref[at + 1], *self.pairs(), self.shape.rate
+def _tile(n, least, most):
+    """The multiple of 128 that pads n least; the largest of equals."""
+    sizes = range(most, least - 1, -128)
+    return min(sizes, key=lambda size: -(-n // size) * size)
+
+
+def refusal(call: Call, platform: str) -> str | None:
+    """Why this kernel cannot run this, in one line; None if it can."""
+    if platform != "tpu" and not call.interpret:
+        return f"needs a TPU, this is {platform}: set 'auto' or 'blocked'"
+    if not call.visibility.causal:
+        return "knows only causal attention: set 'auto' or 'blocked'"
+    if call.dtype not in ("float32", "bfloat16"):
+        return f"knows float32 and bfloat16, not dtype={call.dtype}"
+    needed = cut(call).vmem_bytes()
+    if needed > MOST_BYTES:
+        return (
+            f"its tiles of {call.S} keys with d_head={call.K} in {call.dtype} need "
+            f"{needed >> 20} MiB of fast memory, it has "
+            f"{MOST_BYTES >> 20}: shorten memory_length, or set 'blocked'"
         )
-        return jnp.where(keep, 1 / (1 - self.shape.rate), 0.0)
-
-    def load_starts(self, s):
-        if self.shape.starts:
-            s["start"][...] = _column(self.x["start"][0])
-
-
-def forward(first_ref, seeds_ref, x, y, s, *, shape):
-    """o and the logarithm of each softmax's sum, `lse`."""
-    tile = _Tile(first_ref, seeds_ref, x, shape)
-
-    @pl.when(tile.n == tile.first)
-    def _():
-        s["max"][...] = jnp.full_like(s["max"], HIDDEN)
-        s["sum"][...] = jnp.zeros_like(s["sum"])
-        s["o"][...] = jnp.zeros_like(s["o"])
-        tile.load_starts(s)
-
-    @pl.when(tile.visited)
-    def _():
-        scores, visible = tile.scores(s)
-        before = s["max"][:, :1]
-        after = jnp.maximum(before, scores.max(1, keepdims=True))
-        p = jnp.where(visible, jnp.exp(scores - after), 0.0)
-        shrink = jnp.exp(before - after)
-        total = s["sum"][:, :1] * shrink + p.sum(1, keepdims=True)
-        s["max"][...] = jnp.broadcast_to(after, s["max"].shape)
-        s["sum"][...] = jnp.broadcast_to(total, s["sum"].shape)
-        if shape.rate:
-            p *= tile.kept()
-        v = x["v"][0, 0]
-        s["o"][...] = s["o"][...] * shrink + _dot(p.astype(v.dtype), v, 1, 0)
-
-    @pl.when(tile.n == pl.num_programs(3) - 1)
-    def _():
-        total = s["sum"][...]
-        total = jnp.where(total == 0.0, 1.0, total)  # a query that is only padding
-        y["o"][0, 0] = (s["o"][...] / total[:, :1]).astype(y["o"].dtype)
-        y["lse"][0, 0] = jnp.transpose(s["max"][...] + jnp.log(total))[:1]
-
-
-def backward(first_ref, seeds_ref, x, y, s, *, shape):
-    """All gradients in one pass: those of k, v and the table pile up on the chip."""
-    tile = _Tile(first_ref, seeds_ref, x, shape)
-    begins = (tile.q == 0) & (tile.n == 0)
-    relative = shape.R is not None
-
-    @pl.when(begins)
-    def _():
-        s["dk"][...] = jnp.zeros_like(s["dk"])
-        s["dv"][...] = jnp.zeros_like(s["dv"])
-
-    if relative:
-
-        @pl.when(begins & (tile.b == 0))
-        def _():
-            y["dtable"][...] = jnp.zeros_like(y["dtable"])
-
-    @pl.when(tile.n == tile.first)
-    def _():
-        s["dqu"][...] = jnp.zeros_like(s["dqu"])
-        if relative:
-            s["dqw"][...] = jnp.zeros_like(s["dqw"])
-            s["rest"][...] = jnp.zeros_like(s["rest"])
-        tile.load_starts(s)
-        s["lse"][...] = _column(x["lse"][0, 0])
-        products = x["o"][0, 0].astype(jnp.float32) * x["do"][0, 0].astype(jnp.float32)
-        delta = products.sum(1, keepdims=True)
-        s["delta"][...] = jnp.broadcast_to(delta, s["delta"].shape)
-
-    @pl.when(tile.visited)
-    def _():
-        qu, k, v, do = (x[name][0, 0] for name in ("qu", "k", "v", "do"))
-        scores, visible = tile.scores(s)
-        p = jnp.where(visible, jnp.exp(scores - s["lse"][:, :1]), 0.0)
-        dp = _dot(do, v, 1, 1)
-        kept_p = p
-        if shape.rate:
-            kept = tile.kept()
-            kept_p, dp = p * kept, dp * kept
-        dscores = p * (dp - s["delta"][:, :1])
-        keys = pl.ds(pl.multiple_of(tile.j0, shape.N), shape.N)
-        s["dv"][keys, :] += _dot(kept_p.astype(do.dtype), do, 0, 0)
-        low = dscores.astype(k.dtype)
-        s["dk"][keys, :] += _dot(low, qu, 0, 0)
-        s["dqu"][...] += _dot(low, k, 1, 0)
-        if relative:
-            _position_gradients(tile, dscores, y, s)
-
-    @pl.when(tile.n == pl.num_programs(3) - 1)
-    def _():
-        y["dqu"][0, 0] = s["dqu"][...].astype(y["dqu"].dtype)
-        if relative:
-            y["dqw"][0, 0] = s["dqw"][...].astype(y["dqw"].dtype)
-
-    @pl.when((tile.q == shape.query_tiles - 1) & (tile.n == pl.num_programs(3) - 1))
-    def _():
-        y["dk"][0, 0] = s["dk"][...].astype(y["dk"].dtype)
-        y["dv"][0, 0] = s["dv"][...].astype(y["dv"].dtype)
-
-
-def _position_gradients(tile, dscores, y, s):
-    """The way back of the shift; its last Q columns belong to the next tile's rows."""
-    Q, N, x = tile.Q, tile.N, tile.x
-    qw = x["qw"][0, 0]
-    draw = _unskew(dscores, Q)
-    now = draw[:, :N]
-    rest = [now[:, Q:]] if Q < N else []  # Mosaic has no empty arrays.
-    now = jnp.concatenate([now[:, :Q] + s["rest"][...], *rest], axis=1)
-    s["rest"][...] = draw[:, N:]
-
-    def add(offset, draw):
-        rows, draw = tile.table_rows(offset, draw.shape[1]), draw.astype(qw.dtype)
-        s["dqw"][...] += _dot(draw, x["table"][rows], 1, 0)
-        y["dtable"][rows] += _dot(draw, qw, 0, 0)
-
-    add(0, now)
-
-    @pl.when(tile.n == tile.last)
-    def _():
-        add(N, s["rest"][...])
-
-
-def _skew(raw, N):
-    """[Q, Q + N] -> [Q, N]: out[i, j] = raw[i, j - i + Q]."""
-    return pltpu.roll(raw, N, 1, stride=1, stride_axis=0)[:, :N]
-
-
-def _unskew(x, Q):
-    """[Q, N] -> [Q, Q + N]: out[i, c] = x[i, c + i - Q], 0 outside.
-
-    A rotation by Q - i. Mosaic refuses strides as large as -1 needs (Q + N - 1), so
-    the low 3 bits of i are 3 masked rotations, the others one for each group of 8.
-    """
-    x = jnp.concatenate([x, jnp.zeros((x.shape[0], Q), x.dtype)], axis=1)
-    width = x.shape[1]
-    i = lax.broadcasted_iota(jnp.int32, x.shape, 0)
-    for bit in range(3):
-        moved = pltpu.roll(x, width - (1 << bit), 1)
-        x = jnp.where((i >> bit) & 1 == 1, moved, x)
-    groups = [
-        pltpu.roll(x[start : start + 8], (Q - start) % width, 1)
-        for start in range(0, Q, 8)
-    ]
-    return jnp.concatenate(groups, axis=0)
-
-
-def _column(row):
-    """[1, Q], as arrays of one number a query are kept, to a column, in every lane."""
-    return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))
-
-
-def _dot(a, b, axis_a, axis_b):
-    contract = (((axis_a,), (axis_b,)), ((), ()))
-    return lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
+    return None

@@ -17,14 +17,15 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from xlformer.errors import UserError, did_you_mean
-from xlformer.kernels import blocked, pallas_gpu_case, pallas_tpu_case, xla
-from xlformer.kernels.case import OUTPUT_NAME, Case
+from xlformer.kernels import blocked, pallas_gpu_tiles, pallas_tpu_tiles, xla
+from xlformer.kernels.call import OUTPUT_NAME, Call
 from xlformer.kernels.dropout import seeds
+from xlformer.kernels.visibility import Visibility
 
 IMPLEMENTATIONS = ("xla", "blocked", "pallas_tpu", "pallas_gpu")
 REFUSALS = {
-    "pallas_tpu": pallas_tpu_case.refusal,
-    "pallas_gpu": pallas_gpu_case.refusal,
+    "pallas_tpu": pallas_tpu_tiles.refusal,
+    "pallas_gpu": pallas_gpu_tiles.refusal,
 }
 FEW_QUERIES = 64  # Of a tile of 128 a kernel would waste more than half.
 
@@ -55,11 +56,7 @@ def relative_attention(
       r_SHK: row d belongs to distance d, ascending; None for attention without
         relative positions. With causal=False there are T-1 more rows in front, for the
         distances -(T-1) to -1.
-      window: largest visible distance, self being 0; None is everything.
-      key_start_BT: index in S of the first visible key of each query, non-decreasing in
-        T and never past the query itself. It carries partly filled memory, resets and
-        padding on the left.
-      causal: no key after the query is visible.
+      window, key_start_BT, causal: what each query sees; see Visibility.
       dropout_rate: rate of dropout on the attention probabilities. All implementations
         drop the same ones.
       dropout_key: a jax.random key, or one for each row, [B]; None switches it off.
@@ -71,29 +68,49 @@ def relative_attention(
     Raises:
       UserError: an implementation that is unknown, or cannot run this here.
     """
+    return visible_attention(
+        qu_BTHK,
+        qw_BTHK,
+        k_BSHK,
+        v_BSHK,
+        r_SHK,
+        Visibility(window, key_start_BT, causal),
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        implementation=implementation,
+    )
+
+
+def visible_attention(
+    qu_BTHK: jax.Array,
+    qw_BTHK: jax.Array | None,
+    k_BSHK: jax.Array,
+    v_BSHK: jax.Array,
+    r_SHK: jax.Array | None,
+    visibility: Visibility,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """relative_attention, for callers that hold a Visibility."""
     B, T, H, _ = qu_BTHK.shape
     S = k_BSHK.shape[1]
     if (qw_BTHK is None) != (r_SHK is None):
         raise ValueError("pass both qw_BTHK and r_SHK, or neither")
-    rows = S if causal else S + T - 1
+    rows = S if visibility.causal else S + T - 1
     if r_SHK is not None and r_SHK.shape[0] != rows:
         raise ValueError(f"r_SHK has {r_SHK.shape[0]} rows, expected {rows}")
     if dropout_key is None:
         dropout_rate = 0.0
-    case = Case.of(
-        *(qu_BTHK, k_BSHK, v_BSHK, r_SHK),
-        key_start_BT=key_start_BT,
-        window=window,
-        causal=causal,
-        rate=dropout_rate,
-    )
+    call = Call.of(qu_BTHK, k_BSHK, v_BSHK, r_SHK, visibility, dropout_rate)
     if implementation == "auto":
-        implementation = choose(case, platform())
+        implementation = choose(call, platform())
     elif implementation not in IMPLEMENTATIONS:
         near = did_you_mean(implementation, ["auto", *IMPLEMENTATIONS])
         raise UserError(f"config.model.attention={implementation!r}{near}")
     elif implementation in REFUSALS:
-        why_not = REFUSALS[implementation](case, platform())
+        why_not = REFUSALS[implementation](call, platform())
         if why_not:
             raise UserError(f"config.model.attention={implementation!r}: {why_not}")
     with jax.named_scope(f"relative_attention_{implementation}"):
@@ -103,9 +120,7 @@ def relative_attention(
             k_BSHK,
             v_BSHK,
             r_SHK,
-            window=window,
-            key_start_BT=key_start_BT,
-            causal=causal,
+            visibility,
             dropout_rate=dropout_rate,
             seeds_BH2=seeds(dropout_key, B, H) if dropout_rate else None,
         )
@@ -133,27 +148,27 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def choose(case: Case, platform: str) -> str:
+def choose(call: Call, platform: str) -> str:
     """The implementation that 'auto' stands for; logs each choice once."""
-    name, why = "xla", f"{case.T} queries are fewer than two chunks"
-    if case.T >= 2 * blocked.CHUNK_SIZE:
+    name, why = "xla", f"{call.T} queries are fewer than two chunks"
+    if call.T >= 2 * blocked.CHUNK_SIZE:
         name, why = "blocked", "chunks of queries skip keys out of sight"
-        if not case.causal and case.window is None:
+        if call.visibility.keys_seen(call.T, call.S).min() == call.S:
             name, why = "xla", "every query sees every key"
     fused = f"pallas_{platform}"
     if fused in REFUSALS:
-        refused = REFUSALS[fused](case, platform)
-        if case.T < FEW_QUERIES:
-            refused = f"{case.T} queries are too few for a tile"
-        if platform == "gpu" and case.dtype == "float32":
+        refused = REFUSALS[fused](call, platform)
+        if call.T < FEW_QUERIES:
+            refused = f"{call.T} queries are too few for a tile"
+        if platform == "gpu" and call.dtype == "float32":
             refused = "its float32 tiles need more registers than there are"
         if refused:
             why += f"; not {fused}: {refused}"
-        elif _works(fused, case):
+        elif _works(fused, call):
             name, why = fused, "scores stay on the chip"
         else:
             name, why = "blocked", f"{fused} does not work"
-    _say(name, f"{case.T} queries, {case.S} keys on {platform}: {why}")
+    _say(name, f"{call.T} queries, {call.S} keys on {platform}: {why}")
     return name
 
 
@@ -163,19 +178,19 @@ def _say(name: str, why: str) -> None:
 
 
 @functools.cache
-def _works(fused: str, case: Case) -> bool:
+def _works(fused: str, call: Call) -> bool:
     """Whether the kernel compiles here and does what it should; warns if not.
 
     Asked while tracing, because a failure inside of the whole program comes too late.
     """
     try:
-        _module(fused).try_out(case)
+        _module(fused).try_out(call)
     except Exception as error:  # Whatever the compiler raises, there is another way.
         line = (str(error).strip() or repr(error)).splitlines()[0][:200]
         _log.warning(
             "attention=auto: the fused kernel does not work for %s; 'blocked' runs "
             "instead, which moves several times the bytes: %s",
-            case,
+            call,
             line,
         )
         return False

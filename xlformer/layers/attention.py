@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from xlformer.kernels.dropout import dropout
-from xlformer.kernels.relative_attention import relative_attention
+from xlformer.kernels.relative_attention import visible_attention
+from xlformer.kernels.visibility import Visibility
 from xlformer.layers import positions
 from xlformer.sharding import constrain
 
@@ -42,7 +43,6 @@ class Attention(nn.Module):
     own_biases: bool
     table_length: int
     clamp_length: int
-    window: int | None
     dropout: float
     attention_dropout: float
     kernel_init: Any
@@ -54,10 +54,10 @@ class Attention(nn.Module):
         self,
         x_BTD,
         context_BSD,
+        visibility: Visibility,
         *,
         r_SD=None,
         biases=None,
-        key_start_BT=None,
         keys=None,
         attend=None,
         fixed=0,
@@ -67,9 +67,9 @@ class Attention(nn.Module):
         Args:
           x_BTD: queries are made of this.
           context_BSD: keys and values are made of this.
+          visibility: what each query sees of the context.
           r_SD: sinusoid of each distance (type 0).
           biases: (u_HK, v_HK) shared by all layers, unless own_biases.
-          key_start_BT: first visible key of each query.
           keys: (probabilities, output), each a key a row; None switches dropout off.
           attend: (qu, qw, k, v) -> (y_BTHK, what it keeps), instead of the operation:
             where keys, values and positions of the memory are cached, context is x.
@@ -100,14 +100,13 @@ class Attention(nn.Module):
             kept = None
             if self.attn_type == ROTARY:
                 qu_BTHK, k_BSHK = positions.rotated(qu_BTHK, k_BSHK)
-            y_BTHK = relative_attention(
+            y_BTHK = visible_attention(
                 qu_BTHK,
                 qw_BTHK,
                 k_BSHK,
                 v_BSHK,
                 r_SHK,
-                window=self.window,
-                key_start_BT=key_start_BT,
+                visibility,
                 dropout_rate=self.attention_dropout,
                 dropout_key=probability_key,
                 implementation=self.implementation,

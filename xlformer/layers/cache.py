@@ -9,6 +9,7 @@ Two forms with the same interface: `Cache` for segments, `Ring` for single token
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from xlformer.kernels.relative_attention import relative_attention
+from xlformer.kernels.relative_attention import visible_attention
 from xlformer.layers import memory, positions
 
 
@@ -46,7 +47,7 @@ class Cache(NamedTuple):
         """(what is carried through the layers, what each layer gets its part of)."""
         return None, (self.keys_LBHMK, self.values_LBHMK, self.r_LSHK)
 
-    def attend(self, carried, scanned, index, *, key_start_BT, end, rotary, **options):
+    def attend(self, carried, scanned, index, *, visibility, end, rotary, **options):
         """For Attention: keeps the last M keys and values of [memory; x[:end]]."""
         del carried, index
         keys_BHMK, values_BHMK, r_SHK = scanned
@@ -66,17 +67,17 @@ class Cache(NamedTuple):
             k_BSHK, v_BSHK = (jnp.swapaxes(x, 1, 2) for x in (k_BHSK, v_BHSK))
             if rotary:
                 qu_BTHK, k_BSHK = positions.rotated(qu_BTHK, k_BSHK)
-            y_BTHK = relative_attention(
+            y_BTHK = visible_attention(
                 qu_BTHK,
                 qw_BTHK,
                 k_BSHK,
                 v_BSHK,
                 None if r_SHK is None else r_SHK[: k_BSHK.shape[1]],
-                key_start_BT=key_start_BT,
+                visibility,
                 **options,
             )
-            where = T, key_start_BT, options["window"]
-            seen_BTH = jax.vmap(lambda x_BS: memory.sees(x_BS, *where), 1, 2)(bad_BHS)
+            sees = functools.partial(visibility.sees, T=T)
+            seen_BTH = jax.vmap(sees, 1, 2)(bad_BHS)
             y_BTHK = jnp.where(seen_BTH[..., None], jnp.nan, y_BTHK)
             kept = (keys_BHMK, k_BHTK), (values_BHMK, v_BHTK)
             kept = tuple(memory.append(*x, end, axis=2) for x in kept)
@@ -121,9 +122,8 @@ class Ring(NamedTuple):
         scanned,
         index,
         *,
-        key_start_BT,
+        visibility,
         end,
-        window,
         rotary,
         **options,
     ):
@@ -132,10 +132,10 @@ class Ring(NamedTuple):
         N = self.keys_LBHNK.shape[3]
         slot = (self.newest + 1) % N
         distance_N = (slot - jnp.arange(N)) % N
-        seen_B = N - 1 - key_start_BT[:, 0] if key_start_BT is not None else N - 1
-        visible_BN = distance_N[None] <= jnp.reshape(seen_B, (-1, 1))
-        if window is not None:
-            visible_BN &= distance_N[None] <= window
+        # In [memory; token] the token is the last of N keys, its own.
+        visible_BN = visibility.allows(
+            0, N - 1 - distance_N[None], M=N - 1, start=visibility.key_start_BT
+        )
         r_NHK = scanned
         if r_NHK is not None:
             r_NHK = lax.dynamic_slice_in_dim(scanned, N - 1 - slot, N)

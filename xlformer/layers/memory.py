@@ -91,7 +91,7 @@ def next_length(length_B, resets_BT, end, *, M: int) -> jax.Array:
 
 
 # Masks hide a number by giving it the weight 0, and 0 NaN is NaN: what is not finite is
-# taken out before attention, and put back where it is seen.
+# taken out before attention, and put back where it is seen (Visibility.sees).
 
 
 def valid_slots(state: Memory) -> Memory:
@@ -106,13 +106,3 @@ def finite(x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Zeros at positions that hold anything not finite, and which these are, [B, S]."""
     bad_BS = ~jnp.isfinite(x_BSD).all(axis=-1)
     return jnp.where(bad_BS[..., None], 0, x_BSD), bad_BS
-
-
-def sees(bad_BS: jax.Array, T: int, key_start_BT: jax.Array | None, window: int | None):
-    """Which of the last T positions see a bad one, [B, T]; None hides nothing."""
-    S = bad_BS.shape[1]
-    index_BS = jnp.broadcast_to(jnp.arange(S)[None], bad_BS.shape)
-    newest_BT = lax.cummax(jnp.where(bad_BS, index_BS, -1), axis=1)[:, S - T :]
-    oldest_BT = index_BS[:, S - T :] - (S if window is None else window)
-    oldest_BT = jnp.maximum(oldest_BT, 0 if key_start_BT is None else key_start_BT)
-    return newest_BT >= oldest_BT

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xlformer.kernels.case import OUTPUT_NAME
+from xlformer.kernels.call import OUTPUT_NAME
 
 REMAT = ("none", "attention", "full")
 

@@ -15,10 +15,7 @@ import numpy as np
 
 from xlformer import models, runs, scoring, sharding
 from xlformer.generation import continuation as generation
-from xlformer.kernels import pallas_tpu, pallas_tpu_case
-from xlformer.kernels.relative_attention import choose
 from xlformer.layers.adaptive import frequencies
-from xlformer.layers.attention import LEARNED_RELATIVE, RELATIVE
 from xlformer.machines import rehearsal
 from xlformer.models.base import compute_dtype
 
@@ -40,7 +37,6 @@ class Case:
       at_once: tokens that go through a layer together.
       memory: bytes that the compiled program takes on a device, None if not known.
       accessed: bytes by the compiler's count, which sees only operands of kernels.
-      kernel_bytes: what the kernels of one layer copy themselves, None without any.
       seconds, host_seconds: measured.
       out_of_memory: what the device said, if it was too small.
     """
@@ -54,7 +50,6 @@ class Case:
     compile_seconds: float = 0.0
     memory: int | None = None
     accessed: float | None = None
-    kernel_bytes: dict | None = None
     seconds: list[float] = dataclasses.field(default_factory=list)
     host_seconds: list[float] = dataclasses.field(default_factory=list)
     out_of_memory: str = ""
@@ -114,15 +109,6 @@ def train_case(name, config, vocab_size, mesh) -> Case:
         compile_seconds=compile_seconds,
     )
     case.account(compiled)
-    copied = kernel_bytes(
-        model.config,
-        rows=train.batch_size // train.micro_batches,
-        length=train.segment_length,
-        mesh=mesh,
-        train=True,
-    )
-    if copied:
-        case.kernel_bytes = {k: train.micro_batches * n for k, n in copied.items()}
     return case
 
 
@@ -172,13 +158,6 @@ def eval_case(name, config, vocab_size, mesh) -> Case:
     )
     # What is in a loop the compiler counts once, whatever its rounds: of a segment.
     case.account(compiled)
-    case.kernel_bytes = kernel_bytes(
-        model.config,
-        rows=sharding.padded(rows, mesh),
-        length=T,
-        mesh=mesh,
-        train=False,
-    )
     return case
 
 
@@ -224,41 +203,6 @@ def generate_case(name, config, vocab_size, mesh) -> Case:
 
 
 CASES = {"train": train_case, "eval": eval_case, "generate": generate_case}
-
-
-def kernel_bytes(config, *, rows: int, length: int, mesh, train: bool) -> dict | None:
-    """What the TPU's attention kernels copy in one layer, on one device.
-
-    Args:
-      config: of the model.
-      rows, length: of a segment that goes through the layer.
-      train: with dropout, and backward too.
-    """
-    T = length + config.extended_length
-    B, H = rows // sharding.row_shards(mesh), config.n_head // mesh.shape["tensor"]
-    K, S, dtype = (
-        config.head_width,
-        config.memory_length + T,
-        compute_dtype(config.dtype),
-    )
-    widths = {RELATIVE: K, LEARNED_RELATIVE: K + 1}
-    R = widths.get(config.encoding)
-    qu_BTHK, k_BSHK = (jax.ShapeDtypeStruct((B, n, H, K), dtype) for n in (T, S))
-    case = pallas_tpu_case.Tiles.of(
-        *(qu_BTHK, k_BSHK, k_BSHK),
-        r_SHK=jax.ShapeDtypeStruct((S, H, R), dtype) if R else None,
-        key_start_BT=None if config.attend_zero_memory else qu_BTHK,
-        window=config.attention_window,
-        causal=True,
-        rate=config.attention_dropout if train else 0.0,
-    )
-    chosen = config.attention
-    if chosen == "auto":
-        chosen = choose(case, mesh.devices.flat[0].platform)
-    if chosen != "pallas_tpu":
-        return None
-    found = pallas_tpu.copied_bytes(case, rows=B, heads=H)
-    return found if train else {"forward": found["forward"]}
 
 
 def matmul_case(config, at_once: int, mesh) -> Case:

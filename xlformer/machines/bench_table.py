@@ -18,7 +18,7 @@ def table(rows: list[dict]) -> str:
         if row.get("out_of_memory"):
             cells = f"  out of memory: {row['out_of_memory']}"
         lines.append(f"{row['case']:{width}}{cells}")
-    return "\n".join([*lines, *_notes(rows, columns)])
+    return "\n".join([*lines, *_notes(rows)])
 
 
 def _cell(name: str, row: dict) -> str:
@@ -31,11 +31,6 @@ def _share(value) -> str:
 
 def _megabytes(value) -> str:
     return "-" if value is None else f"{value / 1e6:,.1f}"
-
-
-def _kernel_bytes(row) -> str:
-    found = row["kernel_bytes"]
-    return _megabytes(sum(found.values())) if found else ""
 
 
 def _published(row, key: str, text) -> str:
@@ -60,17 +55,14 @@ _CELLS = {
     "of matmul": lambda row: _share(row["of_matrix_products"]),
     "memory": lambda row: "-" if row["memory"] is None else binary_size(row["memory"]),
     "MB by XLA": lambda row: _megabytes(row["bytes_accessed"]),
-    "MB kernels": _kernel_bytes,
     "compile s": lambda row: f"{row['compile_seconds']:.1f}",
     "host ms": lambda row: f"{row['host_ms']:.2f}",
 }
 
 
-def _notes(rows, columns) -> list[str]:
+def _notes(rows) -> list[str]:
     """What a reader could take for something else."""
     found = ["MB by XLA: of a loop (layers) one round, of a kernel its operands once"]
-    if "MB kernels" in columns:
-        found.append("MB kernels: what they copy, in one layer, backward included")
     said = {}
     for row in rows:
         if row.get("published"):

@@ -8,6 +8,7 @@ import typing
 from xlformer.errors import UserError
 from xlformer.fields import FREE, REFUSED, TAKEN, Rule
 from xlformer.kernels.relative_attention import IMPLEMENTATIONS
+from xlformer.kernels.visibility import Visibility
 from xlformer.layers.adaptive import Bins
 from xlformer.layers.attention import (
     LEARNED_ABSOLUTE,
@@ -135,6 +136,10 @@ class TransformerXLConfig:
         if self.window is None and self.same_length:
             return self.memory_length - 1
         return self.window
+
+    def visibility(self, key_start_BT=None) -> Visibility:
+        """What a token sees, from a segment's first visible keys on."""
+        return Visibility(self.attention_window, key_start_BT)
 
     @property
     def bins(self) -> Bins:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
-
 from xlformer.layers.attention import LEARNED_RELATIVE, RELATIVE
 from xlformer.models.transformer_xl.config import TransformerXLConfig
 
@@ -61,9 +59,7 @@ def segment(
     T = segment_length + config.extended_length
     d, W = config.d_model, config.n_head * config.head_width
     L, S = config.n_layer, M + T
-    seen_T = M + 1 + np.arange(T)
-    if config.attention_window is not None:
-        seen_T = np.minimum(seen_T, config.attention_window + 1)
+    seen_T = config.visibility().keys_seen(T, S)
     relative = config.encoding in (RELATIVE, LEARNED_RELATIVE)
     projected = config.encoding == RELATIVE and not cached
     return Flops(

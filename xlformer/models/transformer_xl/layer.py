@@ -47,16 +47,14 @@ class Layer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(
-        self, x_BTD, memory_BMD, shared, key_start_BT=None, key=None, attend=None
-    ):
+    def __call__(self, x_BTD, memory_BMD, shared, visibility, key=None, attend=None):
         """The layer's output, and what `attend` keeps.
 
         Args:
           x_BTD: the layer's input.
           memory_BMD: its memory; None where `attend` brings its own.
           shared: (r_SD, (u, v)), the same for all layers.
-          key_start_BT: first visible key of each query.
+          visibility: what each query sees of [memory; x].
           key: of dropout.
           attend: see Attention.
         """
@@ -76,7 +74,6 @@ class Layer(nn.Module):
             own_biases=config.untie_r,
             table_length=config.table_length,
             clamp_length=config.clamp_length,
-            window=config.attention_window,
             dropout=config.dropout,
             attention_dropout=config.attention_dropout,
             kernel_init=init["kernel"],
@@ -107,18 +104,16 @@ class Layer(nn.Module):
         more_BTD, kept = attention(
             queries_BTD,
             context_BSD,
+            visibility,
             r_SD=r_SD,
             biases=biases,
-            key_start_BT=key_start_BT,
             keys=keys[:2],
             attend=attend,
             # A norm learns from the memory too.
             fixed=0 if config.pre_norm else M,
         )
         if not attend:
-            seen_BT = memory_lib.sees(
-                bad_BS, x_BTD.shape[1], key_start_BT, config.attention_window
-            )
+            seen_BT = visibility.sees(bad_BS, x_BTD.shape[1])
             more_BTD = jnp.where(seen_BT[..., None], jnp.nan, more_BTD)
         y_BTD = x_BTD + more_BTD
         if config.pre_norm:

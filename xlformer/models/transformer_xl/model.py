@@ -59,8 +59,7 @@ class TransformerXL(TokenModel):
         if self.positions_from_end:
             return False
         # One pass keeps its M zeros to the end; segments push them out of the memory.
-        window = config.attention_window
-        in_sight = window is None or window > config.memory_length
+        in_sight = config.visibility().allows(1, 0, config.memory_length)
         return not (config.attend_zero_memory and in_sight)
 
     @property

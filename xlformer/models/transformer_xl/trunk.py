@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlformer.kernels.dropout import dropout, fold
+from xlformer.kernels.visibility import Visibility
 from xlformer.layers import memory as memory_lib
 from xlformer.layers import positions, stack
 from xlformer.layers.attention import LEARNED_ABSOLUTE, RELATIVE, ROTARY, SINUSOID
@@ -29,7 +30,7 @@ class Segment(NamedTuple):
 
     Attributes:
       resets_BT: true where a token sees nothing before it; or None.
-      key_start_BT: first visible key of each query; None where all are.
+      visibility: what each token sees of [memory; segment].
       index_BT: position of each token, counted backwards from the last valid one.
       end: how many of its positions enter the memory: a number, or one a row.
       shared: (r_SD, (u, v)) for all layers; see Layer.
@@ -37,7 +38,7 @@ class Segment(NamedTuple):
     """
 
     resets_BT: Any
-    key_start_BT: Any
+    visibility: Visibility
     index_BT: Any
     end: Any
     shared: Any
@@ -83,7 +84,7 @@ class TrunkModule(nn.Module):
         x_BTD = dropout(x_BTD, config.dropout, fold(key, INPUT_KEY))
         segment = Segment(
             resets_BT,
-            key_start_BT,
+            config.visibility(key_start_BT),
             index_BT,
             end,
             self._shared(M + T, fold(shared_key, POSITION_KEY)),
@@ -120,7 +121,7 @@ class TrunkModule(nn.Module):
                 x_BTD,
                 memory_BMD,
                 segment.shared,
-                segment.key_start_BT,
+                segment.visibility,
                 fold(segment.key, index),
             )
             return y_BTD, memory_lib.append(memory_BMD, x_BTD, segment.end)
@@ -143,14 +144,18 @@ class TrunkModule(nn.Module):
                 carried,
                 mine,
                 index,
-                key_start_BT=segment.key_start_BT,
+                visibility=segment.visibility,
                 end=segment.end,
-                window=config.attention_window,
                 rotary=config.encoding == ROTARY,
                 implementation=config.attention,
             )
             y_BTD, (carried, mine) = layer.apply(
-                {"params": params}, x_BTD, None, segment.shared, attend=attend
+                {"params": params},
+                x_BTD,
+                None,
+                segment.shared,
+                segment.visibility,
+                attend=attend,
             )
             return (y_BTD, carried), mine
 
@@ -182,7 +187,8 @@ class TrunkModule(nn.Module):
         shared = (None if r_SD is None else r_SD[:1], biases)
 
         def init_one(key):
-            return layer.init(key, one_BTD, one_BTD[:, :0], shared)["params"]
+            arrays = one_BTD, one_BTD[:, :0], shared, self.config.visibility()
+            return layer.init(key, *arrays)["params"]
 
         return jax.vmap(init_one)(jax.random.split(key, self.config.n_layer))
 

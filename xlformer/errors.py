@@ -8,6 +8,12 @@ from collections.abc import Iterable
 USER_ERROR_EXIT_CODE = 2
 
 
+# What a command ends with, if not with 0. launch/ reads these lines and restarts by them.
+BAD_INPUT = 2  # one line has said what; no restart mends it
+INTERRUPTED = 42  # stopped by a signal; everything worth keeping is saved
+HUNG = 43  # a host made no step; all hosts have to start again
+
+
 class UserError(Exception):
     """Something only the caller can change; carries exactly one line.
 

@@ -15,7 +15,7 @@ class UserError(Exception):
     """Something only the caller can change; carries exactly one line.
 
     Library functions raise it and never exit. `command.run` turns it into that line on
-    standard error and exit code 2.
+    standard error and the exit code BAD_INPUT.
     """
 
     def __init__(self, message: str):

@@ -169,9 +169,10 @@ def spec(
 
     What does not divide evenly stays whole: a vocabulary may have any size.
     """
-    used, parts = set(), []
+    used: set[str] = set()
+    parts = []
     for size, name in zip(shape, names, strict=True):
-        axes = [a for a in RULES.get(name, ()) if a not in used]
+        axes = [a for a in RULES.get(name or "", ()) if a not in used]
         axes = [a for a in axes if sizes.get(a, 1) > 1]
         if size % math.prod(sizes[a] for a in axes):
             axes = []

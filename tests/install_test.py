@@ -96,6 +96,15 @@ def test_it_works_in_a_bare_environment(wheel, tmp_path):
     assert usage.startswith("usage: ")
 
 
+def test_the_image_is_sent_what_it_copies():
+    """And nothing else: beside it lie environments of gigabytes."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in lines
+    sent = {line.removeprefix("!") for line in lines if line.startswith("!")}
+    copied = re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE)
+    assert sent == set(" ".join(copied).split())
+
+
 def test_the_image_installs_an_extra_that_there_is():
     extras = re.findall(r'^    "(\w+)": \[', (ROOT / "setup.py").read_text(), re.M)
     (default,) = re.findall(r"^ARG ACCELERATOR=(\w+)$", DOCKERFILE, re.MULTILINE)

@@ -15,7 +15,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"))
+    for path in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("[a-z]*/README.md"),
+    )
 }
 every_page = pytest.mark.parametrize("page", PAGES)
 
@@ -82,6 +86,11 @@ def test_files_and_pages_that_a_page_names_exist(page):
     for name in re.findall(rf"`((?:{written})/[\w/.]+)`", PAGES[page]):
         invented = "NAME" in name or "leaky" in name
         assert invented or (ROOT / name).exists(), name
+
+
+def test_every_page_is_in_the_index():
+    for page in PAGES:
+        assert f"]({page})" in README or page == "README.md" or "tests" in page, page
 
 
 def test_the_map_of_the_tree_is_the_tree():

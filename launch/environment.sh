@@ -1,14 +1,39 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: finds a Python, chooses the extra of setup.py for this
-# machine's accelerator, keeps .venv in the repository up to date.
-# Defines functions and GLIBC_TUNABLES only. Wants ROOT, the repository, and `set -euo pipefail`.
+# machine's accelerator, keeps .venv in the repository up to date, knows the commands of
+# xlformer and their exit codes. Defines functions, the exit codes and GLIBC_TUNABLES
+# only. Wants ROOT, the repository, and `set -euo pipefail`.
 
 # XLA takes its temporary arrays anew in each call, which on a CPU is faster in pages of
 # 2 MiB (docs/performance.md). A libc other than glibc ignores it.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
+# BAD_INPUT, INTERRUPTED, HUNG: where the commands state them, no shell repeats them.
+while IFS=' =' read -r name code _; do
+    case $name in BAD_INPUT | INTERRUPTED | HUNG) printf -v "$name" %s "$code" ;; esac
+done <"$ROOT/xlformer/errors.py"
+unset name code
+
 say() {
     printf '%s\n' "$*" >&2
+}
+
+# One line, and the end of the script: what only the caller can change.
+bad() {
+    say "error: $*"
+    exit "$BAD_INPUT"
+}
+
+# number FLAG VALUE LEAST: refuses what is not a whole number of at least LEAST (0 or 1).
+number() {
+    [[ $2 =~ ^[0-9]+$ && $2 -ge $3 ]] || bad "--$1=$2: not a number from $3"
+}
+
+# Whether a word is a command of xlformer that several hosts run together. Every launcher
+# takes one as its first word (train where there is none) and ends in
+# `python -m xlformer COMMAND ARGUMENTS`.
+is_command() {
+    case ${1:-} in train | evaluate | generate) ;; *) return 1 ;; esac
 }
 
 # quoted WORD...: the words as one line that a shell reads back as the same words.
@@ -32,9 +57,8 @@ find_python() {
         fi
         found+="${found:+, }$candidate is $version"
     done
-    say "error: xlformer needs Python 3.11 or newer (found: ${found:-none});" \
+    bad "xlformer needs Python 3.11 or newer (found: ${found:-none});" \
         "install one, or name it: PYTHON=/path/to/python3.11"
-    return 2
 }
 
 # Prints 'EXTRA: why', EXTRA one of cpu, cuda12, cuda13, tpu. Looks at files and asks
@@ -45,10 +69,7 @@ choose_extra() {
     if [[ -n ${XLFORMER_EXTRA:-} ]]; then
         case $XLFORMER_EXTRA in
             cpu | cuda12 | cuda13 | tpu) echo "$XLFORMER_EXTRA: XLFORMER_EXTRA says so" ;;
-            *)
-                say "error: XLFORMER_EXTRA=$XLFORMER_EXTRA: not cpu, cuda12, cuda13 or tpu"
-                return 2
-                ;;
+            *) bad "XLFORMER_EXTRA=$XLFORMER_EXTRA: not cpu, cuda12, cuda13 or tpu" ;;
         esac
         return
     fi
@@ -101,12 +122,10 @@ choose_cuda() {
     fi
 }
 
-# install PYTHON EXTRA: makes .venv and installs the package with that extra (cpu is
-# none), unless the stamp of the last time is current.
+# install PYTHON EXTRA: makes .venv and installs the package with that extra, unless the
+# stamp of the last time is current.
 install() {
     local python=$1 extra=$2 venv="$ROOT/.venv" stamp current
-    local target="$ROOT"
-    [[ $extra == cpu ]] || target="${ROOT}[$extra]"
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         make_venv "$python" "$venv"
     fi
@@ -118,7 +137,7 @@ install() {
         return
     fi
     say "environment: installing xlformer for $extra into $venv (minutes the first time)"
-    "$venv/bin/python" -m pip install --quiet --editable "$target"
+    "$venv/bin/python" -m pip install --quiet --editable "${ROOT}[$extra]"
     printf '%s\n' "$current" >"$stamp"
 }
 
@@ -132,7 +151,7 @@ make_venv() {
     fi
     if [[ -e $venv && ! -e $venv/xlformer ]]; then
         say "error: $venv has no working pip and was not made here; delete it first"
-        return 2
+        return "$BAD_INPUT"
     fi
     say "environment: making $venv with $("$python" --version 2>&1)"
     mkdir -p "$venv"
@@ -141,6 +160,6 @@ make_venv() {
         version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
         say "error: $python cannot make virtual environments;" \
             "on Debian and Ubuntu: sudo apt install python$version-venv"
-        return 2
+        return "$BAD_INPUT"
     fi
 }

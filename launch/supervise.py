@@ -1,14 +1,15 @@
-"""Runs N processes of one training on this machine; restarts all when one fails.
+"""Runs N processes of one command on this machine; restarts all when one fails.
 
-    python launch/supervise.py --processes=2 -- python -m xlformer.train --config=...
+    python launch/supervise.py --processes=2 -- python -m xlformer train --config=...
 
 Each gets --coordinator=127.0.0.1:PORT --num_processes=N --process_id=I. Process 0
 writes to the terminal, the others to LOG_DIR/host-I.log. When one dies the others hang
 in a collective, and JAX cannot take it back: so all are killed and started again.
 
-Exit codes of a process: 0 complete; 2 bad input, never restarted; 42 stopped by a
-signal, everything saved; anything else is a failure. SIGTERM and SIGINT are handed on
-once, as SIGTERM; then the exit code is 42. A second one kills. Standard library only.
+Exit codes of a process are those of xlformer/errors.py: 0 complete; BAD_INPUT is never
+restarted; INTERRUPTED is stopped by a signal, with everything saved; anything else is a
+failure. SIGTERM and SIGINT are handed on once, as SIGTERM; then the exit code is
+INTERRUPTED. A second one kills. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import ctypes
 import os
 import pathlib
+import runpy
 import signal
 import socket
 import subprocess
@@ -24,7 +26,9 @@ import sys
 import tempfile
 import time
 
-BAD_INPUT, SAVED = 2, 42
+# Run, not imported: the Python that runs this file may know nothing of xlformer.
+_CODES = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "xlformer/errors.py"))
+BAD_INPUT, INTERRUPTED = _CODES["BAD_INPUT"], _CODES["INTERRUPTED"]
 FAILURE_GRACE = 3.0  # seconds for the others to say why they fail too; then SIGKILL
 POLL = 0.05  # seconds
 LAST_LINES = 10  # of the log of a host that failed
@@ -103,7 +107,7 @@ def send(children: list, number: int) -> None:
 
 def well(code: int | None, told: bool) -> bool:
     # A process that was told to stop before its handler stood had nothing to save.
-    return code in (None, 0, SAVED) or (told and code == -signal.SIGTERM)
+    return code in (None, 0, INTERRUPTED) or (told and code == -signal.SIGTERM)
 
 
 def watch(children: list, stop: Stop, save_limit: float):
@@ -167,12 +171,12 @@ def run(command, *, processes, max_restarts, log_dir, save_limit) -> int:
         if set(codes) == {0}:
             return 0
         if stop.count:  # 128 + number is the shell's code: not everything was saved
-            return SAVED if first is None else 128 + stop.number
+            return INTERRUPTED if first is None else 128 + stop.number
         if attempt < max_restarts:
             done = "stopped" if first is None else "failed"
             say(f"{done}; restart {attempt + 1} of {max_restarts}")
     say(f"giving up after {max_restarts} restarts")
-    code = SAVED if first is None else codes[first]
+    code = INTERRUPTED if first is None else codes[first]
     return code if code > 0 else 128 - code
 
 

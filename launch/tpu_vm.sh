@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice of any number of hosts. See --help and launch/README.md.
+# Trains, evaluates or generates on a Cloud TPU slice of any number of hosts. See --help
+# and launch/README.md.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 # shellcheck source=launch/environment.sh disable=SC1091
 source "$ROOT/launch/environment.sh"
 
-BAD_INPUT=2 SAVED=42 # training's exit codes: never restart; stopped and saved
-COMMAND="" NAME="" ZONE="" PROJECT="" ACCELERATOR="" RUNTIME="" WORKDIR="" CONFIG=""
+ACTION=run COMMAND=train NAME="" ZONE="" PROJECT="" ACCELERATOR="" RUNTIME=""
+WORKDIR="" CONFIG=""
 SPOT="" EXISTING="" KEEP="" DRY="" MAX_RESTARTS=10 WAIT_MINUTES=1440
-CREATE_FLAGS=() TRAIN=()
+CREATE_FLAGS=() ARGUMENTS=()
 POLL_SECONDS=${POLL_SECONDS:-30}
 
 DRY_STATE=absent # what --dry-run pretends
@@ -18,14 +19,15 @@ TOLD=0 RUNNING="" AGAIN=""
 
 usage() {
     cat <<'END'
-usage: bash launch/tpu_vm.sh [run|create|copy|stop|delete] --name=NAME --zone=ZONE
+usage: bash launch/tpu_vm.sh [train|evaluate|generate] --name=NAME --zone=ZONE
            --accelerator=v5litepod-16 --workdir=gs://BUCKET/DIR --config=NAME
-           [FLAGS] [TRAIN ARGUMENTS]
+           [FLAGS] [ARGUMENTS OF THE COMMAND]
+       bash launch/tpu_vm.sh create|copy|stop|delete --name=NAME --zone=ZONE [FLAGS]
 
-run     (the default) makes the slice, copies this repository to every host, trains on
-        all of them, starts all again when one fails, makes the slice again when it was
-        preempted, and deletes it at the end.
-create, copy, delete   one of these steps alone. stop: asks a training to save and end.
+Makes the slice, copies this repository to every host, runs the command (train) on all of
+them, starts all again when one fails, makes the slice again when it was preempted, and
+deletes it at the end. create, copy, delete: one of these steps alone; stop: asks the
+command to save and end. --config=NAME is for train only.
 
 --spot              a slice that may be taken back at any time, at a lower price
 --existing          uses the TPU VM NAME that is there; never creates or deletes
@@ -35,13 +37,16 @@ create, copy, delete   one of these steps alone. stop: asks a training to save a
 --create_flag=FLAG  one more flag of `gcloud ... queued-resources create`, repeatable
 --max_restarts=K    (10)   --wait_minutes=M for a slice (1440)
 --dry-run           prints the commands and runs none
-Exit code: training's. 42: stopped by a signal, and saved.
+Exit code: the command's. 42: stopped by a signal, and saved.
 END
 }
 
 parse() {
     local argument
-    case ${1:-} in run | create | copy | stop | delete) COMMAND=$1 && shift ;; esac
+    case ${1:-} in
+        create | copy | stop | delete) ACTION=$1 && shift ;;
+        *) ! is_command "${1:-}" || { COMMAND=$1 && shift; } ;;
+    esac
     for argument in "$@"; do
         case $argument in
             --help | -h) usage && exit ;;
@@ -57,27 +62,25 @@ parse() {
             --create_flag=*) CREATE_FLAGS+=("${argument#*=}") ;;
             --max_restarts=*) MAX_RESTARTS=${argument#*=} ;;
             --wait_minutes=*) WAIT_MINUTES=${argument#*=} ;;
-            --workdir=*) WORKDIR=${argument#*=} && TRAIN+=("$argument") ;;
-            --config=*) CONFIG=${argument#*=} && TRAIN+=("$argument") ;;
-            --config.*=* | --manual_dir=*) TRAIN+=("$argument") ;;
+            --workdir=*) WORKDIR=${argument#*=} && ARGUMENTS+=("$argument") ;;
+            --config=*) CONFIG=${argument#*=} && ARGUMENTS+=("$argument") ;;
+            --config.*=* | --manual_dir=* | --init_from=*) ARGUMENTS+=("$argument") ;;
+            --*=*) # train's are all above: a typo must not cost a slice
+                [[ $COMMAND != train ]] || bad "$argument: unknown (see --help)"
+                ARGUMENTS+=("$argument")
+                ;;
             *) bad "$argument: unknown, or without its =VALUE (see --help)" ;;
         esac
     done
-    COMMAND=${COMMAND:-run}
-}
-
-bad() {
-    say "error: $*"
-    exit "$BAD_INPUT"
 }
 
 # Everything that can be wrong is said before a slice exists and costs money.
 check() {
     [[ -n $NAME ]] || bad "--name=NAME is missing"
     [[ -n $ZONE ]] || bad "--zone=ZONE is missing"
-    [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || bad "--max_restarts=$MAX_RESTARTS: no number"
-    [[ $WAIT_MINUTES =~ ^[0-9]+$ ]] || bad "--wait_minutes=$WAIT_MINUTES: no number"
-    if [[ $COMMAND == run || $COMMAND == create ]] && [[ -z $EXISTING ]]; then
+    number max_restarts "$MAX_RESTARTS" 0
+    number wait_minutes "$WAIT_MINUTES" 0
+    if [[ $ACTION == run || $ACTION == create ]] && [[ -z $EXISTING ]]; then
         [[ -n $ACCELERATOR ]] || bad "--accelerator=TYPE is missing (v5litepod-16, ...)"
         [[ -n $RUNTIME ]] || case $ACCELERATOR in
             v5litepod-*) RUNTIME=v2-alpha-tpuv5-lite ;;
@@ -87,8 +90,8 @@ check() {
             *) bad "--runtime=VERSION is missing: no default for $ACCELERATOR" ;;
         esac
     fi
-    [[ $COMMAND == run ]] || return 0
-    [[ -n $CONFIG ]] || bad "--config=NAME is missing"
+    [[ $ACTION == run ]] || return 0
+    [[ -n $CONFIG || $COMMAND != train ]] || bad "--config=NAME is missing"
     [[ -n $WORKDIR ]] || bad "--workdir=gs://BUCKET/DIR is missing"
     [[ $WORKDIR != gs://* ]] || return 0
     [[ -n $ACCELERATOR || -n $DRY ]] || ACCELERATOR=$(tpu tpu-vm describe "$NAME" \
@@ -221,7 +224,7 @@ follow() {
         [[ $line =~ $pattern ]] || continue
         echo "${BASH_REMATCH[2]}" >>"$TEMPORARY/codes"
         case ${BASH_REMATCH[2]} in
-            0 | "$SAVED") ;;
+            0 | "$INTERRUPTED") ;;
             *)
                 say "host ${BASH_REMATCH[1]} failed with exit code ${BASH_REMATCH[2]}"
                 [[ -n $killing ]] || on_hosts "$(worker stop KILL)" &>/dev/null &
@@ -232,16 +235,16 @@ follow() {
     wait
 }
 
-# train_once NUMBER: trains on all hosts. The status of the whole: 2 if a host has that, else that of a
-# failed host, else 42 if a host has that, else 0.
-train_once() {
+# run_once NUMBER: runs the command on all hosts. The status of the whole: BAD_INPUT if a
+# host has that, else that of a failed host, else INTERRUPTED if a host has that, else 0.
+run_once() {
     local status code job attempt
     attempt=$(date +%s)-$$-$1 # never used before on these hosts
     : >"$TEMPORARY/codes"
     set -m # its own process group: a Ctrl-C at the terminal reaches only this script
     (
         set +e
-        on_hosts "$(worker start "$attempt" "${TRAIN[@]}")" 2>&1 | follow
+        on_hosts "$(worker start "$attempt" "$COMMAND" "${ARGUMENTS[@]}")" 2>&1 | follow
         exit "${PIPESTATUS[0]}"
     ) &
     job=$!
@@ -253,13 +256,13 @@ train_once() {
         wait "$job" || status=$?
     done
     RUNNING=""
-    code=$(grep -vxm1 -e 0 -e "$SAVED" "$TEMPORARY/codes" || true)
+    code=$(grep -vxm1 -e 0 -e "$INTERRUPTED" "$TEMPORARY/codes" || true)
     if grep -qx "$BAD_INPUT" "$TEMPORARY/codes"; then
         return "$BAD_INPUT"
     elif [[ -n $code ]]; then
         return "$code"
-    elif grep -qx "$SAVED" "$TEMPORARY/codes"; then
-        return "$SAVED"
+    elif grep -qx "$INTERRUPTED" "$TEMPORARY/codes"; then
+        return "$INTERRUPTED"
     fi
     [[ $status -eq 0 ]] || return 255 # a connection was lost, and no host says why
 }
@@ -275,15 +278,15 @@ on_signal() {
     fi
 }
 
-train() {
+run() {
     local restarts=0 status
     while :; do
         status=1
         if bring_up && copy && [[ $TOLD -eq 0 ]]; then
             status=0
-            train_once "$restarts" || status=$?
+            run_once "$restarts" || status=$?
         elif [[ $TOLD -gt 0 ]]; then
-            return "$SAVED" # between trainings there is nothing to lose
+            return "$INTERRUPTED" # between two attempts there is nothing to lose
         elif [[ $restarts -eq 0 ]]; then
             return 1 # nothing ever ran: rather a wrong flag than bad luck
         fi
@@ -304,7 +307,7 @@ finish() {
     local status=$?
     trap '' INT TERM
     rm -rf "$TEMPORARY"
-    if [[ -n $LEFT && -z $KEEP$EXISTING && $COMMAND == run ]]; then
+    if [[ -n $LEFT && -z $KEEP$EXISTING && $ACTION == run ]]; then
         say "deleting the slice $NAME"
         ! remove || LEFT=""
     fi
@@ -324,12 +327,11 @@ main() {
     trap finish EXIT
     trap 'on_signal INT' INT
     trap 'on_signal TERM' TERM
-    case $COMMAND in
-        run) train ;;
+    case $ACTION in
         create) bring_up ;;
-        copy) copy ;;
         stop) on_hosts "$(worker stop TERM)" ;;
         delete) remove ;;
+        *) "$ACTION" ;; # run, copy
     esac
 }
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # One host of a Cloud TPU slice. tpu_vm.sh calls it on all of them at once, over ssh:
 #   worker.sh install             makes .venv, with what a TPU and gs:// need
-#   worker.sh start ATTEMPT ...   trains with the given arguments; the last line it
-#                                 prints says how that ended
-#   worker.sh stop TERM           asks training to save and end
+#   worker.sh start ATTEMPT COMMAND ...   runs that command of xlformer; the last line
+#                                 that it prints says how that ended
+#   worker.sh stop TERM           asks the command to save and end
 #   worker.sh stop KILL           gives it 3 seconds to end by itself, then kills it
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -25,10 +25,10 @@ install_host() {
     install "$python" tpu,gcs
 }
 
-# running PID: is that a training? (The id may belong to another program by now.)
+# running PID: is that xlformer? (The id may belong to another program by now.)
 running() {
     [[ -n $1 && -r /proc/$1/cmdline ]] &&
-        tr '\0' ' ' <"/proc/$1/cmdline" 2>/dev/null | grep -q xlformer.train
+        tr '\0' ' ' <"/proc/$1/cmdline" 2>/dev/null | grep -q -e '-m xlformer'
 }
 
 stop() {
@@ -59,14 +59,14 @@ start() {
     mkdir -p "$STATE"
     if mkdir "$STATE/attempt-$attempt" 2>/dev/null; then
         stop KILL # what an earlier launcher may have left
-        "$ROOT/.venv/bin/python" -m xlformer.train "$@" &
+        "$ROOT/.venv/bin/python" -m xlformer "$@" &
         child=$!
         echo "$child" >"$STATE/pid"
         wait "$child" || status=$?
         rm -f "$STATE/pid"
     else
         # gcloud lost the connection and repeats the command, but one host alone cannot
-        # join a training again: this attempt is over for all.
+        # join the others again: this attempt is over for all.
         status=255
     fi
     echo "xlformer-host $(hostname) ended with $status"
@@ -76,5 +76,5 @@ start() {
 case ${1:-} in
     install) install_host ;;
     start | stop) "$@" ;;
-    *) say "error: worker.sh ${1:-}: not install, start or stop" && exit 2 ;;
+    *) bad "worker.sh ${1:-}: not install, start or stop" ;;
 esac

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -18,6 +19,15 @@ def executable(path, text):
     path.write_text(text)
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
+
+
+def launch_files(root):
+    """A copy in `root` of what the launchers read; returns `root`."""
+    shutil.copytree(ROOT / "launch", root / "launch")
+    (root / "xlformer").mkdir()
+    for name in ("setup.py", "xlformer/errors.py"):
+        shutil.copy(ROOT / name, root / name)
+    return root
 
 
 NOTE = """#!/usr/bin/env bash

@@ -1,13 +1,27 @@
-"""What the README shows runs, and what it names exists."""
+"""What the README and its fellows show runs, and what they name exists."""
 
 import pathlib
 import re
 
+import jax
+import numpy as np
+import pytest
 import trained_run
 
+from xlformer import __main__, models
 from xlformer import config as config_lib
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("[a-z]*/README.md"),
+    )
+}
+every_page = pytest.mark.parametrize("page", PAGES)
 
 
 def test_the_ten_lines_of_python_run(tmp_path, tmp_path_factory, monkeypatch, capsys):
@@ -23,19 +37,68 @@ def test_the_ten_lines_of_python_run(tmp_path, tmp_path_factory, monkeypatch, ca
     assert len(lines) == 3 and all("positions remembered" in line for line in lines)
 
 
-def test_the_configs_and_fields_that_it_names_exist():
+def test_the_model_that_is_worked_out_keeps_the_contract(monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGES["CONTRIBUTING.md"], re.DOTALL)
+    found = {}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), found)
+    monkeypatch.setitem(models.MODELS, "leaky", found["Leaky"])
+    config = config_lib.default_config("leaky", d_model=8)
+    # check_model passes on it, in 9 seconds; here only what tells that it still runs.
+    model = models.build(config.model, vocab_size=11)
+    params, state = model.init(jax.random.key(0)), model.init_state(1)
+    inputs, targets = np.arange(7)[None], np.arange(1, 8)[None]
+    whole, _, aux = model.apply(params, inputs, targets, state)
+    parts = []
+    for part in (slice(0, 2), slice(2, 7)):
+        taken = inputs[:, part], targets[:, part]
+        nll, state, _ = model.apply(params, *taken, state)
+        parts.append(nll)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, rtol=1e-5)
+    assert float(aux.loss) == 0
+
+
+def test_the_configs_that_it_names_exist():
     for name in ("enwik8_base", "wt103_large_nvidia", "lm1b_base_paper"):
         assert name in README
     named = set(re.findall(r"`(?:[a-z]+\d*|[a-z]+\d*_[a-z_]+)`", README))
     known = {f"`{name}`" for name in config_lib.names()}
     published = {n for n in named if n.strip("`").split("_")[0] in ("enwik8", "wt103")}
     assert published and published <= known
+
+
+@every_page
+def test_options_and_commands_that_a_page_names_exist(page):
     config = config_lib.default_config()
-    for section, field in re.findall(r"`config\.(\w+)\.(\w+)`", README):
-        assert field in config[section], f"config.{section}.{field}"
+    for section, field in re.findall(r"config\.([a-z]+)\.(\w+)", PAGES[page]):
+        if section in config:
+            assert field in config[section], f"config.{section}.{field}"
+    for command in re.findall(r"python -m xlformer[. ]([a-z]+)", PAGES[page]):
+        assert command in __main__.COMMANDS, command
+
+
+@every_page
+def test_files_and_pages_that_a_page_names_exist(page):
+    """Links by their own place; in backticks from the root. NAME stands for any."""
+    here = (ROOT / page).parent
+    for link in re.findall(r"\]\(([^):#]+)\)", PAGES[page]):
+        assert (here / link).exists(), link
+    written = "|".join(("configs", "docs", "launch", "tests", "xlformer"))
+    for name in re.findall(rf"`((?:{written})/[\w/.]+)`", PAGES[page]):
+        invented = "NAME" in name or "leaky" in name
+        assert invented or (ROOT / name).exists(), name
+
+
+def test_every_page_is_in_the_index():
+    for page in PAGES:
+        assert f"]({page})" in README or page == "README.md" or "tests" in page, page
 
 
 def test_the_map_of_the_tree_is_the_tree():
-    root = pathlib.Path(__file__).parent.parent
-    for name in re.findall(r"^      (\w+(?:\.py|/))", README, flags=re.MULTILINE):
-        assert (root / "xlformer" / name).exists(), name
+    (tree,) = re.findall(r"\n    xlformer/\n((?:      .*\n)+)", README)
+    entry = re.compile(r"^      ((?:\w+\.py ?)+|\w+/)", re.MULTILINE)
+    names = [name for words in entry.findall(tree) for name in words.split()]
+    assert len(names) > 15
+    for name in names:
+        assert (ROOT / "xlformer" / name).exists(), name
+    packages = {p.parent.name for p in ROOT.glob("xlformer/*/__init__.py")}
+    assert {f"{name}/" for name in packages} <= set(names)

@@ -48,7 +48,7 @@ def _prints(argv):
 
 def test_what_cannot_be_written_is_said_once(capsys):
     with full():
-        assert command.run(_prints, []) == command.USER_ERROR_EXIT_CODE
+        assert command.run(_prints, []) == command.BAD_INPUT
     line = f"error: standard output: {os.strerror(errno.ENOSPC)}\n"
     assert capsys.readouterr().err == line
 

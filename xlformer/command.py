@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 
 from xlformer import __version__, storage, streams
-from xlformer.errors import USER_ERROR_EXIT_CODE, UserError, did_you_mean, reason
+from xlformer.errors import BAD_INPUT, UserError, did_you_mean, reason
 
 OVERRIDE = "--config."
 # What a directory or a disk may answer, whoever asks; not ours to correct.
@@ -138,7 +138,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv=None) -> int:
         if streams.drop_stdout():
             message = f"standard output: {message}"
     print(f"error: {message}", file=sys.stderr)
-    return USER_ERROR_EXIT_CODE
+    return BAD_INPUT
 
 
 def _written(main: Callable[[Sequence[str] | None], int], argv) -> int:

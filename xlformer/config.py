@@ -48,7 +48,7 @@ def rules(config: ConfigDict) -> dict[str, fields_lib.Rule]:
 
 def flat(config: Mapping) -> dict[str, Any]:
     """'section.field' -> value, of a config or of its plain dict."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping | ConfigDict):
             found |= {f"{key}.{name}": x for name, x in value.items()}
@@ -144,14 +144,16 @@ def module(name: str):
     path = pathlib.Path(storage.path(name))
     if path.suffix != ".py":
         candidates = [d / f"{name}.py" for d in directories()]
-        path = next((c for c in candidates if c.is_file()), None)
-        if path is None or name not in names():
+        installed = [c for c in candidates if c.is_file()]
+        if not installed or name not in names():
             raise UserError(
                 f"--config={name}: no such config{did_you_mean(name, names())}"
             )
+        path = installed[0]
     elif not path.is_file():
         raise UserError(f"--config={name}: no such file")
     spec = importlib.util.spec_from_file_location(f"xlformer_config_{path.stem}", path)
+    assert spec and spec.loader  # as of every name that ends in .py
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     if not hasattr(found, "get_config"):

@@ -1,18 +1,21 @@
-"""The exceptions whose messages are written for the person at the keyboard."""
+"""What is said to the person at the keyboard: one line, and an exit code."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-USER_ERROR_EXIT_CODE = 2
+# What a command ends with, if not with 0. launch/ reads these lines and acts by them.
+BAD_INPUT = 2  # one line has said what; no restart mends it
+INTERRUPTED = 42  # stopped by a signal; everything worth keeping is saved
+HUNG = 43  # a host made no step; all hosts have to start again
 
 
 class UserError(Exception):
     """Something only the caller can change; carries exactly one line.
 
     Library functions raise it and never exit. `command.run` turns it into that line on
-    standard error and exit code 2.
+    standard error and the exit code BAD_INPUT.
     """
 
     def __init__(self, message: str):

@@ -7,6 +7,9 @@ the mesh a name is split. Everything else is the compiler's: jit with NamedShard
     fsdp     rows of the batch too; parameters and optimizer are split and gathered
              layer by layer when they are used (Zhao et al. 2023, arXiv:2304.11277)
     tensor   heads, feed-forward and vocabulary (Shoeybi et al. 2019, arXiv:1909.08053)
+
+Slices of TPUs that only the data center's network (DCN) joins lie along `data`, whose
+sums of gradients are all that crosses it, once a step.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xlformer.errors import UserError
@@ -63,9 +67,35 @@ def make_mesh(
         # As they come: make_mesh wants whole tori, a smaller mesh takes the first.
         picked = np.array(devices[:wanted]).reshape(tuple(sizes.values()))
         return Mesh(picked, AXES, axis_types=types)
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=types, devices=jax.devices()[:wanted]
-    )
+    devices = jax.devices()[:wanted]
+    if (slices := count_slices(devices)) > 1:
+        laid_out = over_slices(sizes, devices, slices, where=where)
+        return Mesh(laid_out, AXES, axis_types=types)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+
+
+def count_slices(devices: Sequence) -> int:
+    """How many slices of TPUs these are of. GPUs count their hosts that way: they are
+    one slice here, in whose order of devices a host's are neighbours already.
+    """
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def over_slices(
+    sizes: Mapping[str, int], devices: Sequence, slices: int, *, where: str
+) -> np.ndarray:
+    """The devices in the mesh's shape: the slices one after the other along `data`."""
+    data, fsdp, tensor = (sizes[axis] for axis in AXES)
+    if data % slices:
+        shown = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise UserError(
+            f"{where}: {shown} on {slices} slices: data is not divisible by {slices}, "
+            "and fsdp and tensor do not reach beyond a slice"
+        )
+    inner, outer = (data // slices, fsdp, tensor), (slices, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
 
 
 def fit_mesh(
@@ -139,9 +169,10 @@ def spec(
 
     What does not divide evenly stays whole: a vocabulary may have any size.
     """
-    used, parts = set(), []
+    used: set[str] = set()
+    parts = []
     for size, name in zip(shape, names, strict=True):
-        axes = [a for a in RULES.get(name, ()) if a not in used]
+        axes = [a for a in RULES.get(name or "", ()) if a not in used]
         axes = [a for a in axes if sizes.get(a, 1) > 1]
         if size % math.prod(sizes[a] for a in axes):
             axes = []

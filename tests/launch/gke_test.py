@@ -5,7 +5,7 @@ import copy
 import kubernetes_validate
 import pytest
 import yaml
-from fake_commands import ROOT, Bench
+from fake_commands import Bench, launch_files
 
 # `states` has what the JobSet is at each look; the last one stays.
 KUBECTL = r"""
@@ -90,9 +90,10 @@ def test_the_jobset_is_valid_and_says_what_the_exit_codes_mean(bench):
     assert pod["terminationGracePeriodSeconds"] == 120
     (container,) = pod["containers"]
     assert container["name"] == rule["onExitCodes"]["containerName"]
-    assert container["command"] == ["python", "-m", "xlformer.train"]
+    assert container["command"] == ["python", "-m", "xlformer"]
     # Kubernetes reads $$ as $; otherwise the words are those that were given.
-    assert [a.replace("$$", "$") for a in container["args"]] == [*ARGS[4:], ODD]
+    given = [a.replace("$$", "$") for a in container["args"]]
+    assert given == ["train", *ARGS[4:], ODD]
     assert "$$(HOME)" in container["args"][-1]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
 
@@ -111,6 +112,50 @@ def test_hosts_and_chips_follow_from_the_topology(bench, flags, hosts, chips):
     (container,) = job["template"]["spec"]["containers"]
     assert job["completions"] == hosts
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
+
+
+def test_gpu_machines(bench):
+    """What a node pool of GPUs asks for, and how the processes find each other."""
+    gpus = ["--accelerator=nvidia-h100-80gb", "--gpus_per_host=8"]
+    args = [a for a in ARGS if not a.startswith(("--acc", "--topology"))] + gpus
+    assert bench.run("gke.sh", *args, "--hosts=3", "--spot") == 0, bench.output()
+    jobset = yaml.safe_load((bench.directory / "applied").read_text())
+    validate(jobset)
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert (job["completions"], job["parallelism"]) == (3, 3)
+    pod = job["template"]["spec"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-accelerator": "nvidia-h100-80gb",
+        "cloud.google.com/gke-spot": "true",
+    }
+    assert pod["tolerations"][0] == {"key": "nvidia.com/gpu", "operator": "Exists"}
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    assert container["args"][-3:] == [
+        "--coordinator=run-1-host-0-0.run-1:8476",
+        "--num_processes=3",
+        "--process_id=$(HOST_INDEX)",
+    ]
+    (index,) = container["env"]
+    path = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    assert index["name"] == "HOST_INDEX"
+    assert index["valueFrom"]["fieldRef"]["fieldPath"] == path
+    # One machine has nobody to find; and machines need not be of one node pool.
+    assert bench.run("gke.sh", *args) == 0
+    jobset = yaml.safe_load((bench.directory / "applied").read_text())
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["args"] == ["train", *ARGS[4:]]
+    assert not jobset["metadata"]["annotations"]
+
+
+def test_another_command_with_its_own_arguments(bench):
+    args = [*ARGS[:-1], "--split=test"]
+    assert bench.run("gke.sh", "evaluate", *args) == 0, bench.output()
+    jobset = yaml.safe_load((bench.directory / "applied").read_text())
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["args"] == ["evaluate", ARGS[4], "--split=test"]
 
 
 def test_spot_selects_and_tolerates_spot_nodes(bench):
@@ -143,10 +188,7 @@ def test_mistakes_in_the_template_would_be_found(bench, mistake):
 
 
 def test_a_placeholder_without_a_value_is_refused(bench, tmp_path):
-    launch = tmp_path / "checkout" / "launch"
-    launch.mkdir(parents=True)
-    for name in "gke.sh", "gke_fill.py", "gke.yaml", "environment.sh":
-        (launch / name).write_text((ROOT / "launch" / name).read_text())
+    launch = launch_files(tmp_path / "checkout") / "launch"
     with (launch / "gke.yaml").open("a") as file:
         file.write("# ${COMMENTS} are not filled in\nmore: ${MORE}\n")
     assert bench.run(launch / "gke.sh", *ARGS) == 2
@@ -203,6 +245,9 @@ def test_dry_run_prints_the_jobset_and_the_commands_and_calls_none(bench):
         ([*ARGS, "--workdir=/tmp/x"], "--workdir=/tmp/x"),
         ([*ARGS, "--topology=4"], "--topology=4"),
         ([*ARGS, "--chips_per_host=3"], "does not divide the 16 chips"),
+        ([*ARGS, "--gpus_per_host=8"], "--topology=4x4 is of TPUs"),
+        ([*ARGS, "--topology=", "--gpus_per_host=0"], "--gpus_per_host=0"),
+        ([*ARGS, "--hosts=2"], "--hosts=2: those of TPUs follow"),
         ([*ARGS, "--max_restart=3"], "--max_restart=3: unknown"),
         (ARGS[:-1], "--config= is missing"),
     ],

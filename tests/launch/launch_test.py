@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -10,7 +11,9 @@ import sysconfig
 import time
 
 import pytest
-from fake_commands import ROOT, executable
+from fake_commands import ROOT, executable, launch_files
+
+from xlformer import __main__, errors
 
 SCRIPTS = [*ROOT.glob("launch/*.sh"), *ROOT.glob("tests/*.sh"), ROOT / ".ci/run"]
 SCRIPTS += ROOT.glob("launch/*.sbatch")
@@ -25,7 +28,8 @@ case "$1 ${2:-}" in
     "--version "*) echo "Python 3.12.0" ;;
     "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     "-m pip") [[ ${3:-} == --version ]] || echo "$*" >>"$FAKE_LOG" ;;
-    "-m xlformer.train")
+    "-m xlformer")
+        [[ $3 == train ]] || { echo "$*" >>"$FAKE_LOG"; exit 0; }
         echo "$*" >>"$FAKE_LOG"
         [[ -z ${FAKE_HANG:-} ]] || {
             trap 'echo TERM >>"$FAKE_LOG"; exit 42' TERM
@@ -35,7 +39,6 @@ case "$1 ${2:-}" in
         }
         exit "${FAKE_STATUS:-0}"
         ;;
-    "-m "*) echo "$*" >>"$FAKE_LOG" ;;
     */supervise.py*) echo "NPROC=$NPROC $*" >>"$FAKE_LOG" ;;
     *) exit 1 ;;
 esac
@@ -45,10 +48,7 @@ esac
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what local.sh needs; the space in its name tests the quoting."""
-    root = tmp_path / "a checkout"
-    shutil.copytree(ROOT / "launch", root / "launch")
-    shutil.copy(ROOT / "setup.py", root)
-    return root
+    return launch_files(tmp_path / "a checkout")
 
 
 @pytest.fixture
@@ -80,6 +80,33 @@ def test_script_parses_and_is_clean(script):
     subprocess.run([str(SHELLCHECK), str(script)], check=True, cwd=ROOT)
 
 
+def sourced(line):
+    """What `line` prints after environment.sh."""
+    script = f"set -euo pipefail; ROOT=$PWD; source launch/environment.sh; {line}"
+    command = ["bash", "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_exit_codes_have_one_place():
+    names = ["BAD_INPUT", "INTERRUPTED", "HUNG"]
+    values = [str(getattr(errors, name)) for name in names]
+    assert sourced("echo $BAD_INPUT $INTERRUPTED $HUNG") == values == ["2", "42", "43"]
+    # No launcher states them itself. (slurm.sbatch says 2 before it can know more.)
+    for path in (ROOT / "launch").iterdir():
+        stated = re.findall(r"(?m)(?:=|return |exit )(42|43)\b", path.read_text())
+        assert path.suffix == ".md" or not stated, path
+    table = (ROOT / "launch" / "README.md").read_text()
+    assert set(re.findall(r"^\| (\d+) \|", table, re.MULTILINE)) == {"0", *values}
+
+
+def test_the_commands_of_several_hosts_are_commands():
+    line = "for word in $0 ''; do ! is_command $word || echo $word; done"
+    words = " ".join([*__main__.COMMANDS, "run", "--config"])
+    several = sourced(line.replace("$0", words))
+    assert several == ["train", "evaluate", "generate"]
+
+
 def test_help_installs_nothing(checkout, environment):
     done = local(checkout, environment, "--help")
     assert done.returncode == 0 and done.stdout.startswith("usage:")
@@ -91,12 +118,12 @@ def test_three_steps_then_no_second_install(checkout, environment):
     assert done.returncode == 0, done.stderr
     run = f"--workdir={checkout}/runs/quickstart"
     steps = [
-        f"-m xlformer.train --config=quickstart {run}",
-        f"-m xlformer.evaluate {run} --split=test",
-        f"-m xlformer.generate {run} --num_tokens=300 --prompt=def ",
+        f"-m xlformer train --config=quickstart {run}",
+        f"-m xlformer evaluate {run} --split=test",
+        f"-m xlformer generate {run} --num_tokens=300 --prompt=def ",
     ]
     assert calls(environment) == [
-        f"-m pip install --quiet --editable {checkout}",
+        f"-m pip install --quiet --editable {checkout}[cpu]",
         *steps,
     ]
     assert f"The run lies in {checkout}/runs/quickstart" in done.stderr
@@ -112,8 +139,8 @@ def test_config_and_workdir_replace_the_defaults(checkout, environment):
     args = ["--config=text:path=a b.txt", "--workdir", "/tmp/w", "--config.seed=1"]
     assert local(checkout, environment, *args).returncode == 0
     assert calls(environment)[1:3] == [
-        "-m xlformer.train --config=text:path=a b.txt --workdir=/tmp/w --config.seed=1",
-        "-m xlformer.evaluate --workdir=/tmp/w --split=test",
+        "-m xlformer train --config=text:path=a b.txt --workdir=/tmp/w --config.seed=1",
+        "-m xlformer evaluate --workdir=/tmp/w --split=test",
     ]
     local(checkout, environment, "--config=enwik8_base:batch=8")
     assert f"--workdir={checkout}/runs/enwik8_base" in calls(environment)[4]
@@ -137,10 +164,29 @@ def test_processes_go_through_the_supervisor_and_only_for_training(
     assert train == (
         f"NPROC=16 {checkout}/launch/supervise.py --processes=2 --max_restarts=3 "
         f"--log_dir={checkout}/runs/text.hosts -- {checkout}/.venv/bin/python "
-        f"-m xlformer.train --config=text:path=a b.txt --workdir={checkout}/runs/text"
+        f"-m xlformer train --config=text:path=a b.txt --workdir={checkout}/runs/text"
     )
-    assert evaluate.startswith("-m xlformer.evaluate")
-    assert generate.startswith("-m xlformer.generate")
+    assert evaluate.startswith("-m xlformer evaluate")
+    assert generate.startswith("-m xlformer generate")
+
+
+def test_a_command_as_the_first_word_runs_alone(checkout, environment):
+    args = ["evaluate", "--workdir=/tmp/w", "--split=test"]
+    assert local(checkout, environment, *args).returncode == 0
+    words = "-m xlformer evaluate --workdir=/tmp/w --split=test"
+    assert calls(environment)[1:] == [words]
+    assert local(checkout, environment, *args, "--processes=2").returncode == 0
+    (supervised,) = calls(environment)[2:]
+    assert "supervise.py --processes=2" in supervised
+    assert supervised.endswith(f"-- {checkout}/.venv/bin/python {words}")
+    done = local(checkout, environment, "train", FAKE_STATUS="3")
+    assert done.returncode == 3 and "train failed with exit code 3" in done.stderr
+    assert calls(environment)[3].startswith("-m xlformer train --config=quickstart")
+    # A typo in training's arguments is found before the installation, here too.
+    assert local(checkout, environment, "train", "--split=test").returncode == 2
+    assert len(calls(environment)) == 4
+    done = local(checkout, environment, *args, "--dry-run")
+    assert done.stdout.splitlines()[1].endswith(words)
 
 
 def test_logs_of_the_hosts_of_a_run_in_a_bucket_lie_here(checkout, environment):
@@ -181,7 +227,8 @@ def test_dry_run_prints_what_would_run_and_does_nothing(checkout, environment):
     assert shlex.split(lines["train"]) == [
         f"{checkout}/.venv/bin/python",
         "-m",
-        "xlformer.train",
+        "xlformer",
+        "train",
         "--config=text:path=a  b $HOME",
         f"--workdir={checkout}/runs/text",
     ]
@@ -216,7 +263,7 @@ def test_signal_reaches_training_once(checkout, environment, number):
 def test_no_python_is_one_line(checkout, environment):
     tools = checkout / "tools"
     tools.mkdir()
-    for tool in ("bash", "dirname", "basename", "cat", "cksum"):
+    for tool in ("bash", "dirname", "basename", "cat"):
         (tools / tool).symlink_to(shutil.which(tool))
     more = {"PATH": str(tools), "FAKE_VERSION": "3.9"}
     done = local(checkout, environment, **more)
@@ -237,7 +284,7 @@ def choice(tmp_path, smi=None, **variables):
     """What choose_extra prints with a nvidia-smi that answers `smi` (None: fails)."""
     text = "exit 9" if smi is None else f"cat <<'END'\n{smi}\nEND"
     executable(tmp_path / "bin" / "nvidia-smi", f"#!/usr/bin/env bash\n{text}\n")
-    script = "set -euo pipefail; source launch/environment.sh; choose_extra"
+    script = "set -euo pipefail; ROOT=$PWD; source launch/environment.sh; choose_extra"
     env = {k: v for k, v in os.environ.items() if not k.startswith("TPU_")}
     env["PATH"] = f"{tmp_path / 'bin'}:{env['PATH']}"
     env.setdefault("DEVICE_FILES", str(tmp_path))

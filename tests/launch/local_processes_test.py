@@ -1,18 +1,16 @@
 """launch/local.sh --processes=2 for real: one process is killed, the run ends well."""
 
 import os
-import pathlib
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 
+from fake_commands import ROOT, launch_files
 from quick import xla_flags
 from training_runs import write_text
 
-ROOT = pathlib.Path(__file__).parents[2]
 # The Python of this test in the place of .venv; everything is installed already.
 PYTHON = f"""#!/usr/bin/env bash
 [[ "$1 $2 ${{3:-}}" == "-m pip install" ]] && exit 0
@@ -22,9 +20,7 @@ LIMIT_S = 120
 
 
 def test_a_killed_process_is_restarted_and_the_run_is_scored_and_sampled(tmp_path):
-    checkout = tmp_path / "a checkout"
-    shutil.copytree(ROOT / "launch", checkout / "launch")
-    shutil.copy(ROOT / "setup.py", checkout)
+    checkout = launch_files(tmp_path / "a checkout")
     python = checkout / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(PYTHON)

@@ -39,8 +39,12 @@ def test_one_step_with_the_words_as_given(bench):
     bench.steps("0")
     assert bench.run("slurm.sbatch", *ARGS) == 0
     limits = ["--wait=60", "--kill-on-bad-exit=0"]
-    command = ["/bin/true", "-m", "xlformer.train", *ARGS]
+    command = ["/bin/true", "-m", "xlformer", "train", *ARGS]
     assert bench.calls() == [["srun", *limits, *command]]
+    bench.steps("0")
+    args = ["--workdir=/shared/run", "--split=test"]
+    assert bench.run("slurm.sbatch", "evaluate", *args) == 0
+    assert bench.calls()[1][3:] == ["/bin/true", "-m", "xlformer", "evaluate", *args]
 
 
 def test_failures_restart_up_to_the_limit_and_bad_input_does_not(bench):
@@ -97,7 +101,7 @@ def test_one_process_takes_all_gpus_of_its_node(bench, environment, devices):
 
 def test_dry_run_and_wrong_usage_call_nothing(bench):
     assert bench.run("slurm.sbatch", "--dry-run", *ARGS) == 0
-    assert shlex.split(bench.output())[-4:] == ["-m", "xlformer.train", *ARGS]
+    assert shlex.split(bench.output())[-5:] == ["-m", "xlformer", "train", *ARGS]
     for args, more, words in [
         (ARGS[1:], {}, "--workdir=DIR is missing"),
         ([*ARGS, "--max_restarts=x"], {}, "--max_restarts=x"),

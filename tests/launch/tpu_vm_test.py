@@ -55,7 +55,7 @@ case "$1 ${2:-}" in
     "--version "*) echo "Python 3.12.0" ;;
     "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     "-m pip") [[ ${3:-} == --version ]] || printf '%s\n' "$*" >>"$FAKE/pip" ;;
-    "-m xlformer.train")
+    "-m xlformer")
         host=$(hostname)
         attempt=$(cat "$FAKE/train-$host" 2>/dev/null | wc -l)
         printf '%q ' "$@" >>"$FAKE/train-$host"
@@ -129,7 +129,7 @@ def test_the_whole_story(bench, environment):
     delete = bench.calls()[-1]
     assert delete[3:8] == ["queued-resources", "delete", "slice", "--force", "--quiet"]
     # Every host got the same words, whatever is in them.
-    expected = ["-m", "xlformer.train", *ARGS[3:], odd]
+    expected = ["-m", "xlformer", "train", *ARGS[3:], odd]
     for host in 0, 1:
         (line,) = trained(bench, host)
         assert shlex.split(line) == expected
@@ -139,6 +139,16 @@ def test_the_whole_story(bench, environment):
     assert all((copied / name).exists() for name in there)
     assert not any((copied / name).exists() for name in [".git", "runs", ".jax_cache"])
     assert not (copied / environment).exists()
+
+
+def test_another_command_runs_on_every_host_too(bench):
+    args = ["evaluate", *ARGS[:4], "--split=test", "--warmup=exact"]
+    assert bench.run("tpu_vm.sh", *args) == 0, bench.output()
+    assert verbs(bench) == ["create", "scp", "install", "start", "delete"]
+    for host in 0, 1:
+        (line,) = trained(bench, host)
+        words = ["evaluate", ARGS[3], "--split=test", "--warmup=exact"]
+        assert shlex.split(line) == ["-m", "xlformer", *words]
 
 
 def test_a_failing_host_ends_the_others_and_all_start_again(bench):
@@ -251,6 +261,7 @@ def test_a_repeated_command_does_not_train_beside_the_first(bench):
         (ARGS[1:], "--name=NAME is missing"),
         (ARGS[:-1], "--config=NAME is missing"),
         ([*ARGS, "--spott"], "--spott: unknown"),
+        ([*ARGS, "--spilt=test"], "--spilt=test: unknown"),
         ([*ARGS, "--accelerator=v99-16"], "--runtime=VERSION is missing"),
     ],
 )

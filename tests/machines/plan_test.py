@@ -224,11 +224,32 @@ def test_the_schedule_is_priced_at_the_mfu(capsys, tmp_path):
     assert found["memory"]["parameters"] == 4 * 41_055_436
 
 
-def test_a_chip_is_known_by_the_longest_name():
-    assert chips.of_kind("TPU v5 lite") is chips.CHIPS["v5e"]
-    assert chips.of_kind("TPU v5") is chips.CHIPS["v5p"]
-    assert chips.of_kind("NVIDIA H100 80GB HBM3") is chips.CHIPS["h100"]
-    assert chips.of_kind("cpu") is None
+def test_a_chip_is_known_by_its_whole_name():
+    for kind, name in {
+        "TPU v4": "v4",
+        "TPU v5 lite": "v5e",
+        "TPU v5": "v5p",
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA A100-SXM4-80GB": "a100-80",
+        "NVIDIA L4": "l4",
+        "NVIDIA L40S": "l40s",
+        "NVIDIA GeForce RTX 4090": "rtx4090",
+    }.items():
+        assert chips.of_kind(kind) is chips.CHIPS[name]
+    # An L40 is no L4, and a seventh of an A100 is none.
+    for kind in ("cpu", "NVIDIA L40", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"):
+        assert chips.of_kind(kind) is None
+
+
+def test_datasheets_are_of_one_kind():
+    """A slip of 1,000 or of 2, and a card entered twice, would show."""
+    kinds = [kind for chip in chips.CHIPS.values() for kind in chip.kinds]
+    assert len(set(kinds)) == len(kinds)
+    for name, chip in chips.CHIPS.items():
+        # From an RTX 3090 to a v6e; and how long a read of the whole memory takes.
+        assert 70 < chip.flops / chip.bandwidth < 600, name
+        assert 0.015 < chip.memory / chip.bandwidth < 0.09, name
+        assert chip.link < chip.bandwidth / 3 and chip.source, name
 
 
 # Bad input ----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -221,6 +222,45 @@ def test_data_takes_no_more_devices_than_divide_the_rows():
     assert sharding.make_mesh({"data": -1, "fsdp": 2}, rows=12).shape["data"] == 3
     assert sharding.make_mesh({"data": -1, "tensor": 2}, rows=7).shape["data"] == 1
     assert sharding.make_mesh({"data": -1, "fsdp": 2}, rows=7).shape["data"] == 4
+
+
+def slices_of(count, platform="tpu", kind="TPU v5 lite"):
+    """Devices of `count` 2x2 slices as the runtime describes them, last slice first."""
+
+    def device(number):
+        place, slice_index = number % 4, count - 1 - number // 4
+        coords = (place % 2, place // 2, 0)
+        return SimpleNamespace(
+            **{"id": number, "platform": platform, "device_kind": kind},
+            **{"coords": coords, "core_on_chip": 0, "slice_index": slice_index},
+            **{"process_index": number // 4, "client": None},
+        )
+
+    return [device(number) for number in range(4 * count)]
+
+
+@pytest.mark.parametrize("sizes", [{"data": -1}, {"data": 6, "fsdp": 2}])
+def test_only_data_reaches_beyond_a_slice(monkeypatch, sizes):
+    devices = slices_of(3)
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "device_count", lambda: len(devices))
+    monkeypatch.setattr(sharding, "Mesh", lambda devices, *_, **__: devices)
+    found = sharding.make_mesh(sizes)
+    of_slice = np.vectorize(lambda device: device.slice_index)(found)
+    rows = len(of_slice) // 3
+    assert of_slice.shape[0] == 3 * rows and found.size == 12
+    for slice_index in range(3):
+        assert (of_slice[slice_index * rows :][:rows] == slice_index).all()
+    line = refusal(sharding.make_mesh, {"data": 4, "fsdp": 3})
+    assert "data=4 x fsdp=3" in line and "3 slices" in line
+
+
+def test_hosts_of_gpus_are_no_slices():
+    """The runtime numbers them alike; fsdp over two hosts of 4 is allowed."""
+    assert sharding.count_slices(slices_of(2)) == 2
+    gpus = slices_of(2, platform="gpu", kind="NVIDIA H100 80GB HBM3")
+    assert sharding.count_slices(gpus) == 1
+    assert sharding.count_slices(jax.devices()) == 1
 
 
 def test_rows_of_a_process_come_in_order():

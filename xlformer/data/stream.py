@@ -73,7 +73,7 @@ class Stream:
         epoch, segment = divmod(step, self.steps_per_epoch)
         return epoch, segment * self.segment_length, self.segment_length
 
-    def at(self, step: int) -> dict[str, np.ndarray]:
+    def at(self, step: int) -> dict[str, np.ndarray | np.integer]:
         """The batch of a step: inputs_BT, targets_BT, resets_BT, length, epoch, offset.
 
         inputs_BT has extended_length more columns than targets_BT, on the left.

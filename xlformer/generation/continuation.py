@@ -83,17 +83,18 @@ class Continuation:
         self._rows = rows
         # Copies of the last row make the rows divide.
         self._more = sharding.padded(rows, self._mesh) - rows
-        self._state = self._last_R = None
+        self._state = None
+        self._last_R: np.ndarray | None = None
         self._drawn = 0
         # Row r draws from its own key: its text does not depend on the other rows.
         self._keys_R = jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.key(seed), jnp.arange(rows + self._more)
         )
 
-    def read(self, prompts: Sequence[Sequence[int]]) -> None:
+    def read(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> None:
         """Takes in tokens of each row, at least one; lengths may differ."""
         _check(prompts, self._model.vocab_size)
-        prompts = [*prompts, *prompts[-1:] * self._more]
+        prompts = [*prompts, *[prompts[-1]] * self._more]
         if self._last_R is not None:
             prompts = [[x, *p] for x, p in zip(self._last_R, prompts, strict=True)]
         model, mesh = self._model, self._mesh

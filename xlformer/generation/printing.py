@@ -26,7 +26,9 @@ class Row:
         generated, not in the prompt.
     """
 
-    def __init__(self, vocabulary, prompt: Sequence[int], stops: Sequence[str] = ()):
+    def __init__(
+        self, vocabulary, prompt: Sequence[int] | np.ndarray, stops: Sequence[str] = ()
+    ):
         self._vocabulary, self._stops = vocabulary, tuple(stops)
         self._context = [int(i) for i in prompt[-CONTEXT:]]
         self._waiting: list[int] = []  # the beginning of a character
@@ -78,7 +80,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in sizes if text.endswith(stop[:n])), 0)
 
 
-def decoded(vocabulary, ids: Sequence[int]) -> str:
+def decoded(vocabulary, ids: Sequence[int] | np.ndarray) -> str:
     """Ids as text, whatever the vocabulary's own form is."""
     found = vocabulary.decode(np.asarray(ids, np.int64))
     if isinstance(found, bytes):

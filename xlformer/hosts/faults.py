@@ -7,7 +7,8 @@ import signal
 import socket
 import threading
 
-INTERRUPTED = 42  # exit code: stopped by a signal, everything worth keeping is saved
+from xlformer.errors import INTERRUPTED
+
 MAX_SKIPS = 10  # non-finite steps in a row that train.skip_nonfinite forgives
 FORCING_SIGNALS = 3  # the one that no longer waits for the save
 

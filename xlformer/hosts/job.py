@@ -24,7 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from xlformer import storage
-from xlformer.errors import USER_ERROR_EXIT_CODE, UserError, WorthAnotherTry
+from xlformer.errors import BAD_INPUT, UserError, WorthAnotherTry
 from xlformer.hosts.watchdog import HUNG, Watchdog
 from xlformer.runs import writing
 
@@ -225,7 +225,7 @@ def leaving_at_once():
             if isinstance(error, UserError):
                 print(f"error: {error}", file=sys.stderr)
                 if not isinstance(error, WorthAnotherTry):
-                    code = USER_ERROR_EXIT_CODE
+                    code = BAD_INPUT
             else:
                 traceback.print_exc()
             sys.stdout.flush()

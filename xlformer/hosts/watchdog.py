@@ -17,8 +17,7 @@ from typing import NamedTuple
 from etils import epath
 
 from xlformer import storage
-
-HUNG = 43  # exit code: a host made no step; start all hosts again
+from xlformer.errors import HUNG
 
 # In timeouts. A live host writes its file every TICK; one whose file is the same for
 # more than STALE is not. LOOK_EARLY leaves time to look before the limit is over.

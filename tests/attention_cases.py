@@ -1,5 +1,7 @@
 """Cases for the attention operation, and the check of one implementation on them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xlformer import sharding
-from xlformer.kernels.relative_attention import relative_attention
+from xlformer.kernels.relative_attention import relative_attention, visible_attention
+from xlformer.kernels.visibility import Visibility
 
+FIELDS = [field.name for field in dataclasses.fields(Visibility)]
 NAMES = ("qu_BTHK", "qw_BTHK", "k_BSHK", "v_BSHK", "r_SHK")
 
 
@@ -39,9 +43,7 @@ RESETS = {
     "two": np.array([[0, 8, 8, 10, 10], [3, 3, 3, 10, 11]]),
 }
 CASES = {
-    "causal": {},
-    "window": dict(window=3),
-    "window_of_self": dict(window=0),
+    **reference.RULES,
     "head_size_7": dict(K=7),
     "one_query": dict(T=1, M=11),
     "no_memory": dict(T=7, M=0),
@@ -49,9 +51,8 @@ CASES = {
     "memory_longer": dict(T=3, M=13),
     "wider_positions": dict(R=6),
     "no_positions": dict(r=False),
-    "bidirectional": dict(causal=False),
     "bidirectional_one_query": dict(causal=False, T=1, M=3),
-    "bidirectional_window": dict(causal=False, window=2, T=7, M=3),
+    "bidirectional_window_memory_shorter": dict(causal=False, window=2, T=7, M=3),
     "bidirectional_no_positions": dict(causal=False, r=False),
     "partly_filled": dict(key_start_BT=PARTLY),
     "partly_filled_window": dict(key_start_BT=PARTLY, window=5),
@@ -62,10 +63,8 @@ CASES = {
 def split(case):
     """(arrays, options of the operation) of a case."""
     case = dict(case)
-    keys = ("window", "key_start_BT")
-    options = {k: case.pop(k) for k in keys if k in case} | {
-        "causal": case.get("causal", True)
-    }
+    options = {k: case.pop(k) for k in FIELDS if k in case}
+    case["causal"] = options.get("causal", True)
     relative = case.pop("r", True)
     arrays = make_arrays(**case)
     if not relative:
@@ -77,8 +76,12 @@ def values_and_gradients(arrays, implementation, **options):
     """y and the gradients of (y * dy).sum(), compiled; dy is random."""
     dy_BTHK = np.random.default_rng(1).normal(size=arrays[0].shape)
 
+    visibility = Visibility(**{k: options.pop(k) for k in FIELDS if k in options})
+
     def loss(arrays):
-        y_BTHK = relative_attention(*arrays, implementation=implementation, **options)
+        y_BTHK = visible_attention(
+            *arrays, visibility, implementation=implementation, **options
+        )
         return (y_BTHK * dy_BTHK.astype(y_BTHK.dtype)).sum(), y_BTHK
 
     (_, y_BTHK), grads = jit(jax.value_and_grad(loss, has_aux=True))(arrays)

@@ -31,6 +31,17 @@ def attention_gradients(dy_BTHK, *arrays, **options):
     return grads
 
 
+# What a query may see: all implementations and every answer of Visibility are held
+# against these rules, and against `visible`, which knows them all.
+RULES = {
+    "causal": {},
+    "window": dict(window=3),
+    "window_of_self": dict(window=0),
+    "bidirectional": dict(causal=False),
+    "bidirectional_window": dict(causal=False, window=2),
+}
+
+
 def visible(t, s, M, *, start=None, window=None, causal=True):
     """Whether query t of the segment sees key s of [memory; segment]."""
     if causal and s > M + t:

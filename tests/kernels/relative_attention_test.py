@@ -11,6 +11,7 @@ import pytest
 import reference
 from attention_cases import (
     CASES,
+    PARTLY,
     RESETS,
     check_against_double_loop,
     check_close,
@@ -23,7 +24,11 @@ from attention_cases import (
 from xlformer.errors import UserError
 from xlformer.kernels import blocked, dropout, pallas_tpu, xla
 from xlformer.kernels.call import Call, interpreted
-from xlformer.kernels.relative_attention import choose, relative_attention
+from xlformer.kernels.relative_attention import (
+    choose,
+    relative_attention,
+    visible_attention,
+)
 from xlformer.kernels.visibility import Visibility
 
 
@@ -39,13 +44,11 @@ def test_values_and_gradients_equal_the_double_loop(name):
 
 # Those in which the keys of a chunk, or its distances, are another part of all.
 CHUNKED = [
-    "causal",
-    "window",
+    *reference.RULES,
     "no_memory",
     "memory_shorter",
     "no_positions",
-    "bidirectional",
-    "bidirectional_window",
+    "bidirectional_window_memory_shorter",
     "bidirectional_one_query",
     "partly_filled_window",
     "reset_two",
@@ -247,6 +250,13 @@ def test_an_explicit_kernel_that_cannot_run_is_refused():
         arrays = make_arrays(B=1, H=1, T=8, M=60_000, K=128)
         with pytest.raises(UserError, match=r"60008 keys with d_head=128 .* \d+ MiB"):
             relative_attention(*arrays, implementation="pallas_tpu")
+
+
+def test_its_three_arguments_are_one_visibility():
+    arrays = make_arrays(causal=False)
+    y_BTHK = relative_attention(*arrays, window=2, key_start_BT=PARTLY, causal=False)
+    visibility = Visibility(window=2, key_start_BT=PARTLY, causal=False)
+    np.testing.assert_array_equal(y_BTHK, visible_attention(*arrays, visibility))
 
 
 def test_wrong_arguments_are_refused():

@@ -12,9 +12,8 @@ from xlformer.kernels.call import Call, Tiles
 from xlformer.kernels.visibility import Visibility
 
 RULES = [
-    dict(window=window, causal=causal)
-    for window in (None, 0, 2, 11)
-    for causal in (True, False)
+    *reference.RULES.values(),
+    *(dict(window=11, causal=causal) for causal in (True, False)),  # sees everything
 ]
 SIZES = [(1, 1), (1, 7), (5, 5), (5, 7), (3, 11)]  # (T, S)
 
@@ -91,7 +90,7 @@ def test_a_query_sees_a_mark_if_one_of_its_keys_is_marked(rule):
     for T, S in SIZES:
         marked_BS = random.random((3, S)) < 0.3
         for start_BT in (None, starts(T, S)):
-            visibility = Visibility(rule["window"], start_BT, rule["causal"])
+            visibility = Visibility(**rule, key_start_BT=start_BT)
             found_BT = visibility.sees(jnp.asarray(marked_BS), T)
             for b in range(3):
                 start_T = None if start_BT is None else start_BT[b]

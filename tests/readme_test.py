@@ -43,18 +43,16 @@ def test_the_model_that_is_worked_out_keeps_the_contract(monkeypatch):
     exec(compile(code, "CONTRIBUTING.md", "exec"), found)
     monkeypatch.setitem(models.MODELS, "leaky", found["Leaky"])
     config = config_lib.default_config("leaky", d_model=8)
-    # check_model passes on it, in 9 seconds; here only what tells that it still runs.
+    # check_model passes on it, in 9 seconds; here only what tells that it still would.
     model = models.build(config.model, vocab_size=11)
-    params, state = model.init(jax.random.key(0)), model.init_state(1)
-    inputs, targets = np.arange(7)[None], np.arange(1, 8)[None]
-    whole, _, aux = model.apply(params, inputs, targets, state)
-    parts = []
-    for part in (slice(0, 2), slice(2, 7)):
-        taken = inputs[:, part], targets[:, part]
-        nll, state, _ = model.apply(params, *taken, state)
-        parts.append(nll)
-    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, rtol=1e-5)
-    assert float(aux.loss) == 0
+    tokens_BT = jax.ShapeDtypeStruct((3, 7), np.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    state = jax.eval_shape(lambda: model.init_state(3))
+    nll_BT, after, aux = jax.eval_shape(
+        model.apply, params, tokens_BT, tokens_BT, state
+    )
+    assert nll_BT.shape == (3, 7) and aux.loss.shape == ()
+    assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, state)
 
 
 def test_the_configs_that_it_names_exist():

@@ -69,18 +69,19 @@ def build(config: Mapping | Any, vocab_size: int | None = None) -> Model:
       UserError: an unknown name or field, an impossible combination, or a vocab_size
         that is missing or differs from the config's.
     """
-    if not dataclasses.is_dataclass(config):  # ConfigDict is no Mapping.
-        config = _from_fields(config)
-    model_class = _class_of(config)
-    if vocab_size is None and config.vocab_size is None:
+    made: Any = config  # ConfigDict is no Mapping.
+    if not dataclasses.is_dataclass(config):
+        made = _from_fields(config)
+    model_class = _class_of(made)
+    if vocab_size is None and made.vocab_size is None:
         raise UserError("config.model.vocab_size is not set: pass vocab_size to build")
-    if None not in (vocab_size, config.vocab_size) and vocab_size != config.vocab_size:
+    if None not in (vocab_size, made.vocab_size) and vocab_size != made.vocab_size:
         raise UserError(
-            f"config.model.vocab_size={config.vocab_size} but the data has {vocab_size}"
+            f"config.model.vocab_size={made.vocab_size} but the data has {vocab_size}"
         )
     if vocab_size is None:
-        vocab_size = config.vocab_size
-    return model_class(dataclasses.replace(config, vocab_size=vocab_size))
+        vocab_size = made.vocab_size
+    return model_class(dataclasses.replace(made, vocab_size=vocab_size))
 
 
 def _class_of(config) -> type[Model]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,7 @@ class Model:
     """
 
     config: Any
+    Config: ClassVar[Any]  # its class; only a model that has a name in MODELS needs it
 
     # What every model has to define ---------------------------------------------------
 

@@ -142,7 +142,7 @@ def _check_resets(case: Case) -> None:
     for b, row in enumerate(places):
         if row:
             name, here = f"resets at {row}: nll after a state of NaN", slice(first_B[b])
-            close(name, *(np.delete(x[b], here) for x in (nan_BN, reset_BN)))
+            close(name, np.delete(nan_BN[b], here), np.delete(reset_BN[b], here))
 
 
 def _check_padding(case: Case) -> None:
@@ -257,8 +257,9 @@ def _check_gradient(case: Case) -> None:
 
 def _check_loops(case: Case) -> None:
     model, apply = case.model, functools.partial(case.model.apply, case.params)
-    nll_BT, state = case.plain(*case.at(1), case.warm)
-    eager = apply(*case.at(1), case.warm, step=int(STEP))[:2]
+    inputs_BT, targets_BT = case.at(1)
+    nll_BT, state = case.plain(inputs_BT, targets_BT, case.warm)
+    eager = apply(inputs_BT, targets_BT, case.warm, step=int(STEP))[:2]
     close("loops: without jit", eager, (nll_BT, state))
     next_BT, last = case.plain(*case.at(2), state)
 
@@ -296,15 +297,15 @@ def _check_cache(case: Case) -> None:
     """Far enough for every slot to be written and to be forgotten."""
     resets_BT, lengths_B = np.zeros((ROWS, TOKENS), bool), [SHORT, TOKENS, 0, SHORT, 1]
     resets_BT[np.arange(ROWS - 1), [0, 3, TOKENS - 1, 0]] = True
-    options = (resets_BT, None), (None, np.array(lengths_B)), ()
-    segments = [(case.score, case.at(k), x) for k, x in enumerate(options, 1)]
+    given = (resets_BT, None), (None, np.array(lengths_B)), ()
+    segments = [(case.score, case.at(k), x) for k, x in enumerate(given, 1)]
     tokens, rows_B1 = [], np.arange(ROWS)[:, None]
     for t in range(TOKENS, SEGMENTS * TOKENS):
         token = case.inputs_BN[:, [t]], case.targets_BN[:, [t]]
         tokens.append((case.full, token, (rows_B1 == t - TOKENS, None)))
     for longest, calls in ((TOKENS, segments), (1, tokens)):
         cache = case.model.to_cache(case.params, case.warm, segment_length=longest)
-        states = case.warm, cache
+        states = [case.warm, cache]
         for i, (score, arrays, options) in enumerate(calls):
             found = [score(*arrays, state, *options) for state in states]
             close(f"cache of {longest}: nll of call {i}", found[1][0], found[0][0])

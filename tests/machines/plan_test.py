@@ -215,6 +215,9 @@ def test_the_schedule_is_priced_at_the_mfu(capsys, tmp_path):
     hours = 400_000 * (step + found["seconds"]["links"]) / 3600
     assert found["schedule"]["price"] == pytest.approx(3 * 64 * hours)
     assert found["memory"]["parameters"] == 4 * 41_055_436
+    # Parameters and Adam's two moments, read and written, in float32.
+    moved = 2 * 3 * 4 * 41_055_436
+    assert found["seconds"]["memory"] == pytest.approx(moved / 2765e9, rel=1e-4)
 
 
 def test_a_chip_is_known_by_its_whole_name():
@@ -311,6 +314,7 @@ def test_what_a_model_does_not_know_is_said_and_not_guessed():
     assert found["memory"]["parameters"] == 4 * (11 * 11 + 1)
     assert found["memory"]["temporaries"] is None and found["memory"]["fits"] is None
     assert found["flops"] is None and "schedule" not in found
+    assert found["seconds"].keys() == {"links", "memory"}
     assert found["least_sent"]["gradients"] == 4 * 122 * 2 * 1 / 2
     assert found["least_sent"]["activations"] is None
     shown = plan_text.render(found)

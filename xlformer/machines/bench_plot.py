@@ -44,7 +44,8 @@ def plot(rows: list[dict], path) -> None:
         fontsize="medium",
     )
     picture = io.BytesIO()
-    # Text as text, and nothing that changes from day to day: small, and the same again.
+    # Letters stay text and nothing depends on the day, so that the file is small and a
+    # repetition gives the same bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "xlformer"}):
         figure.savefig(picture, format="svg", metadata={"Date": None})
     epath.Path(path).write_bytes(picture.getvalue())

@@ -26,7 +26,8 @@ KNOWN = (
 )
 HOST = 8  # GPUs of one host, joined by NVLink
 
-# What XLA asks a GPU, as NVIDIA states it of compute capability 9.0 and of each card.
+# What XLA would ask the GPU itself. The counts are NVIDIA's of compute capability 9.0,
+# the sizes and rates those of each card.
 _HOPPER = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -53,11 +54,11 @@ _TARGETS = {
 
 
 class Topology(NamedTuple):
-    """A machine.
+    """A machine that may not be here.
 
     Attributes:
       chip: its name in chips.CHIPS.
-      count: how many devices there are.
+      count: how many devices it has.
       devices: to compile for; None without the compiler.
       note: why there are none.
     """

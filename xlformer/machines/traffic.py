@@ -27,12 +27,12 @@ _CONSTANT = re.compile(r"= s\d+\[\]\S* constant\((\d+)\)")
 
 
 class Collective(NamedTuple):
-    """One kind of exchange in one step.
+    """All exchanges of one kind in a step.
 
     Attributes:
       count: how many there are.
       size: bytes of their results, on one device.
-      sent: bytes that a device sends where they go around a ring.
+      sent: bytes that a device sends if the exchange goes around a ring.
     """
 
     count: int
@@ -41,10 +41,13 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str, devices: int) -> dict[str, Collective]:
-    """Reads them from Compiled.as_text(); those in a loop count once a round.
+    """Reads the exchanges from Compiled.as_text(), by kind.
 
-    A TPU's compiler spreads one exchange over several operations of one chain: they
-    count once.
+    One in a loop counts once a round. A TPU's compiler spreads one exchange over
+    several operations of a chain, which count once together.
+
+    Args:
+      devices: how many take part where the text does not say so.
     """
     bodies, entry = _computations(text)
     found: dict[str, Collective] = {}

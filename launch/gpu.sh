@@ -173,7 +173,7 @@ run_section() {
             ;;
         bench)
             step bench_enwik8 150 "${bench[@]}" --preset=enwik8 \
-                "--implementation=$implementations" ${tiny[@]+"${tiny[@]}"} \
+                "--compare=attention:$implementations" ${tiny[@]+"${tiny[@]}"} \
                 "--json=$RESULTS/bench_enwik8.json"
             step bench_train 120 "${bench[@]}" --preset=nvidia_train \
                 ${tiny[@]+"${tiny[@]}"} "--json=$RESULTS/bench_train.json"
@@ -182,7 +182,7 @@ run_section() {
             ;;
         sweep)
             step sweep 180 "${bench[@]}" "${sweep[@]}" \
-                "--implementation=$implementations" "--json=$RESULTS/sweep.json" \
+                "--compare=attention:$implementations" "--json=$RESULTS/sweep.json" \
                 "--plot=$RESULTS/sweep.svg"
             ;;
         wt103_train)

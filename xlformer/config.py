@@ -283,7 +283,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     """
     train, evaluation = config.train, config.eval
     config.model.update(models.tiny(config.model))
-    config.mesh.update(data=1, fsdp=1, tensor=1)  # a batch of two has no more
+    config.mesh.update(dict.fromkeys(config.mesh, 1))  # a batch of two has no more
     train.update(steps=2, batch_size=2, segment_length=7)
     train.update(log_every=1, eval_every=2, save_every=2)
     train.micro_batches = min(train.micro_batches, 2)

@@ -166,6 +166,7 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
             0, TAKEN, least=0
         ),  # evaluations without improvement
     },
+    # The axes of the mesh, the outermost first; sharding.RULES says what each splits.
     "mesh": {
         "data": _field(-1, FREE, least=1, off=-1),  # copies of the model; -1: what
         # devices and rows allow

@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh (data, fsdp, tensor) and one table of rules.
+"""Where arrays live: one mesh, and one table of rules.
 
 Models name the axes of their parameters and their state; RULES says over which axes of
 the mesh a name is split. Everything else is the compiler's: jit with NamedSharding.
@@ -7,6 +7,9 @@ the mesh a name is split. Everything else is the compiler's: jit with NamedShard
     fsdp     rows of the batch too; parameters and optimizer are split and gathered
              layer by layer when they are used (Zhao et al. 2023, arXiv:2304.11277)
     tensor   heads, feed-forward and vocabulary (Shoeybi et al. 2019, arXiv:1909.08053)
+
+A new axis is a field of config.mesh (fields.TABLE) and its place in RULES: the mesh,
+the flags and what `xlformer.plan` counts are made of the two.
 
 Slices of TPUs that only the data center's network (DCN) joins lie along `data`, whose
 sums of gradients are all that crosses it, once a step.
@@ -22,10 +25,13 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from xlformer import fields
 from xlformer.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
-MESH_HELP = "sizes of data, fsdp, tensor: data=2,fsdp=4 (default: data is all devices)"
+MESH_AXES = tuple(fields.TABLE["mesh"])
+MESH_HELP = (
+    f"sizes of {', '.join(MESH_AXES)}: data=2,fsdp=4 (default: data is all devices)"
+)
 # A mesh axis is used once in an array: the leftmost name that asks for it gets it.
 RULES = {
     "batch": ("data", "fsdp"),
@@ -48,30 +54,30 @@ def make_mesh(
 ) -> Mesh:
     """The mesh of all devices; a size of -1 is whatever is left.
 
-    In one process a smaller mesh takes the first devices, and data=-1 no more of them
-    than divide `rows`. `devices` may be of a machine that is not here, to compile for.
-    Raises UserError.
+    In one process a smaller mesh takes the first devices, and an axis of the batch that
+    is -1 no more of them than divide `rows`. `devices` may be of a machine that is not
+    here, to compile for. Raises UserError.
     """
     have = jax.device_count() if devices is None else len(devices)
     elsewhere = devices is not None or jax.process_count() > 1
     sizes = fit_mesh(sizes, have, rows=0 if elsewhere else rows, where=where)
     wanted = math.prod(sizes.values())
     if wanted < have and devices is None and jax.process_count() > 1:
-        shown = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise UserError(
-            f"{where}: {shown} leaves {have - wanted} of {have} devices idle, which "
-            "several hosts cannot do"
+            f"{where}: {_shown(sizes)} leaves {have - wanted} of {have} devices idle, "
+            "which several hosts cannot do"
         )
-    types = (AxisType.Auto,) * len(AXES)
+    types = (AxisType.Auto,) * len(sizes)
     if devices is not None:
         # As they come: make_mesh wants whole tori, a smaller mesh takes the first.
         picked = np.array(devices[:wanted]).reshape(tuple(sizes.values()))
-        return Mesh(picked, AXES, axis_types=types)
+        return Mesh(picked, tuple(sizes), axis_types=types)
     devices = jax.devices()[:wanted]
     if (slices := count_slices(devices)) > 1:
         laid_out = over_slices(sizes, devices, slices, where=where)
-        return Mesh(laid_out, AXES, axis_types=types)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+        return Mesh(laid_out, tuple(sizes), axis_types=types)
+    shape = tuple(sizes.values())
+    return jax.make_mesh(shape, tuple(sizes), axis_types=types, devices=devices)
 
 
 def count_slices(devices: Sequence) -> int:
@@ -87,23 +93,25 @@ def over_slices(
     sizes: Mapping[str, int], devices: Sequence, slices: int, *, where: str
 ) -> np.ndarray:
     """The devices in the mesh's shape: the slices one after the other along `data`."""
-    data, fsdp, tensor = (sizes[axis] for axis in AXES)
-    if data % slices:
-        shown = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if sizes["data"] % slices:
+        others = " and ".join(axis for axis in sizes if axis != "data")
         raise UserError(
-            f"{where}: {shown} on {slices} slices: data is not divisible by {slices}, "
-            "and fsdp and tensor do not reach beyond a slice"
+            f"{where}: {_shown(sizes)} on {slices} slices: data is not divisible by "
+            f"{slices}, and {others} do not reach beyond a slice"
         )
-    inner, outer = (data // slices, fsdp, tensor), (slices, 1, 1)
-    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    inner = {**sizes, "data": sizes["data"] // slices}
+    outer = {**dict.fromkeys(sizes, 1), "data": slices}
+    return mesh_utils.create_hybrid_device_mesh(
+        tuple(inner.values()), tuple(outer.values()), devices
+    )
 
 
 def fit_mesh(
     sizes: Mapping[str, int], have: int, *, rows: int = 0, where: str
 ) -> dict[str, int]:
     """The size of every axis on so many devices; see make_mesh."""
-    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
-    shown = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    sizes = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+    shown = _shown(sizes)
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(
@@ -115,11 +123,16 @@ def fit_mesh(
     wanted = math.prod(sizes.values())
     if wanted > have or (free and wanted < have):
         raise UserError(f"{where}: {shown} does not fit onto {have} devices")
-    if free == ["data"] and rows:
-        most, fsdp = sizes["data"], sizes["fsdp"]
-        fitting = [n for n in range(1, most + 1) if rows % (n * fsdp) == 0]
-        sizes["data"] = max(fitting, default=most)
+    if free and free[0] in RULES["batch"] and rows:
+        most = sizes[free[0]]
+        others = math.prod(sizes[axis] for axis in RULES["batch"]) // most
+        fitting = [n for n in range(1, most + 1) if rows % (n * others) == 0]
+        sizes[free[0]] = max(fitting, default=most)
     return sizes
+
+
+def _shown(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -127,10 +140,10 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes = {}
     for item in filter(None, text.split(",")):
         axis, _, size = item.partition("=")
-        if axis not in AXES or not size.lstrip("-").isdigit():
+        if axis not in MESH_AXES or not size.lstrip("-").isdigit():
             raise UserError(
                 f"--mesh={text}: {item!r} is not AXIS=SIZE with an axis of "
-                f"{', '.join(AXES)}"
+                f"{', '.join(MESH_AXES)}"
             )
         sizes[axis] = int(size)
     return sizes
@@ -141,21 +154,22 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
+def with_less_state(sizes: Mapping[str, int]) -> dict[str, int] | None:
+    """Sizes with half the parameters and moments on a device; None where none halve."""
+    if sizes["data"] % 2:
+        return None
+    return {**sizes, "data": sizes["data"] // 2, "fsdp": 2 * sizes["fsdp"]}
+
+
 def check(config, mesh: Mesh) -> None:
-    """Raises UserError where this mesh cannot hold this config."""
+    """Raises UserError where the rows of a batch cannot be split over this mesh."""
     train, shards = config.train, row_shards(mesh)
     if train.batch_size % (shards * train.micro_batches):
+        over = _shown({axis: mesh.shape[axis] for axis in RULES["batch"]})
         raise UserError(
             f"config.train.batch_size={train.batch_size} is not divisible by "
             f"config.train.micro_batches={train.micro_batches} times the "
-            f"{shards} row shards of config.mesh (data={mesh.shape['data']} x "
-            f"fsdp={mesh.shape['fsdp']})"
-        )
-    heads, tensor = config.model.get("n_head", 0), mesh.shape["tensor"]
-    if heads % tensor:
-        raise UserError(
-            f"config.model.n_head={heads} is not divisible by config.mesh.tensor="
-            f"{tensor}"
+            f"{shards} row shards of config.mesh ({over})"
         )
 
 
@@ -190,7 +204,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     # An axis may be split already: `data` is, where gradients are computed.
-    free = {a: mesh.shape[a] for a in AXES if types.get(a) == AxisType.Auto}
+    free = {a: mesh.shape[a] for a in MESH_AXES if types.get(a) == AxisType.Auto}
     if math.prod(free.values()) == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(x.shape, names, free))

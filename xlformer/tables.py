@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 
@@ -35,6 +36,23 @@ def binary_size(n: float) -> str:
     return f"{n:.2f} TiB"
 
 
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Rows of cells as lines with columns, two spaces apart.
+
+    The first `left` columns begin at the same place, the others, which are numbers, end
+    there.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            f"{cell:<{width}}" if number < left else f"{cell:>{width}}"
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
 # Tables of a model -------------------------------------------------------------------
 
 EMBEDDING_NAMES = ("embedding", "softmax")
@@ -65,12 +83,7 @@ def parameter_table(params) -> str:
         ("  embedding and softmax", "", "", f"{embedding:,}"),
         ("  non-embedding", "", "", f"{total - embedding:,}"),
     ]
-    widths = [max(len(row[i]) for row in cells) for i in range(4)]
-    lines = [
-        f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}"
-        for a, b, c, d in cells
-    ]
-    return "\n".join(lines)
+    return "\n".join(aligned(cells, left=3))
 
 
 def memory_estimate(params, opt_state, carried) -> str:

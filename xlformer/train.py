@@ -18,7 +18,7 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from xlformer import command, hosts, models, runs, sharding, storage
+from xlformer import command, fields, hosts, models, runs, sharding, storage
 from xlformer import config as config_lib
 from xlformer.data import preparing, translation, vocabularies
 from xlformer.errors import UserError
@@ -73,6 +73,8 @@ def train(
         rows = config.train.batch_size // config.train.micro_batches
         mesh = sharding.make_mesh(config.mesh, rows=rows)
         sharding.check(config, mesh)
+        symbols = config.model.vocab_size or fields.LARGEST  # the data will say
+        (model or models.build(config.model, symbols)).check_mesh(mesh)
         if hosts.is_first():
             writing.refuse_foreign(workdir)
         prepared, source = preparing.prepare(config.data), None

@@ -79,7 +79,7 @@ def test_all_sections_run_within_25_minutes_and_each_within_10(
         "--preset=nvidia_inference",
     ):
         assert name in calls
-    assert "--implementation=pallas_gpu,blocked,xla" in calls
+    assert "--compare=attention:pallas_gpu,blocked,xla" in calls
     named = re.findall(r"--settings=(\S+)", calls)
     expected = {n for n, setting in settings.SETTINGS.items() if setting.gpu}
     assert set(",".join(named).split(",")) == expected

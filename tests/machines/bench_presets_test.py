@@ -3,23 +3,25 @@
 import json
 
 import pytest
-from timed_cases import FAST, timed
+from fake_timings import FAST, timed
+from training_runs import bag
 
 from xlformer import bench, sharding
 from xlformer import config as config_lib
-from xlformer.machines import bench_plot, bench_presets, rehearsal
+from xlformer.machines import bench_plot, bench_presets, bench_runs, rehearsal
+from xlformer.machines.bench_timing import report
 
 
 def test_a_plot_has_a_line_for_each_implementation(tmp_path):
     def row(name, value, **more):
-        case = timed(name, float(value))
-        case.memory = 3 << 30
-        found = bench.report(case, case, mesh) | {"implementation": name}
+        timing = timed(name, float(value))
+        timing.memory = 3 << 30
+        found = report(timing, timing, mesh) | {"compared": name}
         return found | {"field": "model.memory_length", "value": value} | more
 
     mesh = sharding.make_mesh({"data": 1})
     config = config_lib.load("quickstart:debug")
-    about = bench._circumstances(config, "train", mesh)
+    about = bench_runs.circumstances(config, bag(vocab_size=11), "train", mesh)
     rows = [row(n, v, **about) for v in ("2", "10") for n in ("xla", "blocked")]
     rows[-1] = rows[-1] | {"out_of_memory": "99 GiB"}
     bench_plot.plot(rows, tmp_path / "a.svg")
@@ -81,24 +83,25 @@ def test_a_preset_is_rehearsed_with_tiny_sizes(capsys, tmp_path, monkeypatch):
     shown = capsys.readouterr().out
     assert "tiny sizes, 2 x cpu" in shown and "published" not in shown
     (row,) = json.loads(file.read_text())
-    assert row["case"] == "base, 16 rows, auto" and row["mode"] == "eval"
+    assert row["name"] == "base, 16 rows" and row["mode"] == "eval"
     assert row["tokens_per_second"] == pytest.approx(10 / row["ms"] * 1e3)  # 2 x 5
 
 
 def test_published_figures_stand_beside_ours_with_their_device(monkeypatch, capsys):
-    def measured(config, vocab_size, *, mode, mesh, **_):
-        case = timed("auto", 0.5)
-        row = bench.report(case, case, mesh)
-        return [row | bench._circumstances(config, mode, mesh)]
+    def measured(config, *, mode, mesh, **_):
+        timing = timed("train", 0.5)
+        row = report(timing, timing, mesh) | {"compared": ""}
+        model = bag(vocab_size=11)
+        return [row | bench_runs.circumstances(config, model, mode, mesh)]
 
-    monkeypatch.setattr(bench, "bench", measured)
+    monkeypatch.setattr(bench_runs, "bench", measured)
     assert bench.main(["--preset=nvidia_inference"]) == 0
     head, names, *lines = capsys.readouterr().out.splitlines()
     assert "nvidia_inference" in head and "published ms" in names
     first = lines[0].split()
-    assert first[:4] == ["base,", "1", "rows,", "auto"]
+    assert first[:3] == ["base,", "1", "rows"]
     # 100 tokens in half a second.
-    assert first[4:9] == ["200", "6,936", "0.03", "500.00", "9.23"]
+    assert first[3:8] == ["200", "6,936", "0.03", "500.00", "9.23"]
     assert "A100 40GB" in lines[-1] and "same device only" in lines[-1]
 
 
@@ -106,11 +109,12 @@ def test_what_is_measured_is_kept_when_the_next_line_fails(monkeypatch, tmp_path
     def measured(config, *_, **__):
         if config.train.batch_size == 64:
             raise KeyboardInterrupt
-        case = timed("auto", 0.5)
-        return [bench.report(case, case, sharding.make_mesh({"data": 1}))]
+        timing = timed("train", 0.5)
+        row = report(timing, timing, sharding.make_mesh({"data": 1}))
+        return [row | {"compared": ""}]
 
-    monkeypatch.setattr(bench, "bench", measured)
+    monkeypatch.setattr(bench_runs, "bench", measured)
     file = tmp_path / "bench.json"
     assert bench.main(["--preset=nvidia_train", f"--json={file}"]) == 130
     (row,) = json.loads(file.read_text())
-    assert row["case"] == "base, 32 rows, auto"
+    assert row["name"] == "base, 32 rows"

@@ -6,29 +6,37 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from timed_cases import FAST, fake, timed
+from fake_timings import FAST, fake, timed
+from training_runs import bag, refusal
 
 from xlformer import bench, models, sharding
 from xlformer import config as config_lib
 from xlformer.layers import adaptive
-from xlformer.machines import bench_cases, rehearsal
-from xlformer.machines.bench_cases import Case
-from xlformer.machines.bench_table import table
+from xlformer.machines import bench_runs, bench_timing, bench_workloads, rehearsal
+from xlformer.machines.bench_runs import Values
+from xlformer.machines.bench_table import render
+from xlformer.machines.bench_timing import Timing
 
 
-def test_cases_take_turns_and_the_median_counts():
+def debug():
+    config = config_lib.load("quickstart:debug")
+    config.model.vocab_size = 256
+    return config
+
+
+def test_timings_take_turns_and_the_median_counts():
     log = []
-    cases = [fake("a", 0.5, log), fake("b", 0.25, log)]
-    cases[1].steps = 5
-    bench.measure(cases, repeats=3, seconds=1.0)
+    timings = [fake("a", 0.5, log), fake("b", 0.25, log)]
+    timings[1].steps = 5
+    bench_timing.measure(timings, repeats=3, seconds=1.0)
     warm, turns = log[:4], log[4:]
     assert warm == [("a", 1), ("a", 1), ("b", 1), ("b", 1)]
     assert turns == [("a", 2), ("b", 4)] * 3
-    assert cases[0].host_seconds == [0.1] * 3
-    assert cases[1].seconds == [0.05] * 3  # of a step
-    cases[0].seconds = [1.0, 0.5, 0.4]
-    cases[1].seconds = [0.25] * 3
-    found = bench.report(cases[0], cases[1], sharding.make_mesh({"data": 1}))
+    assert timings[0].host_seconds == [0.1] * 3
+    assert timings[1].seconds == [0.05] * 3  # of a step
+    timings[0].seconds = [1.0, 0.5, 0.4]
+    timings[1].seconds = [0.25] * 3
+    found = bench_timing.report(timings[0], timings[1], sharding.make_mesh({"data": 1}))
     assert found["ms"] == 500 and found["tokens_per_second"] == 200
     assert found["spread"] == pytest.approx(1.2)
     assert found["of_matrix_products"] == 0.5
@@ -36,16 +44,17 @@ def test_cases_take_turns_and_the_median_counts():
 
 
 def test_the_share_of_the_datasheet_is_of_all_devices():
-    case = timed("a", 1.0)
+    timing = timed("a", 1.0)
     devices = np.array([SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * 4)
     mesh = SimpleNamespace(devices=devices, size=4)
-    assert bench.report(case, case, mesh)["mfu"] == 2e9 / 4 / 989e12
+    assert bench_timing.report(timing, timing, mesh)["mfu"] == 2e9 / 4 / 989e12
 
 
 def test_two_steps_are_in_flight_at_most(monkeypatch):
     config = config_lib.load("quickstart:debug")
     mesh, log = sharding.make_mesh({"data": 1}), []
-    real = rehearsal.step(config, models.build(config.model, vocab_size=256), mesh)
+    model = bag(vocab_size=256)
+    real = rehearsal.step(config, model, mesh)
 
     class Compiled:
         def __call__(self, state, batch):
@@ -65,22 +74,22 @@ def test_two_steps_are_in_flight_at_most(monkeypatch):
     function = SimpleNamespace(lower=lambda *_: lowered)
     step = real._replace(function=function, create=lambda _: None)
     monkeypatch.setattr(rehearsal, "step", lambda *_: step)
-    case = bench_cases.train_case("a", config, 256, mesh)
-    case.run(5)
+    timing = bench_workloads.train("a", config, model, mesh)
+    timing.run(5)
     in_flight = np.cumsum([1 if event == "step" else -1 for event in log])
     assert max(in_flight) == 2 and in_flight[-1] == 0
-    assert case.memory == 6 and case.accessed == 7
+    assert timing.memory == 6 and timing.accessed == 7
 
 
 def test_training_is_timed_for_each_implementation(capsys, tmp_path):
     file = tmp_path / "bench.json"
-    arguments = [*FAST, "--implementation=xla,blocked", f"--json={file}"]
+    arguments = [*FAST, "--compare=attention:xla,blocked", f"--json={file}"]
     arguments += ["--config.train.batch_size=4", "--mesh=data=2"]
     assert bench.main(arguments) == 0
     shown = capsys.readouterr().out
     assert "2 x cpu" in shown and "tokens/s" in shown
     rows = json.loads(file.read_text())
-    assert [row["case"] for row in rows] == ["xla", "blocked"]
+    assert [row["name"] for row in rows] == ["xla", "blocked"]
     config = config_lib.load("quickstart:debug")
     model = models.build(config.model, vocab_size=256)
     counted = model.flops(batch_size=4, segment_length=7)
@@ -91,12 +100,12 @@ def test_training_is_timed_for_each_implementation(capsys, tmp_path):
 
 
 def test_evaluation_sweeps_over_a_field_and_generation_runs():
-    config = config_lib.load("quickstart:debug")
+    config = debug()
     fast = {"repeats": 1, "seconds": 0.01, "mesh": sharding.make_mesh({"data": 1})}
-    sweep = ("model.memory_length", ["3", "9"])
-    short, long = bench.bench(config, 256, mode="eval", sweep=sweep, **fast)
-    (row,) = bench.bench(config, 256, mode="generate", **fast)
-    assert short["case"] == "auto model.memory_length=3"
+    sweep = Values("model.memory_length", ["3", "9"])
+    short, long = bench.bench(config, mode="eval", sweep=sweep, **fast)
+    (row,) = bench.bench(config, mode="generate", **fast)
+    assert short["name"] == "memory_length=3" and row["name"] == "generate"
     assert long["flops"] > short["flops"] > 0 and short["ms"] > 0
     assert long["memory"] > short["memory"] > 0
     assert config.model.memory_length == 5  # the caller's config stays as it was
@@ -104,8 +113,21 @@ def test_evaluation_sweeps_over_a_field_and_generation_runs():
     assert row["tokens_per_second"] == pytest.approx(2 / row["ms"] * 1e3)  # 2 rows
 
 
+def test_a_model_that_says_nothing_of_itself_is_timed():
+    fast = {"repeats": 1, "seconds": 0.01, "mesh": sharding.make_mesh({"data": 1})}
+    config, model = config_lib.load("quickstart:debug"), bag(vocab_size=11)
+    (row,) = bench.bench(config, model=model, **fast)
+    assert row["tokens_per_second"] > 0 and row["memory"] > 0
+    for unknown in ("flops", "mfu", "of_matrix_products"):
+        assert row[unknown] is None
+    assert render([row]).splitlines()[1].split()[:1] == ["train"]
+    sweep = Values("model.n_layer", ["1"])
+    line = refusal(bench.bench, config, model=model, sweep=sweep, **fast)
+    assert "config.model.n_layer" in line
+
+
 def test_tokens_are_as_frequent_as_words():
-    ids = bench_cases.tokens(1000, (4000,))
+    ids = bench_workloads.tokens(1000, (4000,))
     expected = adaptive.frequencies(1000)
     assert abs((ids == 0).mean() - expected[0]) < 0.03
     assert ids.max() < 1000 and ids.dtype == np.int32
@@ -119,48 +141,50 @@ def too_much(*_):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 99 GiB")
 
 
-def test_a_case_that_runs_out_of_memory_leaves_the_others_running(monkeypatch):
-    real = bench.CASES["train"]
+def test_one_that_runs_out_of_memory_leaves_the_others_running(monkeypatch):
+    real = bench_workloads.train
 
     def create(name, *arguments):
         return too_much() if name == "xla" else real(name, *arguments)
 
-    monkeypatch.setitem(bench.CASES, "train", create)
+    monkeypatch.setitem(bench_runs.WORKLOADS, "train", create)
     fast = {"repeats": 2, "seconds": 0.01, "mesh": sharding.make_mesh({"data": 1})}
-    names = ("xla", "blocked")
-    config = config_lib.load("quickstart:debug")
-    lost, kept = bench.bench(config, 256, implementations=names, **fast)
-    monkeypatch.setitem(bench.CASES, "train", too_much)
-    (alone,) = bench.bench(config, 256, **fast)
+    compare = Values("model.attention", ["xla", "blocked"])
+    lost, kept = bench.bench(debug(), compare=compare, **fast)
+    monkeypatch.setitem(bench_runs.WORKLOADS, "train", too_much)
+    (alone,) = bench.bench(debug(), **fast)
     assert lost["out_of_memory"] == alone["out_of_memory"]
     assert kept["tokens_per_second"] > 0
-    shown = table([lost, kept]).splitlines()
+    shown = render([lost, kept]).splitlines()
     assert "out of memory: RESOURCE_EXHAUSTED: 99 GiB" in shown[1]
     assert shown[2].startswith("blocked")
-    assert "99 GiB" in table([alone])
+    assert "99 GiB" in render([alone])
 
 
 def test_what_cannot_run_is_refused_before_anything_is_compiled(monkeypatch, capsys):
-    monkeypatch.setitem(bench.CASES, "train", too_much)
-    assert bench.main([*FAST, "--implementation=xla,pallas_tpu"]) == 2
+    def compiled(*_):
+        raise AssertionError("compiled before all were known to run")
+
+    monkeypatch.setitem(bench_runs.WORKLOADS, "train", compiled)
+    assert bench.main([*FAST, "--compare=attention:xla,pallas_tpu"]) == 2
     assert "config.model.attention='pallas_tpu'" in capsys.readouterr().err
 
 
 def test_memory_may_end_while_the_turns_are_taken():
     log = []
-    cases = [fake("a", 0.5, log), fake("b", 0.5, log)]
-    good = cases[0].run
-    cases[0].run = lambda times: too_much() if len(log) > 5 else good(times)
-    bench.measure(cases, repeats=3, seconds=1.0)
-    assert "99 GiB" in cases[0].out_of_memory and cases[0].run is None
-    assert len(cases[1].seconds) == 3
+    timings = [fake("a", 0.5, log), fake("b", 0.5, log)]
+    good = timings[0].run
+    timings[0].run = lambda times: too_much() if len(log) > 5 else good(times)
+    bench_timing.measure(timings, repeats=3, seconds=1.0)
+    assert "99 GiB" in timings[0].out_of_memory and timings[0].run is None
+    assert len(timings[1].seconds) == 3
 
     def broken(_):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    cases = [Case("c", broken)]
+    timings = [Timing("c", broken)]
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        bench.measure(cases, repeats=1, seconds=1.0)
+        bench_timing.measure(timings, repeats=1, seconds=1.0)
 
 
 # Bad input ----------------------------------------------------------------------------
@@ -169,9 +193,10 @@ def test_memory_may_end_while_the_turns_are_taken():
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
-        (["--implementation=foo"], ["config.model.attention='foo'", "blocked"]),
-        (["--implementation=xla,pallas_tpu"], ["pallas_tpu", "cpu"]),
+        (["--compare=attention:foo"], ["config.model.attention='foo'", "blocked"]),
+        (["--compare=attention:xla,pallas_tpu"], ["pallas_tpu", "cpu"]),
         (["--mode=serve"], ["serve", "train", "generate"]),
+        (["--compare=attention"], ["--compare=attention", "FIELD:VALUE"]),
         (["--sweep=memory_length"], ["--sweep=memory_length", "FIELD:VALUE"]),
         (["--sweep=memory_lenth:1,2"], ["memory_lenth", "did you mean"]),
         (["--repeats=0"], ["--repeats=0"]),

@@ -15,6 +15,7 @@ from training_runs import bag, refusal
 from xlformer import config as config_lib
 from xlformer import models, sharding
 from xlformer.data.stream import Stream
+from xlformer.train import train
 from xlformer.training import optimizers, state, steps
 
 V, B, T, M = 24, 8, 7, 11  # no other array has an axis of M
@@ -201,13 +202,15 @@ def test_a_mesh_that_does_not_fit_is_one_line(sizes, fragments):
     assert all(fragment in line for fragment in fragments), line
 
 
-def test_a_batch_and_heads_that_do_not_fit_are_one_line():
+def test_a_batch_and_heads_that_do_not_fit_are_one_line(tmp_path):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     line = refusal(sharding.check, make_config(micro_batches=4), mesh)
     assert "batch_size=8" in line and "micro_batches=4" in line and "4 row" in line
     config = make_config()
     config.model.n_head = 3
-    line = refusal(sharding.check, config, mesh)
+    config.mesh.update(data=1, tensor=2)
+    config.data.corpus = "text"  # without a path: nothing has asked for it yet
+    line = refusal(train, config, tmp_path)
     assert "n_head=3" in line and "config.mesh.tensor=2" in line
 
 
@@ -217,11 +220,23 @@ def test_sizes_of_a_flag():
     assert "--mesh=rows=2: 'rows=2'" in refusal(sharding.parse_mesh, "rows=2")
 
 
-def test_data_takes_no_more_devices_than_divide_the_rows():
+def test_an_axis_of_the_rows_takes_no_more_devices_than_divide_the_rows():
     assert sharding.make_mesh({"data": -1}, rows=12).shape["data"] == 6
     assert sharding.make_mesh({"data": -1, "fsdp": 2}, rows=12).shape["data"] == 3
     assert sharding.make_mesh({"data": -1, "tensor": 2}, rows=7).shape["data"] == 1
     assert sharding.make_mesh({"data": -1, "fsdp": 2}, rows=7).shape["data"] == 4
+    assert sharding.make_mesh({"data": 2, "fsdp": -1}, rows=12).shape["fsdp"] == 3
+
+
+def test_config_flag_and_mesh_have_the_axes_of_the_table():
+    mesh = sharding.make_mesh({"data": 1})
+    assert mesh.axis_names == tuple(sharding.MESH_AXES)
+    for config in (config_lib.default_config(), config_lib.load("quickstart:debug")):
+        assert set(config.mesh) == set(sharding.MESH_AXES)
+    assert set(config.mesh.values()) == {1}  # a batch of two has no more
+    assert all(name in sharding.MESH_HELP for name in sharding.MESH_AXES)
+    split = {axis for axes in sharding.RULES.values() for axis in axes}
+    assert split == set(sharding.MESH_AXES)  # one that splits nothing does nothing
 
 
 def slices_of(count, platform="tpu", kind="TPU v5 lite"):

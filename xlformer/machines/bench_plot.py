@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+from collections.abc import Sequence
 
 from etils import epath
 
@@ -11,7 +12,7 @@ from xlformer.errors import UserError
 
 
 def plot(rows: list[dict], path) -> None:
-    """Tokens a second and memory against the swept field, a line an implementation.
+    """Tokens a second and memory against the swept field, a line for what is compared.
 
     Call `check` first.
     """
@@ -24,17 +25,17 @@ def plot(rows: list[dict], path) -> None:
     axes = figure.subplots(1, 2)
     parts = (("tokens_per_second", 1, "tokens/s"), ("memory", 2**30, "GiB"))
     for axis, (key, unit, label) in zip(axes, parts, strict=True):
-        for name in dict.fromkeys(row["implementation"] for row in measured):
+        for name in dict.fromkeys(row["compared"] for row in measured):
             points = [
                 (float(row["value"]), row[key] / unit)
                 for row in measured
-                if row["implementation"] == name and row[key] is not None
+                if row["compared"] == name and row[key] is not None
             ]
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
         axis.set(xlabel=field.rpartition(".")[2], ylabel=label)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    if measured:
+    if any(row["compared"] for row in measured):
         axes[0].legend()
     about = rows[0]
     figure.suptitle(
@@ -43,13 +44,14 @@ def plot(rows: list[dict], path) -> None:
         fontsize="medium",
     )
     picture = io.BytesIO()
-    # Text as text, and nothing that changes from day to day: small, and the same again.
+    # Letters stay text and nothing depends on the day, so that the file is small and a
+    # repetition gives the same bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "xlformer"}):
         figure.savefig(picture, format="svg", metadata={"Date": None})
     epath.Path(path).write_bytes(picture.getvalue())
 
 
-def check(path, sweep: tuple[str, list[str]]) -> None:
+def check(path, sweep: tuple[str, Sequence[str]]) -> None:
     """Raises UserError where no plot could be made, before anything is timed."""
     field, values = sweep
     if not str(path).endswith(".svg"):

@@ -12,7 +12,7 @@ from xlformer.errors import UserError, did_you_mean
 
 
 class Published(NamedTuple):
-    """A figure to be held against, on its device alone.
+    """A published figure, which compares with ours on the same device only.
 
     Attributes:
       ms: mean latency of a batch, where it was published.
@@ -33,11 +33,12 @@ class Line(NamedTuple):
     published: Published | None = None
 
 
-# NVIDIA DeepLearningExamples, Transformer-XL for PyTorch, README: "Training performance
-# results" and "Inference performance results", one A100 of 40 GB.
+# The README of NVIDIA DeepLearningExamples, Transformer-XL for PyTorch, states these
+# under "Training performance results" and "Inference performance results", for one A100
+# of 40 GB.
 _TRAIN = "A100 40GB, PyTorch, mixed precision"
 _INFER = "A100 40GB, TorchScript, FP16"
-# The same of Transformer-XL for TensorFlow, which alone has 64 rows.
+# Only its program for TensorFlow was published with 64 rows.
 _TENSORFLOW = "A100 40GB, TensorFlow 1 with XLA, mixed precision"
 
 
@@ -83,7 +84,7 @@ PRESETS = {
         _scored("large", 16, 30_783.0, 66.48),
         _scored("large", 32, 32_161.6, 127.26),
     ),
-    # The paper's models in the shapes that they were trained in; no speed is published.
+    # The paper's models in the shapes that they were trained in; it states no speed.
     "enwik8": (
         Line("12 layers, 22 rows", "enwik8_base:batch=22"),
         Line("24 layers, 16 rows", "enwik8_large:batch=16"),

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from xlformer.tables import binary_size
-
-WIDTH = 12
+from xlformer.tables import aligned, binary_size
 
 
-def table(rows: list[dict]) -> str:
+def render(rows: list[dict]) -> str:
     """A line for each row; columns in which no row has anything are left out."""
     columns = {name: [_cell(name, row) for row in rows] for name in _CELLS}
-    columns = {k: v for k, v in columns.items() if set(v) != {""}}
-    width = max(len(row["case"]) for row in rows)
-    lines = [f"{'':{width}}" + "".join(f"{name:>{WIDTH}}" for name in columns)]
-    for number, row in enumerate(rows):
-        cells = "".join(f"{column[number]:>{WIDTH}}" for column in columns.values())
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {""}}
+    names = [row["name"] for row in rows]
+    lines = aligned([("", *columns), *zip(names, *columns.values(), strict=True)])
+    for number, row in enumerate(rows, start=1):
         if row.get("out_of_memory"):
-            cells = f"  out of memory: {row['out_of_memory']}"
-        lines.append(f"{row['case']:{width}}{cells}")
+            lines[number] += f"  out of memory: {row['out_of_memory']}"
     return "\n".join([*lines, *_notes(rows)])
 
 
@@ -50,7 +46,7 @@ _CELLS = {
     "ms": lambda row: f"{row['ms']:.2f}",
     "published ms": lambda row: _published(row, "ms", lambda _, p: f"{p['ms']:.2f}"),
     "spread": lambda row: f"{row['spread']:.1%}",
-    "GFLOP": lambda row: f"{row['flops'] / 1e9:,.3g}",
+    "GFLOP": lambda row: "-" if row["flops"] is None else f"{row['flops'] / 1e9:,.3g}",
     "MFU": lambda row: _share(row["mfu"]),
     "of matmul": lambda row: _share(row["of_matrix_products"]),
     "memory": lambda row: "-" if row["memory"] is None else binary_size(row["memory"]),
@@ -66,7 +62,7 @@ def _notes(rows) -> list[str]:
     said = {}
     for row in rows:
         if row.get("published"):
-            said.setdefault(row["published"]["device"], []).append(row["case"])
+            said.setdefault(row["published"]["device"], []).append(row["name"])
     for device, cases in said.items():
         few = f" ({'; '.join(cases)})" if len(said) > 1 else ""
         found.append(f"published: {device}{few}; compare on the same device only")

@@ -4,44 +4,56 @@ from __future__ import annotations
 
 import math
 
-from xlformer.tables import binary_size
+from xlformer.tables import aligned, binary_size
 
 
-def table(found: dict) -> str:
-    """The plan for people."""
+def render(found: dict) -> str:
+    """What planning.plan found, one line for each kind of cost."""
     shape = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
     how = f"arithmetic, nothing compiled: {found['note']}"
     if not found["note"]:
         how = f"compiled in {found.get('compile_seconds', 0):.0f} s"
-    lines = [
-        f"{found['config']} on {found['topology']}: mesh {shape}; {how}",
-        _memory_line(found),
-        *(f"{'change':<12}{advice}" for advice in found["advice"]),
-        f"{'FLOPs':<12}{_scaled(found['flops']['useful'])} useful a step, "
-        f"{_scaled(found['flops']['per_token'])} a token",
-    ]
-    if found.get("compiler"):
-        lines.append(_compiler_line(found["compiler"]))
-    for kind, one in found.get("collectives", {}).items():
-        lines.append(
-            f"{'traffic':<12}{one['count']} {kind}: {binary_size(one['size'])}, "
-            f"{binary_size(one['sent'])} sent by each device"
+    title = f"{found['config']} on {found['topology']}: mesh {shape}; {how}"
+    lines = [("memory", _memory(found))]
+    lines += [("change", advice) for advice in found["advice"]]
+    lines.append(("FLOPs", _flops(found["flops"])))
+    if "compiler" in found:
+        lines.append(("compiler", _compiler(found["compiler"])))
+    lines += [
+        (
+            "traffic",
+            f"{one['count']} {kind}: {binary_size(one['size'])}, "
+            f"{binary_size(one['sent'])} sent by each device",
         )
-    reasons = [f"{k} {binary_size(v)}" for k, v in found["least_sent"].items() if v]
-    least = ", ".join(reasons) or "nothing"
-    lines.append(f"{'least sent':<12}{least} (gradients in float32)")
-    return "\n".join(lines + _time_lines(found))
+        for kind, one in found.get("collectives", {}).items()
+    ]
+    lines.append(("least sent", _least(found["least_sent"])))
+    return "\n".join([title, *aligned(lines + _time(found), left=2)])
 
 
-def _compiler_line(counts) -> str:
-    what = "all layers" if counts["all_layers"] else "a loop's round once"
+def _flops(counted: dict | None) -> str:
+    if counted is None:
+        return "not known: the model does not count them (Model.flops)"
+    return (
+        f"{_scaled(counted['useful'])} useful a step, "
+        f"{_scaled(counted['per_token'])} a token"
+    )
+
+
+def _compiler(counts: dict) -> str:
     text = (
         f"{_scaled(counts['flops'] or 0)}FLOP and {_scaled(counts['bytes'] or 0)}B a "
-        f"device ({what}; kernels not counted)"
+        "device (of a loop one round, of a kernel nothing)"
     )
     if counts["seconds"] and counts["seconds"] > 0:
         text += f"; its own estimate {1e3 * counts['seconds']:.2f} ms"
-    return f"{'compiler':<12}{text}"
+    return text
+
+
+def _least(sent: dict) -> str:
+    known = [f"{reason} {binary_size(size)}" for reason, size in sent.items() if size]
+    known += [f"{reason} not known" for reason, size in sent.items() if size is None]
+    return f"{', '.join(known) or 'nothing'} (gradients in float32)"
 
 
 def _scaled(x: float) -> str:
@@ -49,31 +61,42 @@ def _scaled(x: float) -> str:
     return f"{x / 1000**power:,.4g} {' kMGT'[power].strip()}"
 
 
-def _memory_line(found) -> str:
+def _memory(found: dict) -> str:
     memory = dict(found["memory"])
     total, available, fits = (memory.pop(k) for k in ("total", "available", "fits"))
-    parts = ", ".join(f"{k} {binary_size(v)}" for k, v in memory.items())
+    parts = ", ".join(
+        f"{k} {'not known' if v is None else binary_size(v)}" for k, v in memory.items()
+    )
     of = f" of {binary_size(available)}" if available else ""
-    verdict = "fits" if fits else "DOES NOT FIT"
-    if not available and fits:
-        verdict = "how much there is, is not known"
+    verdict = {True: "fits", False: "DOES NOT FIT"}.get(fits, "")
+    if fits is None:
+        what = "what the step adds" if available else "how much it has"
+        verdict = f"not known {what}"
     if "refused" in found:
-        parts += f" (temporaries estimated; the compiler: {found['refused']})"
-    return f"{'memory':<12}{parts}: {binary_size(total)}{of} a device: {verdict}"
+        estimated = "" if memory["temporaries"] is None else "temporaries estimated; "
+        parts += f" ({estimated}the compiler: {found['refused']})"
+    return f"{parts}: {binary_size(total)}{of} a device: {verdict}"
 
 
-def _time_lines(found) -> list[str]:
+def _time(found: dict) -> list[tuple[str, str]]:
     if "seconds" not in found:
-        return [f"{'time':<12}not known: no datasheet of this device"]
-    seconds, plan_ = found["seconds"], found["schedule"]
+        return [("time", "not known: no datasheet of this device")]
+    seconds = found["seconds"]
     parts = ", ".join(f"{k} {1e3 * v:.2f} ms" for k, v in seconds.items())
-    cost = f", {plan_['price']:,.0f} at the price given" if "price" in plan_ else ""
+    if "schedule" not in found:
+        return [("time", f"{parts}; computing and the schedule not known")]
+    schedule = found["schedule"]
+    taken = f"{schedule['hours']:,.1f} h, {schedule['chip_hours']:,.0f} chip-hours"
+    if "price" in schedule:
+        taken += f", {schedule['price']:,.0f} at the price given"
     if seconds["roofline"] > seconds["at_mfu"]:
         most = seconds["compute"] / seconds["roofline"]
         parts += f"; MFU {most:.2f} is the most that this leaves"
     return [
-        f"{'time':<12}{parts}",
-        f"{'efficiency':<12}{found['efficiency']:.3f} if no traffic is hidden",
-        f"{'schedule':<12}{plan_['steps']:,} steps at MFU {plan_['mfu']}: "
-        f"{plan_['hours']:,.1f} h, {plan_['chip_hours']:,.0f} chip-hours{cost}",
+        ("time", parts),
+        ("efficiency", f"{found['efficiency']:.3f} if no traffic is hidden"),
+        (
+            "schedule",
+            f"{schedule['steps']:,} steps at MFU {schedule['mfu']}: {taken}",
+        ),
     ]

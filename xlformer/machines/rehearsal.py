@@ -27,12 +27,17 @@ class Step(NamedTuple):
       batch: one batch, as the first of a text of zeros.
     """
 
-    model: models.Model
+    mesh: Mesh
     function: Any
     create: Any
     abstract: Any
     placed: Any
     batch: dict
+
+    def compile(self):
+        """The compiled step; its mesh says for what kind of device."""
+        with jax.set_mesh(self.mesh):
+            return self.function.lower(self.abstract, self.batch).compile()
 
 
 def vocab_size(spec: str, config) -> int:
@@ -81,7 +86,7 @@ def step(config, model: models.Model, mesh: Mesh) -> Step:
         out_shardings=(placed, sharding.replicated(mesh)),
     )
     create = jax.jit(create, out_shardings=placed)
-    return Step(model, function, create, abstract, placed, batch)
+    return Step(mesh, function, create, abstract, placed, batch)
 
 
 def _batch(config, model) -> dict:

@@ -16,7 +16,9 @@ from jax.sharding import Mesh
 from xlformer import sharding
 from xlformer.errors import UserError, reason
 
-AXES = {"v5e": 2, "v5p": 3, "v6e": 2, "h100": 1, "h200": 1}  # numbers in NAME:AxBxC
+# How many numbers a shape has, as in v5p:4x4x4: TPUs are joined in a torus of 2 or 3
+# dimensions, GPUs are only counted.
+DIMENSIONS = {"v5e": 2, "v5p": 3, "v6e": 2, "h100": 1, "h200": 1}
 GPUS = ("h100", "h200")
 KNOWN = (
     "v5e:4x4, v6e:4x4, v5p:4x4x4 (any slice that exists), h100, h200:8 (up to 8, or "
@@ -24,7 +26,8 @@ KNOWN = (
 )
 HOST = 8  # GPUs of one host, joined by NVLink
 
-# What XLA asks a GPU, as NVIDIA states it of compute capability 9.0 and of each card.
+# What XLA would ask the GPU itself. The counts are NVIDIA's of compute capability 9.0,
+# the sizes and rates those of each card.
 _HOPPER = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -51,11 +54,11 @@ _TARGETS = {
 
 
 class Topology(NamedTuple):
-    """A machine.
+    """A machine that may not be here.
 
     Attributes:
       chip: its name in chips.CHIPS.
-      count: how many devices there are.
+      count: how many devices it has.
       devices: to compile for; None without the compiler.
       note: why there are none.
     """
@@ -76,7 +79,7 @@ def find(topology: str, *, compiler: bool = True) -> Topology:
     if name in GPUS and not shape:
         counts, shape = [1], "1"
     exact = "x".join(map(str, counts)) == shape
-    if len(counts) != AXES.get(name) or not exact or 0 in counts:
+    if len(counts) != DIMENSIONS.get(name) or not exact or 0 in counts:
         raise UserError(f"--topology={topology} is unknown; known: {KNOWN}")
     count = math.prod(counts)
     if name in GPUS and count > HOST and count % HOST:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-import numpy as np
+
+from xlformer import sharding
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _OPERATION = re.compile(
@@ -26,12 +27,12 @@ _CONSTANT = re.compile(r"= s\d+\[\]\S* constant\((\d+)\)")
 
 
 class Collective(NamedTuple):
-    """One kind of exchange in one step.
+    """All exchanges of one kind in a step.
 
     Attributes:
       count: how many there are.
       size: bytes of their results, on one device.
-      sent: bytes that a device sends where they go around a ring.
+      sent: bytes that a device sends if the exchange goes around a ring.
     """
 
     count: int
@@ -40,10 +41,13 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str, devices: int) -> dict[str, Collective]:
-    """Reads them from Compiled.as_text(); those in a loop count once a round.
+    """Reads the exchanges from Compiled.as_text(), by kind.
 
-    A TPU's compiler spreads one exchange over several operations of one chain: they
-    count once.
+    One in a loop counts once a round. A TPU's compiler spreads one exchange over
+    several operations of a chain, which count once together.
+
+    Args:
+      devices: how many take part where the text does not say so.
     """
     bodies, entry = _computations(text)
     found: dict[str, Collective] = {}
@@ -100,7 +104,7 @@ def _measure(match, line: str, devices: int, *, scattered: bool):
         size /= 2
     if scattered:  # a reduce-scatter, as a TPU's compiler writes it
         kind, size = "reduce-scatter", size / n
-    passed = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1}
+    passed = {"all-reduce": _around_ring(n), "reduce-scatter": n - 1}
     passed["collective-permute"] = 1
     return kind, size, size * passed.get(kind, (n - 1) / n)
 
@@ -122,33 +126,47 @@ def _group(line: str, devices: int) -> int:
     return devices
 
 
-def least(abstract, placed, sizes: Mapping[str, int], *, dtype, config) -> dict:
-    """Bytes that each device must send in a step, by reason.
+def least(
+    params, shardings, sizes: Mapping[str, int], *, itemsize: int, summed: float | None
+) -> dict:
+    """Bytes that each device must send in a step, by reason; None is not known.
 
-    Each gradient once around the copies that differ; split parameters gathered for the
-    forward and for the backward pass in the compute dtype, their gradients scattered;
-    with `tensor`, a sum of activations in each half of each layer, and of its backward.
+    Each gradient goes once around the copies that differ, in float32. Parameters that
+    are split over the rows' devices are gathered for the forward and for the backward
+    pass in the compute dtype, and their gradients are scattered. Over an axis that
+    splits no rows, activations are summed.
+
+    Args:
+      params, shardings: trees of shapes and of NamedShardings.
+      sizes: of the mesh.
+      itemsize: bytes of a number of the compute dtype.
+      summed: numbers that a device sums with the others of such an axis.
     """
-    data, fsdp, tensor = (sizes[axis] for axis in ("data", "fsdp", "tensor"))
-    width = np.dtype(dtype).itemsize
-    found = dict.fromkeys(("gradients", "parameters", "activations"), 0.0)
-    shardings = jax.tree.leaves(placed.params)
-    for x, place in zip(jax.tree.leaves(abstract.params), shardings, strict=True):
+    found = {"gradients": 0.0, "parameters": 0.0, "activations": 0.0}
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)
+    for x, place in pairs:
         here = math.prod(place.shard_shape(x.shape))
-        axes = {a for part in place.spec for a in _axes(part)}
-        whole = here * (fsdp if "fsdp" in axes else 1)
-        ring = 2 * (data - 1) / data
-        found["gradients"] += 4 * here * ring
-        if "fsdp" in axes:
-            found["gradients"] += 4 * whole * (fsdp - 1) / fsdp
-            found["parameters"] += 2 * width * whole * (fsdp - 1) / fsdp
-        else:
-            found["gradients"] += 4 * here * 2 * (fsdp - 1) / fsdp
-    model, train = config.model, config.train
-    tokens = train.batch_size * train.segment_length / (data * fsdp)
-    sums = 4 * model.get("n_layer", 0) * tokens * model.get("d_model", 0) * width
-    found["activations"] = sums * 2 * (tensor - 1) / tensor
+        split = {axis for part in place.spec for axis in _axes(part)}
+        for axis in sharding.RULES["batch"]:
+            n = sizes[axis]
+            if axis in split:
+                others = here * (n - 1)
+                found["gradients"] += 4 * others
+                found["parameters"] += 2 * itemsize * others
+            else:
+                found["gradients"] += 4 * here * _around_ring(n)
+    for axis in sizes.keys() - set(sharding.RULES["batch"]):
+        if sizes[axis] > 1 and summed is None:
+            found["activations"] = None
+        elif sizes[axis] > 1:
+            found["activations"] += summed * itemsize * _around_ring(sizes[axis])
     return found
+
+
+def _around_ring(n: int) -> float:
+    """What each of n devices sends of an array to have the sum of all n: twice
+    (n - 1) / n, to sum each part in one place and to hand the sums around."""
+    return 2 * (n - 1) / n
 
 
 def _axes(part) -> tuple[str, ...]:

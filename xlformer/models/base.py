@@ -315,6 +315,26 @@ class Model:
         """
         del batch_size, segment_length, shares, cached
 
+    def kept_for_backward(self) -> float | None:
+        """Numbers a token that stay on a device for the backward pass of a step.
+
+        `xlformer.plan` estimates memory with it where nothing is compiled. None where
+        it is not known.
+        """
+        return None
+
+    def summed_activations(self) -> float | None:
+        """Numbers a token that a training step sums over devices that share heads.
+
+        `xlformer.plan` counts traffic with it; None where it is not known.
+        """
+        return None
+
+    def to_save_memory(self) -> dict[str, Any]:
+        """Fields of the configuration that make a step take less memory, as they would
+        be then; {} where there is nothing left to save."""
+        return {}
+
     def card(self) -> dict:
         """What the card of a result says of the model: how far it sees."""
         return {

@@ -19,6 +19,7 @@ from etils import epath
 
 from xlformer import runs, storage
 from xlformer.errors import UserError
+from xlformer.tables import aligned
 
 INDEX = "index.json"
 # Of a card, what tells it from the others.
@@ -72,12 +73,7 @@ def table(cards: list[dict]) -> str:
     """The cards side by side, a line a field."""
     names = dict.fromkeys(n for card in cards for n in card if n != "warning")
     rows = [[name, *(_show(c.get(name)) for c in cards)] for name in names]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(cards) + 1)]
-    pad = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in pad)
+    return "\n".join(aligned(rows, left=len(cards) + 1))
 
 
 def _show(value) -> str:

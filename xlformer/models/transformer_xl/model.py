@@ -19,6 +19,7 @@ from xlformer.models import base
 from xlformer.models.tokens import TokenModel, Tokens
 from xlformer.models.transformer_xl import cache as cache_lib
 from xlformer.models.transformer_xl import flops as flops_lib
+from xlformer.models.transformer_xl import footprint
 from xlformer.models.transformer_xl.config import TransformerXLConfig
 from xlformer.models.transformer_xl.layer import initializers
 from xlformer.models.transformer_xl.trunk import TrunkModule
@@ -131,6 +132,15 @@ class TransformerXL(TokenModel):
 
     def flops(self, **options) -> flops_lib.Flops:
         return flops_lib.segment(self.config, **options)
+
+    def kept_for_backward(self) -> float:
+        return footprint.kept_for_backward(self.config)
+
+    def summed_activations(self) -> float:
+        return footprint.summed_activations(self.config)
+
+    def to_save_memory(self) -> dict:
+        return {} if self.config.remat != "none" else {"remat": "full"}
 
     def card(self) -> dict:
         return {

@@ -1,0 +1,161 @@
+"""One workload for every value that is compared, and the published presets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from xlformer import config as config_lib
+from xlformer import models, sharding
+from xlformer.errors import UserError
+from xlformer.machines import bench_presets, rehearsal
+from xlformer.machines.bench_timing import Timing, measure, memory_may_end, report
+from xlformer.machines.bench_workloads import WORKLOADS, matrix_products
+from xlformer.models import Model
+
+REHEARSED_VOCABULARY = 32  # more than the cutoffs of config.shrink
+
+
+class Values(NamedTuple):
+    """A field of the config, and what it is tried with."""
+
+    field: str
+    values: Sequence[str]
+
+
+UNCHANGED = Values("", ("",))
+
+
+def bench(
+    config: ConfigDict,
+    *,
+    model: Model | None = None,
+    mode: str = "train",
+    compare: Values = UNCHANGED,
+    sweep: Values = UNCHANGED,
+    repeats: int = 5,
+    seconds: float = 1.0,
+    mesh=None,
+) -> list[dict]:
+    """Times a model on the devices here.
+
+    Args:
+      config: needs config.model.vocab_size, unless there is a model.
+      model: your own, in place of models.build(config.model).
+      mode: 'train', 'eval' or 'generate'.
+      compare: what is timed in turns, all of it compiled first.
+      sweep: what is timed one after the other, each with all of `compare`.
+      repeats, seconds: turns of each, and how long one takes.
+
+    Returns:
+      A row of numbers for each (bench_timing.report), in this order.
+
+    Raises:
+      UserError: what cannot run here, before anything is compiled.
+    """
+    mesh = mesh or sharding.make_mesh(config.mesh, rows=config.train.batch_size)
+    groups = [
+        [
+            _tried(config, model, {sweep.field: value, compare.field: other})
+            for other in compare.values
+        ]
+        for value in sweep.values
+    ]
+    if len(compare.values) > 1:
+        for _, built in groups[0]:
+            _trace(built, mesh)
+    found = []
+    for value, group in zip(sweep.values, groups, strict=True):
+        timings = []  # and with it what the last value held on the device
+        for (changed, built), other in zip(group, compare.values, strict=True):
+            swept = f"{sweep.field.rpartition('.')[2]}={value}" if sweep.field else ""
+            name = " ".join(filter(None, (other, swept))) or mode
+            timings.append(Timing(name))
+            with memory_may_end(timings[-1]):
+                timings[-1] = WORKLOADS[mode](name, changed, built, mesh)
+        _, built = group[-1]
+        products = _products(built, timings, mesh)
+        measure([*timings, *products], repeats=repeats, seconds=seconds)
+        for timing, other in zip(timings, compare.values, strict=True):
+            row = report(timing, products[0] if products else None, mesh)
+            row |= circumstances(config, built, mode, mesh)
+            row |= {"compared": other, "field": sweep.field, "value": value}
+            found.append(row)
+    return found
+
+
+def _tried(config, model, changes: dict[str, str]) -> tuple[ConfigDict, Model]:
+    """The config and the model with other values of some fields."""
+    config = config.copy_and_resolve_references()
+    for field, text in changes.items():
+        if field.startswith("model.") and model is not None:
+            raise UserError(f"config.{field} has no effect on a model of your own")
+        if field:
+            config_lib.set_field(config, field, text)
+    config_lib.check(config)
+    return config, model or models.build(config.model)
+
+
+def _trace(model: Model, mesh) -> None:
+    """What this machine cannot run says so before minutes go into compiling others."""
+    tokens_BT = jax.ShapeDtypeStruct((sharding.padded(1, mesh), 128), "int32")
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    state = jax.eval_shape(lambda: model.init_state(tokens_BT.shape[0]))
+    with jax.set_mesh(mesh):
+        jax.eval_shape(model.apply, params, tokens_BT, tokens_BT, state)
+
+
+def _products(model: Model, timings: list[Timing], mesh) -> list[Timing]:
+    """Matrix products to hold against; none where no width or nothing is known."""
+    at_once = max(timing.at_once for timing in timings)
+    if not at_once or model.width is None:
+        return []
+    return [matrix_products(model.width, _dtype(model), at_once, mesh)]
+
+
+def circumstances(config, model: Model, mode: str, mesh) -> dict:
+    """What the numbers of a row depend on."""
+    dtype = _dtype(model)
+    return {
+        "config": config.name,
+        "mode": mode,
+        "device": mesh.devices.flat[0].device_kind,
+        "devices": mesh.size,
+        "dtype": dtype and dtype.name,
+        "jax": jax.__version__,
+    }
+
+
+def _dtype(model: Model):
+    return model.dtype(jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def bench_preset(
+    name: str, overrides: Sequence[str] = (), *, rehearse=False, sizes=None, **options
+) -> Iterator[list[dict]]:
+    """Yields the rows of each line of a preset as they are measured.
+
+    Args:
+      rehearse: with tiny sizes, to see that all of it runs; nothing is compared.
+      sizes: of the mesh.
+      options: of `bench`.
+    """
+    for line in bench_presets.find(name):
+        config = config_lib.load(line.config, [*line.overrides, *overrides])
+        size = rehearsal.vocab_size(line.config, config)
+        if rehearse:
+            config, size = config_lib.shrink(config), REHEARSED_VOCABULARY
+        config.model.vocab_size = size
+        mesh = sharding.make_mesh(
+            sizes or dict(config.mesh), rows=config.train.batch_size, where="--mesh"
+        )
+        rows = bench(config, mode=line.mode, mesh=mesh, **options)
+        for row in rows:
+            told = f", {row['name']}" if row["compared"] else ""
+            row["name"] = f"{line.label}{told}"
+            if line.published and not rehearse:
+                row["published"] = line.published._asdict()
+        yield rows

@@ -1,0 +1,23 @@
+"""What a training step of Transformer-XL keeps and exchanges, in numbers a token."""
+
+from __future__ import annotations
+
+from xlformer.models.transformer_xl.config import TransformerXLConfig
+
+# Kept for the backward pass of a layer without remat, for each of d_model and d_inner.
+# Fitted to what libtpu 0.0.42 makes of 4 rows on a v5e: 1.3 GiB of temporaries for
+# enwik8_base, 6.6 for enwik8_large (docs/scaling.md says how well it does elsewhere).
+PER_WIDTH, PER_INNER = 13, 8
+
+
+def kept_for_backward(config: TransformerXLConfig) -> float:
+    """With remat='full' a layer keeps its input, and one layer at a time the rest."""
+    layer = PER_WIDTH * config.d_model + PER_INNER * config.d_inner
+    kept = config.d_model if config.remat == "full" else layer
+    return config.n_layer * kept + layer
+
+
+def summed_activations(config: TransformerXLConfig) -> float:
+    """The outputs of attention and of feed-forward, forward, and backward their inputs'
+    gradients: four sums of the width in each layer (Shoeybi et al. 2019, section 3)."""
+    return 4.0 * config.n_layer * config.d_model

@@ -16,7 +16,7 @@ import xlformer
 from xlformer import __main__ as names
 from xlformer import command, compiled, evaluate, generate, prepare, train
 from xlformer.convert.__main__ import main as convert
-from xlformer.errors import UserError, did_you_mean
+from xlformer.errors import Argument, UserError, did_you_mean
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -72,6 +72,24 @@ def test_complaints_are_user_errors(argv, message):
     with pytest.raises(UserError) as error:
         _parser().parse(argv)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("overrides", [False, True])
+def test_an_argument_is_named_as_the_flag_that_a_command_has(overrides, capsys):
+    workdir, seed = Argument("workdir", pathlib.Path("a b")), Argument("config.seed", 3)
+    rows, mask = Argument("rows", -1), Argument("mask")
+    error = UserError(rows, " with ", mask, ": see ", workdir, ", ", seed)
+    assert str(error) == "rows=-1 with mask: see workdir='a b', config.seed=3"
+
+    def main(argv):
+        parser = _parser()
+        (parser.parse_with_overrides if overrides else parser.parse)(argv)
+        raise error
+
+    assert command.run(main, ["--workdir=a b"]) == 2
+    dashes = "--" * overrides
+    line = f"error: --rows=-1 with mask: see --workdir=a b, {dashes}config.seed=3\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ files that you trust. What is read back from a work directory is JSON and runs n
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import inspect
 import json
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict
 
 from xlformer import fields as fields_lib
 from xlformer import models, storage
-from xlformer.errors import UserError, did_you_mean
+from xlformer.errors import Argument, UserError, did_you_mean
 
 FORMAT = 2  # of a resolved config as JSON; 1 is that of xlformer 0.1.0, which had none
 # What 0.1.0 did where it had no field for it yet.
@@ -122,19 +121,18 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     name, _, argument = spec.partition(":")
     get_config = module(name).get_config
     known = list(inspect.signature(get_config).parameters.values())
-    config = get_config(**parse_argument(argument, {p.name: p.default for p in known}))
+    defaults = {parameter.name: parameter.default for parameter in known}
+    found = fields_lib.parse_pairs(argument, defaults, Argument("config"))
+    config = get_config(**found)
     if not isinstance(config, ConfigDict):
         raise UserError(
-            f"--config={name}: get_config returns no ConfigDict, as default_config "
-            f"makes it, but {type(config).__name__}"
+            Argument("config", name),
+            ": get_config returns no ConfigDict, as default_config makes it, but "
+            f"{type(config).__name__}",
         )
     config.name = config.name or pathlib.Path(name).stem
     config.lock()
-    for override in overrides:
-        field, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"--config.{field} needs a value: --config.{field}=VALUE")
-        set_field(config, field, text)
+    set_fields(config, overrides)
     check(config)
     return config
 
@@ -146,32 +144,29 @@ def module(name: str):
         candidates = [d / f"{name}.py" for d in directories()]
         installed = [c for c in candidates if c.is_file()]
         if not installed or name not in names():
-            raise UserError(
-                f"--config={name}: no such config{did_you_mean(name, names())}"
-            )
+            near = did_you_mean(name, names())
+            raise UserError(Argument("config", name), f": no such config{near}")
         path = installed[0]
     elif not path.is_file():
-        raise UserError(f"--config={name}: no such file")
+        raise UserError(Argument("config", name), ": no such file")
     spec = importlib.util.spec_from_file_location(f"xlformer_config_{path.stem}", path)
     assert spec and spec.loader  # as of every name that ends in .py
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     if not hasattr(found, "get_config"):
-        raise UserError(f"--config={name}: the file defines no get_config function")
+        line = ": the file defines no get_config function"
+        raise UserError(Argument("config", name), line)
     return found
 
 
-def parse_argument(argument: str, defaults: Mapping) -> dict:
-    """Parses 'batch=8,debug' against the defaults, whose types it takes."""
-    values = {}
-    for item in filter(None, argument.split(",")):
-        key, equals, text = item.partition("=")
-        if key not in defaults:
-            near = did_you_mean(key, defaults)
-            raise UserError(f"--config: unknown argument {key!r}{near}")
-        text = text if equals else "True"
-        values[key] = _convert(text, defaults[key], f"--config argument {key!r}")
-    return values
+def set_fields(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Sets what 'a.b=v' items say."""
+    for override in overrides:
+        field, equals, text = override.partition("=")
+        if not equals:
+            needed = Argument(f"config.{field}", "VALUE")
+            raise UserError(Argument(f"config.{field}"), " needs a value: ", needed)
+        set_field(config, field, text)
 
 
 def set_field(config: ConfigDict, field: str, text: str) -> None:
@@ -181,31 +176,17 @@ def set_field(config: ConfigDict, field: str, text: str) -> None:
         if not isinstance(node, ConfigDict) or part not in node:
             where = ".".join(["config", *parts[:depth]])
             near = did_you_mean(part, node) if isinstance(node, ConfigDict) else ""
-            raise UserError(f"--config.{field}: {where} has no field {part!r}{near}")
+            line = f": {where} has no field {part!r}{near}"
+            raise UserError(Argument(f"config.{field}"), line)
         if depth < len(parts) - 1:
             node = node[part]
     if isinstance(node[parts[-1]], ConfigDict):
-        raise UserError(f"--config.{field} is a section; name one of its fields")
-    value = _convert(text, node[parts[-1]], f"--config.{field}")
+        line = " is a section; name one of its fields"
+        raise UserError(Argument(f"config.{field}"), line)
+    named = Argument(f"config.{field}", text)
+    value = fields_lib.parse(text, node[parts[-1]], named)
     with node.ignore_type():
         node[parts[-1]] = value
-
-
-def _convert(text: str, like, what: str):
-    if isinstance(like, str):
-        return text
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-    if isinstance(like, float) and type(value) is int:
-        value = float(value)
-    if isinstance(like, tuple) and isinstance(value, list):
-        value = tuple(value)
-    if like is not None and type(value) is not type(like):
-        expected = type(like).__name__
-        raise UserError(f"{what}={text}: expected {expected}, as in {like!r}")
-    return value
 
 
 def to_dict(config: ConfigDict) -> dict:

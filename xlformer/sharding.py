@@ -22,7 +22,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from xlformer.errors import UserError
+from xlformer import fields
+from xlformer.errors import Argument, UserError
 
 AXES = ("data", "fsdp", "tensor")
 MESH_HELP = "sizes of data, fsdp, tensor: data=2,fsdp=4 (default: data is all devices)"
@@ -124,16 +125,7 @@ def fit_mesh(
 
 def parse_mesh(text: str) -> dict[str, int]:
     """'data=2,fsdp=4' of a --mesh flag as sizes; unnamed axes are 1."""
-    sizes = {}
-    for item in filter(None, text.split(",")):
-        axis, _, size = item.partition("=")
-        if axis not in AXES or not size.lstrip("-").isdigit():
-            raise UserError(
-                f"--mesh={text}: {item!r} is not AXIS=SIZE with an axis of "
-                f"{', '.join(AXES)}"
-            )
-        sizes[axis] = int(size)
-    return sizes
+    return fields.parse_pairs(text, dict.fromkeys(AXES, 1), Argument("mesh"))
 
 
 def row_shards(mesh: Mesh) -> int:

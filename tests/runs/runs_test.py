@@ -98,11 +98,11 @@ def test_for_reading_changes_what_is_visible(base):
     ("which", "message"),
     [
         ("7", "there is no checkpoint of step 7; there are steps 1, 2"),
-        ("-1", "--checkpoint=-1 is neither best, latest nor a step"),
-        ("newest", "--checkpoint=newest is neither"),
-        ("²", "--checkpoint=² is neither"),
+        ("-1", "checkpoint='-1' is neither best, latest nor a step"),
+        ("newest", "checkpoint='newest' is neither"),
+        ("²", "checkpoint='²' is neither"),
         ("9" * 5000, "is neither best, latest nor a step"),
-        ("", "--checkpoint= is neither"),
+        ("", "checkpoint='' is neither"),
     ],
 )
 def test_steps_that_are_none(base, which, message):
@@ -113,7 +113,7 @@ def test_steps_that_are_none(base, which, message):
 @pytest.mark.parametrize("params", ["average", ""])
 def test_params_that_are_none(base, params):
     message = refusal(trained_run.trained(base), params=params)
-    assert f"--params={params} is neither raw nor ema" in message
+    assert f"params={params!r} is neither raw nor ema" in message
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from etils import epath
 
 from xlformer import storage
-from xlformer.errors import UserError, did_you_mean
+from xlformer.errors import Argument, UserError, did_you_mean
 
 SPLITS = ("train", "validation", "test")
 
@@ -159,7 +159,7 @@ def read_archive(corpus: Corpus, dl, manual_dir: str) -> Text:
         try:
             return _read_manual(corpus, storage.path(manual_dir))
         except UserError as error:
-            raise UserError(f"{error}; {_remedy(corpus)}") from None
+            raise UserError(*error.parts, "; ", *_remedy(corpus)) from None
     reasons = []
     for url in corpus.urls:
         try:
@@ -176,7 +176,8 @@ def read_archive(corpus: Corpus, dl, manual_dir: str) -> Text:
             for stale in path.parent.glob(f"{path.name}*"):
                 stale.unlink()
     reasons = "; ".join(dict.fromkeys(reasons))
-    raise UserError(f"{corpus.name}: no source worked: {reasons}; {_remedy(corpus)}")
+    line = f"{corpus.name}: no source worked: {reasons}; "
+    raise UserError(line, *_remedy(corpus))
 
 
 def _reach(url: str) -> None:
@@ -187,11 +188,13 @@ def _reach(url: str) -> None:
         pass  # somebody answers: TFDS may ask in another way, or will say what is wrong
 
 
-def _remedy(corpus: Corpus) -> str:
+def _remedy(corpus: Corpus) -> tuple:
     pinned = f"sha256 {corpus.archive_sha256}" if corpus.archive_sha256 else "unpinned"
     return (
-        f"put {corpus.archive} ({pinned}) or the files in it into a directory and"
-        f" pass --manual_dir=DIR (config.data.manual_dir)"
+        f"put {corpus.archive} ({pinned}) or the files in it into a directory "
+        "and pass ",
+        Argument("manual_dir", "DIR"),
+        " (config.data.manual_dir)",
     )
 
 

@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from xlformer import sharding
-from xlformer.errors import UserError, reason
+from xlformer.errors import Argument, UserError, reason
 
 AXES = {"v5e": 2, "v5p": 3, "v6e": 2, "h100": 1, "h200": 1}  # numbers in NAME:AxBxC
 GPUS = ("h100", "h200")
@@ -71,16 +71,17 @@ def find(topology: str, *, compiler: bool = True) -> Topology:
 
     Raises UserError for an unknown one.
     """
+    named = Argument("topology", topology)
     name, _, shape = topology.partition(":")
     counts = [int(n) for n in shape.split("x") if n.isdecimal()]
     if name in GPUS and not shape:
         counts, shape = [1], "1"
     exact = "x".join(map(str, counts)) == shape
     if len(counts) != AXES.get(name) or not exact or 0 in counts:
-        raise UserError(f"--topology={topology} is unknown; known: {KNOWN}")
+        raise UserError(named, f" is unknown; known: {KNOWN}")
     count = math.prod(counts)
     if name in GPUS and count > HOST and count % HOST:
-        raise UserError(f"--topology={topology}: {count} GPUs are no hosts of {HOST}")
+        raise UserError(named, f": {count} GPUs are no hosts of {HOST}")
     if not compiler:
         return Topology(name, count, None, "no compiler was asked")
     extra, what = ("cuda12", "CUDA") if name in GPUS else ("tpu", "TPU")
@@ -88,7 +89,7 @@ def find(topology: str, *, compiler: bool = True) -> Topology:
         devices = _gpus(name, count) if name in GPUS else _tpus(topology)
     except jax.errors.JaxRuntimeError as error:
         line = reason(error)
-        raise UserError(f"--topology={topology}: {line}; known: {KNOWN}") from error
+        raise UserError(named, f": {line}; known: {KNOWN}") from error
     except RuntimeError:  # JAX's NotImplementedError is one too.
         note = f"the {what} compiler is not installed: pip install 'xlformer[{extra}]'"
         return Topology(name, count, None, note)
@@ -109,7 +110,7 @@ def _gpus(name: str, count: int) -> list:
     ).devices
 
 
-def mesh_of(topology: str, sizes, *, where: str = "--mesh") -> Mesh:
+def mesh_of(topology: str, sizes, *, where: str = "sizes") -> Mesh:
     """A mesh of devices that are not here, to compile for.
 
     Args:
@@ -120,5 +121,5 @@ def mesh_of(topology: str, sizes, *, where: str = "--mesh") -> Mesh:
     """
     found = find(topology)
     if found.devices is None:
-        raise UserError(f"--topology={topology}: {found.note}")
+        raise UserError(Argument("topology", topology), f": {found.note}")
     return sharding.make_mesh(sizes, devices=found.devices, where=where)

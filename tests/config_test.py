@@ -44,7 +44,7 @@ def test_field_that_is_none_takes_a_value():
 
 
 def test_text_field_takes_anything():
-    assert load("data.path=12").data.path == "12"
+    assert load("data.directory=12").data.directory == "12"
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from xlformer import fields as fields_lib
 from xlformer import models, storage
+from xlformer.data import recipes
 from xlformer.errors import Argument, UserError, did_you_mean
 
 FORMAT = 2  # of a resolved config as JSON; 1 is that of xlformer 0.1.0, which had none
@@ -59,7 +60,9 @@ def flat(config: Mapping) -> dict[str, Any]:
 def check(config: ConfigDict) -> None:
     """Raises UserError for what no run can do, whatever the data turn out to be.
 
-    `load` and `train` call it first: nothing is downloaded or prepared before.
+    Names, types, ranges and combinations, of whatever becomes a config: `load`,
+    `from_dict` and `train` call it, so nothing is downloaded or prepared before. What
+    depends on the devices is left to `sharding.check`.
     """
     models.check(config.model)
     values, known = flat(config), rules(config)
@@ -69,8 +72,11 @@ def check(config: ConfigDict) -> None:
         if name not in known and name != "model.name":
             near = did_you_mean(name, known)
             raise UserError(f"config.{name}: there is no such field{near}")
-    for name, rule in known.items():
-        rule.check(f"config.{name}", values[name])
+    for name, rule in models.rules(config.model.name).items():
+        rule.check(f"config.model.{name}", config.model[name])
+    for section in fields_lib.TABLE:
+        fields_lib.check_section(section, config[section] if section else config)
+    recipes.check(config.data)
     _check_together(config)
 
 
@@ -230,6 +236,10 @@ def from_dict(found: Mapping, *, where: str = "config.json") -> ConfigDict:
         config[section][name] = value
     _update(config, found, "config", where)
     config.lock()
+    try:
+        check(config)
+    except UserError as error:
+        raise UserError(f"{where}: ", *error.parts) from error
     return config
 
 
@@ -244,16 +254,8 @@ def _update(node: ConfigDict, found: Mapping, at: str, where: str) -> None:
         if isinstance(like, ConfigDict):
             _update(like, value, f"{at}.{key}", where)
             continue
-        value = tuple(value) if isinstance(value, list) else value
-        allowed = (int, float) if isinstance(like, float) else (type(like),)
-        # The fields of config.model are checked where it is built.
-        if at != "config.model" and type(value) not in allowed:
-            raise UserError(
-                f"{where}: {at}.{key}={value!r:.50} is not of type "
-                f"{type(like).__name__}"
-            )
         with node.ignore_type():
-            node[key] = value
+            node[key] = tuple(value) if isinstance(value, list) else value
 
 
 def shrink(config: ConfigDict) -> ConfigDict:

@@ -193,6 +193,19 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
 ONLY_OF = {"weight_decay": ("adamw", "lamb", "lamb_sha_rnn"), "momentum": ("sgd",)}
 
 
+def check_section(section: str, values: Mapping) -> None:
+    """Raises UserError for a value of another type than its default's, or out of range.
+
+    section: a key of TABLE; values: what a config has of it.
+    """
+    for name, field in TABLE[section].items():
+        shown, value = ".".join(filter(None, ("config", section, name))), values[name]
+        kind = type(field.default)
+        if type(value) is not kind and (kind, type(value)) != (float, int):
+            raise UserError(f"{shown}={value!r:.50} is not of type {kind.__name__}")
+        field.rule.check(shown, value)
+
+
 def parse(text: str, like, *named: str | Argument) -> Any:
     """What a person typed, as a value of the type of `like`; of any type if it is None.
 

@@ -11,7 +11,7 @@ import training_runs
 
 from xlformer import config as config_lib
 from xlformer import prepare, runs
-from xlformer.data import preparing, vocabularies
+from xlformer.data import preparing, recipes, vocabularies
 from xlformer.data.vocabulary import CharVocabulary
 from xlformer.runs import writing
 from xlformer.scoring import texts
@@ -145,7 +145,7 @@ def test_damage_is_one_line(places):
 def test_a_pipe_is_not_read_again(places, monkeypatch):
     run, expected = make_run(places / "run")
     run.config.data.path = "/dev/stdin"
-    monkeypatch.setattr(preparing, "raw_text", None)  # would wait for a terminal
+    monkeypatch.setattr(recipes, "raw_text", None)  # would wait for a terminal
     same(run, expected)
     shutil.rmtree(places / "cache")
     assert "/dev/stdin: a pipe can be read only once" in refused(run)

@@ -65,6 +65,7 @@ def _config(model_config, params, hparams, overrides):
     segment_length = max(hparams.get("tgt_len") or 64, 1)
     config.train.segment_length = config.eval.segment_length = segment_length
     config_lib.set_fields(config, overrides)
+    config_lib.check(config)
     expected = jax.eval_shape(models.build(config.model).init, jax.random.key(0))
     if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
         raise UserError(

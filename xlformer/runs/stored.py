@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from xlformer import runs, storage
-from xlformer.data import folders, local, preparing
+from xlformer.data import folders, local, preparing, recipes
 from xlformer.data.prepared import FORMAT, Prepared
 from xlformer.data.sources import SPLITS, Text
 from xlformer.data.vocabulary import Vocabulary
@@ -157,7 +157,7 @@ def _text(data, card: dict, name: str | Argument, *, advice: bool) -> Text | Non
     try:
         if name == PATH and _is_read_once(data.path):
             raise UserError(f"{PATH}={data.path}: {local.ONCE}")
-        text = preparing.raw_text(data)
+        text = recipes.raw_text(data)
     except UserError as error:
         before, found, after = str(error).partition(PATH)
         raise UserError(before, name if found else "", after, *remedy) from None

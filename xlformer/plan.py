@@ -57,7 +57,8 @@ def plan(
       UserError: an unknown topology, or a mesh or batch that does not fit it.
     """
     chip, mesh, note = _machine(
-        *(topology, sizes or dict(config.mesh)),
+        topology,
+        sizes or dict(config.mesh),
         rows=config.train.batch_size,
         arithmetic=arithmetic,
     )
@@ -84,7 +85,9 @@ def plan(
     _judge(found, chip, config, mesh)
     _count(found, config, model, mesh, compiled, all_layers=all_layers)
     links = traffic.least(
-        *(abstract, placed, mesh.shape),
+        abstract,
+        placed,
+        mesh.shape,
         dtype=compute_dtype(config.model.dtype),
         config=config,
     )

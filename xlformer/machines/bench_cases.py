@@ -177,7 +177,9 @@ def generate_case(name, config, vocab_size, mesh) -> Case:
         for _ in range(times):
             ends = []
             generation.generate(
-                *(model, params, prompts),
+                model,
+                params,
+                prompts,
                 num_tokens=TOKENS,
                 mesh=mesh,
                 on_tokens=lambda _, ends=ends: ends.append(clocks()),

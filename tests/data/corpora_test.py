@@ -33,9 +33,9 @@ def data_config(corpus, **fields):
 
 def content(corpus, position):
     """A text that the corpus could hold, another one for each of its files."""
-    if corpus.name == "enwik8":
+    if corpus.unit == "bytes":
         return bytes(range(251)) * 3 + b"<page>\n\xc3\n" * 40
-    if corpus.name == "text8":
+    if not corpus.lines:
         return b" anarchism originated as a term of abuse " * 20
     lines = [b"a banknote <unk> N", b"", b" the board ", b"Mr. <unk>"][position:]
     if corpus.spaced:

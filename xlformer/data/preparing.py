@@ -11,7 +11,6 @@ import itertools
 import json
 import pathlib
 import sys
-import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -21,7 +20,6 @@ from xlformer.data import corpora, counting, recipes, sources
 from xlformer.data.folders import CARD, complete
 from xlformer.data.prepared import FORMAT, Prepared, load
 from xlformer.data.recipes import Recipe
-from xlformer.data.stream import Stream
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError
 
@@ -191,15 +189,3 @@ def _sha256(data: bytes) -> str:
 
 def _digest(key: dict) -> str:
     return _sha256(json.dumps(key, sort_keys=True).encode())[:16]
-
-
-def benchmark(prepared: Prepared, batch_size: int, segment_length: int) -> float:
-    """Tokens per second that a Stream over train makes on one thread."""
-    stream = Stream(
-        prepared.tokens["train"], batch_size=batch_size, segment_length=segment_length
-    )
-    step, start = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - start) < 2.0 or step < 2:
-        stream.at(step)
-        step += 1
-    return step * batch_size * segment_length / seconds

@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             prog=_as_started(prog),
             description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,  # examples have lines
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # Of examples.
         )
         self.add_argument(
             "--version",
@@ -96,7 +96,7 @@ def _joined(argv: Sequence[str]) -> Iterator[str]:
 def _as_started(prog: str) -> str:
     """'python -m xlformer.train' where that is how the command was started."""
     *_, folder, name = ["", *pathlib.PurePath(sys.argv[0] or "python").parts]
-    if name == "xlformer":  # the console script
+    if name == "xlformer":  # The console script.
         return prog.replace("python -m xlformer.", "xlformer ")
     if folder == "xlformer" and name.strip("_") == "main__.py":
         return prog.replace("python -m xlformer.", "python -m xlformer ")
@@ -165,7 +165,7 @@ def _written(main: Callable[[Sequence[str] | None], int], argv) -> int:
 
 def place(text: str) -> str:
     """A path as a flag has it; for add_argument's type."""
-    if not text:  # an unset variable of a script, not the directory it runs in
+    if not text:  # An unset variable of a script, not the directory it runs in.
         raise argparse.ArgumentTypeError("the path is empty")
     try:
         text.encode()

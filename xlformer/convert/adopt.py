@@ -1,4 +1,4 @@
-"""Makes a work directory of other programs' weights; the command behind convert.py."""
+"""Makes a work directory of other programs' weights, to be read like any run's."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _config(model_config, params, hparams, overrides):
     config = config_lib.default_config("transformer_xl", **fields)
     config.name = "converted"
     config.data.corpus = "text"
-    config.data.min_count = 1  # which words there are is said by the weights
+    config.data.min_count = 1  # Which words there are is said by the weights.
     segment_length = max(hparams.get("tgt_len") or 64, 1)
     config.train.segment_length = config.eval.segment_length = segment_length
     config_lib.set_fields(config, overrides)
@@ -77,7 +77,7 @@ def _config(model_config, params, hparams, overrides):
 
 
 def _check_size(config, vocabulary, vocab_size) -> None:
-    """Before anything is written."""
+    """Raises UserError where there are more ids than weights, or fewer."""
     name = Argument("vocab")
     if vocabulary is None:
         if not runs.names_data(config):

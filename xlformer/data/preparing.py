@@ -20,21 +20,20 @@ from xlformer.data import corpora, counting, recipes, sources
 from xlformer.data.folders import CARD, complete
 from xlformer.data.prepared import FORMAT, Prepared, load
 from xlformer.data.recipes import Recipe
-from xlformer.data.vocabulary import Vocabulary
+from xlformer.data.vocabulary import SPACES, Vocabulary
 from xlformer.errors import UserError
 
-BLOCK = 1 << 24  # bytes in which words are counted at a time
+BLOCK = 1 << 24  # Bytes in which words are counted at a time.
 OWN_SPECIALS = ("<eos>", "<unk>")  # of own words
-SPACES = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
 
 
 def prepare(data, *, directory=None, stored=False) -> Prepared:
     """Prepares what a config's data section describes, or finds it prepared.
 
     `directory` goes before config.data.directory, XLFORMER_DATA and ~/.cache/xlformer.
-    Several processes may call at once: one works, the others wait for it. stored: the
-    config was read from a work directory, maybe a stranger's. What lies in its
-    config.data.directory is read, but nothing is made there.
+    Several processes may call at once: one works, the others wait for it. With `stored`
+    the config was read from a work directory, which may be a stranger's: what lies in
+    its config.data.directory is read, but nothing is made there.
     """
     recipe = recipes.recipe(data)
     name = f"{recipe.name}-{recipe.unit}-{_digest(recipe.key())}"
@@ -50,7 +49,7 @@ def at_hand(root: str, name: str, build=None) -> pathlib.Path:
     """The local folder of a prepared corpus, made by `build` where there is none."""
     if not storage.is_remote(root):
         return complete(pathlib.Path(storage.path(root)) / name, build)
-    # tokens are mapped from a local copy of what lies in the remote directory
+    # Tokens are mapped from a local copy of what lies in the remote directory.
     remote = storage.path(root) / name
     copies = pathlib.Path(storage.path(storage.DEFAULT_CACHE)) / "copies"
     return complete(copies / _digest({"root": root}) / name, build, remote)
@@ -157,7 +156,7 @@ def _count(recipe: Recipe, texts: Mapping[str, list[bytes]]) -> Vocabulary:
         return found
     if recipe.unit == "chars":
         return counting.count_chars(everything, where=recipe.name)
-    # a public corpus has the symbols that its field counts; elsewhere any byte may come
+    # A public corpus has the symbols its field counts; elsewhere any byte may come.
     return counting.count_bytes(
         everything, newline=recipe.newline, every=corpus is None
     )

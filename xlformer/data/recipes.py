@@ -11,7 +11,7 @@ from xlformer.data import local, pieces, sources
 from xlformer.data.prepared import FORMAT
 from xlformer.errors import UserError
 
-OWN_MIN_COUNT = 2  # of own words
+OWN_MIN_COUNT = 2  # Of the words of one's own text.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Recipe:
     unit: str
     newline: str
     documents: bool
-    min_count: int  # of own words, which have <unk>: others keep every symbol
+    min_count: int  # Of own words, which have <unk>; others keep every symbol.
     max_vocab: int
     tokenizer: pieces.PieceVocabulary | None
-    corpus: sources.Corpus | None  # None: a text of this machine
-    source: dict  # tells one raw text from another
-    read: Callable[[object], sources.Text]  # of a TFDS download manager
+    corpus: sources.Corpus | None  # None for a text of this machine.
+    source: dict  # Tells one raw text from another.
+    read: Callable[[object], sources.Text]  # Takes a TFDS download manager.
 
     @property
     def lines(self) -> bool:
@@ -50,13 +50,13 @@ class Recipe:
             "tokenizer": hashlib.sha256(model.encode()).hexdigest(),
             "format": FORMAT,
         }
-        # What 0.1.0 did too has its name.
+        # What 0.1.0 did too keeps the name that 0.1.0 gave it.
         if (self.min_count, self.max_vocab) != (1, 0):
             key |= {"min_count": self.min_count, "max_vocab": self.max_vocab}
         if self.tokenizer and self.tokenizer.newline_id is not None:
             key["newline_id"] = self.tokenizer.newline_id
         if self.tokenizer and not self.tokenizer.line_ends:
-            key["line_ends"] = False  # 0.1.0 counted them as words all the same
+            key["line_ends"] = False  # 0.1.0 counted them as words all the same.
         return key
 
 
@@ -83,7 +83,7 @@ def check(data) -> None:
     if _counts_own_words(data):
         return
     for name, free in (("min_count", (0, 1)), ("max_vocab", (0,))):
-        if data[name] not in free:  # 1 is what is done anyway
+        if data[name] not in free:  # A min_count of 1 is what is done anyway.
             unit = "pieces" if data.tokenizer else data.unit
             raise UserError(
                 f"config.data.{name}={data[name]} is for the words of your own text"

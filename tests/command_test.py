@@ -1,5 +1,6 @@
 """What every command shares."""
 
+import ast
 import errno
 import os
 import pathlib
@@ -90,6 +91,26 @@ def test_an_argument_is_named_as_the_flag_that_a_command_has(overrides, capsys):
     dashes = "--" * overrides
     line = f"error: --rows=-1 with mask: see --workdir=a b, {dashes}config.seed=3\n"
     assert capsys.readouterr().err == line
+
+
+# Flags of other programs, and of convert where a run is read: whoever calls has none.
+OF_OTHERS = {"pieces.py": "--eos_id=-1", "reading.py": "convert again with --vocab="}
+
+
+def test_errors_of_the_library_name_no_flags():
+    for path in (ROOT / "xlformer").rglob("*.py"):
+        text = path.read_text()
+        if "--" not in text or "command.Parser(" in text or path.name == "command.py":
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "UserError":
+                line = " ".join(
+                    part.value
+                    for part in ast.walk(node)
+                    if isinstance(part, ast.Constant) and isinstance(part.value, str)
+                )
+                allowed = OF_OTHERS.get(path.name, "no flag")
+                assert "--" not in line or allowed in line, f"{path.name}: {line}"
 
 
 @pytest.mark.parametrize(

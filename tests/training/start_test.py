@@ -99,7 +99,7 @@ def test_what_is_no_start(text, tmp_path, capsys, monkeypatch):
     line = error(capsys, text, workdir, f"--config.init_from={tmp_path}")
     assert f"error: --init_from={tmp_path}: config.json is not a resolved" in line
     line = error(capsys, text, workdir, f"--init_from={SOURCE}",
-                 "--config.data.max_vocab=9")  # fmt: skip
+                 "--config.data.unit=words", "--config.data.max_vocab=9")  # fmt: skip
     assert f"config.data.max_vocab=9 with --init_from={SOURCE}: the voc" in line
     text.write_text(LINE * 40 + "ÿ" * 40)
     line = error(capsys, text, workdir, f"--init_from={SOURCE}")

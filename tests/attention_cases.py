@@ -106,7 +106,8 @@ def check_close(y_BTHK, grads, expected_BTHK, expected, tolerance=1e-5):
             assert actual is None
             continue
         np.testing.assert_allclose(
-            *(actual, array),
+            actual,
+            array,
             atol=tolerance,
             rtol=tolerance,
             err_msg=f"gradient of {argument}",
@@ -122,7 +123,11 @@ def check_no_gradient_crosses(implementation, name):
     def loss(k_BSHK, v_BSHK, weights_BT):
         qu_BTHK, qw_BTHK, _, _, r_SHK = arrays
         y_BTHK = relative_attention(
-            *(qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK),
+            qu_BTHK,
+            qw_BTHK,
+            k_BSHK,
+            v_BSHK,
+            r_SHK,
             key_start_BT=start_BT,
             implementation=implementation,
         )

@@ -1,5 +1,6 @@
 """What every command shares."""
 
+import ast
 import errno
 import os
 import pathlib
@@ -16,7 +17,7 @@ import xlformer
 from xlformer import __main__ as names
 from xlformer import command, compiled, evaluate, generate, prepare, train
 from xlformer.convert.__main__ import main as convert
-from xlformer.errors import UserError, did_you_mean
+from xlformer.errors import Argument, UserError, did_you_mean
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -72,6 +73,44 @@ def test_complaints_are_user_errors(argv, message):
     with pytest.raises(UserError) as error:
         _parser().parse(argv)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("overrides", [False, True])
+def test_an_argument_is_named_as_the_flag_that_a_command_has(overrides, capsys):
+    workdir, seed = Argument("workdir", pathlib.Path("a b")), Argument("config.seed", 3)
+    rows, mask = Argument("rows", -1), Argument("mask")
+    error = UserError(rows, " with ", mask, ": see ", workdir, ", ", seed)
+    assert str(error) == "rows=-1 with mask: see workdir='a b', config.seed=3"
+
+    def main(argv):
+        parser = _parser()
+        (parser.parse_with_overrides if overrides else parser.parse)(argv)
+        raise error
+
+    assert command.run(main, ["--workdir=a b"]) == 2
+    dashes = "--" * overrides
+    line = f"error: --rows=-1 with mask: see --workdir=a b, {dashes}config.seed=3\n"
+    assert capsys.readouterr().err == line
+
+
+# Flags of other programs, and of convert where a run is read: whoever calls has none.
+OF_OTHERS = {"pieces.py": "--eos_id=-1", "reading.py": "convert again with --vocab="}
+
+
+def test_errors_of_the_library_name_no_flags():
+    for path in (ROOT / "xlformer").rglob("*.py"):
+        text = path.read_text()
+        if "--" not in text or "command.Parser(" in text or path.name == "command.py":
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "UserError":
+                line = " ".join(
+                    part.value
+                    for part in ast.walk(node)
+                    if isinstance(part, ast.Constant) and isinstance(part.value, str)
+                )
+                allowed = OF_OTHERS.get(path.name, "no flag")
+                assert "--" not in line or allowed in line, f"{path.name}: {line}"
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from xlformer import config
-from xlformer.errors import UserError
+from xlformer import config, fields
+from xlformer.errors import Argument, UserError
 
 
 def load(*overrides):
@@ -44,7 +44,7 @@ def test_field_that_is_none_takes_a_value():
 
 
 def test_text_field_takes_anything():
-    assert load("data.path=12").data.path == "12"
+    assert load("data.directory=12").data.directory == "12"
 
 
 @pytest.mark.parametrize(
@@ -53,14 +53,14 @@ def test_text_field_takes_anything():
         ("train.step=3", "config.train has no field 'step', did you mean 'steps'?"),
         ("trian.steps=3", "config has no field 'trian', did you mean 'train'?"),
         ("train.steps.x=3", "config.train.steps has no field 'x'"),
-        ("train.steps=many", "--config.train.steps=many: expected int, as in 2"),
+        ("train.steps=many", "config.train.steps='many': expected int, as in 2"),
         ("train.steps=1.5", "expected int"),
         ("train.steps=True", "expected int"),
         ("model.pre_norm=1", "expected bool"),
         ("model.cutoffs=3", "expected tuple"),
         ("optimizer.learning_rate=high", "expected float"),
-        ("train=3", "--config.train is a section; name one of its fields"),
-        ("train.steps", "--config.train.steps needs a value"),
+        ("train=3", "config.train is a section; name one of its fields"),
+        ("train.steps", "config.train.steps needs a value: "),
         ("train.steps.x=1", "config.train.steps has no field 'x'"),
     ],
 )
@@ -81,11 +81,12 @@ def test_unknown_config_names_the_nearest():
 
 def test_arguments_take_the_type_of_their_default():
     defaults = {"debug": False, "batch": 0, "path": "", "rate": 0.5}
-    parsed = config.parse_argument("debug,batch=4,path=7,rate=1", defaults)
+    named = Argument("config")
+    parsed = fields.parse_pairs("debug,batch=4,path=7,rate=1", defaults, named)
     assert parsed == {"debug": True, "batch": 4, "path": "7", "rate": 1.0}
     assert type(parsed["rate"]) is float
-    assert "expected int" in message(config.parse_argument, "batch=x", defaults)
-    text = message(config.parse_argument, "bath=4", defaults)
+    assert "expected int" in message(fields.parse_pairs, "batch=x", defaults, named)
+    text = message(fields.parse_pairs, "bath=4", defaults, named)
     assert "unknown argument 'bath', did you mean 'batch'?" in text
 
 

@@ -73,6 +73,9 @@ def test_a_number_has_bounds(name, value, rule):
         (["train.steps=0"], "train.steps=0 must be at least 1"),
         (["train.spike_factor=0.5"], r"spike_factor=0.5 must be above 1 \(or 0\)"),
         (["train.micro_batches=5"], "batch_size=2 .*micro_batches=5"),
+        (["data.newline=drop"], "newline=drop is for the bytes of enwik8"),
+        (["data.max_vocab=9"], "data.max_vocab=9 is for the words of your own text"),
+        (["data.corpus=text8"], "path and .documents need config.data.corpus=text"),
         (
             ["train.variable_length=True", "model.extended_length=3"],
             "variable_length .*extended_length=3",
@@ -86,6 +89,17 @@ def test_a_number_has_bounds(name, value, rule):
 def test_what_cannot_be_is_said_before_the_text_is_looked_for(overrides, message):
     with pytest.raises(UserError, match=message):
         config_lib.load("text:path=not-there.txt,debug", overrides)
+
+
+def test_a_config_that_was_made_otherwise_is_of_the_right_types_too():
+    config = config_lib.default_config()
+    with config.ignore_type():
+        config.train.steps = 3.0
+    with pytest.raises(UserError, match="^config.train.steps=3.0 is not of type int"):
+        config_lib.check(config)
+    found = config_lib.to_dict(config_lib.default_config()) | {"seed": 1 << 63}
+    with pytest.raises(UserError, match=f"^there: config.seed={1 << 63} must be at"):
+        config_lib.from_dict(found, where="there")
 
 
 @pytest.mark.parametrize("name", config_lib.names())

@@ -22,6 +22,7 @@ OVERRIDE = "--config."
 _DENIED = "EACCES EPERM ENOENT ENOTDIR EISDIR EEXIST EROFS ENOSPC EDQUOT EFBIG"
 _DENIED += " ENAMETOOLONG ELOOP EIO ESTALE ENOTEMPTY EBUSY EMFILE ENFILE ENXIO ENODEV"
 OF_FILES = {getattr(errno, name) for name in _DENIED.split()}
+_typed: set[str] = set()  # the flags of the command that runs, without their dashes
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +36,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             prog=_as_started(prog),
             description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,  # examples have lines
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # Of examples.
         )
         self.add_argument(
             "--version",
@@ -51,6 +52,9 @@ class Parser(argparse.ArgumentParser):
         self, argv: Sequence[str] | None
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parses argv; returns the flags and the `--config.a.b=v` items as 'a.b=v'."""
+        names = {flag for action in self._actions for flag in action.option_strings}
+        _typed.clear()
+        _typed.update({"config."}, (name.removeprefix("--") for name in names))
         argv = list(_joined(sys.argv[1:] if argv is None else argv))
         # First, because a typo in a flag that is required reads as if it were missing.
         self._refuse_unknown(item for item in argv if item.startswith("--"))
@@ -73,6 +77,7 @@ class Parser(argparse.ArgumentParser):
             raise UserError(
                 f"--config.{overrides[0]}: this command takes no config overrides"
             )
+        _typed.discard("config.")
         return args
 
 
@@ -91,7 +96,7 @@ def _joined(argv: Sequence[str]) -> Iterator[str]:
 def _as_started(prog: str) -> str:
     """'python -m xlformer.train' where that is how the command was started."""
     *_, folder, name = ["", *pathlib.PurePath(sys.argv[0] or "python").parts]
-    if name == "xlformer":  # the console script
+    if name == "xlformer":  # The console script.
         return prog.replace("python -m xlformer.", "xlformer ")
     if folder == "xlformer" and name.strip("_") == "main__.py":
         return prog.replace("python -m xlformer.", "python -m xlformer ")
@@ -108,13 +113,14 @@ def version() -> str:
 def run(main: Callable[[Sequence[str] | None], int], argv=None) -> int:
     """Calls main(argv); an error that is the user's becomes one line, exit code 2."""
     streams.stand_in()
+    _typed.clear()
     if hasattr(sys.stdout, "reconfigure"):
         # A terminal that lacks a character shows '?'.
         sys.stdout.reconfigure(errors="replace")
     try:
         return _written(main, argv)
     except UserError as error:
-        message = str(error)
+        message = line(error)
     except MemoryError as error:
         message = f"out of memory: {reason(error)}"
     except jax.errors.JaxRuntimeError as error:
@@ -141,6 +147,11 @@ def run(main: Callable[[Sequence[str] | None], int], argv=None) -> int:
     return BAD_INPUT
 
 
+def line(error: UserError) -> str:
+    """The line of an error, for the person who typed the flags of this command."""
+    return error.line(_typed)
+
+
 def _written(main: Callable[[Sequence[str] | None], int], argv) -> int:
     """Calls main(argv); what it printed is written before the exit code is known."""
     try:
@@ -154,7 +165,7 @@ def _written(main: Callable[[Sequence[str] | None], int], argv) -> int:
 
 def place(text: str) -> str:
     """A path as a flag has it; for add_argument's type."""
-    if not text:  # an unset variable of a script, not the directory it runs in
+    if not text:  # An unset variable of a script, not the directory it runs in.
         raise argparse.ArgumentTypeError("the path is empty")
     try:
         text.encode()

@@ -8,7 +8,6 @@ files that you trust. What is read back from a work directory is JSON and runs n
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import inspect
 import json
@@ -20,7 +19,8 @@ from ml_collections import ConfigDict
 
 from xlformer import fields as fields_lib
 from xlformer import models, storage
-from xlformer.errors import UserError, did_you_mean
+from xlformer.data import recipes
+from xlformer.errors import Argument, UserError, did_you_mean
 
 FORMAT = 2  # of a resolved config as JSON; 1 is that of xlformer 0.1.0, which had none
 # What 0.1.0 did where it had no field for it yet.
@@ -60,7 +60,9 @@ def flat(config: Mapping) -> dict[str, Any]:
 def check(config: ConfigDict) -> None:
     """Raises UserError for what no run can do, whatever the data turn out to be.
 
-    `load` and `train` call it first: nothing is downloaded or prepared before.
+    Names, types, ranges and combinations, of whatever becomes a config: `load`,
+    `from_dict` and `train` call it, so nothing is downloaded or prepared before. What
+    depends on the devices is left to `sharding.check`.
     """
     models.check(config.model)
     values, known = flat(config), rules(config)
@@ -70,8 +72,11 @@ def check(config: ConfigDict) -> None:
         if name not in known and name != "model.name":
             near = did_you_mean(name, known)
             raise UserError(f"config.{name}: there is no such field{near}")
-    for name, rule in known.items():
-        rule.check(f"config.{name}", values[name])
+    for name, rule in models.rules(config.model.name).items():
+        rule.check(f"config.model.{name}", config.model[name])
+    for section in fields_lib.TABLE:
+        fields_lib.check_section(section, config[section] if section else config)
+    recipes.check(config.data)
     _check_together(config)
 
 
@@ -122,19 +127,18 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     name, _, argument = spec.partition(":")
     get_config = module(name).get_config
     known = list(inspect.signature(get_config).parameters.values())
-    config = get_config(**parse_argument(argument, {p.name: p.default for p in known}))
+    defaults = {parameter.name: parameter.default for parameter in known}
+    found = fields_lib.parse_pairs(argument, defaults, Argument("config"))
+    config = get_config(**found)
     if not isinstance(config, ConfigDict):
         raise UserError(
-            f"--config={name}: get_config returns no ConfigDict, as default_config "
-            f"makes it, but {type(config).__name__}"
+            Argument("config", name),
+            ": get_config returns no ConfigDict, as default_config makes it, but "
+            f"{type(config).__name__}",
         )
     config.name = config.name or pathlib.Path(name).stem
     config.lock()
-    for override in overrides:
-        field, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"--config.{field} needs a value: --config.{field}=VALUE")
-        set_field(config, field, text)
+    set_fields(config, overrides)
     check(config)
     return config
 
@@ -146,32 +150,29 @@ def module(name: str):
         candidates = [d / f"{name}.py" for d in directories()]
         installed = [c for c in candidates if c.is_file()]
         if not installed or name not in names():
-            raise UserError(
-                f"--config={name}: no such config{did_you_mean(name, names())}"
-            )
+            near = did_you_mean(name, names())
+            raise UserError(Argument("config", name), f": no such config{near}")
         path = installed[0]
     elif not path.is_file():
-        raise UserError(f"--config={name}: no such file")
+        raise UserError(Argument("config", name), ": no such file")
     spec = importlib.util.spec_from_file_location(f"xlformer_config_{path.stem}", path)
     assert spec and spec.loader  # as of every name that ends in .py
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     if not hasattr(found, "get_config"):
-        raise UserError(f"--config={name}: the file defines no get_config function")
+        line = ": the file defines no get_config function"
+        raise UserError(Argument("config", name), line)
     return found
 
 
-def parse_argument(argument: str, defaults: Mapping) -> dict:
-    """Parses 'batch=8,debug' against the defaults, whose types it takes."""
-    values = {}
-    for item in filter(None, argument.split(",")):
-        key, equals, text = item.partition("=")
-        if key not in defaults:
-            near = did_you_mean(key, defaults)
-            raise UserError(f"--config: unknown argument {key!r}{near}")
-        text = text if equals else "True"
-        values[key] = _convert(text, defaults[key], f"--config argument {key!r}")
-    return values
+def set_fields(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Sets what 'a.b=v' items say."""
+    for override in overrides:
+        field, equals, text = override.partition("=")
+        if not equals:
+            needed = Argument(f"config.{field}", "VALUE")
+            raise UserError(Argument(f"config.{field}"), " needs a value: ", needed)
+        set_field(config, field, text)
 
 
 def set_field(config: ConfigDict, field: str, text: str) -> None:
@@ -181,31 +182,17 @@ def set_field(config: ConfigDict, field: str, text: str) -> None:
         if not isinstance(node, ConfigDict) or part not in node:
             where = ".".join(["config", *parts[:depth]])
             near = did_you_mean(part, node) if isinstance(node, ConfigDict) else ""
-            raise UserError(f"--config.{field}: {where} has no field {part!r}{near}")
+            line = f": {where} has no field {part!r}{near}"
+            raise UserError(Argument(f"config.{field}"), line)
         if depth < len(parts) - 1:
             node = node[part]
     if isinstance(node[parts[-1]], ConfigDict):
-        raise UserError(f"--config.{field} is a section; name one of its fields")
-    value = _convert(text, node[parts[-1]], f"--config.{field}")
+        line = " is a section; name one of its fields"
+        raise UserError(Argument(f"config.{field}"), line)
+    named = Argument(f"config.{field}", text)
+    value = fields_lib.parse(text, node[parts[-1]], named)
     with node.ignore_type():
         node[parts[-1]] = value
-
-
-def _convert(text: str, like, what: str):
-    if isinstance(like, str):
-        return text
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-    if isinstance(like, float) and type(value) is int:
-        value = float(value)
-    if isinstance(like, tuple) and isinstance(value, list):
-        value = tuple(value)
-    if like is not None and type(value) is not type(like):
-        expected = type(like).__name__
-        raise UserError(f"{what}={text}: expected {expected}, as in {like!r}")
-    return value
 
 
 def to_dict(config: ConfigDict) -> dict:
@@ -249,6 +236,10 @@ def from_dict(found: Mapping, *, where: str = "config.json") -> ConfigDict:
         config[section][name] = value
     _update(config, found, "config", where)
     config.lock()
+    try:
+        check(config)
+    except UserError as error:
+        raise UserError(f"{where}: ", *error.parts) from error
     return config
 
 
@@ -263,16 +254,8 @@ def _update(node: ConfigDict, found: Mapping, at: str, where: str) -> None:
         if isinstance(like, ConfigDict):
             _update(like, value, f"{at}.{key}", where)
             continue
-        value = tuple(value) if isinstance(value, list) else value
-        allowed = (int, float) if isinstance(like, float) else (type(like),)
-        # The fields of config.model are checked where it is built.
-        if at != "config.model" and type(value) not in allowed:
-            raise UserError(
-                f"{where}: {at}.{key}={value!r:.50} is not of type "
-                f"{type(like).__name__}"
-            )
         with node.ignore_type():
-            node[key] = value
+            node[key] = tuple(value) if isinstance(value, list) else value
 
 
 def shrink(config: ConfigDict) -> ConfigDict:

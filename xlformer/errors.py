@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Collection, Iterable
+from typing import Any
 
 # What a command ends with, if not with 0. launch/ reads these lines and acts by them.
 BAD_INPUT = 2  # one line has said what; no restart mends it
 INTERRUPTED = 42  # stopped by a signal; everything worth keeping is saved
 HUNG = 43  # a host made no step; all hosts have to start again
+_UNSAID = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """An argument as the line of a UserError names it.
+
+    Who calls a function reads `warmup='fill'`; who types a command that has this flag
+    reads `--warmup=fill`.
+    """
+
+    name: str
+    value: Any = _UNSAID
+
+    def __str__(self) -> str:
+        if self.value is _UNSAID:
+            return self.name
+        is_path = isinstance(self.value, os.PathLike)
+        value = os.fspath(self.value) if is_path else self.value
+        return f"{self.name}={value!r}"
+
+    def as_flag(self) -> str:
+        return f"--{self.name}" + ("" if self.value is _UNSAID else f"={self.value}")
 
 
 class UserError(Exception):
@@ -16,10 +42,28 @@ class UserError(Exception):
 
     Library functions raise it and never exit. `command.run` turns it into that line on
     standard error and the exit code BAD_INPUT.
+
+    Attributes:
+      parts: texts, and each Argument that the line names; joined they are the line.
     """
 
-    def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+    def __init__(self, *parts: str | Argument):
+        self.parts = parts
+        super().__init__(self.line())
+
+    def line(self, flags: Collection[str] = ()) -> str:
+        """The line, with arguments whose name is among `flags` as the flags they are.
+
+        The flag 'config.' stands for every override of a field of the config.
+        """
+
+        def shown(part) -> str:
+            if not isinstance(part, Argument):
+                return str(part)
+            override = part.name.startswith("config.") and "config." in flags
+            return part.as_flag() if override or part.name in flags else str(part)
+
+        return " ".join("".join(map(shown, self.parts)).split())
 
 
 class WorthAnotherTry(UserError):

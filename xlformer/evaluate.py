@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import sys
 
-from xlformer import command, compiled, scoring, sharding
+from xlformer import command, compiled, fields, scoring, sharding
 from xlformer.data.local import is_read_once
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 from xlformer.progress import Progress
 from xlformer.scoring import cards
 from xlformer.scoring.evaluation import check, evaluate
@@ -40,7 +40,8 @@ def _main(argv) -> int:
         )
     compiled.keep()
     mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh), where="--mesh")
-    lengths = [None] if args.memory_length is None else _numbers(args.memory_length)
+    texts = [None] if args.memory_length is None else args.memory_length.split(",")
+    lengths = [_parsed("memory_length", text, 0) for text in texts]
     for length in lengths:  # All of them before the first is scored.
         check(memory_length=length)
     if len(lengths) > 1 and args.text and is_read_once(args.text):
@@ -61,7 +62,7 @@ def _main(argv) -> int:
             segment_length=args.segment_length,
             memory_length=length,
             clamp_length=args.clamp_length,
-            same_length=_bool(args.same_length),
+            same_length=_parsed("same_length", args.same_length, False),
             batch_size=args.batch_size,
             warmup=args.warmup,
             mesh=mesh,
@@ -77,21 +78,9 @@ def _main(argv) -> int:
     return 0
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(
-            f"--memory_length={text}: numbers, separated by commas"
-        ) from None
-
-
-def _bool(text: str | None) -> bool | None:
-    if text is None:
-        return None
-    if text.lower() not in ("true", "false"):
-        raise UserError(f"--same_length={text} is neither true nor false")
-    return text.lower() == "true"
+def _parsed(name: str, text: str | None, like):
+    """The value of a flag; None where it is not given."""
+    return None if text is None else fields.parse(text, like, Argument(name, text))
 
 
 def main(argv=None) -> int:

@@ -8,12 +8,13 @@ RULES have the same form.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from xlformer.errors import UserError, did_you_mean
+from xlformer.errors import Argument, UserError, did_you_mean
 
 REFUSED = "refused"  # the checkpoint would mean something else, or would not fit
 TAKEN = "taken"  # from here on, and the run says what changes
@@ -191,3 +192,50 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
 }
 # Options of the optimizer that only some read: set for another one they are a mistake.
 ONLY_OF = {"weight_decay": ("adamw", "lamb", "lamb_sha_rnn"), "momentum": ("sgd",)}
+
+
+def check_section(section: str, values: Mapping) -> None:
+    """Raises UserError for a value of another type than its default's, or out of range.
+
+    section: a key of TABLE; values: what a config has of it.
+    """
+    for name, field in TABLE[section].items():
+        shown, value = ".".join(filter(None, ("config", section, name))), values[name]
+        kind = type(field.default)
+        if type(value) is not kind and (kind, type(value)) != (float, int):
+            raise UserError(f"{shown}={value!r:.50} is not of type {kind.__name__}")
+        field.rule.check(shown, value)
+
+
+def parse(text: str, like, *named: str | Argument) -> Any:
+    """What a person typed, as a value of the type of `like`; of any type if it is None.
+
+    `named`, which has the text in it, begins the line of the UserError.
+    """
+    if isinstance(like, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    if isinstance(like, float) and type(value) is int:
+        value = float(value)
+    if isinstance(like, tuple) and isinstance(value, list):
+        value = tuple(value)
+    if like is not None and type(value) is not type(like):
+        expected = f": expected {type(like).__name__}, as in {like!r}"
+        raise UserError(*named, expected)
+    return value
+
+
+def parse_pairs(text: str, defaults: Mapping, named: Argument) -> dict:
+    """'a=8,b' as {'a': 8, 'b': True}, of the types of the defaults."""
+    values = {}
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        if key not in defaults:
+            near = did_you_mean(key, defaults)
+            raise UserError(named, f": unknown argument {key!r}{near}")
+        value = value if equals else "True"
+        values[key] = parse(value, defaults[key], named, f" argument {key!r}={value}")
+    return values

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 
 from xlformer import command, config
 from xlformer.data.prepared import Prepared, encode_file, load
-from xlformer.data.preparing import benchmark, prepare
+from xlformer.data.preparing import prepare
 
-__all__ = ["Prepared", "benchmark", "encode_file", "load", "main", "prepare"]
+__all__ = ["Prepared", "encode_file", "load", "main", "prepare"]
 
 
 def _main(argv) -> int:
@@ -28,22 +27,14 @@ def _main(argv) -> int:
     parser.add_argument(
         "--directory", type=command.place, help="where prepared corpora are kept"
     )
-    parser.add_argument(
-        "--benchmark", action="store_true", help="print the stream's tokens per second"
-    )
     args, overrides = parser.parse_with_overrides(argv)
     loaded = config.load(args.config, overrides)
     if args.manual_dir is not None:
         loaded.data.manual_dir = args.manual_dir
-    start = time.perf_counter()
     prepared = prepare(loaded.data, directory=args.directory)
-    seconds = time.perf_counter() - start
     print(json.dumps(prepared.card, indent=2))
     print(f"directory {prepared.directory}")
     print(f"vocabulary {prepared.vocabulary.size} {prepared.vocabulary.unit}")
-    if args.benchmark:
-        rate = benchmark(prepared, loaded.train.batch_size, loaded.train.segment_length)
-        print(f"prepared or found in {seconds:.1f} s; stream {rate:,.0f} tokens/s")
     return 0
 
 

@@ -26,7 +26,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xlformer import fields
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 
 MESH_AXES = tuple(fields.TABLE["mesh"])
 MESH_HELP = (
@@ -50,7 +50,7 @@ def make_mesh(
     *,
     devices: Sequence | None = None,
     rows: int = 0,
-    where: str = "config.mesh",
+    where: str | Argument = "config.mesh",
 ) -> Mesh:
     """The mesh of all devices; a size of -1 is whatever is left.
 
@@ -64,8 +64,9 @@ def make_mesh(
     wanted = math.prod(sizes.values())
     if wanted < have and devices is None and jax.process_count() > 1:
         raise UserError(
-            f"{where}: {_shown(sizes)} leaves {have - wanted} of {have} devices idle, "
-            "which several hosts cannot do"
+            where,
+            f": {_shown(sizes)} leaves {have - wanted} of {have} devices idle, "
+            "which several hosts cannot do",
         )
     types = (AxisType.Auto,) * len(sizes)
     if devices is not None:
@@ -90,14 +91,15 @@ def count_slices(devices: Sequence) -> int:
 
 
 def over_slices(
-    sizes: Mapping[str, int], devices: Sequence, slices: int, *, where: str
+    sizes: Mapping[str, int], devices: Sequence, slices: int, *, where: str | Argument
 ) -> np.ndarray:
     """The devices in the mesh's shape: the slices one after the other along `data`."""
     if sizes["data"] % slices:
         others = " and ".join(axis for axis in sizes if axis != "data")
         raise UserError(
-            f"{where}: {_shown(sizes)} on {slices} slices: data is not divisible by "
-            f"{slices}, and {others} do not reach beyond a slice"
+            where,
+            f": {_shown(sizes)} on {slices} slices: data is not divisible by "
+            f"{slices}, and {others} do not reach beyond a slice",
         )
     inner = {**sizes, "data": sizes["data"] // slices}
     outer = {**dict.fromkeys(sizes, 1), "data": slices}
@@ -107,7 +109,7 @@ def over_slices(
 
 
 def fit_mesh(
-    sizes: Mapping[str, int], have: int, *, rows: int = 0, where: str
+    sizes: Mapping[str, int], have: int, *, rows: int = 0, where: str | Argument
 ) -> dict[str, int]:
     """The size of every axis on so many devices; see make_mesh."""
     sizes = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
@@ -115,14 +117,14 @@ def fit_mesh(
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(
-            f"{where}: {shown}: sizes are at least 1, and at most one is -1"
+            where, f": {shown}: sizes are at least 1, and at most one is -1"
         )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free:
         sizes[free[0]] = max(have // fixed, 1)
     wanted = math.prod(sizes.values())
     if wanted > have or (free and wanted < have):
-        raise UserError(f"{where}: {shown} does not fit onto {have} devices")
+        raise UserError(where, f": {shown} does not fit onto {have} devices")
     if free and free[0] in RULES["batch"] and rows:
         most = sizes[free[0]]
         others = math.prod(sizes[axis] for axis in RULES["batch"]) // most
@@ -137,16 +139,7 @@ def _shown(sizes: Mapping[str, int]) -> str:
 
 def parse_mesh(text: str) -> dict[str, int]:
     """'data=2,fsdp=4' of a --mesh flag as sizes; unnamed axes are 1."""
-    sizes = {}
-    for item in filter(None, text.split(",")):
-        axis, _, size = item.partition("=")
-        if axis not in MESH_AXES or not size.lstrip("-").isdigit():
-            raise UserError(
-                f"--mesh={text}: {item!r} is not AXIS=SIZE with an axis of "
-                f"{', '.join(MESH_AXES)}"
-            )
-        sizes[axis] = int(size)
-    return sizes
+    return fields.parse_pairs(text, dict.fromkeys(MESH_AXES, 1), Argument("mesh"))
 
 
 def row_shards(mesh: Mesh) -> int:

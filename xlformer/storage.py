@@ -9,7 +9,7 @@ import sys
 
 from etils import epath
 
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 
 TEMPORARY = ".tmp"
 CACHE_VARIABLE, DEFAULT_CACHE = "XLFORMER_DATA", "~/.cache/xlformer"
@@ -41,7 +41,7 @@ def cache() -> str:
 def check_writable(folder, name: str) -> None:
     """Raises UserError where a folder cannot be made or not be filled; makes nothing.
 
-    Said before hours of preparing, as far as it can be known. name: of the flag.
+    Said before hours of preparing, as far as it can be known. name: of the argument.
     """
     if is_remote(folder):
         return
@@ -50,9 +50,10 @@ def check_writable(folder, name: str) -> None:
         place = os.path.dirname(place)
     effective = os.access in os.supports_effective_ids
     if not os.path.isdir(place):
-        raise UserError(f"{name}={folder}: {place} is not a directory")
+        raise UserError(Argument(name, folder), f": {place} is not a directory")
     if not os.access(place, os.W_OK | os.X_OK, effective_ids=effective):
-        raise UserError(f"{name}={folder}: {place} cannot be written by this user")
+        line = f": {place} cannot be written by this user"
+        raise UserError(Argument(name, folder), line)
 
 
 def is_remote(place) -> bool:

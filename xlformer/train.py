@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from xlformer import command, fields, hosts, models, runs, sharding, storage
 from xlformer import config as config_lib
 from xlformer.data import preparing, translation, vocabularies
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 from xlformer.hosts import faults
 from xlformer.hosts.watchdog import Watchdog
 from xlformer.runs import goodput, log, resume, writing
@@ -143,10 +143,10 @@ def _source(config, workdir, prepared, mesh, fresh: bool):
     ids."""
     if not fresh:
         own = vocabularies.load(workdir / runs.VOCABULARY)
-        where = f"--workdir={workdir}"
+        where = Argument("workdir", workdir)
         return None, translation.translated(prepared, own, where=where)
     source = start.Source.parse(config.init_from, workdir)
-    where = f"--init_from={config.init_from}"
+    where = Argument("init_from", config.init_from)
     prepared = translation.translated(prepared, source.vocabulary(), where=where)
     return functools.partial(source.load, mesh), prepared
 
@@ -188,7 +188,7 @@ def _main(argv) -> int:
         config.data.manual_dir = args.manual_dir
     workdir = storage.path(args.workdir)
     writing.refuse_foreign(workdir)
-    storage.check_writable(workdir, "--workdir")
+    storage.check_writable(workdir, "workdir")
     init_from = config.init_from if args.init_from is None else args.init_from
     if args.init_from is not None or init_from:
         config = start.with_model(config, init_from, workdir, overrides)

@@ -24,7 +24,9 @@ def kernels(dtype, **options):
     """All three are there, and read the ring when it has been written."""
     with tempfile.TemporaryDirectory() as dump:
         compiled = attention(
-            *("h100", "pallas_gpu", dtype),
+            "h100",
+            "pallas_gpu",
+            dtype,
             compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True},
             **options,
         )

@@ -33,9 +33,9 @@ def data_config(corpus, **fields):
 
 def content(corpus, position):
     """A text that the corpus could hold, another one for each of its files."""
-    if corpus.name == "enwik8":
+    if corpus.unit == "bytes":
         return bytes(range(251)) * 3 + b"<page>\n\xc3\n" * 40
-    if corpus.name == "text8":
+    if not corpus.lines:
         return b" anarchism originated as a term of abuse " * 20
     lines = [b"a banknote <unk> N", b"", b" the board ", b"Mr. <unk>"][position:]
     if corpus.spaced:
@@ -176,7 +176,7 @@ def test_wrong_downloads_name_both_sums_and_the_remedy(monkeypatch, tmp_path, se
     assert "text8: no source worked" in message and "\n" not in message
     assert f"wrong checksum of {url}/a.zip" in message and "404" in message
     assert sha256(archive) in message and sha256(archive[:-7]) in message
-    assert "put text8.zip" in message and "--manual_dir=" in message
+    assert "put text8.zip" in message and "manual_dir='DIR'" in message
     # the wrong file is not kept: a mended mirror serves the next run
     served["/a.zip"] = archive
     assert prepare(data_config("text8"), directory=tmp_path).vocabulary.size == 17
@@ -192,7 +192,7 @@ def test_wrong_manual_files_name_both_sums_and_the_remedy(monkeypatch, tmp_path)
     expected = next(iter(corpus.files.values()))
     for part in ("penn", str(tmp_path / "train.txt"), expected, sha256(b"other\n")):
         assert part in message
-    assert "put simple-examples.tgz" in message and "--manual_dir=" in message
+    assert "put simple-examples.tgz" in message and "manual_dir='DIR'" in message
     assert not [p for p in tmp_path.rglob("*") if "incomplete" in p.name]
 
 
@@ -212,7 +212,7 @@ def test_an_archive_that_is_none_is_one_line(name, monkeypatch, tmp_path):
     other = archive_of(corpus, {"readme": b"no"})
     for data in (b"", b"no archive", other, other[: len(other) // 2]):
         (tmp_path / corpus.archive).write_bytes(data)
-        with pytest.raises(UserError, match=f"{corpus.archive}.*--manual_dir"):
+        with pytest.raises(UserError, match=f"{corpus.archive}.*manual_dir"):
             prepare(options, directory=tmp_path)
 
 

@@ -31,7 +31,7 @@ def book(tmp_path):
 WORKER = """
 import sys, time
 from xlformer import config, prepare
-from xlformer.data import folders, preparing
+from xlformer.data import folders, local, preparing
 import numpy as np
 stage, path, root = sys.argv[1:]
 class Slow(list):
@@ -40,13 +40,13 @@ class Slow(list):
         time.sleep(100)
 def hang(*arguments, **options):
     Slow().__iter__()
-build, save, read = preparing._build, np.save, preparing.local.read_files
+build, save, read = preparing._build, np.save, local.read_files
 if stage == "tfds":
     def read_slowly(*arguments):
         text = read(*arguments)
         return type(text)(dict(text.splits, test=Slow(text.splits["test"])), {})
-    preparing.local.read_files = read_slowly
-    preparing.local.fingerprint = lambda text: "f"
+    local.read_files = read_slowly
+    local.fingerprint = lambda text: "f"
 if stage == "tokens":
     np.save = lambda path, *rest, **options: (save(path, *rest, **options), hang())
 if stage == "race":

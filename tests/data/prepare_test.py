@@ -12,7 +12,7 @@ import pytest
 from tokenizer_files import hugging_face
 
 from xlformer import config, prepare
-from xlformer.data import local, pieces, preparing, vocabulary
+from xlformer.data import local, pieces, preparing, recipes, vocabulary
 from xlformer.errors import UserError
 
 
@@ -173,7 +173,7 @@ def test_a_tokenizer_that_loses_line_ends_is_said_and_counts_none(book, capsys):
     model.save(str(book.parent / "tokenizer.json"))
     tokenizer = str(book.parent / "tokenizer.json")
     options = data_config(path=str(book), tokenizer=tokenizer)
-    assert preparing._recipe(options).key()["line_ends"] is False  # not what 0.1.0 made
+    assert recipes.recipe(options).key()["line_ends"] is False  # not what 0.1.0 made
     found = prepare.prepare(options)
     assert "config.data.tokenizer does not keep line ends" in capsys.readouterr().err
     sizes = [(s["tokens"], s["words"]) for s in found.card["splits"].values()]
@@ -224,9 +224,9 @@ def test_what_is_prepared_is_found_again_until_the_text_changes(book, monkeypatc
         ({"corpus": "penn", "max_vocab": 99}, "max_vocab=99 is for .* is penn$"),
         ({"path": "{tmp}/bad", "unit": "chars"}, "/bad: byte 0xff at offset 60 is not"),
         ({"path": "{tmp}/bad", "unit": "words"}, "/bad: byte 0xff at offset 60 is not"),
-        ({"path": "{tmp}/bad", "unit": "byte"}, "unit=byte: it is bytes, chars or"),
+        ({"path": "{tmp}/bad", "unit": "byte"}, "unit='byte' is none of bytes, chars"),
         ({"path": "{tmp}/bad", "newline": "drop"}, "newline=drop is for"),
-        ({"path": "{tmp}/bad", "newline": "no"}, "newline=no: it is keep or drop"),
+        ({"path": "{tmp}/bad", "newline": "no"}, "newline='no' is none of keep, drop"),
         (
             {"path": "{tmp}/bad", "tokenizer": "{tmp}/no"},
             "data.tokenizer: .*/no",

@@ -118,13 +118,13 @@ def test_temperature_sharpens_and_flattens():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -0.5}, "--temperature=-0.5 must be finite and not negative"),
-        ({"temperature": float("nan")}, "--temperature=nan"),
-        ({"temperature": float("inf")}, "--temperature=inf"),
-        ({"top_k": -1}, "--top_k=-1 must not be negative"),
-        ({"top_p": 0.0}, r"--top_p=0.0 must be in \(0, 1\]"),
-        ({"top_p": 1.5}, "--top_p=1.5"),
-        ({"top_p": float("nan")}, "--top_p=nan"),
+        ({"temperature": -0.5}, "temperature=-0.5 must be finite and not negative"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"top_k": -1}, "top_k=-1 must not be negative"),
+        ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"top_p": float("nan")}, "top_p=nan"),
     ],
 )
 def test_refuses_impossible_settings(settings, message):
@@ -179,7 +179,7 @@ def test_a_block_that_ends_all_rows_is_the_last(made):
 def test_probabilities_that_are_not_numbers_are_said(made):
     model, params = made
     broken = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
-    with pytest.raises(UserError, match="NaN.*--checkpoint"):
+    with pytest.raises(UserError, match="NaN.*try checkpoint"):
         sample((model, broken), PROMPTS, 5)
 
 

@@ -68,7 +68,7 @@ def test_what_joins_and_with_which_limits(environment, tmp_path, monkeypatch):
 def test_flags_go_together(tmp_path):
     assert "go together" in refusal(join, tmp_path, coordinator="h:1")
     line = refusal(join, tmp_path, coordinator="h:1", num_processes=2, process_id=-1)
-    assert "--process_id=-1" in line and "--num_processes=2" in line
+    assert line == "process_id=-1 must be from 0 to num_processes=2 - 1"
 
 
 def test_in_one_process_there_is_nothing_to_agree_on(tmp_path):

@@ -151,8 +151,10 @@ def test_every_implementation_drops_what_the_hash_says(small_chunks):
     words = dropout.seeds(keys, B, H)[:, None, :, None]
     query, key = (np.arange(n, dtype=np.int32) for n in (T, S))
     keep_BTHS = dropout.keep_pairs(
-        *(words[..., 0], words[..., 1]),
-        *(query[None, :, None, None], key[None, None, None]),
+        words[..., 0],
+        words[..., 1],
+        query[None, :, None, None],
+        key[None, None, None],
         rate,
     )
     expected_BTHS = np.where(keep_BTHS, kept_BTHS / (1 - rate), 0)
@@ -167,8 +169,10 @@ def test_the_hash_has_no_pattern():
     B, H, T, S, rate = 2, 3, 200, 300, 0.3
     words = dropout.seeds(jax.random.split(jax.random.key(3), B), B, H)[..., None, None]
     keep = dropout.keep_pairs(
-        *(words[:, :, 0], words[:, :, 1]),
-        *(jnp.arange(T)[None, None, :, None], jnp.arange(S)[None, None, None]),
+        words[:, :, 0],
+        words[:, :, 1],
+        jnp.arange(T)[None, None, :, None],
+        jnp.arange(S)[None, None, None],
         rate,
     )
     z_BHTS = (np.asarray(keep) - (1 - rate)) / (rate * (1 - rate)) ** 0.5

@@ -129,7 +129,8 @@ def _masked(model):
         with mock.patch.object(memory, "key_start", lambda *_, **__: start_BN):
             return model.apply(
                 params,
-                *(tokens_BN, tokens_BN * 5 % V),
+                tokens_BN,
+                tokens_BN * 5 % V,
                 model.init_state(len(tokens_BN), jnp.float64),
                 resets_BT=jnp.zeros(tokens_BN.shape, bool),
             )[0]

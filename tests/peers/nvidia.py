@@ -41,7 +41,9 @@ def build(setting: Setting, form: str):
         memory = torch_side.fill(model, setting, torch_side.batches(setting))
     if setting.train:
         run = torch_side.training(
-            *(called, model, setting),
+            called,
+            model,
+            setting,
             mems=memory,
             optimizer=lamb(model),
             dtype=half,

@@ -44,7 +44,9 @@ def build(setting: Setting, form: str):
             fused=True if how == "compile" else None,
         )
         run = torch_side.training(
-            *(caller(called), model, setting),
+            caller(called),
+            model,
+            setting,
             mems=memory,
             optimizer=optimizer,
             dtype=DTYPES[dtype],

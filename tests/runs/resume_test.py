@@ -131,7 +131,7 @@ def test_what_has_arrays_of_its_own_cannot_be_switched(name):
 
 def test_a_model_that_began_with_other_weights_says_how_to_go_on():
     old = config(**{"model.d_inner": 7, "init_from": "../a"})
-    assert "--init_from=../a: pass it again" in refusal(old, config())
+    assert "init_from='../a': pass it again" in refusal(old, config())
 
 
 def test_more_steps_say_what_becomes_of_the_rate():

@@ -98,11 +98,11 @@ def test_for_reading_changes_what_is_visible(base):
     ("which", "message"),
     [
         ("7", "there is no checkpoint of step 7; there are steps 1, 2"),
-        ("-1", "--checkpoint=-1 is neither best, latest nor a step"),
-        ("newest", "--checkpoint=newest is neither"),
-        ("²", "--checkpoint=² is neither"),
+        ("-1", "checkpoint='-1' is neither best, latest nor a step"),
+        ("newest", "checkpoint='newest' is neither"),
+        ("²", "checkpoint='²' is neither"),
         ("9" * 5000, "is neither best, latest nor a step"),
-        ("", "--checkpoint= is neither"),
+        ("", "checkpoint='' is neither"),
     ],
 )
 def test_steps_that_are_none(base, which, message):
@@ -113,7 +113,7 @@ def test_steps_that_are_none(base, which, message):
 @pytest.mark.parametrize("params", ["average", ""])
 def test_params_that_are_none(base, params):
     message = refusal(trained_run.trained(base), params=params)
-    assert f"--params={params} is neither raw nor ema" in message
+    assert f"params={params!r} is neither raw nor ema" in message
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,13 @@ def test_config_that_is_no_config(workdir, content):
         (("train",), 3, "config.train=3 is not a section"),
         (("train",), None, "config.train=None is not a section"),
         (("train", "steps"), "many", "config.train.steps='many' is not of type int"),
-        (("train", "steps"), {"a": 1}, "config.train.steps={'a': 1} is not of type"),
+        (("train", "steps"), {"a": 1}, "config.train.steps=a: 1 is not of type"),
         (("train", "ema_decay"), "x", "config.train.ema_decay='x'"),
         (("eval", "memory_length"), None, "config.eval.memory_length=None"),
         (("eval", "segment_length"), 5.0, "config.eval.segment_length=5.0"),
         (("data", "path"), 7, "config.data.path=7 is not of type str"),
         (("data", "documents"), "yes", "config.data.documents='yes'"),
+        (("model", "memory_length"), -7, "config.model.memory_length=-7 must be at"),
         (("model", "name"), "wings", "config.model.name='wings'"),
         (("model", "name"), 7, "config"),
     ],
@@ -156,7 +157,6 @@ def test_config_edited(workdir, path, value, message):
         (("model", "pre_norm"), True),
         (("model", "n_layer"), 5),
         (("model", "cutoffs"), [11]),
-        (("model", "memory_length"), -7),
         (("seed",), 7),
     ],
 )

@@ -167,7 +167,7 @@ def test_a_bounded_memory_of_unknown_depth_is_exact_in_one_row_only():
         for changes in ({}, {"warmup": "fill"}, {"batch_size": 1})
     ]
     assert found == ["fill", "fill", "exact"]
-    with pytest.raises(UserError, match="--warmup=exact with --batch_size=3"):
+    with pytest.raises(UserError, match="warmup='exact' with batch_size=3"):
         scoring.plan_for(kind(unknown.config), TOKENS, **settings, warmup="exact")
     assert scoring.plan_for(unknown, 10**4, **settings).warmup == "exact"
 
@@ -314,10 +314,10 @@ def test_segment_longer_than_the_text_is_the_text():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"warmup": "exactly"}, "--warmup=exactly is none of auto, exact, fill, none"),
+        ({"warmup": "exactly"}, "warmup='exactly' is none of auto, exact, fill, none"),
         ({"tokens": 1}, "the text has 1 tokens; at least 2"),
-        ({"batch_size": 0}, "--batch_size=0 and --segment_length=5 must be at least 1"),
-        ({"segment_length": -3}, "--segment_length=-3 must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0 and segment_length=5 must be at least 1"),
+        ({"segment_length": -3}, "segment_length=-3 must be at least 1"),
     ],
 )
 def test_refuses(changes, message):

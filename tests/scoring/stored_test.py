@@ -11,7 +11,7 @@ import training_runs
 
 from xlformer import config as config_lib
 from xlformer import prepare, runs
-from xlformer.data import preparing, vocabularies
+from xlformer.data import preparing, recipes, vocabularies
 from xlformer.data.vocabulary import CharVocabulary
 from xlformer.runs import writing
 from xlformer.scoring import texts
@@ -84,7 +84,7 @@ def test_a_text_that_has_changed_is_said_and_not_scored(places, capsys):
     shutil.rmtree(places / "cache")
     line = refused(run)
     assert "config.data.path=text.txt holds another text" in line
-    assert f"is in {places / 'cache'}: --data_path=FILE says where" in line
+    assert f"is in {places / 'cache'}: data_path='FILE' says where" in line
     text.unlink()
     assert "config.data.path: no such file: text.txt; no prepared" in refused(run)
     text.write_text(old)
@@ -98,15 +98,15 @@ def test_a_text_that_has_moved_is_named(places):
     for _ in range(2):  # with what was prepared, and without
         same(run, expected, data_path=str(moved))
         line = refused(run, data_path=str(places / "nowhere"))
-        assert line.startswith(f"--data_path: no such file: {places / 'nowhere'}")
+        assert line.startswith(f"data_path: no such file: {places / 'nowhere'}")
         (places / "other").write_text(moved.read_text()[1:])
         line = refused(run, data_path=str(places / "other"))
-        assert f"--data_path={places / 'other'} holds another text than" in line
+        assert f"data_path='{places / 'other'}' holds another text than" in line
         shutil.rmtree(places / "cache", ignore_errors=True)
     line = training_runs.refusal(
         texts.read, run, "test", str(moved), data_path=str(moved)
     )
-    assert f"--text={moved} is another text than the run's" in line
+    assert f"text='{moved}' is another text than the run's" in line
 
 
 @pytest.mark.parametrize("unit", ["bytes", "words"])
@@ -139,13 +139,13 @@ def test_damage_is_one_line(places):
     path.write_text(json.dumps(card))
     assert "tokens by vocabulary.json, the run had" in refused(run)
     line = training_runs.refusal(texts.read, run, "dev", None)
-    assert line == "--split=dev is none of train, validation, test"
+    assert line == "split='dev' is none of train, validation, test"
 
 
 def test_a_pipe_is_not_read_again(places, monkeypatch):
     run, expected = make_run(places / "run")
     run.config.data.path = "/dev/stdin"
-    monkeypatch.setattr(preparing, "raw_text", None)  # would wait for a terminal
+    monkeypatch.setattr(recipes, "raw_text", None)  # would wait for a terminal
     same(run, expected)
     shutil.rmtree(places / "cache")
     assert "/dev/stdin: a pipe can be read only once" in refused(run)
@@ -156,7 +156,7 @@ def test_a_public_corpus_has_no_path(places):
     run.config.data.update(corpus="enwik8", path="", unit="bytes")
     line = refused(run, data_path="text.txt")
     assert line.startswith(
-        "--data_path=text.txt: the run's text is config.data.corpus="
+        "data_path='text.txt': the run's text is config.data.corpus="
     )
 
 

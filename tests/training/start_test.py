@@ -99,7 +99,7 @@ def test_what_is_no_start(text, tmp_path, capsys, monkeypatch):
     line = error(capsys, text, workdir, f"--config.init_from={tmp_path}")
     assert f"error: --init_from={tmp_path}: config.json is not a resolved" in line
     line = error(capsys, text, workdir, f"--init_from={SOURCE}",
-                 "--config.data.max_vocab=9")  # fmt: skip
+                 "--config.data.unit=words", "--config.data.max_vocab=9")  # fmt: skip
     assert f"config.data.max_vocab=9 with --init_from={SOURCE}: the voc" in line
     text.write_text(LINE * 40 + "ÿ" * 40)
     line = error(capsys, text, workdir, f"--init_from={SOURCE}")
@@ -107,7 +107,7 @@ def test_what_is_no_start(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(models.MODELS, "wings", models.MODELS["transformer_xl"])
     config = config_lib.load("quickstart:debug")
     config.model.name = "wings"
-    with pytest.raises(UserError, match="holds a transformer_xl, --config asks for a"):
+    with pytest.raises(UserError, match="holds a transformer_xl, config asks for a"):
         start.with_model(config, str(SOURCE), workdir)
 
 
@@ -143,7 +143,7 @@ def test_a_suffix_is_one_only_if_it_names_a_checkpoint(name, workdir, checkpoint
 def test_a_run_is_no_start_for_itself(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "own")
     for name in (tmp_path / "own", tmp_path / "x" / ".." / "own", tmp_path / "link"):
-        with pytest.raises(UserError, match="is --workdir itself"):
+        with pytest.raises(UserError, match="is workdir itself"):
             start.Source.parse(f"{name}:latest", tmp_path / "own")
 
 

@@ -380,4 +380,4 @@ def test_a_resumed_run_refuses_another_text(config, finished, tmp_path):
         other.write_text(text)
         line = refusal(train, config, finished)
         assert "was trained on another text" in line and str(finished) in line
-        assert f"--init_from={finished} starts from its weights" in line
+        assert f"init_from='{finished}' starts from its weights" in line

@@ -1,4 +1,4 @@
-"""Weights of other programs, to and fro."""
+"""Converts the weights of other programs to ours, and back."""
 
 from xlformer.convert.transformer_xl import from_hf, from_original, to_original
 

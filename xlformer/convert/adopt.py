@@ -1,4 +1,4 @@
-"""Makes a work directory of other programs' weights; the command behind convert.py."""
+"""Makes a work directory of other programs' weights, to be read like any run's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xlformer.data.vocabulary import (
     Vocabulary,
     WordVocabulary,
 )
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 from xlformer.runs.checkpoints import Checkpoints
 
 VOCAB_HELP = (
@@ -52,7 +52,8 @@ def adopt(
         text = config_lib.to_json(config)
         (workdir / runs.CONFIG).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written: {error}") from error
+        line = f": cannot be written: {error}"
+        raise UserError(Argument("workdir", workdir), line) from error
 
 
 def _config(model_config, params, hparams, overrides):
@@ -60,33 +61,31 @@ def _config(model_config, params, hparams, overrides):
     config = config_lib.default_config("transformer_xl", **fields)
     config.name = "converted"
     config.data.corpus = "text"
-    config.data.min_count = 1  # which words there are is said by the weights
+    config.data.min_count = 1  # Which words there are is said by the weights.
     segment_length = max(hparams.get("tgt_len") or 64, 1)
     config.train.segment_length = config.eval.segment_length = segment_length
-    for override in overrides:
-        field, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"--config.{field} needs a value: --config.{field}=VALUE")
-        config_lib.set_field(config, field, text)
+    config_lib.set_fields(config, overrides)
+    config_lib.check(config)
     expected = jax.eval_shape(models.build(config.model).init, jax.random.key(0))
     if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
         raise UserError(
-            f"--config.model overrides ({', '.join(overrides)}) ask for another shape "
-            "than the weights have"
+            Argument("config.model"),
+            f" overrides ({', '.join(overrides)}) ask for another shape than the "
+            "weights have",
         )
     return config
 
 
 def _check_size(config, vocabulary, vocab_size) -> None:
-    """Before anything is written."""
-    name = "--vocab"
+    """Raises UserError where there are more ids than weights, or fewer."""
+    name = Argument("vocab")
     if vocabulary is None:
         if not runs.names_data(config):
             return
         vocabulary, name = preparing.prepare(config.data).vocabulary, "the data"
     if vocabulary.size != vocab_size:
         raise UserError(
-            f"{name} has {vocabulary.size} symbols, the weights have {vocab_size}"
+            name, f" has {vocabulary.size} symbols, the weights have {vocab_size}"
         )
 
 
@@ -94,10 +93,12 @@ def _new_directory(workdir) -> epath.Path:
     workdir = storage.path(workdir)
     try:
         if workdir.exists() and any(workdir.iterdir()):
-            raise UserError(f"--workdir={workdir} is not empty; name a new directory")
+            line = " is not empty; name a new directory"
+            raise UserError(Argument("workdir", workdir), line)
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--workdir={workdir}: not a directory: {error}") from error
+        line = f": not a directory: {error}"
+        raise UserError(Argument("workdir", workdir), line) from error
     return workdir
 
 
@@ -113,7 +114,9 @@ def read_vocabulary(path: str) -> Vocabulary:
     try:
         symbols = pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--vocab={path}: cannot be read: {error}") from error
+        raise UserError(
+            Argument("vocab", path), f": cannot be read: {error}"
+        ) from error
     symbols = symbols[:-1] if symbols[-1] == "" else symbols
     counts = [0] * len(symbols)
     try:
@@ -127,6 +130,7 @@ def read_vocabulary(path: str) -> Vocabulary:
         return CharVocabulary(symbols, counts)
     except ValueError as error:
         raise UserError(
-            f"--vocab={path}: not a list of symbols: {error}; a line each: words with "
-            "<eos> among them, byte values (0 to 255), or single characters"
+            Argument("vocab", path),
+            f": not a list of symbols: {error}; a line each: words with <eos> among "
+            "them, byte values (0 to 255), or single characters",
         ) from error

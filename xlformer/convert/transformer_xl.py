@@ -247,7 +247,7 @@ def _read(config, state, *, reverse_clusters):
     tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, dtype), shapes)
     for entry in _entries(config, reverse_clusters=reverse_clusters):
         if entry.name not in state:
-            continue  # A tied one.
+            continue  # A tied one: it has been filled already.
         found = state[entry.name]
         leaf = tree
         for key in entry.path:
@@ -262,7 +262,10 @@ def _read(config, state, *, reverse_clusters):
 
 
 def _check(config, state, reverse_clusters) -> None:
-    """Before anything as large as the hparams say is made."""
+    """Raises UserError where state and hparams disagree.
+
+    It comes before anything as large as the hparams say is made.
+    """
     known = set()
     for entry in _entries(config, reverse_clusters=reverse_clusters):
         known.add(entry.name)

@@ -17,8 +17,8 @@ import numpy as np
 
 from xlformer.data.sources import Text
 
-CHUNK = 1 << 18  # bytes of a record; one record per line would be 100 times slower
-VERSION = "1.0.0"  # of the builders: another one prepares everything again
+CHUNK = 1 << 18  # Bytes of a record; one record a line would be 100 times slower.
+VERSION = "1.0.0"  # Of the builders; another one prepares everything again.
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def build(
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # It prints two lines of its own.
         builder.download_and_prepare(
-            file_format="array_record",  # the default one would need TensorFlow
+            file_format="array_record",  # The default one would need TensorFlow.
             download_dir=download_dir,
             download_config=config,
         )
@@ -86,7 +86,7 @@ def build(
 
 
 def read_split(builder, split: str) -> list[bytes]:
-    """The documents of a split, as they were."""
+    """Reads the documents of a split as they were before they were cut."""
     source = builder.as_data_source(split)
     parts: list[list[bytes]] = []
     for start in range(0, len(source), 256):

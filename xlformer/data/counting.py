@@ -22,7 +22,7 @@ CODE_POINTS = 0x110000
 def count_bytes(
     texts: Iterable[bytes], *, newline: str = "keep", every: bool = True
 ) -> ByteVocabulary:
-    """Byte values, most common first.
+    """Counts byte values and orders them, the most common first.
 
     `every` appends the values that were not seen, so that any prompt can be encoded.
     """
@@ -38,7 +38,7 @@ def count_bytes(
 
 
 def count_chars(texts: Iterable[bytes], *, where: str = "text") -> CharVocabulary:
-    """Characters, most common first; a UserError where a text is not UTF-8."""
+    """Counts characters and orders them; a text that is not UTF-8 is a UserError."""
     codes = (code_points(text, where) for text in texts)
     counts, first = _count(codes, CODE_POINTS)
     values = _by_frequency(counts, first)
@@ -55,7 +55,7 @@ def count_words(
     lower: bool = False,
     where: str = "text",
 ) -> WordVocabulary:
-    """Words, most common first after `specials`, the first of which ends every line.
+    """Counts words and orders them after `specials`; the first of these ends each line.
 
     Words seen fewer than `min_count` times, and those beyond `max_size` symbols in all
     (0: no bound), are left out and counted as `<unk>`, which must be a special then.
@@ -64,7 +64,7 @@ def count_words(
     for text in texts:
         for words in split_words(text, specials[0], lower, True, where):
             counts.update(words)
-    # most_common is stable: ties stay in order of first appearance
+    # most_common is stable: ties stay in the order of their first appearance.
     common = (w for w, n in counts.most_common() if n >= min_count)
     symbols = [*specials, *(word for word in common if word not in specials)]
     symbols = symbols[: max_size or None]
@@ -88,7 +88,8 @@ def _count(texts: Iterable[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarr
                 break
             chunk = codes[start : start + (1 << 20)]
             place = np.full(len(here), -1)
-            # of a repeated index numpy keeps the last value: so go backwards
+            # Of a repeated index numpy keeps the last value, so the text is taken
+            # backwards: what stays is the first position.
             place[chunk[::-1]] = np.arange(start + len(chunk) - 1, start - 1, -1)
             found = np.where(found < 0, place, found)
         first[new] = base + found[new]
@@ -97,6 +98,6 @@ def _count(texts: Iterable[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _by_frequency(counts: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """The codes seen, most common first, ties by first appearance."""
+    """The codes that were seen, by how often; of equals the earlier one comes first."""
     codes = np.flatnonzero(counts)
     return codes[np.lexsort((first[codes], -counts[codes]))]

@@ -20,7 +20,7 @@ from etils import epath
 
 from xlformer.errors import UserError
 
-INCOMPLETE = ".incomplete-"  # in the name of a folder that is not finished
+INCOMPLETE = ".incomplete-"  # Stands in the name of a folder that is not finished.
 CARD = "card.json"
 
 
@@ -29,7 +29,7 @@ def complete(
     build: Callable[[pathlib.Path], None],
     remote: epath.Path | None = None,
 ) -> pathlib.Path:
-    """Returns folder once `build` has filled it; a rename shows it as a whole.
+    """Returns `folder` once `build` has filled it; a rename shows it as a whole.
 
     With `remote` it is a copy of that directory, which is filled first if need be. A
     copy is compared with its card's checksums at every start, and made again if it is
@@ -41,7 +41,7 @@ def complete(
         unfinished = folder.with_name(f"{folder.name}{INCOMPLETE}{os.getpid()}")
         if folder.is_dir():
             bad = "" if remote is None else damaged(folder)
-            if not bad:  # another process was first
+            if not bad:  # Another process was first.
                 return folder
             line = f"{folder / bad} does not match its card: copying {remote} again"
             print(f"xlformer: {line}", file=sys.stderr, flush=True)

@@ -20,13 +20,13 @@ import numpy as np
 
 from xlformer import storage
 from xlformer.data.sources import SPLITS, Text, check_not_empty
-from xlformer.data.vocabulary import decode_utf8
+from xlformer.data.vocabulary import SPACES, decode_utf8
 from xlformer.errors import UserError
 
-# tests and generated tables; site-packages is not the interpreter's own
+# Tests and generated tables would be a large part of it; site-packages is not its own.
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
 LEFT_OUT |= {"site-packages"}
-LEAST = 11  # units of a text: 10 leave nothing between 90 % and 95 %
+LEAST = 11  # Units of a text: 10 leave nothing between 90 % and 95 %.
 LONE_RETURN = re.compile(rb"\r(?!\n)")
 OF_A_PROCESS = ("/dev/stdin", "/dev/fd/", "/proc/")
 ONCE = "a pipe can be read only once: save the text as a file, and name that to resume"
@@ -47,7 +47,7 @@ KINDS = {
 
 
 def read_stdlib(root: str | None = None) -> Text:
-    """The bytes of the interpreter's own library, 90/5/5.
+    """Reads the interpreter's own library as bytes, cut into 90/5/5 %.
 
     Files stand in the order of the sha256 of their relative path: sorted by name, whole
     packages would fall into one split.
@@ -72,16 +72,16 @@ def read_stdlib(root: str | None = None) -> Text:
 
 
 def read_files(path: str, unit: str) -> Text:
-    """Your own files, each a document, 90/5/5 of the whole counted in `unit`.
+    """Reads your own files, each a document, cut into 90/5/5 % of all their units.
 
-    unit 'pieces' is of a tokenizer: its splits are counted in characters.
+    With unit 'pieces', those of a tokenizer, the splits are counted in characters.
     """
     try:
         paths = _expand(path)
         documents = [(name, read_once(name)) for name in paths]
     except UserError:
         raise
-    except Exception as error:  # of whatever library reads gs://
+    except Exception as error:  # Each library that reads gs:// has errors of its own.
         why = " ".join(str(error).split())[:200]
         raise UserError(f"config.data.path={path}: cannot be read: {why}") from error
     once = [name for name in paths if is_read_once(name)]
@@ -115,7 +115,7 @@ def read_once(path) -> bytes:
 
 
 def plain_text(data: bytes, unit: str, where: str) -> bytes:
-    """What of a file is text; UserError where it is not UTF-8.
+    """Returns what of a file is text; UserError where it is not UTF-8.
 
     Bytes are taken as they are. A byte order mark in front is no part of the text. For
     words and pieces a lone carriage return ends a line, as it does when Python opens a
@@ -200,11 +200,11 @@ def _unit_starts(texts: list[bytes], unit: str) -> np.ndarray:
         return np.ones(len(data), bool)
     if unit == "chars":
         return (data & 0xC0) != 0x80
-    inside = ~np.isin(data, np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8))
+    inside = ~np.isin(data, SPACES)
     starts = inside.copy()
     starts[1:] &= ~inside[:-1]
     offsets = list(itertools.accumulate(map(len, texts), initial=0))[:-1]
-    starts[offsets] |= inside[offsets]  # a word never runs on into the next file
+    starts[offsets] |= inside[offsets]  # No word runs on into the next file.
     return starts
 
 

@@ -24,7 +24,7 @@ from xlformer.data.vocabulary import (
 )
 from xlformer.errors import UserError
 
-SPACE = "\u2581"  # how SentencePiece writes a space
+SPACE = "\u2581"  # So SentencePiece writes a space.
 
 
 class PieceVocabulary(Vocabulary):
@@ -74,7 +74,7 @@ class PieceVocabulary(Vocabulary):
             ends = [True] * (len(lines) - 1) + [
                 close_line and self._backend.closes_lines
             ]
-            if not lines[-1]:  # the block ended in a newline
+            if not lines[-1]:  # The block ended in a newline.
                 lines, ends = lines[:-1], ends[:-1]
             for ids in self._backend.encode(lines, ends):
                 parts.append(np.asarray(ids, self.dtype))
@@ -139,8 +139,8 @@ def _byte_level() -> dict[str, int]:
 
 
 class _SentencePiece:
-    closes_lines = True  # the last line of a file too
-    joined = True  # where it does not, the count of a whole text shows it
+    closes_lines = True  # Also the last line of a file.
+    joined = True  # If that is not so, the count of a whole text shows it.
 
     def __init__(self, data: bytes):
         import sentencepiece
@@ -148,7 +148,7 @@ class _SentencePiece:
         check(data, "not a tokenizer: the file is empty")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except Exception as error:  # the library's own errors have no common type
+        except Exception as error:  # The library's own errors have no common type.
             raise ValueError(f"not a SentencePiece model: {error}") from None
         check(self.model.get_piece_size() > 0, "not a SentencePiece model")
         self.line_end = self.model.eos_id()  # -1: none
@@ -208,14 +208,14 @@ class _SentencePiece:
 
 
 class _HuggingFace:
-    closes_lines = False  # its newline would be part of the text
+    closes_lines = False  # Its newline would be part of the text.
 
     def __init__(self, data: bytes):
         import tokenizers
 
         try:
             self.model = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-        except Exception as error:  # the library raises plain Exception
+        except Exception as error:  # The library raises plain Exception.
             raise ValueError(f"not a tokenizers file: {error}") from None
         self.model.no_padding()
         self.model.no_truncation()

@@ -14,7 +14,7 @@ from xlformer.data.sources import SPLITS
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError
 
-FORMAT = 1  # of a prepared folder; another number prepares again
+FORMAT = 1  # Of a prepared folder; another number prepares again.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Prepared:
     """A corpus as tokens, mapped from disk; keys are train, validation and test."""
 
     tokens: Mapping[str, np.memmap]
-    documents: Mapping[str, np.ndarray | None]  # where each document begins
+    documents: Mapping[str, np.ndarray | None]  # Where each document begins.
     vocabulary: Vocabulary
-    card: dict  # what every result says about its data
+    card: dict  # What every result says about its data.
     directory: pathlib.Path
 
 
 def load(directory) -> Prepared:
-    """Maps a prepared folder; a file that is missing or damaged is a UserError."""
+    """Maps a prepared folder; a missing or damaged file in it is a UserError."""
     folder = pathlib.Path(directory)
     card = _read_card(folder / "card.json")
     vocabulary = vocabularies.load(folder / "vocabulary.json")

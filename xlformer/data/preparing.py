@@ -5,86 +5,37 @@ Batch size, segment length and host count play no part: one preparation serves a
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import pathlib
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from xlformer import progress, storage
-from xlformer.data import corpora, counting, local, pieces, sources
+from xlformer.data import corpora, counting, recipes, sources
 from xlformer.data.folders import CARD, complete
 from xlformer.data.prepared import FORMAT, Prepared, load
-from xlformer.data.stream import Stream
-from xlformer.data.vocabulary import Vocabulary
+from xlformer.data.recipes import Recipe
+from xlformer.data.vocabulary import SPACES, Vocabulary
 from xlformer.errors import UserError
 
-BLOCK = 1 << 24  # bytes in which words are counted at a time
-OWN_SPECIALS, OWN_MIN_COUNT = ("<eos>", "<unk>"), 2  # of own words
-SPACES = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Recipe:
-    """What is to be prepared, and what its folder's name must tell apart."""
-
-    name: str
-    unit: str
-    newline: str
-    documents: bool
-    min_count: int  # of own words, which have <unk>: others keep every symbol
-    max_vocab: int
-    tokenizer: pieces.PieceVocabulary | None
-    corpus: sources.Corpus | None  # None: a text of this machine
-    source: dict  # tells one raw text from another
-    read: Callable[[object], sources.Text]  # of a TFDS download manager
-
-    @property
-    def lines(self) -> bool:
-        """Whether `<eos>` at each line's end counts as a word."""
-        if self.corpus:
-            return self.corpus.lines
-        return self.tokenizer.line_ends if self.tokenizer else self.own_words
-
-    @property
-    def own_words(self) -> bool:
-        return self.unit == "words" and self.corpus is None
-
-    def key(self) -> dict:
-        model = self.tokenizer.model if self.tokenizer else ""
-        key = {
-            "source": self.source,
-            "unit": self.unit,
-            "newline": self.newline,
-            "documents": self.documents,
-            "tokenizer": _sha256(model.encode()),
-            "format": FORMAT,
-        }
-        # What 0.1.0 did too has its name.
-        if (self.min_count, self.max_vocab) != (1, 0):
-            key |= {"min_count": self.min_count, "max_vocab": self.max_vocab}
-        if self.tokenizer and self.tokenizer.newline_id is not None:
-            key["newline_id"] = self.tokenizer.newline_id
-        if self.tokenizer and not self.tokenizer.line_ends:
-            key["line_ends"] = False  # 0.1.0 counted them as words all the same
-        return key
+BLOCK = 1 << 24  # Bytes in which words are counted at a time.
+OWN_SPECIALS = ("<eos>", "<unk>")  # of own words
 
 
 def prepare(data, *, directory=None, stored=False) -> Prepared:
     """Prepares what a config's data section describes, or finds it prepared.
 
     `directory` goes before config.data.directory, XLFORMER_DATA and ~/.cache/xlformer.
-    Several processes may call at once: one works, the others wait for it. stored: the
-    config was read from a work directory, maybe a stranger's. What lies in its
-    config.data.directory is read, but nothing is made there.
+    Several processes may call at once: one works, the others wait for it. With `stored`
+    the config was read from a work directory, which may be a stranger's: what lies in
+    its config.data.directory is read, but nothing is made there.
     """
-    recipe = _recipe(data)
+    recipe = recipes.recipe(data)
     name = f"{recipe.name}-{recipe.unit}-{_digest(recipe.key())}"
     named = directory or data.directory
     if stored and named:
@@ -98,88 +49,13 @@ def at_hand(root: str, name: str, build=None) -> pathlib.Path:
     """The local folder of a prepared corpus, made by `build` where there is none."""
     if not storage.is_remote(root):
         return complete(pathlib.Path(storage.path(root)) / name, build)
-    # tokens are mapped from a local copy of what lies in the remote directory
+    # Tokens are mapped from a local copy of what lies in the remote directory.
     remote = storage.path(root) / name
     copies = pathlib.Path(storage.path(storage.DEFAULT_CACHE)) / "copies"
     return complete(copies / _digest({"root": root}) / name, build, remote)
 
 
-def _recipe(data) -> _Recipe:
-    name, unit, corpus = data.corpus, data.unit, None
-    if unit not in ("bytes", "chars", "words"):
-        raise UserError(f"config.data.unit={unit}: it is bytes, chars or words")
-    if data.newline not in ("keep", "drop"):
-        raise UserError(f"config.data.newline={data.newline}: it is keep or drop")
-    if data.newline == "drop" and (name != "enwik8" or data.tokenizer):
-        raise UserError("config.data.newline=drop is for the bytes of enwik8")
-    if name != "text" and (data.path or data.documents):
-        raise UserError("config.data.path and .documents need config.data.corpus=text")
-    min_count, max_vocab = _bounds(data)
-    tokenizer = pieces.load_tokenizer(data.tokenizer) if data.tokenizer else None
-    text = raw_text(data)
-    if name == "text":
-        source = {"text": local.fingerprint(text)}
-    elif name == "stdlib":
-        unit = "bytes"
-        source = {"stdlib": local.fingerprint(text), **text.facts}
-    else:
-        corpus = sources.find(name)
-        unit, source = corpus.unit, dataclasses.asdict(corpus)
-    if data.unit not in ("bytes", unit):
-        raise UserError(
-            f"config.data.unit={data.unit} is of config.data.corpus=text; {name} has"
-            f" {unit}"
-        )
-    read = (
-        (lambda dl: sources.read_archive(corpus, dl, data.manual_dir))
-        if corpus
-        else (lambda dl: text)
-    )
-    return _Recipe(
-        name=name,
-        unit="pieces" if tokenizer else unit,
-        newline=data.newline,
-        documents=data.documents,
-        min_count=min_count,
-        max_vocab=max_vocab,
-        tokenizer=tokenizer,
-        corpus=corpus,
-        source=source,
-        read=read,
-    )
-
-
-def raw_text(data) -> sources.Text | None:
-    """A text of this machine, as it is prepared; None where it is a public corpus."""
-    if data.corpus == "stdlib":
-        return local.read_stdlib()
-    if data.corpus != "text":
-        return None
-    split_by = "pieces" if data.tokenizer and data.unit != "words" else data.unit
-    return local.read_files(data.path, split_by)
-
-
-def _bounds(data) -> tuple[int, int]:
-    """Of the vocabulary: the least count of a word, the most symbols (0: any number).
-
-    Own words that stand once in train become `<unk>` by default, or it would never be
-    trained; elsewhere every symbol is kept, as the fields of the public corpora do.
-    """
-    min_count, max_vocab = data.min_count, data.max_vocab
-    if data.corpus != "text" or data.unit != "words" or data.tokenizer:
-        for name, value in (("min_count", min_count), ("max_vocab", max_vocab)):
-            if value and (name, value) != ("min_count", 1):  # 1: what is done anyway
-                unit = "pieces" if data.tokenizer else data.unit
-                raise UserError(
-                    f"config.data.{name}={value} is for the words of your own text"
-                    " (corpus=text, unit=words, no tokenizer); config.data.corpus is"
-                    f" {data.corpus}" + f", its unit {unit}" * (data.corpus == "text")
-                )
-        return 1, 0
-    return min_count or OWN_MIN_COUNT, max_vocab
-
-
-def _build(folder: pathlib.Path, recipe: _Recipe) -> None:
+def _build(folder: pathlib.Path, recipe: Recipe) -> None:
     builder = corpora.build(
         recipe.name,
         recipe.read,
@@ -194,7 +70,7 @@ def _build(folder: pathlib.Path, recipe: _Recipe) -> None:
         _encode(folder, recipe, builder, texts)
 
 
-def _encode(folder: pathlib.Path, recipe: _Recipe, builder, texts) -> None:
+def _encode(folder: pathlib.Path, recipe: Recipe, builder, texts) -> None:
     """Fills the folder: tokens and documents of each split, vocabulary and card."""
     vocabulary = _count(recipe, texts)
     if recipe.tokenizer:
@@ -256,7 +132,7 @@ def _say_what_is_lost(tokenizer, texts: Mapping[str, list[bytes]]) -> None:
         print(f"xlformer: {line}", file=sys.stderr, flush=True)
 
 
-def _count(recipe: _Recipe, texts: Mapping[str, list[bytes]]) -> Vocabulary:
+def _count(recipe: Recipe, texts: Mapping[str, list[bytes]]) -> Vocabulary:
     if recipe.tokenizer:
         return recipe.tokenizer
     everything = (document for split in texts.values() for document in split)
@@ -280,13 +156,13 @@ def _count(recipe: _Recipe, texts: Mapping[str, list[bytes]]) -> Vocabulary:
         return found
     if recipe.unit == "chars":
         return counting.count_chars(everything, where=recipe.name)
-    # a public corpus has the symbols that its field counts; elsewhere any byte may come
+    # A public corpus has the symbols its field counts; elsewhere any byte may come.
     return counting.count_bytes(
         everything, newline=recipe.newline, every=corpus is None
     )
 
 
-def _words(recipe: _Recipe, documents: list[bytes], tokens: int) -> int:
+def _words(recipe: Recipe, documents: list[bytes], tokens: int) -> int:
     """Words by which a per-word perplexity divides, whatever the unit is."""
     if recipe.unit == "words":
         return tokens
@@ -312,15 +188,3 @@ def _sha256(data: bytes) -> str:
 
 def _digest(key: dict) -> str:
     return _sha256(json.dumps(key, sort_keys=True).encode())[:16]
-
-
-def benchmark(prepared: Prepared, batch_size: int, segment_length: int) -> float:
-    """Tokens per second that a Stream over train makes on one thread."""
-    stream = Stream(
-        prepared.tokens["train"], batch_size=batch_size, segment_length=segment_length
-    )
-    step, start = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - start) < 2.0 or step < 2:
-        stream.at(step)
-        step += 1
-    return step * batch_size * segment_length / seconds

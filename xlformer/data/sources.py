@@ -1,7 +1,7 @@
 """The public corpora: where they come from, their checksums, and reading them.
 
 Mirrors die: the URLs are tried in order, the checksums decide, and the error names the
-file to put under --manual_dir.
+file to put under manual_dir.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from etils import epath
 
 from xlformer import storage
-from xlformer.errors import UserError, did_you_mean
+from xlformer.errors import Argument, UserError, did_you_mean
 
 SPLITS = ("train", "validation", "test")
 
@@ -31,17 +31,15 @@ class Corpus:
     """A public corpus: an archive, the files in it, and how its field reads them."""
 
     name: str
-    unit: str  # bytes, chars or words
-    archive: str  # its file name under --manual_dir
-    urls: tuple[str, ...]  # tried in order; the checksums decide
-    archive_sha256: str  # '' is unpinned: nobody published one that others confirm
-    files: Mapping[
-        str, str
-    ]  # path in the archive -> sha256; one, or one for each split
-    cut: tuple[int, int] = ()  # of one file: bytes of train and of validation
-    lines: bool = False  # every line ends in the token <eos>
-    spaced: bool = False  # characters stand between spaces, '_' is the space
-    lower: bool = False  # the field lower-cases it
+    unit: str  # bytes, chars or words.
+    archive: str  # Its file name under manual_dir.
+    urls: tuple[str, ...]  # Tried in order; the checksums decide.
+    archive_sha256: str  # '' where nobody published one that others confirm.
+    files: Mapping[str, str]  # Path in the archive -> sha256: one, or one a split.
+    cut: tuple[int, int] = ()  # Of one file: the bytes of train and of validation.
+    lines: bool = False  # Every line ends in the token <eos>.
+    spaced: bool = False  # Characters stand between spaces, and '_' is the space.
+    lower: bool = False  # The field lower-cases it.
 
 
 _METAMIND = "https://s3.amazonaws.com/research.metamind.io/wikitext"
@@ -139,7 +137,7 @@ class Text:
     """A corpus in memory: the documents of each split, and where they came from."""
 
     splits: Mapping[str, list[bytes]]
-    facts: dict  # for the card: checksums of the sources, what was not pinned, ...
+    facts: dict  # For the card: checksums of the sources, what was not pinned, ...
 
 
 def find(name: str) -> Corpus:
@@ -159,24 +157,27 @@ def read_archive(corpus: Corpus, dl, manual_dir: str) -> Text:
         try:
             return _read_manual(corpus, storage.path(manual_dir))
         except UserError as error:
-            raise UserError(f"{error}; {_remedy(corpus)}") from None
+            raise UserError(*error.parts, "; ", *_remedy(corpus)) from None
     reasons = []
     for url in corpus.urls:
         try:
             _reach(url)
             path = epath.Path(dl.download(url))
-        except Exception as error:  # whatever its HTTP library raises: try the next
+        except (
+            Exception
+        ) as error:  # Whatever its HTTP library raises, the next one is tried.
             reasons.append(f"{url}: {type(error).__name__}: {str(error)[:120]}")
             continue
         try:
             return _cut(corpus, _read_members(corpus, path, url))
         except UserError as error:
             reasons.append(str(error))
-            # TFDS would take the same file from its cache the next time
+            # TFDS would take the same file from its cache the next time.
             for stale in path.parent.glob(f"{path.name}*"):
                 stale.unlink()
     reasons = "; ".join(dict.fromkeys(reasons))
-    raise UserError(f"{corpus.name}: no source worked: {reasons}; {_remedy(corpus)}")
+    line = f"{corpus.name}: no source worked: {reasons}; "
+    raise UserError(line, *_remedy(corpus))
 
 
 def _reach(url: str) -> None:
@@ -184,14 +185,16 @@ def _reach(url: str) -> None:
     try:
         urllib.request.urlopen(url, timeout=30).close()
     except urllib.error.HTTPError:
-        pass  # somebody answers: TFDS may ask in another way, or will say what is wrong
+        pass  # Somebody answers: TFDS may ask otherwise, or will say what is wrong.
 
 
-def _remedy(corpus: Corpus) -> str:
+def _remedy(corpus: Corpus) -> tuple:
     pinned = f"sha256 {corpus.archive_sha256}" if corpus.archive_sha256 else "unpinned"
     return (
-        f"put {corpus.archive} ({pinned}) or the files in it into a directory and"
-        f" pass --manual_dir=DIR (config.data.manual_dir)"
+        f"put {corpus.archive} ({pinned}) or the files in it into a directory "
+        "and pass ",
+        Argument("manual_dir", "DIR"),
+        " (config.data.manual_dir)",
     )
 
 
@@ -204,7 +207,7 @@ def _read_manual(corpus: Corpus, folder: epath.Path) -> Text:
     found = {}
     for member, expected in corpus.files.items():
         name = member.rpartition("/")[2]
-        # the field's scripts rename ptb.char.train.txt to train.txt
+        # The field's scripts rename ptb.char.train.txt to train.txt.
         plain = ".".join(name.split(".")[-2:])
         path = next((folder / n for n in (name, plain) if (folder / n).is_file()), None)
         if path is None:
@@ -236,7 +239,7 @@ def _extract(data: bytes, archive: str, member: str) -> bytes:
         with zipfile.ZipFile(io.BytesIO(data)) as opened:
             return opened.read(member)
     with tarfile.open(fileobj=io.BytesIO(data)) as opened:
-        for name in (member, f"./{member}"):  # the archive of 2010 has './'
+        for name in (member, f"./{member}"):  # The archive of 2010 has './'.
             with contextlib.suppress(KeyError):
                 return opened.extractfile(name).read()
     raise KeyError(member)

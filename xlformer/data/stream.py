@@ -13,7 +13,7 @@ import numpy as np
 
 from xlformer.errors import UserError
 
-SHARE_OF_HALF = 0.05  # of variable lengths (Transformer-XL's get_varlen_iter)
+SHARE_OF_HALF = 0.05  # Of variable lengths (Transformer-XL's get_varlen_iter).
 DEVIATION = 5.0
 SHORTEST = 5
 LONGEST_EXTRA = 15
@@ -51,7 +51,8 @@ class Stream:
             )
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         grid_BL = tokens[: batch_size * row_length].reshape(batch_size, row_length)
-        self._grid_BL = grid_BL[self._rows[0] : self._rows[-1] + 1]  # still mapped
+        # A slice, because it stays mapped: rows picked one by one would be read now.
+        self._grid_BL = grid_BL[self._rows[0] : self._rows[-1] + 1]
         self._picked = self._rows - self._rows[0]
         self._documents = None if documents is None else np.asarray(documents, np.int64)
         self.segment_length = segment_length
@@ -82,7 +83,7 @@ class Stream:
         """
         epoch, offset, length = self.place(step)
         rows, extended = len(self._rows), self.extended_length
-        lack = max(extended - offset, 0)  # tokens before the row's first
+        lack = max(extended - offset, 0)  # Tokens before the row's first.
         start, stop = offset - extended + lack, offset + length
         inputs_BT = np.zeros((rows, extended + self.width), np.int32)
         inputs_BT[:, lack : extended + length] = self._segment(start, stop)
@@ -98,7 +99,7 @@ class Stream:
         }
 
     def resets(self, step: int) -> np.ndarray:
-        """resets_BT of a step, for who does not need its tokens."""
+        """resets_BT of a step, for a caller who does not need its tokens."""
         _, offset, length = self.place(step)
         lack = max(self.extended_length - offset, 0)
         start = offset - self.extended_length + lack

@@ -8,10 +8,12 @@ import numpy as np
 
 from xlformer.data.prepared import Prepared
 from xlformer.data.vocabulary import Vocabulary, WordVocabulary
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 
 
-def translated(prepared: Prepared, vocabulary: Vocabulary, *, where: str) -> Prepared:
+def translated(
+    prepared: Prepared, vocabulary: Vocabulary, *, where: str | Argument
+) -> Prepared:
     """The same tokens as ids of `vocabulary`; itself if that has the same order.
 
     A symbol of the text that it lacks becomes its `<unk>`; where it has none, and for
@@ -23,12 +25,13 @@ def translated(prepared: Prepared, vocabulary: Vocabulary, *, where: str) -> Pre
     kinds = [f"{x.unit}{' between spaces' * _spaced(x)}" for x in (vocabulary, ours)]
     if kinds[0] != kinds[1]:
         raise UserError(
-            f"{where} has a vocabulary of {kinds[0]}, config.data gives {kinds[1]}"
+            where, f" has a vocabulary of {kinds[0]}, config.data gives {kinds[1]}"
         )
     if ours.unit == "pieces":  # Another tokenizer also cuts the text elsewhere.
         raise UserError(
-            f"{where} has the pieces of another tokenizer: pass that one's file as "
-            "config.data.tokenizer"
+            where,
+            " has the pieces of another tokenizer: pass that one's file as "
+            "config.data.tokenizer",
         )
     index = {symbol: i for i, symbol in enumerate(vocabulary.symbols)}
     unknown = getattr(vocabulary, "unk_id", None)
@@ -46,8 +49,9 @@ def translated(prepared: Prepared, vocabulary: Vocabulary, *, where: str) -> Pre
         if lacks:
             shown = ", ".join(map(repr, lacks[:8])) + ", ..." * (len(lacks) > 8)
             raise UserError(
-                f"{where} has a vocabulary of {vocabulary.size} {vocabulary.unit} "
-                f"without {len(lacks)} of those in the text of config.data: {shown}"
+                where,
+                f" has a vocabulary of {vocabulary.size} {vocabulary.unit} without "
+                f"{len(lacks)} of those in the text of config.data: {shown}",
             )
     table[missing] = 0 if unknown is None else unknown
     table = table.astype(vocabulary.dtype)

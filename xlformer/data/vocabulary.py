@@ -18,7 +18,8 @@ from xlformer.errors import UserError
 
 FORMAT = "xlformer vocabulary 1"
 NEWLINE = 10
-BLOCK = 1 << 22  # bytes of whole lines that are split into words at a time
+SPACES = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)  # What bytes.split() cuts at.
+BLOCK = 1 << 22  # Bytes of whole lines that are split into words at a time.
 
 
 def token_dtype(size: int) -> np.dtype:
@@ -157,7 +158,7 @@ class CharVocabulary(Vocabulary):
         self._codes_V = np.array([ord(s) for s in self.symbols], np.uint32)
         surrogate = (self._codes_V >= 0xD800) & (self._codes_V < 0xE000)
         check(not surrogate.any(), "a symbol is half of a character")
-        # one entry more than needed: the last stands for all that is beyond
+        # One entry more than needed: the last stands for all that is beyond.
         self._table = np.full(int(self._codes_V.max()) + 2, -1, np.int32)
         self._table[self._codes_V] = np.arange(self.size)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlformer import models, sharding
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 from xlformer.generation.sampling import Sampling
 
 PREFILL = 64  # prompt tokens in one compiled call
@@ -139,7 +139,8 @@ class Continuation:
             if not np.isfinite(chosen[-1]).all():
                 raise UserError(
                     "the model gives no probabilities but NaN: its weights, or what "
-                    "they make of this prompt, are not finite; try --checkpoint"
+                    "they make of this prompt, are not finite; try ",
+                    Argument("checkpoint"),
                 )
             if on_tokens is not None and on_tokens(tokens[-1]):
                 break
@@ -174,7 +175,8 @@ def for_generation(model: models.Model) -> models.Model:
 
 def _check(prompts, vocab_size: int) -> None:
     if not len(prompts) or not all(len(p) for p in prompts):
-        raise UserError("--prompt is empty: at least one token is needed to continue")
+        line = " is empty: at least one token is needed to continue"
+        raise UserError(Argument("prompt"), line)
     for prompt in prompts:
         bad = [i for i in map(int, prompt) if not 0 <= i < vocab_size]
         if bad:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +27,12 @@ class Sampling:
 
     def __post_init__(self):
         if self.temperature < 0 or not np.isfinite(self.temperature):
-            raise UserError(
-                f"--temperature={self.temperature} must be finite and not negative"
-            )
+            found = Argument("temperature", self.temperature)
+            raise UserError(found, " must be finite and not negative")
         if self.top_k < 0:
-            raise UserError(f"--top_k={self.top_k} must not be negative")
+            raise UserError(Argument("top_k", self.top_k), " must not be negative")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p={self.top_p} must be in (0, 1]")
+            raise UserError(Argument("top_p", self.top_p), " must be in (0, 1]")
 
     def draw(self, key: jax.Array, log_probs_RV: jax.Array) -> jax.Array:
         """One token a row."""

@@ -23,8 +23,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from xlformer import storage
-from xlformer.errors import BAD_INPUT, UserError, WorthAnotherTry
+from xlformer import command, storage
+from xlformer.errors import BAD_INPUT, Argument, UserError, WorthAnotherTry
 from xlformer.hosts.watchdog import HUNG, Watchdog
 from xlformer.runs import writing
 
@@ -47,11 +47,20 @@ def join(args, *, workdir: epath.Path, start_limit: float, heartbeat: float) -> 
     explicit = (args.coordinator, args.num_processes, args.process_id)
     given = [x is not None for x in explicit]
     if any(given) and not all(given):
-        raise UserError("--coordinator, --num_processes and --process_id go together")
+        raise UserError(
+            Argument("coordinator"),
+            ", ",
+            Argument("num_processes"),
+            " and ",
+            Argument("process_id"),
+            " go together",
+        )
     if all(given) and not 0 <= args.process_id < args.num_processes:
         raise UserError(
-            f"--process_id={args.process_id} must be from 0 to --num_processes="
-            f"{args.num_processes} - 1"
+            Argument("process_id", args.process_id),
+            " must be from 0 to ",
+            Argument("num_processes", args.num_processes),
+            " - 1",
         )
     known = explicit[1:] if all(given) else _own_place()
     if known is None and not _on_tpu_vm():
@@ -158,8 +167,9 @@ def agree(workdir: epath.Path, **facts: str) -> None:
     if blind:
         verb = "does" if len(blind) == 1 else "do"
         raise UserError(
-            f"host {', '.join(blind)} {verb} not see --workdir={workdir}; use gs:// or "
-            "a shared mount"
+            f"host {', '.join(blind)} {verb} not see ",
+            Argument("workdir", workdir),
+            "; use gs:// or a shared mount",
         )
     for column, name in enumerate(facts, start=1):
         column_H = found[:, column]
@@ -223,7 +233,7 @@ def leaving_at_once():
         if jax.distributed.is_initialized() and jax.process_count() > 1:
             code = 1
             if isinstance(error, UserError):
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {command.line(error)}", file=sys.stderr)
                 if not isinstance(error, WorthAnotherTry):
                     code = BAD_INPUT
             else:

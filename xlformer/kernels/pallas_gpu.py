@@ -216,7 +216,10 @@ def compare(call: Call) -> None:
 
     def run(implementation, arrays):
         y = implementation(
-            *(arrays["qu"], arrays.get("qw"), arrays["k"], arrays["v"]),
+            arrays["qu"],
+            arrays.get("qw"),
+            arrays["k"],
+            arrays["v"],
             arrays.get("r"),
             dataclasses.replace(call.visibility, key_start_BT=start),
             dropout_rate=call.rate,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 
 
 def plot(rows: list[dict], path) -> None:
@@ -55,9 +55,11 @@ def check(path, sweep: tuple[str, Sequence[str]]) -> None:
     """Raises UserError where no plot could be made, before anything is timed."""
     field, values = sweep
     if not str(path).endswith(".svg"):
-        raise UserError(f"--plot={path}: only .svg is known")
+        raise UserError(Argument("plot", path), ": only .svg is known")
     if not field or not all(v.replace(".", "", 1).isdecimal() for v in values):
         swept = f"{field}:{','.join(values)}" if field else ""
-        raise UserError(f"--plot={path} needs numbers to plot against: --sweep={swept}")
+        wanted = " needs numbers to plot against: "
+        raise UserError(Argument("plot", path), wanted, Argument("sweep", swept))
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"--plot={path} needs matplotlib: pip install 'xlformer[plot]'")
+        remedy = " needs matplotlib: pip install 'xlformer[plot]'"
+        raise UserError(Argument("plot", path), remedy)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from xlformer.errors import UserError, did_you_mean
+from xlformer.errors import Argument, UserError, did_you_mean
 
 
 class Published(NamedTuple):
@@ -95,5 +95,6 @@ PRESETS = {
 def find(name: str) -> tuple[Line, ...]:
     """The lines of a preset; UserError for an unknown one."""
     if name not in PRESETS:
-        raise UserError(f"--preset={name}: no such preset{did_you_mean(name, PRESETS)}")
+        near = did_you_mean(name, PRESETS)
+        raise UserError(Argument("preset", name), f": no such preset{near}")
     return PRESETS[name]

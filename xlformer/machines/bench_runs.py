@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
 from xlformer import models, sharding
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 from xlformer.machines import bench_presets, rehearsal
 from xlformer.machines.bench_timing import Timing, measure, memory_may_end, report
 from xlformer.machines.bench_workloads import WORKLOADS, matrix_products
@@ -150,7 +150,9 @@ def bench_preset(
             config, size = config_lib.shrink(config), REHEARSED_VOCABULARY
         config.model.vocab_size = size
         mesh = sharding.make_mesh(
-            sizes or dict(config.mesh), rows=config.train.batch_size, where="--mesh"
+            sizes or dict(config.mesh),
+            rows=config.train.batch_size,
+            where=Argument("mesh"),
         )
         rows = bench(config, mode=line.mode, mesh=mesh, **options)
         for row in rows:

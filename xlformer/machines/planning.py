@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from xlformer import models, sharding
-from xlformer.errors import reason
+from xlformer.errors import Argument, reason
 from xlformer.machines import chips, rehearsal, topologies, traffic
 from xlformer.models import Model
 
@@ -90,14 +90,14 @@ def _machine(topology: str, sizes: dict, *, rows: int, arithmetic: bool):
     """(chip or None if not known, mesh, why nothing can be compiled)."""
     if topology == HERE:
         chip = chips.of_kind(jax.devices()[0].device_kind)
-        mesh = sharding.make_mesh(sizes, rows=rows, where="--mesh")
+        mesh = sharding.make_mesh(sizes, rows=rows, where=Argument("mesh"))
         return chip, mesh, "--arithmetic" if arithmetic else None
     found = topologies.find(topology, compiler=not arithmetic)
     chip = chips.CHIPS[found.chip]
     if found.devices:
-        mesh = sharding.make_mesh(sizes, devices=found.devices, where="--mesh")
+        mesh = sharding.make_mesh(sizes, devices=found.devices, where=Argument("mesh"))
         return chip, mesh, None
-    sizes = sharding.fit_mesh(sizes, found.count, where="--mesh")
+    sizes = sharding.fit_mesh(sizes, found.count, where=Argument("mesh"))
     types = (AxisType.Auto,) * len(sizes)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
     return chip, mesh, "--arithmetic" if arithmetic else found.note

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from xlformer import config as config_lib
 from xlformer import models, sharding, storage
 from xlformer.data.stream import Stream
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 from xlformer.training import optimizers, state, steps
 
 
@@ -56,8 +56,12 @@ def vocab_size(spec: str, config) -> int:
 
         return preparing.prepare(config.data).vocabulary.size
     raise UserError(
-        f"--config={spec}: the size of the vocabulary comes from the data: pass "
-        "--config.model.vocab_size, or --config.data.directory with it prepared"
+        Argument("config", spec),
+        ": the size of the vocabulary comes from the data: pass ",
+        Argument("config.model.vocab_size"),
+        ", or ",
+        Argument("config.data.directory"),
+        " with it prepared",
     )
 
 

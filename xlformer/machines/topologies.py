@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from xlformer import sharding
-from xlformer.errors import UserError, reason
+from xlformer.errors import Argument, UserError, reason
 
 # How many numbers a shape has, as in v5p:4x4x4: TPUs are joined in a torus of 2 or 3
 # dimensions, GPUs are only counted.
@@ -74,16 +74,17 @@ def find(topology: str, *, compiler: bool = True) -> Topology:
 
     Raises UserError for an unknown one.
     """
+    named = Argument("topology", topology)
     name, _, shape = topology.partition(":")
     counts = [int(n) for n in shape.split("x") if n.isdecimal()]
     if name in GPUS and not shape:
         counts, shape = [1], "1"
     exact = "x".join(map(str, counts)) == shape
     if len(counts) != DIMENSIONS.get(name) or not exact or 0 in counts:
-        raise UserError(f"--topology={topology} is unknown; known: {KNOWN}")
+        raise UserError(named, f" is unknown; known: {KNOWN}")
     count = math.prod(counts)
     if name in GPUS and count > HOST and count % HOST:
-        raise UserError(f"--topology={topology}: {count} GPUs are no hosts of {HOST}")
+        raise UserError(named, f": {count} GPUs are no hosts of {HOST}")
     if not compiler:
         return Topology(name, count, None, "no compiler was asked")
     extra, what = ("cuda12", "CUDA") if name in GPUS else ("tpu", "TPU")
@@ -91,7 +92,7 @@ def find(topology: str, *, compiler: bool = True) -> Topology:
         devices = _gpus(name, count) if name in GPUS else _tpus(topology)
     except jax.errors.JaxRuntimeError as error:
         line = reason(error)
-        raise UserError(f"--topology={topology}: {line}; known: {KNOWN}") from error
+        raise UserError(named, f": {line}; known: {KNOWN}") from error
     except RuntimeError:  # JAX's NotImplementedError is one too.
         note = f"the {what} compiler is not installed: pip install 'xlformer[{extra}]'"
         return Topology(name, count, None, note)
@@ -112,7 +113,7 @@ def _gpus(name: str, count: int) -> list:
     ).devices
 
 
-def mesh_of(topology: str, sizes, *, where: str = "--mesh") -> Mesh:
+def mesh_of(topology: str, sizes, *, where: str = "sizes") -> Mesh:
     """A mesh of devices that are not here, to compile for.
 
     Args:
@@ -123,5 +124,5 @@ def mesh_of(topology: str, sizes, *, where: str = "--mesh") -> Mesh:
     """
     found = find(topology)
     if found.devices is None:
-        raise UserError(f"--topology={topology}: {found.note}")
+        raise UserError(Argument("topology", topology), f": {found.note}")
     return sharding.make_mesh(sizes, devices=found.devices, where=where)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 
 
 class Aux(NamedTuple):
@@ -164,8 +164,9 @@ class Model:
             )
         if self.memory_length == 0:
             raise UserError(
-                "a memory of 0 carries nothing from token to token: generating needs "
-                "--memory_length=1 or more"
+                "a memory of 0 carries nothing from token to token: generating needs ",
+                Argument("memory_length", 1),
+                " or more",
             )
         return self
 

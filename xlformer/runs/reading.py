@@ -17,7 +17,7 @@ from xlformer import config as config_lib
 from xlformer import models, sharding, storage
 from xlformer.data import preparing, vocabularies
 from xlformer.data.vocabulary import Vocabulary
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 from xlformer.runs import resume
 from xlformer.runs.checkpoints import Checkpoints
 
@@ -47,7 +47,8 @@ def read_config(workdir) -> ConfigDict:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"--workdir={workdir} holds no run: there is no {CONFIG} in it"
+            Argument("workdir", workdir),
+            f" holds no run: there is no {CONFIG} in it",
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a resolved config: {error}") from error
@@ -71,9 +72,10 @@ def refuse_links(workdir, written: Iterable[str]) -> None:
     for path in itertools.chain(tops, inside):
         if os.path.islink(path):
             raise UserError(
-                f"--workdir={workdir}: {os.path.relpath(path, workdir)} is a symbolic "
-                f"link to {os.readlink(path)}; what is written must lie in the work "
-                "directory itself"
+                Argument("workdir", workdir),
+                f": {os.path.relpath(path, workdir)} is a symbolic link to "
+                f"{os.readlink(path)}; what is written must lie in the work directory "
+                "itself",
             )
 
 
@@ -109,9 +111,10 @@ def load(
     if params is None:
         params = "ema" if config.train.ema_decay else "raw"
     if params not in ("raw", "ema"):
-        raise UserError(f"--params={params} is neither raw nor ema")
+        raise UserError(Argument("params", params), " is neither raw nor ema")
     if params == "ema" and not config.train.ema_decay:
-        raise UserError("--params=ema but the run has config.train.ema_decay=0.0")
+        line = " but the run has config.train.ema_decay=0.0"
+        raise UserError(Argument("params", "ema"), line)
     name = {"raw": "params", "ema": "ema"}[params]
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     mesh = mesh or sharding.make_mesh({"data": 1})
@@ -155,8 +158,9 @@ def _vocabulary(workdir, config) -> Vocabulary:
         return vocabularies.load(workdir / VOCABULARY)
     if not names_data(config):
         raise UserError(
-            f"--workdir={workdir} has no {VOCABULARY}, and its config names no data: "
-            "convert again with --vocab=FILE, or with --config.data.corpus=NAME"
+            Argument("workdir", workdir),
+            f" has no {VOCABULARY}, and its config names no data: convert again with "
+            "--vocab=FILE, or with --config.data.corpus=NAME",
         )
     return preparing.prepare(config.data, stored=True).vocabulary
 
@@ -171,7 +175,8 @@ def _step(checkpoints: Checkpoints, which: str) -> int | None:
         best = checkpoints.best() if which == "best" else None
         return checkpoints.latest() if best is None else best
     if not (which.isascii() and which.isdigit() and len(which) < 19):
-        raise UserError(f"--checkpoint={which} is neither best, latest nor a step")
+        line = " is neither best, latest nor a step"
+        raise UserError(Argument("checkpoint", which), line)
     return int(which)
 
 

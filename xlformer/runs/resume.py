@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 from xlformer.fields import FREE, REFUSED, TAKEN, Rule
 from xlformer.runs.checkpoints import Checkpoints
 
@@ -31,8 +31,10 @@ def sealed(workdir, checkpoints: Checkpoints) -> ConfigDict | None:
             continue
         if "step" not in names:
             raise UserError(
-                f"--workdir={workdir} holds weights and no training to go on with: "
-                f"train in a new directory, with --init_from={workdir}"
+                Argument("workdir", workdir),
+                " holds weights and no training to go on with: train in a new "
+                "directory, with ",
+                Argument("init_from", workdir),
             )
         return config_lib.from_dict(found, where=f"{workdir}: config of step {step}")
     return None
@@ -44,14 +46,17 @@ def check(workdir, old: ConfigDict, new: ConfigDict) -> None:
         if not _refused(rule, was, wanted):
             continue
         hint = (
-            "what is trained already would mean something else; a new directory with "
-            f"--init_from={workdir} starts from its weights"
+            "what is trained already would mean something else; a new directory with ",
+            Argument("init_from", workdir),
+            " starts from its weights",
         )
         if old.init_from and not new.init_from and name.startswith("model."):
-            hint = f"the run began with --init_from={old.init_from}: pass it again"
+            began = Argument("init_from", old.init_from)
+            hint = ("the run began with ", began, ": pass it again")
         raise UserError(
-            f"--workdir={workdir} was trained with config.{name}={was!r}, now it is "
-            f"{wanted!r}: {hint}"
+            Argument("workdir", workdir),
+            f" was trained with config.{name}={was!r}, now it is {wanted!r}: ",
+            *hint,
         )
 
 

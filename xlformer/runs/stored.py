@@ -18,13 +18,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from xlformer import runs, storage
-from xlformer.data import folders, local, preparing
+from xlformer.data import folders, local, preparing, recipes
 from xlformer.data.prepared import FORMAT, Prepared
 from xlformer.data.sources import SPLITS, Text
 from xlformer.data.vocabulary import Vocabulary
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 from xlformer.runs import writing
 
+PATH = "config.data.path"
 SAME = ("payload_sha256", "unit", "newline", "documents")
 
 
@@ -38,8 +39,8 @@ def read(run: runs.Run, split: str, data_path: str | None = None) -> Prepared:
     if data_path is not None:
         if data.corpus != "text":
             raise UserError(
-                f"--data_path={data_path}: the run's text is config.data.corpus="
-                f"{data.corpus}, no file"
+                Argument("data_path", data_path),
+                f": the run's text is config.data.corpus={data.corpus}, no file",
             )
         data = data.copy_and_resolve_references()
         data.path = data_path
@@ -47,7 +48,7 @@ def read(run: runs.Run, split: str, data_path: str | None = None) -> Prepared:
     if card is None:  # Converted weights: the text is what their config says today.
         return _of(preparing.prepare(data, stored=True), split)
     _check(split, card["splits"])
-    name = "--data_path" if data_path is not None else "config.data.path"
+    name = PATH if data_path is None else Argument("data_path")
     found = next(_search(data, card), None)
     if found is None or data_path is not None:
         text = _text(data, card, name, advice=found is None)
@@ -60,7 +61,8 @@ def read(run: runs.Run, split: str, data_path: str | None = None) -> Prepared:
         return _encoded(text, split, run.vocabulary, card)
     again = preparing.prepare(data, stored=True)
     if again.card["payload_sha256"] != card["payload_sha256"]:
-        raise UserError(_another(f"config.data.corpus={data.corpus}", again.card, card))
+        found = again.card["payload_sha256"]
+        raise _another(f"config.data.corpus={data.corpus}", found, card)
     return _of(again, split)
 
 
@@ -75,7 +77,7 @@ def _of(found: Prepared, split: str) -> Prepared:
 
 def _check(split: str, splits) -> None:
     if split not in splits:
-        raise UserError(f"--split={split} is none of {', '.join(splits)}")
+        raise UserError(Argument("split", split), f" is none of {', '.join(splits)}")
 
 
 def _card(path) -> dict | None:
@@ -139,34 +141,42 @@ def _same(other: dict, card: dict) -> bool:
 # The text itself ----------------------------------------------------------------------
 
 
-def _text(data, card: dict, name: str, *, advice: bool) -> Text | None:
-    """The raw text, which is the run's; None of a public corpus."""
+def _text(data, card: dict, name: str | Argument, *, advice: bool) -> Text | None:
+    """The raw text, which is the run's; None of a public corpus.
+
+    name: of the path, in errors.
+    """
     remedy = (
         f"; no prepared copy of the run's text (sha256 {card['payload_sha256'][:12]}) "
-        f"is in {' or '.join(_roots(data))}: --data_path=FILE says where that text "
-        "lies now, --text=FILE scores another one"
+        f"is in {' or '.join(_roots(data))}: ",
+        Argument("data_path", "FILE"),
+        " says where that text lies now, ",
+        Argument("text", "FILE"),
+        " scores another one",
     ) * advice
     try:
-        if name != "--data_path" and _is_read_once(data.path):
-            raise UserError(f"config.data.path={data.path}: {local.ONCE}")
-        text = preparing.raw_text(data)
+        if name == PATH and _is_read_once(data.path):
+            raise UserError(f"{PATH}={data.path}: {local.ONCE}")
+        text = recipes.raw_text(data)
     except UserError as error:
-        line = str(error).replace("config.data.path", name)
-        raise UserError(line + remedy) from None
+        before, found, after = str(error).partition(PATH)
+        raise UserError(before, name if found else "", after, *remedy) from None
     if text is not None and _payload(text) != card["payload_sha256"]:
-        where = (
-            f"{name}={data.path}" if data.path else f"config.data.corpus={data.corpus}"
-        )
-        raise UserError(
-            _another(where, {"payload_sha256": _payload(text)}, card) + remedy
-        )
+        where = f"config.data.corpus={data.corpus}"
+        if data.path:
+            where = f"{PATH}={data.path}"
+            if isinstance(name, Argument):
+                where = dataclasses.replace(name, value=data.path)
+        raise _another(where, _payload(text), card, remedy)
     return text
 
 
-def _another(where: str, found: dict, card: dict) -> str:
-    return (
-        f"{where} holds another text than the run was trained on: sha256 "
-        f"{found['payload_sha256'][:12]}, the run has {card['payload_sha256'][:12]}"
+def _another(where: str | Argument, found: str, card: dict, remedy=()) -> UserError:
+    return UserError(
+        where,
+        f" holds another text than the run was trained on: sha256 {found[:12]}, the "
+        f"run has {card['payload_sha256'][:12]}",
+        *remedy,
     )
 
 
@@ -181,7 +191,7 @@ def _payload(text: Text) -> str:
 def _say_if_changed(data, card: dict, found) -> None:
     """Where the text is still there, but is another one."""
     try:
-        _text(data, card, "config.data.path", advice=False)
+        _text(data, card, PATH, advice=False)
     except UserError as error:
         if "holds another text" in str(error):
             line = f"{error}: scoring the prepared text of the run, in {found}"

@@ -19,7 +19,7 @@ from xlformer import config as config_lib
 from xlformer import runs, storage
 from xlformer.data import vocabularies
 from xlformer.data.prepared import Prepared
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 from xlformer.runs import log
 
 DATA, PROFILE, COMPILED = "data.json", "profile", "compilation_cache"
@@ -38,7 +38,7 @@ def refuse_foreign(workdir: epath.Path) -> None:
     if not workdir.exists():
         return
     if not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is not a directory")
+        raise UserError(Argument("workdir", workdir), " is not a directory")
     names = {path.name for path in workdir.iterdir()}
     ours = {n for n in names if n.startswith((PART, runs.EVALUATION))} | (names & OWN)
     runs.refuse_links(workdir, ours)
@@ -47,14 +47,16 @@ def refuse_foreign(workdir: epath.Path) -> None:
         return
     if {runs.CONFIG, runs.CHECKPOINTS} <= names:
         raise UserError(
-            f"--workdir={workdir}: its {runs.CONFIG} is not one of a run; without it "
-            "the run goes on, its checkpoints have their own config"
+            Argument("workdir", workdir),
+            f": its {runs.CONFIG} is not one of a run; without it the run goes on, its "
+            "checkpoints have their own config",
         )
     strange = sorted(names - (ours - {runs.CONFIG}))
     if strange:
         raise UserError(
-            f"--workdir={workdir} is no run and not empty (it has {strange[0]!r}); "
-            "name a new or an empty directory"
+            Argument("workdir", workdir),
+            f" is no run and not empty (it has {strange[0]!r}); name a new or an empty "
+            "directory",
         )
 
 
@@ -85,12 +87,12 @@ def check_same_data(workdir: epath.Path, prepared: Prepared) -> None:
             pairs = enumerate(zip(old, new, strict=False))
             where = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
             line = (
-                f"--workdir={workdir} was trained with a vocabulary of {len(old)} "
-                f"symbols, config.data gives {len(new)}; they differ from id {where} on"
+                f" was trained with a vocabulary of {len(old)} symbols, config.data "
+                f"gives {len(new)}; they differ from id {where} on"
             )
             if "min_count" in prepared.card:
                 line += "; config.data.min_count=1 keeps all words, as 0.1.0 did"
-            raise UserError(line)
+            raise UserError(Argument("workdir", workdir), line)
 
 
 def _check_same_text(workdir: epath.Path, new: str) -> None:
@@ -100,9 +102,11 @@ def _check_same_text(workdir: epath.Path, new: str) -> None:
         raise UserError(f"{workdir / DATA} is unreadable: {error!r}") from error
     if old != new:
         raise UserError(
-            f"--workdir={workdir} was trained on another text: sha256 {old[:12]}, "
-            f"config.data gives {new[:12]}; a new directory with --init_from={workdir} "
-            "starts from its weights"
+            Argument("workdir", workdir),
+            f" was trained on another text: sha256 {old[:12]}, config.data gives "
+            f"{new[:12]}; a new directory with ",
+            Argument("init_from", workdir),
+            " starts from its weights",
         )
 
 
@@ -111,9 +115,10 @@ def check_place(workdir: epath.Path, step: int, place, expected) -> None:
     place = tuple(int(x) for x in place)
     if place != tuple(expected):
         raise UserError(
-            f"--workdir={workdir}: its step {step} was at (epoch, offset, length) "
-            f"{place}, by this config it is {tuple(expected)}: config.seed, "
-            "config.train.segment_length, batch_size and variable_length must stay"
+            Argument("workdir", workdir),
+            f": its step {step} was at (epoch, offset, length) {place}, by this config "
+            f"it is {tuple(expected)}: config.seed, config.train.segment_length, "
+            "batch_size and variable_length must stay",
         )
 
 

@@ -9,7 +9,7 @@ import time
 import jax
 
 from xlformer import __version__, models, runs, scoring, sharding
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 from xlformer.scoring import cards, texts, units
 
 SOFTWARE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -114,7 +114,8 @@ def check(**lengths) -> None:
     """-1 is the model's own; anything else below 0 is a slip."""
     for name, value in lengths.items():
         if value is not None and value < -1:
-            raise UserError(f"--{name}={value} must not be negative (-1: the model's)")
+            line = " must not be negative (-1: the model's)"
+            raise UserError(Argument(name, value), line)
 
 
 def _first(value, default):

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlformer import sharding
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 
 WARMUPS = ("auto", "exact", "fill", "none")
 # Tokens in one compiled call: long enough to hide dispatch, short enough to interrupt.
@@ -92,13 +92,15 @@ def plan(
 
 def _plan(tokens, batch_size, segment_length, warmup, replay, memory_length) -> Plan:
     if warmup not in WARMUPS:
-        raise UserError(f"--warmup={warmup} is none of {', '.join(WARMUPS)}")
+        raise UserError(Argument("warmup", warmup), f" is none of {', '.join(WARMUPS)}")
     if tokens < 2:
         raise UserError(f"the text has {tokens} tokens; at least 2 are needed to score")
     if batch_size < 1 or segment_length < 1:
         raise UserError(
-            f"--batch_size={batch_size} and --segment_length={segment_length} must be "
-            "at least 1"
+            Argument("batch_size", batch_size),
+            " and ",
+            Argument("segment_length", segment_length),
+            " must be at least 1",
         )
     T = min(segment_length, tokens - 1)
     replayed = {"exact": replay(T), "fill": memory_length and -(-memory_length // T)}
@@ -106,8 +108,11 @@ def _plan(tokens, batch_size, segment_length, warmup, replay, memory_length) -> 
         replayed = {"exact": 0, "fill": 0}
     if warmup in replayed and replayed[warmup] is None:
         raise UserError(
-            f"--warmup={warmup} with --batch_size={batch_size}: this model's state "
-            "reaches back without limit; use 1 row, or --warmup=none"
+            Argument("warmup", warmup),
+            " with ",
+            Argument("batch_size", batch_size),
+            ": this model's state reaches back without limit; use 1 row, or ",
+            Argument("warmup", "none"),
         )
     if warmup == "none" or replayed["fill"] is None:
         batch_size = min(batch_size, tokens // 2)

@@ -8,7 +8,7 @@ from xlformer import runs
 from xlformer.data import translation
 from xlformer.data.prepared import read_text
 from xlformer.data.vocabulary import Vocabulary, WordVocabulary
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 from xlformer.runs import stored
 
 
@@ -20,8 +20,10 @@ def read(run: runs.Run, split: str, text: str | None, data_path: str | None = No
     if text is not None:
         if data_path is not None:
             raise UserError(
-                f"--text={text} is another text than the run's, which --data_path="
-                f"{data_path} is: pass one of them"
+                Argument("text", text),
+                " is another text than the run's, which ",
+                Argument("data_path", data_path),
+                " is: pass one of them",
             )
         return own_text(run.vocabulary, text)
     found = stored.read(run, split, data_path)

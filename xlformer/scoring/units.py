@@ -19,6 +19,7 @@ import numpy as np
 
 from xlformer.data.pieces import PieceVocabulary
 from xlformer.data.vocabulary import (
+    SPACES,
     ByteVocabulary,
     CharVocabulary,
     Vocabulary,
@@ -26,7 +27,6 @@ from xlformer.data.vocabulary import (
 )
 
 BLOCK = 1 << 20  # tokens that are spelled at a time
-SPACES = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
 
 
 class Count(NamedTuple):

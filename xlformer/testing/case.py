@@ -79,7 +79,8 @@ class Case:
         axes = self.model.state_axes()
         return jax.tree.map(
             lambda x, names: jnp.take(x, np.asarray(rows), names.index("batch")),
-            *(state, axes),
+            state,
+            axes,
         )
 
     def score(self, inputs_BT, targets_BT, state, resets_BT=None, lengths_B=None):

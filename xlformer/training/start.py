@@ -20,7 +20,7 @@ from xlformer import config as config_lib
 from xlformer import models, runs, storage
 from xlformer.data.prepared import Prepared
 from xlformer.data.vocabulary import Vocabulary
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 from xlformer.runs import leaves, resume
 from xlformer.runs.checkpoints import Checkpoints
 
@@ -47,20 +47,25 @@ class Source:
         if not colon or not (number or which in ("best", "latest")):
             if workdir and (storage.path(workdir) / runs.CONFIG).exists():
                 raise UserError(
-                    f"--init_from={name}: after {workdir}: stands best, latest or a "
-                    f"step, not {which!r}"
+                    Argument("init_from", name),
+                    f": after {workdir}: stands best, latest or a step, not {which!r}",
                 )
             workdir, which = name, "best"
         if not workdir:
-            raise UserError(f"--init_from={name} names no directory")
+            raise UserError(Argument("init_from", name), " names no directory")
         here, own = storage.path(workdir), storage.path(own_workdir)
         same = os.fspath(here) == os.fspath(own)
         if not same and not storage.is_remote(here) and not storage.is_remote(own):
             same = os.path.realpath(here) == os.path.realpath(own)
         if same:
             raise UserError(
-                f"--init_from={name} is --workdir itself: without --init_from it goes "
-                "on; to start anew from its weights name another --workdir"
+                Argument("init_from", name),
+                " is ",
+                Argument("workdir"),
+                " itself: without ",
+                Argument("init_from"),
+                " it goes on; to start anew from its weights name another ",
+                Argument("workdir"),
             )
         return cls(name, workdir, which)
 
@@ -80,14 +85,16 @@ class Source:
 
     @contextlib.contextmanager
     def _named(self):
-        """Errors of reading a run name the flag that this one was given by."""
+        """Errors of reading a run name the argument that this one was given by."""
+        named = Argument("init_from", self.name)
         try:
             yield
-        except (UserError, OSError) as error:
-            line, flag = str(error), f"--init_from={self.name}"
-            own = line.removeprefix(f"--workdir={self.workdir}")
-            line = f"{flag}{own}" if own != line else f"{flag}: {line}"
-            raise UserError(line) from error
+        except OSError as error:
+            raise UserError(named, f": {error}") from error
+        except UserError as error:
+            first, *rest = error.parts
+            own = isinstance(first, Argument) and first.name == "workdir"
+            raise UserError(named, *(rest if own else (": ", *error.parts))) from error
 
 
 def with_model(
@@ -105,16 +112,16 @@ def with_model(
         found = Source.parse(name, workdir).config()
     if found.model.name != config.model.name:
         raise UserError(
-            f"--init_from={name} holds a {found.model.name}, --config asks for a "
-            f"{config.model.name}"
+            Argument("init_from", name),
+            f" holds a {found.model.name}, ",
+            Argument("config"),
+            f" asks for a {config.model.name}",
         )
     config = ConfigDict(config.to_dict())
     config.model, config.init_from = found.model, name
     config.lock()
-    for override in overrides:
-        field, _, text = override.partition("=")
-        if field.startswith("model."):
-            config_lib.set_field(config, field, text)
+    of_model = [override for override in overrides if override.startswith("model.")]
+    config_lib.set_fields(config, of_model)
     config_lib.check(config)
     return config
 
@@ -129,8 +136,9 @@ def from_weights(
     wanted = jax.eval_shape(model.init, jax.random.key(0))
     if leaves.layouts(wanted) != leaves.layouts(run.params):
         raise UserError(
-            f"--init_from={config.init_from}: its weights have other shapes than "
-            f"{', '.join(_changed(config, run)) or 'this model'} would give"
+            Argument("init_from", config.init_from),
+            ": its weights have other shapes than "
+            f"{', '.join(_changed(config, run)) or 'this model'} would give",
         )
 
     def created(key, params):
@@ -155,8 +163,9 @@ def with_every_word(config: ConfigDict) -> ConfigDict:
     ):
         if value not in free:
             raise UserError(
-                f"config.data.{name}={value} with --init_from={config.init_from}: the "
-                "vocabulary is that of its weights"
+                f"config.data.{name}={value} with ",
+                Argument("init_from", config.init_from),
+                ": the vocabulary is that of its weights",
             )
     config = ConfigDict(config.to_dict())
     config.data.min_count = 1

@@ -1,0 +1,142 @@
+"""What is to be prepared: a config's data section, checked and read."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+
+from xlformer import fields
+from xlformer.data import local, pieces, sources
+from xlformer.data.prepared import FORMAT
+from xlformer.errors import UserError
+
+OWN_MIN_COUNT = 2  # Of the words of one's own text.
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is to be prepared, and what its folder's name must tell apart."""
+
+    name: str
+    unit: str
+    newline: str
+    documents: bool
+    min_count: int  # Of own words, which have <unk>; others keep every symbol.
+    max_vocab: int
+    tokenizer: pieces.PieceVocabulary | None
+    corpus: sources.Corpus | None  # None for a text of this machine.
+    source: dict  # Tells one raw text from another.
+    read: Callable[[object], sources.Text]  # Takes a TFDS download manager.
+
+    @property
+    def lines(self) -> bool:
+        """Whether `<eos>` at each line's end counts as a word."""
+        if self.corpus:
+            return self.corpus.lines
+        return self.tokenizer.line_ends if self.tokenizer else self.own_words
+
+    @property
+    def own_words(self) -> bool:
+        return self.unit == "words" and self.corpus is None
+
+    def key(self) -> dict:
+        model = self.tokenizer.model if self.tokenizer else ""
+        key = {
+            "source": self.source,
+            "unit": self.unit,
+            "newline": self.newline,
+            "documents": self.documents,
+            "tokenizer": hashlib.sha256(model.encode()).hexdigest(),
+            "format": FORMAT,
+        }
+        # What 0.1.0 did too keeps the name that 0.1.0 gave it.
+        if (self.min_count, self.max_vocab) != (1, 0):
+            key |= {"min_count": self.min_count, "max_vocab": self.max_vocab}
+        if self.tokenizer and self.tokenizer.newline_id is not None:
+            key["newline_id"] = self.tokenizer.newline_id
+        if self.tokenizer and not self.tokenizer.line_ends:
+            key["line_ends"] = False  # 0.1.0 counted them as words all the same.
+        return key
+
+
+def check(data) -> None:
+    """Raises UserError for a data section that none can prepare; looks for no text.
+
+    A corpus that is not known may stand in a config: plan and bench need no text.
+    """
+    fields.check_section("data", data)
+    corpus = sources.CORPORA.get(data.corpus)
+    unit = corpus.unit if corpus else data.unit
+    unit = "bytes" if data.corpus == "stdlib" else unit
+    if data.unit not in ("bytes", unit):
+        raise UserError(
+            f"config.data.unit={data.unit} is of config.data.corpus=text; {data.corpus}"
+            f" has {unit}"
+        )
+    dropping = [name for name, c in sources.CORPORA.items() if c.unit == "bytes"]
+    if data.newline == "drop" and (data.corpus not in dropping or data.tokenizer):
+        line = f"config.data.newline=drop is for the bytes of {', '.join(dropping)}"
+        raise UserError(line)
+    if data.corpus != "text" and (data.path or data.documents):
+        raise UserError("config.data.path and .documents need config.data.corpus=text")
+    if _counts_own_words(data):
+        return
+    for name, free in (("min_count", (0, 1)), ("max_vocab", (0,))):
+        if data[name] not in free:  # A min_count of 1 is what is done anyway.
+            unit = "pieces" if data.tokenizer else data.unit
+            raise UserError(
+                f"config.data.{name}={data[name]} is for the words of your own text"
+                " (corpus=text, unit=words, no tokenizer); config.data.corpus is"
+                f" {data.corpus}" + f", its unit {unit}" * (data.corpus == "text")
+            )
+
+
+def _counts_own_words(data) -> bool:
+    return data.corpus == "text" and data.unit == "words" and not data.tokenizer
+
+
+def recipe(data) -> Recipe:
+    """Reads the tokenizer and a text of this machine, but downloads nothing."""
+    check(data)
+    name, unit, corpus = data.corpus, data.unit, None
+    tokenizer = pieces.load_tokenizer(data.tokenizer) if data.tokenizer else None
+    text = raw_text(data)
+    if name == "text":
+        source = {"text": local.fingerprint(text)}
+    elif name == "stdlib":
+        unit = "bytes"
+        source = {"stdlib": local.fingerprint(text), **text.facts}
+    else:
+        corpus = sources.find(name)
+        unit, source = corpus.unit, dataclasses.asdict(corpus)
+    read = (
+        (lambda dl: sources.read_archive(corpus, dl, data.manual_dir))
+        if corpus
+        else (lambda dl: text)
+    )
+    # Own words that stand once in train become `<unk>` by default, or it would never be
+    # trained; elsewhere every symbol is kept, as the fields of the public corpora do.
+    own_words = _counts_own_words(data)
+    return Recipe(
+        name=name,
+        unit="pieces" if tokenizer else unit,
+        newline=data.newline,
+        documents=data.documents,
+        min_count=(data.min_count or OWN_MIN_COUNT) if own_words else 1,
+        max_vocab=data.max_vocab if own_words else 0,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        source=source,
+        read=read,
+    )
+
+
+def raw_text(data) -> sources.Text | None:
+    """A text of this machine, as it is prepared; None where it is a public corpus."""
+    if data.corpus == "stdlib":
+        return local.read_stdlib()
+    if data.corpus != "text":
+        return None
+    split_by = "pieces" if data.tokenizer and data.unit != "words" else data.unit
+    return local.read_files(data.path, split_by)

@@ -97,6 +97,8 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         # JAX's keys have 32 bits of it: seeds 2^32 apart draw the same parameters.
         "seed": _field(1111, REFUSED, least=-(1 << 63), most=(1 << 63) - 1),
         "init_from": _field("", FREE),  # where --init_from took the first weights from
+        # The class of the model that train(..., model=) was given; '' is config.model.
+        "own_model": _field("", REFUSED),
     },
     "data": {
         "corpus": _field("stdlib", REFUSED),  # a builder's name, or 'text' for `path`

@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from xlformer.errors import UserError
 from xlformer.training import optimizers, spikes
 from xlformer.training.gradients import batch_axis, make_gradients
 from xlformer.training.state import Place, TrainState
+
+# Of the names that the loop logs under, and of the parts of them before a slash.
+RESERVED = ("train", "eval", "norm", "spike", "perf", "goodput", "step", "kind", "time")
 
 
 def make_step(config, model, optimizer, schedule):
@@ -38,7 +42,8 @@ def make_step(config, model, optimizer, schedule):
         )
         weights_BT = loss_weights(nll_BT.shape, batch["length"], half=train.half_loss)
         mean = (nll_BT * weights_BT).sum() / weights_BT.sum()
-        return mean + aux.loss, (carried, {"train/loss_nats": mean, **aux.metrics})
+        own = _own_metrics(model, aux.metrics)
+        return mean + aux.loss, (carried, {"train/loss_nats": mean, **own})
 
     gradients = make_gradients(
         loss_fn, micro_batches=train.micro_batches, state_axes=model.state_axes()
@@ -115,6 +120,22 @@ def reset_rows(model, carried, rows_B):
 
     axes = batch_axis(carried, model.state_axes())
     return jax.tree.map(reset, carried, fresh, axes)
+
+
+def _own_metrics(model, metrics):
+    """What a model logs, under names that the loop does not write itself."""
+    for name, value in metrics.items():
+        if name.partition("/")[0] in RESERVED:
+            raise UserError(
+                f"{type(model).__name__} returns aux.metrics[{name!r}], a name of the "
+                f"loop's own: a model's begin with none of {', '.join(RESERVED)}"
+            )
+        if jnp.ndim(value):
+            raise UserError(
+                f"{type(model).__name__} returns aux.metrics[{name!r}] of shape "
+                f"{jnp.shape(value)}: each is one number, the mean over rows"
+            )
+    return metrics
 
 
 def _update(config, model, optimizer, schedule, state, batch, grads, carried, metrics):

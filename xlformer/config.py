@@ -102,6 +102,11 @@ def _check_together(config: ConfigDict) -> None:
             )
 
 
+def vocab_size(config: ConfigDict, symbols: int) -> int:
+    """Of the model for data of so many symbols: its objective may add some."""
+    return symbols + fields_lib.OBJECTIVES[config.train.objective]
+
+
 def directories() -> list[pathlib.Path]:
     """Where named configs live: in the installed package, or beside it."""
     package = pathlib.Path(__file__).parent

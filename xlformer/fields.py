@@ -89,6 +89,9 @@ def _field(default, resume: str, **rule) -> Field:
 
 _RATIO = {"least": 0, "below": 1}  # 0 is none, 1 would be all
 SPLITS = ("train", "validation", "test")
+# What a model may be trained to say (training/objectives.py), and how many symbols that
+# needs beside those of the data: the mask is one, the last.
+OBJECTIVES = {"next_token": 0, "masked": 1}
 
 # Section -> name -> what it may be. '' is the top of the tree.
 TABLE: Mapping[str, Mapping[str, Field]] = {
@@ -122,6 +125,9 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         "micro_batches": _field(1, FREE, least=1),  # gradients of groups of rows, added
         "segments_per_call": _field(1, FREE, least=1),  # steps in one compiled call
         "variable_length": _field(False, REFUSED),  # the original's varlen: data/stream
+        "objective": _field("next_token", REFUSED, choices=tuple(OBJECTIVES)),
+        # Of the symbols, how many are hidden. Losses of other rates do not compare.
+        "mask_rate": _field(0.15, REFUSED, above=0, most=1),
         "half_loss": _field(False, TAKEN),  # score only the later half of each segment
         "skip_nonfinite": _field(False, TAKEN),  # drop a step whose loss is not finite
         # A loss so many times its average makes the run go back and leave out that

@@ -269,7 +269,7 @@ def test_the_plateau_scales_only_its_own_schedule():
 def test_validations_without_progress_lower_the_scale():
     config = small_config()
     config.optimizer.update(plateau_factor=0.5, plateau_patience=1)
-    update, plateau = steps.make_evaluated(config), optimizers.plateau_init()
+    update, plateau = steps.make_evaluated(config.optimizer), optimizers.plateau_init()
     scales = []
     for loss in (3.0, 2.0, 2.5, 2.0, 1.9, 2.1):
         plateau, evaluated = update(plateau, loss, 7)

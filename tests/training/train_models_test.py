@@ -91,7 +91,7 @@ def test_your_own_model_is_trained_like_ours(own, config, tmp_path):
     assert log.read(own, kind="train")[-1]["step"] == 24
     assert "bag/seen" in log.read(own, kind="train")[0]
     line = refusal(train, config, tmp_path / "b", model=bag(vocab_size=8))
-    assert "the model knows 8 ids, the data has 9 symbols" in line
+    assert "the model knows 8 ids, the data has 9" in line
 
 
 def test_a_run_with_a_model_of_ones_own_says_so(own, config):

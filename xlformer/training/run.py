@@ -18,7 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
-from xlformer import hosts, models, runs, sharding, storage
+from xlformer import fields, hosts, models, runs, sharding, storage
 from xlformer.data import preparing, translation, vocabularies
 from xlformer.data.prepared import Prepared
 from xlformer.errors import UserError
@@ -27,7 +27,7 @@ from xlformer.hosts.watchdog import Watchdog
 from xlformer.runs import goodput, log, resume, writing
 from xlformer.runs.checkpoints import Checkpoints
 from xlformer.runs.locks import WorkdirLock
-from xlformer.training import start
+from xlformer.training import objectives, start
 from xlformer.training.loop import Loop
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -64,6 +64,7 @@ def train(
     with faults.Interrupt(**_signals()) as interrupt:
         config = _sealing(config, model)
         config_lib.check(config)
+        objectives.check(config.train, model or _outline(config))
         config, begun = _gone_on(config, workdir)
         rows = config.train.batch_size // config.train.micro_batches
         mesh = sharding.make_mesh(config.mesh, rows=rows)
@@ -131,9 +132,9 @@ def _sealing(config: ConfigDict, model: models.Model | None) -> ConfigDict:
     config.own_model = name
     if model is not None and not name:
         (kind,) = (n for n, c in models.MODELS.items() if c is type(model))
-        fields = {"name": kind, **dataclasses.asdict(model.config)}
-        # A config leaves the size of the vocabulary to the data, or says it.
-        config.model = ConfigDict(fields | {"vocab_size": config.model.vocab_size})
+        said = {"vocab_size": config.model.vocab_size}  # None leaves it to the data
+        own = dataclasses.asdict(model.config)
+        config.model = ConfigDict({"name": kind, **own, **said})
     config.lock()
     return config
 
@@ -177,13 +178,20 @@ def _data(config, workdir, mesh, model, begun: bool):
     return prepared, functools.partial(source.load, mesh, model)
 
 
-def _fitting(model: models.Model | None, config, size: int) -> models.Model:
+def _outline(config) -> models.Model:
+    """What config.model describes, before the data says of how many symbols."""
+    return models.build(config.model, config.model.vocab_size or fields.LARGEST)
+
+
+def _fitting(model: models.Model | None, config, symbols: int) -> models.Model:
     """The model to train, which must know every symbol of the data."""
+    size = config_lib.vocab_size(config, symbols)
     if model is None:
-        return models.build(config.model, vocab_size=size)
+        return models.build(config.model, size)
     if model.vocab_size < size:
+        more = f" and {size - symbols} for config.train.objective" * (size > symbols)
         raise UserError(
-            f"the model knows {model.vocab_size} ids, the data has {size} symbols"
+            f"the model knows {model.vocab_size} ids, the data has {symbols}{more}"
         )
     return model
 

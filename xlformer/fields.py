@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from xlformer.errors import UserError, did_you_mean
 
@@ -89,9 +89,21 @@ def _field(default, resume: str, **rule) -> Field:
 
 _RATIO = {"least": 0, "below": 1}  # 0 is none, 1 would be all
 SPLITS = ("train", "validation", "test")
-# What a model may be trained to say (training/objectives.py), and how many symbols that
-# needs beside those of the data: the mask is one, the last.
-OBJECTIVES = {"next_token": 0, "masked": 1}
+
+
+class Objective(NamedTuple):
+    """What a model may be trained to say; training/objectives.py says it.
+
+    Attributes:
+      causal: of the models that it is for.
+      symbols: how many it needs after those of the data, such as a mask.
+    """
+
+    causal: bool
+    symbols: int = 0
+
+
+OBJECTIVES = {"next_token": Objective(True), "masked": Objective(False, symbols=1)}
 
 # Section -> name -> what it may be. '' is the top of the tree.
 TABLE: Mapping[str, Mapping[str, Field]] = {

@@ -17,12 +17,13 @@ from training_runs import (
 )
 
 from xlformer import config as config_lib
-from xlformer import runs
+from xlformer import models, runs
 from xlformer.data.prepared import Prepared
 from xlformer.data.stream import Stream
 from xlformer.data.vocabulary import ByteVocabulary, WordVocabulary
 from xlformer.runs import log
 from xlformer.train import train
+from xlformer.training import run
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,17 @@ def test_a_run_with_a_model_of_ones_own_says_so(own, config):
 
 class Sack(Bag):
     """Another class of the same shapes."""
+
+
+def test_a_model_of_ours_that_is_passed_is_what_the_config_then_says(text, tmp_path):
+    """Else who reads the run would build another."""
+    found = text_config(text, steps=1)
+    with found.ignore_type():
+        found.model.d_inner = 24
+    model = models.build(found.model, vocab_size=SYMBOLS)
+    sealed = run._sealing(text_config(text), model)
+    assert sealed.own_model == "" and sealed.model.d_inner == 24
+    assert sealed.model.name == "transformer_xl" and sealed.model.vocab_size is None
 
 
 def carried_by_hand(stream, steps, starts):

@@ -49,12 +49,13 @@ def vocab_size(spec: str, config) -> int:
         return config.model.vocab_size
     found = getattr(config_lib.module(spec.partition(":")[0]), "VOCAB_SIZE", None)
     if found and not config.data.tokenizer and config.data.unit == "bytes":
-        return found
+        return config_lib.vocab_size(config, found)
     directory = config.data.directory
     if directory and storage.path(directory).exists():
         from xlformer.data import preparing  # TFDS, which only this case needs
 
-        return preparing.prepare(config.data).vocabulary.size
+        symbols = preparing.prepare(config.data).vocabulary.size
+        return config_lib.vocab_size(config, symbols)
     raise UserError(
         f"--config={spec}: the size of the vocabulary comes from the data: pass "
         "--config.model.vocab_size, or --config.data.directory with it prepared"

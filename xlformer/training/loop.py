@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from xlformer import config as config_lib
-from xlformer import hosts, models, runs, sharding, tables
+from xlformer import hosts, runs, sharding, tables
 from xlformer.data.stream import Stream
 from xlformer.errors import UserError
 from xlformer.hosts import faults
@@ -356,8 +356,9 @@ class Loop:
         params, carried = self.train_state.params, self.train_state.carried
         self._say(tables.parameter_table(params))
         self._say(tables.memory_estimate(params, self.train_state.opt_state, carried))
-        dtype = models.base.compute_dtype(self.config.model.dtype, params)
-        self._say(f"computing in {dtype.name}; parameters and optimizer in float32")
+        dtype = self.model.dtype(params)
+        if dtype is not None:
+            self._say(f"computing in {dtype.name}; parameters and optimizer in float32")
         self._say(
             f"data: {self.prepared.card['corpus']}, "
             f"{len(self.prepared.tokens['train']):,} training tokens, "

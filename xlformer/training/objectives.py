@@ -1,8 +1,8 @@
 """What a model is trained to say: of each segment, what it reads and what counts.
 
 An objective turns a segment into inputs, targets and weights of the losses. A new one
-is a class in OBJECTIVES here, and a name in fields.OBJECTIVES, which says how many
-symbols it needs beside those of the data. Validation scores with the same objective.
+is a class in OBJECTIVES here, and a line of fields.OBJECTIVES, which says for which
+models it is. Validation and evaluation score with the objective of the run.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-
-from xlformer.errors import UserError
 
 # Folded into the key of a step before the row, so that what is hidden has nothing to do
 # with what is dropped, whose keys have the row folded in at once. No batch has as many
@@ -83,17 +81,6 @@ OBJECTIVES = {"next_token": NextToken, "masked": Masked}
 def build(train, model):
     """The objective that config.train names, for a model."""
     return OBJECTIVES[train.objective].of(train, model.vocab_size)
-
-
-def check(train, model) -> None:
-    """Raises UserError where the model would see what it has to say, or need not."""
-    if OBJECTIVES[train.objective].causal == model.causal:
-        return
-    known = ", ".join(n for n, c in OBJECTIVES.items() if c.causal == model.causal)
-    raise UserError(
-        f"config.train.objective={train.objective!r} with a model that has "
-        f"causal={model.causal}: such a model is trained with {known}"
-    )
 
 
 def masked(inputs_BT, keys, positions_BT, *, rate: float, mask_id: int):

@@ -18,7 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
-from xlformer import fields, hosts, models, runs, sharding, storage
+from xlformer import hosts, models, runs, sharding, storage
 from xlformer.data import preparing, translation, vocabularies
 from xlformer.data.prepared import Prepared
 from xlformer.errors import UserError
@@ -27,7 +27,7 @@ from xlformer.hosts.watchdog import Watchdog
 from xlformer.runs import goodput, log, resume, writing
 from xlformer.runs.checkpoints import Checkpoints
 from xlformer.runs.locks import WorkdirLock
-from xlformer.training import objectives, start
+from xlformer.training import start
 from xlformer.training.loop import Loop
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -63,12 +63,12 @@ def train(
     workdir = storage.path(workdir)
     with faults.Interrupt(**_signals()) as interrupt:
         config = _sealing(config, model)
-        config_lib.check(config)
-        objectives.check(config.train, model or _outline(config))
+        config_lib.check(config, model)
         config, begun = _gone_on(config, workdir)
         rows = config.train.batch_size // config.train.micro_batches
         mesh = sharding.make_mesh(config.mesh, rows=rows)
         sharding.check(config, mesh)
+        (model or config_lib.outline(config)).check_mesh(mesh)
         if hosts.is_first():
             writing.refuse_foreign(workdir)
         prepared, source = _data(config, workdir, mesh, model, begun)
@@ -176,11 +176,6 @@ def _data(config, workdir, mesh, model, begun: bool):
     where = f"--init_from={config.init_from}"
     prepared = translation.translated(prepared, source.vocabulary(), where=where)
     return prepared, functools.partial(source.load, mesh, model)
-
-
-def _outline(config) -> models.Model:
-    """What config.model describes, before the data says of how many symbols."""
-    return models.build(config.model, config.model.vocab_size or fields.LARGEST)
 
 
 def _fitting(model: models.Model | None, config, symbols: int) -> models.Model:

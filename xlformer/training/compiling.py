@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from xlformer import sharding
 from xlformer.models import Model
+from xlformer.runs.checkpoints import Checkpoints
 from xlformer.training import optimizers, state, steps
 
 
@@ -33,6 +34,18 @@ class TrainingStep:
         self.create = functools.partial(state.create, config, model, optimizer)
         self.abstract = jax.eval_shape(self.create, jax.random.key(0))
         self.placed = sharding.train_state(mesh, self.abstract, model)
+
+    def restored(self, checkpoints: Checkpoints, key: jax.Array):
+        """(step, TrainState, config) of the newest intact checkpoint; see state.LATER.
+
+        key: of the run, for what the checkpoint is too old to have.
+        """
+        wanted = sharding.with_shardings(self.abstract, self.placed)
+        step, found, config = checkpoints.restore(
+            functools.partial(state.as_stored, wanted)
+        )
+        found = state.completed(found, self.create, self.placed, key)
+        return step, found, config
 
     def jitted(self, batch: Mapping, *, segments: int = 1):
         """Of jax.jit, for batches like this one; the TrainState is donated.

@@ -113,10 +113,8 @@ class Loop:
         if not self.checkpoints.steps():
             return self._begin(), 0
         writing.check_same_data(self.workdir, self.prepared)
-        made = self.training_step
-        step, found, sealed = self.checkpoints.restore(
-            sharding.with_shardings(made.abstract, made.placed)
-        )
+        key = jax.random.key(self.config.seed)
+        step, found, sealed = self.training_step.restored(self.checkpoints, key)
         where = f"{self.workdir}: config of step {step}"
         self.sealed = config_lib.from_dict(sealed, where=where)
         resume.check(self.workdir, self.sealed, self.config)

@@ -18,7 +18,7 @@ WORKER = """
 import json, resource, sys, threading, time
 sys.path.insert(0, sys.argv.pop(1))
 from training_runs import bag, everything, text_config
-from xlformer import config, hosts, train
+from xlformer import config, hosts, models, train
 from xlformer.data.stream import Stream
 spec = json.loads(sys.argv.pop(1))
 hosts.SLOW_VIEW_S = 1
@@ -38,7 +38,7 @@ made.mesh.update(spec["mesh"])
 made.hosts.update(start_limit=60.0, heartbeat=20.0)
 made.hosts.update(spec["hosts"])
 if spec["bag"]:
-    train.models.build = lambda *_, **__: bag(vocab_size=9, dropout=0.1)
+    models.build = lambda *_, **__: bag(vocab_size=9, dropout=0.1)
 config.load = lambda *_: made
 sys.exit(train.main(["--config=made", *sys.argv[1:]]))
 """

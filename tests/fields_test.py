@@ -82,8 +82,10 @@ def test_a_number_has_bounds(name, value, rule):
         ),
         (
             ["model.attend_zero_memory=True", "data.documents=True"],
-            "attend_zero_memory=True .*documents=True",
+            "documents=True .*resets_in_segment=False",
         ),
+        (["train.objective=masked"], "objective='masked' .*causal=True"),
+        (["train.mask_rate=0"], "mask_rate=0.0 must be above 0"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_text_is_looked_for(overrides, message):

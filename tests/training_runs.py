@@ -90,6 +90,43 @@ def bag(**fields):
     return Bag(BagConfig(**fields))
 
 
+@dataclasses.dataclass(frozen=True)
+class Blanks(Model):
+    """logits = a row for the symbol before, and one for the symbol after: no state."""
+
+    causal = False
+    memory_length = 0
+    segments_equal_one_pass = False
+
+    def init(self, key):
+        shape = (self.vocab_size, self.vocab_size)
+        before, after = (
+            0.1 * jax.random.normal(k, shape) for k in jax.random.split(key)
+        )
+        return {"before_VV": before, "after_VV": after}
+
+    def init_state(self, batch_size, dtype=None):
+        return ()
+
+    def state_axes(self):
+        return ()
+
+    def apply(self, params, inputs_BT, targets_BT, state, *, resets_BT=None,
+              lengths_B=None, step=None, train=False, rngs=None):  # fmt: skip
+        nothing_BTV = jnp.zeros((inputs_BT.shape[0], 1, self.vocab_size))
+        before_BTV = params["before_VV"][inputs_BT[:, :-1]]
+        after_BTV = params["after_VV"][inputs_BT[:, 1:]]
+        logits_BTV = jnp.concatenate([nothing_BTV, before_BTV], 1)
+        logits_BTV += jnp.concatenate([after_BTV, nothing_BTV], 1)
+        log_p_BTV = jax.nn.log_softmax(logits_BTV)
+        nll_BT = -jnp.take_along_axis(log_p_BTV, targets_BT[..., None], -1)[..., 0]
+        return nll_BT, (), Aux(jnp.zeros(()), {})
+
+
+def blanks(vocab_size):
+    return Blanks(BagConfig(vocab_size))
+
+
 def small_config(**train):
     """For steps: two layers, nothing random, sgd without clipping."""
     config = config_lib.load("quickstart:debug")

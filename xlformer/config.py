@@ -57,18 +57,18 @@ def flat(config: Mapping) -> dict[str, Any]:
     return found
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, model: models.Model | None = None) -> None:
     """Raises UserError for what no run can do, whatever the data turn out to be.
 
     Names, types, ranges and combinations, of whatever becomes a config: `load`,
     `from_dict` and `train` call it, so nothing is downloaded or prepared before. What
-    depends on the devices is left to `sharding.check`.
+    depends on the devices is left to `sharding.check`. model: one's own, in place of
+    what config.model describes.
     """
     models.check(config.model)
     values, known = flat(config), rules(config)
-    for (
-        name
-    ) in values:  # A misspelt one would do nothing, and be sealed in checkpoints.
+    for name in values:
+        # A misspelt one would do nothing, and be sealed in checkpoints.
         if name not in known and name != "model.name":
             near = did_you_mean(name, known)
             raise UserError(f"config.{name}: there is no such field{near}")
@@ -77,27 +77,34 @@ def check(config: ConfigDict) -> None:
     for section in fields_lib.TABLE:
         fields_lib.check_section(section, config[section] if section else config)
     recipes.check(config.data)
-    _check_together(config)
+    _check_together(config, model or outline(config))
 
 
-def _check_together(config: ConfigDict) -> None:
+def _check_together(config: ConfigDict, model: models.Model) -> None:
     train, optimizer = config.train, config.optimizer
     if train.batch_size % train.micro_batches:
         raise UserError(
             f"config.train.batch_size={train.batch_size} is not divisible by "
             f"config.train.micro_batches={train.micro_batches}"
         )
-    extended = config.model.get("extended_length", 0)
+    if fields_lib.OBJECTIVES[train.objective].causal != model.causal:
+        objectives = fields_lib.OBJECTIVES.items()
+        fitting = [name for name, o in objectives if o.causal == model.causal]
+        raise UserError(
+            f"config.train.objective={train.objective!r} with a model that has "
+            f"causal={model.causal}: such a model is trained with {', '.join(fitting)}"
+        )
+    extended, documents = model.extended_length, config.data.documents
     if train.variable_length and extended:
         raise UserError(
-            f"config.train.variable_length with config.model.extended_length={extended}"
-            ": padding on the right and context on the left do not go together"
+            f"config.train.variable_length with extended_length={extended} of the "
+            "model: padding on the right and context on the left do not go together"
         )
-    if config.model.get("attend_zero_memory") and (extended or config.data.documents):
+    if not model.resets_in_segment and (extended or documents):
         raise UserError(
-            "config.model.attend_zero_memory=True with config.data.documents="
-            f"{config.data.documents} and config.model.extended_length={extended}: "
-            "attended zeros can be put back only before a segment, not within it"
+            f"config.data.documents={documents} with extended_length={extended} of a "
+            "model with resets_in_segment=False: what such a model sees where a text "
+            "begins can be put back only before a segment, not within it"
         )
     for field, users in fields_lib.ONLY_OF.items():
         if optimizer[field] and optimizer.name not in users:
@@ -105,6 +112,16 @@ def _check_together(config: ConfigDict) -> None:
                 f"config.optimizer.{field}={optimizer[field]} has no effect with "
                 f"{optimizer.name!r}; it belongs to {' and '.join(users)}"
             )
+
+
+def vocab_size(config: ConfigDict, symbols: int) -> int:
+    """Of the model for data of so many symbols: its objective may add some."""
+    return symbols + fields_lib.OBJECTIVES[config.train.objective].symbols
+
+
+def outline(config: ConfigDict) -> models.Model:
+    """What config.model describes, before the data say of how many symbols."""
+    return models.build(config.model, config.model.vocab_size or fields_lib.LARGEST)
 
 
 def directories() -> list[pathlib.Path]:

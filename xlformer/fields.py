@@ -12,7 +12,7 @@ import ast
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from xlformer.errors import Argument, UserError, did_you_mean
 
@@ -91,6 +91,21 @@ def _field(default, resume: str, **rule) -> Field:
 _RATIO = {"least": 0, "below": 1}  # 0 is none, 1 would be all
 SPLITS = ("train", "validation", "test")
 
+
+class Objective(NamedTuple):
+    """What a model may be trained to say; training/objectives.py says it.
+
+    Attributes:
+      causal: of the models that it is for.
+      symbols: how many it needs after those of the data, such as a mask.
+    """
+
+    causal: bool
+    symbols: int = 0
+
+
+OBJECTIVES = {"next_token": Objective(True), "masked": Objective(False, symbols=1)}
+
 # Section -> name -> what it may be. '' is the top of the tree.
 TABLE: Mapping[str, Mapping[str, Field]] = {
     "": {
@@ -98,6 +113,8 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         # JAX's keys have 32 bits of it: seeds 2^32 apart draw the same parameters.
         "seed": _field(1111, REFUSED, least=-(1 << 63), most=(1 << 63) - 1),
         "init_from": _field("", FREE),  # where --init_from took the first weights from
+        # The class of the model that train(..., model=) was given; '' is config.model.
+        "own_model": _field("", REFUSED),
     },
     "data": {
         "corpus": _field("stdlib", REFUSED),  # a builder's name, or 'text' for `path`
@@ -121,6 +138,9 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         "micro_batches": _field(1, FREE, least=1),  # gradients of groups of rows, added
         "segments_per_call": _field(1, FREE, least=1),  # steps in one compiled call
         "variable_length": _field(False, REFUSED),  # the original's varlen: data/stream
+        "objective": _field("next_token", REFUSED, choices=tuple(OBJECTIVES)),
+        # Of the symbols, how many are hidden. Losses of other rates do not compare.
+        "mask_rate": _field(0.15, REFUSED, above=0, most=1),
         "half_loss": _field(False, TAKEN),  # score only the later half of each segment
         "skip_nonfinite": _field(False, TAKEN),  # drop a step whose loss is not finite
         # A loss so many times its average makes the run go back and leave out that

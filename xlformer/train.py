@@ -1,171 +1,30 @@
 """Trains a model: python -m xlformer.train --config=NAME --workdir=DIR.
 
-The story, from top to bottom: config -> hosts -> mesh -> data -> model -> loop. A
-second call with the same directory resumes, and does bit by bit what an uninterrupted
+A second call with the same directory resumes, and does bit by bit what an uninterrupted
 run would have done. Each host of a job makes the same call.
+
+From Python it is `xlformer.train.train(config, workdir, model=None)`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
-import functools
 import json
-import signal
 import sys
 
 import jax
-from ml_collections import ConfigDict
 
-from xlformer import command, fields, hosts, models, runs, sharding, storage
+from xlformer import command, hosts, storage
 from xlformer import config as config_lib
-from xlformer.data import preparing, translation, vocabularies
-from xlformer.errors import Argument, UserError
 from xlformer.hosts import faults
-from xlformer.hosts.watchdog import Watchdog
-from xlformer.runs import goodput, log, resume, writing
-from xlformer.runs.checkpoints import Checkpoints
-from xlformer.runs.locks import WorkdirLock
+from xlformer.runs import goodput, writing
 from xlformer.training import start
-from xlformer.training.loop import Loop
+from xlformer.training.run import train
+
+__all__ = ["keep_heap_small", "main", "train"]
 
 M_ARENA_MAX = -8  # malloc.h
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-
-
-def train(
-    config: ConfigDict,
-    workdir,
-    model: models.Model | None = None,
-    *,
-    started: float | None = None,
-) -> dict:
-    """Trains, or resumes, until config.train.steps.
-
-    Where jax.distributed is initialized all hosts must call it, with equal arguments.
-
-    Args:
-      config: of `xlformer.config.load`, or default_config with your changes. Where
-        its init_from names a work directory, a new run starts from those weights;
-        `start.with_model` gives the config that fits them.
-      workdir: of this run alone; made if missing (see workdirs.py).
-      model: your own, in place of models.build(config.model).
-      started: since when its time counts (goodput), in seconds since 1970; now.
-
-    Returns:
-      The last metrics: 'step', 'train/loss_nats', 'eval/nats_per_token' (of the last
-      validation), 'goodput', 'interrupted' (a signal's name or None).
-
-    Raises:
-      UserError: bad input, a full disk, or a loss that is not finite.
-    """
-    workdir = storage.path(workdir)
-    with faults.Interrupt(**_signals()) as interrupt:
-        config_lib.check(config)
-        directory = workdir / runs.CHECKPOINTS
-        old = resume.sealed(workdir, Checkpoints(directory, read_only=True))
-        if old is not None:
-            resume.check(workdir, old, config)
-            config = _gone_on(old, config)
-        if config.init_from:
-            config = start.with_every_word(config)
-        rows = config.train.batch_size // config.train.micro_batches
-        mesh = sharding.make_mesh(config.mesh, rows=rows)
-        sharding.check(config, mesh)
-        symbols = config.model.vocab_size or fields.LARGEST  # the data will say
-        (model or models.build(config.model, symbols)).check_mesh(mesh)
-        if hosts.is_first():
-            writing.refuse_foreign(workdir)
-        prepared, source = preparing.prepare(config.data), None
-        if config.init_from:
-            source, prepared = _source(config, workdir, prepared, mesh, old is None)
-        size = prepared.vocabulary.size
-        model = model or models.build(config.model, vocab_size=size)
-        if model.vocab_size < size:
-            raise UserError(
-                f"the model knows {model.vocab_size} ids, the data has {size}"
-            )
-        stop = hosts.Stop(interrupt)
-        loop = Loop(
-            config,
-            workdir,
-            model,
-            prepared,
-            mesh,
-            stop=stop,
-            interrupt=interrupt,
-            source=source,
-        )
-        try:
-            with contextlib.ExitStack() as stack:
-                first = hosts.is_first()
-                lock = stack.enter_context(WorkdirLock(workdir)) if first else None
-                writer = stack.enter_context(log.Writer(workdir, enabled=first))
-                watchdog = stack.enter_context(_watchdog(config, workdir))
-                clock = goodput.Clock(writer.write, started=started)
-                with watchdog.allow(config.hosts.phase_limit, "agreeing"):
-                    hosts.agree(
-                        workdir,
-                        config=config_lib.to_json(config),
-                        text=prepared.card["payload_sha256"],
-                    )
-                return loop.start(
-                    writer=writer, lock=lock, watchdog=watchdog, clock=clock
-                )
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            left = Checkpoints(directory, read_only=True).latest()
-            raise UserError(
-                f"{workdir}: cannot be written: {error}; the latest checkpoint is "
-                f"{'none' if left is None else f'step {left}'}"
-            ) from error
-
-
-def _gone_on(old: ConfigDict, config: ConfigDict) -> ConfigDict:
-    """The config of a run that has begun: where it began is not changed any more.
-
-    Nor is the least count of a word, where none is given: its default was 1 once.
-    """
-    if config.init_from not in ("", old.init_from) and hosts.is_first():
-        line = f"the run has begun: --init_from={config.init_from} is not read"
-        print(line, file=sys.stderr, flush=True)
-    config = ConfigDict(config.to_dict())
-    config.init_from = old.init_from
-    config.data.min_count = config.data.min_count or old.data.min_count
-    config.lock()
-    return config
-
-
-def _source(config, workdir, prepared, mesh, fresh: bool):
-    """What loads the run to start from, None if this one has begun; the text in its
-    ids."""
-    if not fresh:
-        own = vocabularies.load(workdir / runs.VOCABULARY)
-        where = Argument("workdir", workdir)
-        return None, translation.translated(prepared, own, where=where)
-    source = start.Source.parse(config.init_from, workdir)
-    where = Argument("init_from", config.init_from)
-    prepared = translation.translated(prepared, source.vocabulary(), where=where)
-    return functools.partial(source.load, mesh), prepared
-
-
-def _signals() -> dict:
-    """Among several hosts JAX's preemption service has SIGTERM, and stops them all."""
-    if jax.process_count() == 1:
-        return {}
-    return {"signals": [signal.SIGINT], "instead": signal.SIGTERM}
-
-
-def _watchdog(config, workdir) -> Watchdog:
-    return Watchdog(
-        workdir / writing.HEARTBEATS,
-        jax.process_index(),
-        jax.process_count(),
-        timeout_s=config.hosts.heartbeat,
-        say=hosts.say,
-    )
 
 
 def _main(argv) -> int:

@@ -1,6 +1,5 @@
 """Attention and training steps, compiled for a machine that is not here."""
 
-import functools
 import sys
 import time
 import traceback
@@ -11,11 +10,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from xlformer import config as config_lib
-from xlformer import models, sharding
+from xlformer import models
 from xlformer.data.stream import Stream
 from xlformer.kernels.relative_attention import relative_attention
 from xlformer.machines.topologies import mesh_of
-from xlformer.training import optimizers, state, steps
+from xlformer.training.compiling import TrainingStep
 
 ENWIK8 = dict(B=8, H=8, T=512, M=512, K=64)
 WT103 = dict(B=8, H=10, T=150, M=150, K=41)
@@ -95,29 +94,10 @@ def train_step(topology, sizes, implementation, *, config="quickstart", **fields
     config.model.update(attention=implementation, dtype="bfloat16", **fields)
     train, mesh = config.train, mesh_of(topology, sizes)
     model = models.build(config.model, vocab_size=256)
-    optimizer = optimizers.build(config.optimizer)
-    schedule = optimizers.learning_rate(config.optimizer, train.steps)
-    step = steps.make_step(config, model, optimizer, schedule)
-    create = functools.partial(state.create, config, model, optimizer)
     sizes = dict(batch_size=train.batch_size, segment_length=train.segment_length)
     tokens = np.zeros(4 * train.batch_size * train.segment_length, np.uint8)
-    batch = jax.tree.map(np.asarray, Stream(tokens, **sizes).at(0))
-    split = PartitionSpec(sharding.RULES["batch"])
-    rows = {
-        name: NamedSharding(mesh, split if x.ndim else PartitionSpec())
-        for name, x in batch.items()
-    }
-    key = jax.random.key(0)
-    with jax.set_mesh(mesh):  # It says which machine is meant.
-        abstract = jax.eval_shape(create, key)
-        placed = sharding.train_state(mesh, abstract, model)
-        jitted = jax.jit(
-            step,
-            donate_argnums=0,
-            in_shardings=(placed, rows),
-            out_shardings=(placed, sharding.replicated(mesh)),
-        )
-        return jitted.lower(abstract, batch).compile()
+    batch = Stream(tokens, **sizes).at(0)
+    return TrainingStep(config, model, mesh).compile(batch)
 
 
 def run(checks):

@@ -26,7 +26,7 @@ from training_runs import (
     write_text,
 )
 
-import xlformer.train
+import xlformer.training.run
 from xlformer import evaluate, generate, runs, storage
 from xlformer.data import preparing
 from xlformer.runs import log, writing
@@ -50,7 +50,7 @@ def emulator(tmp_path_factory):
     with object_store.emulator(folder / "log.txt"):
         with pytest.MonkeyPatch.context() as patch:
             lock = functools.partial(WorkdirLock, period=PERIOD)
-            patch.setattr(xlformer.train, "WorkdirLock", lock)
+            patch.setattr(xlformer.training.run, "WorkdirLock", lock)
             patch.setenv("HOME", str(folder))  # where tokens are copied to
             yield
 
@@ -108,18 +108,19 @@ COMMAND = """
 import functools, sys, time
 sys.path.insert(0, sys.argv.pop(1))
 import object_store_test
-import xlformer.train
+import xlformer.training.run
 from training_runs import everything, text_config
 text, workdir = sys.argv[1:]
 config = everything(text_config(text))
 config.data.directory = object_store_test.BUCKET + "/prepared"
-xlformer.train.WorkdirLock = functools.partial(
-    xlformer.train.WorkdirLock, period=object_store_test.PERIOD)
+xlformer.training.run.WorkdirLock = functools.partial(
+    xlformer.training.run.WorkdirLock, period=object_store_test.PERIOD)
 from xlformer.data.stream import Stream
 at = Stream.at
 # However slow the killer is: the run is not over.
 Stream.at = lambda self, step: time.sleep(60) if step == 20 else at(self, step)
-xlformer.train.train(config, workdir, model=object_store_test.model())
+xlformer.training.run.train(
+    config, workdir, model=object_store_test.model())
 """
 
 

@@ -147,7 +147,7 @@ def test_more_steps_say_what_becomes_of_the_rate():
 @pytest.mark.parametrize(("given", "taken"), [(0, 1), (3, 3)])
 def test_the_least_count_of_a_word_stays_where_none_is_given(given, taken):
     old, new = config(**{"data.min_count": 1}), config(**{"data.min_count": given})
-    assert train._gone_on(old, new).data.min_count == taken
+    assert resume.gone_on(old, new).data.min_count == taken
 
 
 def test_the_plateau_forgets_a_loss_of_other_settings():
@@ -195,3 +195,10 @@ def test_a_config_of_another_system_is_refused_by_its_name(monkeypatch):
     monkeypatch.setitem(models.MODELS, "wings", models.MODELS["transformer_xl"])
     old, new = config(), config(**{"model.name": "wings"})
     assert "config.model.name='transformer_xl', now it is 'wings'" in refusal(old, new)
+
+
+def test_a_model_of_ones_own_does_not_read_config_model():
+    old = config(own_model="Bag")
+    resume.check("DIR", old, config(own_model="Bag", **{"model.d_model": 48}))
+    assert "config.own_model='Bag', now it is ''" in refusal(old, config())
+    assert "train(config, workdir, model=...)" in refusal(config(), old)

@@ -97,7 +97,7 @@ CASES = {
     ),
     "zero memory with documents": (
         ["model.attend_zero_memory=True", "data.documents=True"],
-        ["attend_zero_memory=True", "documents=True"],
+        ["resets_in_segment=False", "documents=True"],
     ),
     "no layers": ("model.n_layer=0", ["config.model.n_layer=0"]),
     "cutoffs not ascending": ("model.cutoffs=(7,3)", ["cutoffs", "(7, 3)"]),

@@ -12,15 +12,15 @@ from xlformer.training.profiler import Profiler
 from xlformer.training.progress import Progress
 
 
-def _config(**train):
-    config = config_lib.default_config()
-    config.train.update(steps=11, batch_size=3, segment_length=7, **train)
-    return config
+def _train():
+    section = config_lib.default_config().train
+    section.update(steps=11, batch_size=3, segment_length=7)
+    return section
 
 
 def test_a_line_is_the_mean_of_finite_losses_since_the_last(tmp_path, capsys):
     with log.Writer(tmp_path) as writer:
-        progress = Progress(_config(), writer, lambda nats: ("bpc", nats * 2))
+        progress = Progress(_train(), writer, lambda nats: ("bpc", nats * 2))
         progress.add(np.array([1.0, 5.0]), np.array([True, True]))
         progress.add(np.array([np.nan]), np.array([False]))
         progress.log(3, {"norm/grad": 0.5})
@@ -39,7 +39,7 @@ def test_time_in_a_pause_is_not_training(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     with log.Writer(tmp_path) as writer:
-        progress = Progress(_config(), writer, lambda nats: ("bpc", nats))
+        progress = Progress(_train(), writer, lambda nats: ("bpc", nats))
         with progress.pause():
             now[0] += 50.0
         now[0] += 2.0
@@ -53,14 +53,14 @@ def test_a_trace_covers_the_chosen_steps_and_ends_with_the_run(tmp_path, monkeyp
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda d: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    profiler = Profiler(_config(profile_start=2, profile_steps=3), tmp_path)
+    profiler = Profiler(tmp_path, first=2, steps=3)
     told = {step: profiler.follow(step) for step in range(7)}
     assert calls == ["start", "stop"]
     assert [step for step, line in told.items() if line] == [5]
     assert profiler.stop() == ""
-    none = Profiler(_config(profile_start=2, profile_steps=0), tmp_path)
+    none = Profiler(tmp_path, first=2, steps=0)
     assert not any(none.due(step) for step in range(7))
-    cut_short = Profiler(_config(profile_start=2, profile_steps=3), tmp_path)
+    cut_short = Profiler(tmp_path, first=2, steps=3)
     cut_short.follow(2)
     assert str(tmp_path) in cut_short.stop() and calls[-1] == "stop"
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from training_runs import bag, refusal
+from training_runs import bag, blanks, refusal
 
 from xlformer import config as config_lib
 from xlformer import models, sharding
 from xlformer.data.stream import Stream
 from xlformer.train import train
-from xlformer.training import optimizers, state, steps
+from xlformer.training.compiling import TrainingStep
 
 V, B, T, M = 24, 8, 7, 11  # no other array has an axis of M
 TOKENS = np.random.default_rng(0).integers(0, V, 1009).astype(np.uint8)
@@ -58,28 +58,16 @@ class Trainer:
     def __init__(self, config, mesh, model=None, before=None):
         mesh = sharding.make_mesh(mesh)
         model = model or models.build(config.model, vocab_size=V)
-        optimizer = optimizers.build(config.optimizer)
-        schedule = optimizers.learning_rate(config.optimizer, 3)
-        step = steps.make_step(config, model, optimizer, schedule)
-        create = functools.partial(state.create, config, model, optimizer)
-        key = jax.random.key(5)
-        abstract = jax.eval_shape(create, key)
-        placed = sharding.train_state(mesh, abstract, model)
+        made = TrainingStep(config, model, mesh)
         stream = Stream(TOKENS, batch_size=B, segment_length=T)
-        rows = sharding.Rows(mesh, B).shardings(stream.at(0))
         with jax.set_mesh(mesh):
             if before is None:
-                self.state = jax.jit(create, out_shardings=placed)(key)
+                create = jax.jit(made.create, out_shardings=made.placed)
+                self.state = create(jax.random.key(5))
                 self.before = jax.device_get(self.state)
             else:
-                self.state = jax.device_put(before, placed)
-            step = jax.jit(
-                step,
-                donate_argnums=0,
-                in_shardings=(placed, rows),
-                out_shardings=(placed, sharding.replicated(mesh)),
-            )
-            step = step.lower(abstract, stream.at(0)).compile()
+                self.state = jax.device_put(before, made.placed)
+            step = made.compile(stream.at(0))
             self.text = step.as_text()
             for k in range(3):
                 self.state, metrics = step(self.state, stream.at(k))
@@ -182,6 +170,17 @@ def test_a_model_without_names_is_copied_and_its_rows_are_split():
     one = Trainer(config, MESHES["one"], bag(vocab_size=V))
     a, b = found.after[0].params, one.after[0].params
     np.testing.assert_allclose(a["table_VV"], b["table_VV"], rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_hidden_does_not_depend_on_the_mesh():
+    """Nor do the losses: devices hide different numbers of symbols."""
+    config = make_config()
+    config.train.update(ema_decay=0.0, objective="masked")
+    mesh, one = (Trainer(config, MESHES[m], blanks(V + 1)) for m in ("data 8", "one"))
+    a, b = mesh.after, one.after
+    np.testing.assert_allclose(a[1]["train/loss_nats"], b[1]["train/loss_nats"], 1e-5)
+    for name, x in b[0].params.items():
+        np.testing.assert_allclose(a[0].params[name], x, rtol=1e-5, atol=1e-6)
 
 
 # What does not fit --------------------------------------------------------------------

@@ -5,10 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from training_runs import bag, small_config
+from training_runs import assert_same, bag, refusal, small_config
 
-from xlformer import models
-from xlformer.training import optimizers, state
+from xlformer import models, sharding
+from xlformer.runs.checkpoints import Checkpoints
+from xlformer.training import optimizers, spikes, state
+from xlformer.training.compiling import TrainingStep
 
 
 def create(config, model):
@@ -48,3 +50,18 @@ def test_all_of_it_can_be_donated():
     after = step(found)  # One buffer in two places would be donated twice.
     assert all(x.is_deleted() for x in jax.tree.leaves(found))
     assert int(after.step) == 1
+
+
+def test_what_an_earlier_release_did_not_save_begins_anew(tmp_path, monkeypatch):
+    """An entry that is in state.LATER; any other one that is missing is refused."""
+    made = TrainingStep(small_config(), bag(), sharding.make_mesh({"data": 1}))
+    key, old = jax.random.key(3), jax.jit(made.create)(jax.random.key(1))
+    old = old._replace(step=jnp.int32(5), spikes=None)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, old, config={})
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    assert "has spikes/average as nothing" in refusal(made.restored, checkpoints, key)
+    monkeypatch.setattr(state, "LATER", ("evaluated", "spikes"))
+    step, found, _ = made.restored(checkpoints, key)
+    assert step == 5
+    assert_same(found, old._replace(spikes=spikes.init()))

@@ -1,5 +1,6 @@
 """The training step: a pure function that does what the config says, and no more."""
 
+import dataclasses
 import functools
 import math
 
@@ -8,14 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from training_runs import (
+    Bag,
+    BagConfig,
     assert_close,
     assert_same,
     bag,
+    refusal,
     small_config,
 )
 
 from xlformer import models
 from xlformer.data.stream import Stream
+from xlformer.models import Aux
 from xlformer.training import optimizers, state, steps
 from xlformer.training.gradients import make_gradients
 
@@ -264,7 +269,7 @@ def test_the_plateau_scales_only_its_own_schedule():
 def test_validations_without_progress_lower_the_scale():
     config = small_config()
     config.optimizer.update(plateau_factor=0.5, plateau_patience=1)
-    update, plateau = steps.make_evaluated(config), optimizers.plateau_init()
+    update, plateau = steps.make_evaluated(config.optimizer), optimizers.plateau_init()
     scales = []
     for loss in (3.0, 2.0, 2.5, 2.0, 1.9, 2.1):
         plateau, evaluated = update(plateau, loss, 7)
@@ -358,6 +363,38 @@ def test_without_skipping_the_loss_is_said_to_be_not_finite():
     found, logged = Run(small_config(), bag(nan_steps=(1,))).states(2)
     assert [bool(v["train/finite"]) for v in logged] == [True, False]
     assert np.isnan(found[2].params["table_VV"]).any()
+
+
+# What a model logs --------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Talkative(Bag):
+    """A bag that logs what it is told to."""
+
+    metrics: tuple = ()
+
+    def apply(self, *args, **kwargs):
+        nll_BT, carried, aux = super().apply(*args, **kwargs)
+        return nll_BT, carried, Aux(aux.loss, dict(self.metrics))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fragment"),
+    [
+        ("train/loss_nats", 0.0, "of the loop's own"),
+        ("norm/grad", 0.0, "of the loop's own"),
+        ("spike/ratio", 0.0, "of the loop's own"),
+        ("step", 0.0, "of the loop's own"),
+        ("my/rows", np.zeros(2), "of shape (2,)"),
+    ],
+)
+def test_a_model_overwrites_nothing_that_the_loop_logs(name, value, fragment):
+    run = Run(small_config(), Talkative(BagConfig(), metrics=((name, value),)))
+    make = functools.partial(state.create, run.config, run.model, run.optimizer)
+    fresh = jax.eval_shape(make, jax.random.key(0))
+    line = refusal(jax.eval_shape, run.function, fresh, run.stream.at(0))
+    assert f"Talkative returns aux.metrics['{name}']" in line and fragment in line
 
 
 # For people who hold on to pmap -------------------------------------------------------

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from training_runs import (
     SYMBOLS,
+    Bag,
+    BagConfig,
     bag,
     final_state,
     refusal,
@@ -15,12 +17,13 @@ from training_runs import (
 )
 
 from xlformer import config as config_lib
-from xlformer import runs
+from xlformer import models, runs
 from xlformer.data.prepared import Prepared
 from xlformer.data.stream import Stream
 from xlformer.data.vocabulary import ByteVocabulary, WordVocabulary
 from xlformer.runs import log
 from xlformer.train import train
+from xlformer.training import run
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +69,66 @@ def test_skipping_goes_on_until_ten_in_a_row(text, tmp_path):
 # The text and the model ---------------------------------------------------------------
 
 
-def test_your_own_model_is_trained_like_ours(text, tmp_path):
+@pytest.fixture
+def config(text):
+    found = text_config(text)
+    found.optimizer.learning_rate = 0.3
+    return found
+
+
+@pytest.fixture(scope="module")
+def own(text, tmp_path_factory):
+    """The work directory of a run with a model of one's own; not to be changed."""
+    workdir = tmp_path_factory.mktemp("own") / "run"
     config = text_config(text)
     config.optimizer.learning_rate = 0.3
-    result = train(config, tmp_path, model=bag(vocab_size=SYMBOLS))
-    evals = [r["eval/nats_per_token"] for r in log.read(tmp_path, kind="eval")]
-    assert evals[2] < evals[0] and result["step"] == 24
-    assert "bag/seen" in log.read(tmp_path, kind="train")[0]
+    train(config, workdir, model=bag(vocab_size=SYMBOLS))
+    return workdir
+
+
+def test_your_own_model_is_trained_like_ours(own, config, tmp_path):
+    evals = [r["eval/nats_per_token"] for r in log.read(own, kind="eval")]
+    assert evals[2] < evals[0]
+    assert log.read(own, kind="train")[-1]["step"] == 24
+    assert "bag/seen" in log.read(own, kind="train")[0]
     line = refusal(train, config, tmp_path / "b", model=bag(vocab_size=8))
     assert "the model knows 8 ids, the data has 9" in line
+
+
+def test_a_run_with_a_model_of_ones_own_says_so(own, config):
+    """Nobody takes it for the model that config.model describes."""
+    kept = runs.read_config(own)
+    assert kept.own_model == "Bag" and config.own_model == ""
+    # It goes on with that model, from either config, whatever config.model says.
+    config.model.d_model = 48
+    for given in (kept, config):
+        assert train(given, own, model=bag(vocab_size=SYMBOLS))["step"] == 24
+    line = refusal(train, config, own)
+    assert "config.own_model='Bag', now it is ''" in line and "model=..." in line
+    line = refusal(train, config, own, model=Sack(BagConfig(SYMBOLS)))
+    assert "config.own_model='Bag', now it is 'Sack'" in line
+    for given in ({}, {"model": Sack(BagConfig(SYMBOLS))}):
+        line = refusal(train, kept, own / "new", **given)
+        assert "config.own_model='Bag', but model= is" in line
+    assert not (own / "new").exists()
+    kept.train.steps = 25
+    line = refusal(train, kept, own, model=bag(vocab_size=SYMBOLS + 1))
+    assert "checkpoint has params/table_VV as float32[9,9], here it is" in line
+
+
+class Sack(Bag):
+    """Another class of the same shapes."""
+
+
+def test_a_model_of_ours_that_is_passed_is_what_the_config_then_says(text, tmp_path):
+    """Else who reads the run would build another."""
+    found = text_config(text, steps=1)
+    with found.ignore_type():
+        found.model.d_inner = 24
+    model = models.build(found.model, vocab_size=SYMBOLS)
+    sealed = run._sealing(text_config(text), model)
+    assert sealed.own_model == "" and sealed.model.d_inner == 24
+    assert sealed.model.name == "transformer_xl" and sealed.model.vocab_size is None
 
 
 def carried_by_hand(stream, steps, starts):
@@ -177,7 +231,9 @@ def test_every_config_trains_two_steps(name, corpora, tmp_path, monkeypatch):
     config.model.scan_layers, config.mesh.data = True, 1  # compiles faster
     words = config.data.corpus in ("wikitext103", "lm1b", "penn")
     prepared = corpora["words" if words else "bytes"]
-    monkeypatch.setattr("xlformer.train.preparing.prepare", lambda data: prepared)
+    monkeypatch.setattr(
+        "xlformer.training.run.preparing.prepare", lambda data: prepared
+    )
     result = train(config, tmp_path)
     assert result["step"] == config.train.steps == 2
     unit = "ppl" if words else "bpc"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,20 +9,21 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xlformer import config as config_lib
-from xlformer import models, sharding, storage
+from xlformer import models, storage
 from xlformer.data.stream import Stream
 from xlformer.errors import Argument, UserError
-from xlformer.training import optimizers, state, steps
+from xlformer.training.compiling import TrainingStep
 
 
 class Step(NamedTuple):
     """What `xlformer.train` makes of a config.
 
     Attributes:
-      function: of jax.jit: (state, batch) -> (state, metrics); the state is donated.
-      create: key -> the first state, of jax.jit too.
-      abstract: the state's shapes.
-      placed: the state's shardings.
+      function: of jax.jit: (train_state, batch) -> (train_state, metrics); the
+        TrainState is donated.
+      create: key -> a fresh TrainState, of jax.jit too.
+      abstract: its shapes.
+      placed: its shardings.
       batch: one batch, as the first of a text of zeros.
     """
 
@@ -49,12 +49,13 @@ def vocab_size(spec: str, config) -> int:
         return config.model.vocab_size
     found = getattr(config_lib.module(spec.partition(":")[0]), "VOCAB_SIZE", None)
     if found and not config.data.tokenizer and config.data.unit == "bytes":
-        return found
+        return config_lib.vocab_size(config, found)
     directory = config.data.directory
     if directory and storage.path(directory).exists():
         from xlformer.data import preparing  # TFDS, which only this case needs
 
-        return preparing.prepare(config.data).vocabulary.size
+        symbols = preparing.prepare(config.data).vocabulary.size
+        return config_lib.vocab_size(config, symbols)
     raise UserError(
         Argument("config", spec),
         ": the size of the vocabulary comes from the data: pass ",
@@ -66,31 +67,17 @@ def vocab_size(spec: str, config) -> int:
 
 
 def shapes(config, model: models.Model, mesh):
-    """(shapes, shardings) of the training state; of the mesh only its sizes matter."""
-    create = functools.partial(
-        state.create, config, model, optimizers.build(config.optimizer)
-    )
-    abstract = jax.eval_shape(create, jax.random.key(0))
-    return abstract, sharding.train_state(mesh, abstract, model)
+    """(shapes, shardings) of the TrainState; of the mesh only its sizes matter."""
+    made = TrainingStep(config, model, mesh)
+    return made.abstract, made.placed
 
 
 def step(config, model: models.Model, mesh: Mesh) -> Step:
     """The training step on a mesh, which may be of devices that are not here."""
-    train = config.train
-    optimizer = optimizers.build(config.optimizer)
-    schedule = optimizers.learning_rate(config.optimizer, train.steps)
-    create = functools.partial(state.create, config, model, optimizer)
-    abstract, placed = shapes(config, model, mesh)
-    batch = _batch(config, model)
-    rows = sharding.Rows(mesh, train.batch_size).shardings(batch)
-    function = jax.jit(
-        steps.make_step(config, model, optimizer, schedule),
-        donate_argnums=0,
-        in_shardings=(placed, rows),
-        out_shardings=(placed, sharding.replicated(mesh)),
-    )
-    create = jax.jit(create, out_shardings=placed)
-    return Step(mesh, function, create, abstract, placed, batch)
+    made, batch = TrainingStep(config, model, mesh), _batch(config, model)
+    create = jax.jit(made.create, out_shardings=made.placed)
+    function = made.jitted(batch)
+    return Step(mesh, function, create, made.abstract, made.placed, batch)
 
 
 def _batch(config, model) -> dict:

@@ -140,7 +140,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        state,
+        tree,
         *,
         config: Mapping,
         metric: float | None = None,
@@ -162,7 +162,7 @@ class Checkpoints:
         self.wait()
         finite = metric is not None and math.isfinite(metric)
         named = {METRIC: float(metric)} if finite else {}
-        arrays, digest = seal(state, config=dict(config), metric=named)
+        arrays, digest = seal(tree, config=dict(config), metric=named)
         try:
             for stale in [s for s in self.steps() if s >= step]:
                 _log.warning("deleting step %d, replaced by step %d", stale, step)
@@ -214,13 +214,14 @@ class Checkpoints:
 
     # Restoring -----------------------------------------------------------------------
 
-    def restore(self, abstract_state, step: int | None = None, *, before=None):
-        """Returns (step, state, config) of the newest checkpoint that is intact.
+    def restore(self, abstract, step: int | None = None, *, before=None):
+        """Returns (step, tree, config) of the newest checkpoint that is intact.
 
-        abstract_state: jax.ShapeDtypeStructs with the shardings wanted now, or arrays;
-        leaves without a sharding go to the first device. With `step` only that one
-        will do; with `before` only steps below it are tried. A checkpoint of another
-        model is no corruption: it raises UserError and nothing else is tried.
+        abstract: a tree of jax.ShapeDtypeStructs with the shardings wanted now, or of
+        arrays, or what gives one for the names at the top of the saved tree. Leaves
+        without a sharding go to the first device. With `step` only that one will do;
+        with `before` only steps below it are tried. A checkpoint of another model is no
+        corruption: it raises UserError and nothing else is tried.
         """
         self.wait()
         if step is not None:
@@ -231,7 +232,7 @@ class Checkpoints:
         for candidate in reversed(tried):
             found, fault = None, ""
             try:
-                found = self._restore_step(candidate, abstract_state)
+                found = self._restore_step(candidate, abstract)
             except Corrupt as error:
                 fault = str(error)
             if _on_any_host(bool(fault)):
@@ -269,7 +270,7 @@ class Checkpoints:
         return self._path(step).rename(free)
 
     def restore_params(self, step: int | None, abstract: Mapping):
-        """Restores a part of the state: {'params': tree, 'ema': tree, ...}.
+        """Restores a part of the saved tree: {'params': tree, 'ema': tree, ...}.
 
         Leaves whose abstract leaf has a sharding become jax.Arrays, the others numpy
         arrays, whatever devices saved them. step None is the latest. Raises UserError
@@ -284,9 +285,8 @@ class Checkpoints:
         return self._one(step, read_config)
 
     def contents(self, step: int) -> set[str]:
-        """The names at the top of a saved state: 'step', 'params', 'carried', ..."""
-        found = self._one(step, lambda _, sealed: sealed["layouts"])
-        return {path.partition("/")[0] for path in found}
+        """The names at the top of a saved tree: 'step', 'params', 'carried', ..."""
+        return self._one(step, lambda _, sealed: _tops(sealed))
 
     def _one(self, step, read):
         step = self.latest() if step is None else step
@@ -309,21 +309,27 @@ class Checkpoints:
             return f"{self.directory}: there is no checkpoint{limit}"
         return f"{self.directory}: no intact checkpoint{limit}: {'; '.join(reasons)}"
 
-    def _restore_step(self, step, abstract_state):
+    def _restore_step(self, step, abstract):
         path = self._path(step)
         sealed = read_seal(path)
+        if callable(abstract):
+            abstract = abstract(_tops(sealed))
         default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placed = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
                 x.shape, x.dtype, sharding=getattr(x, "sharding", None) or default
             ),
-            abstract_state,
+            abstract,
         )
         config = read_config(path, sealed)
         return read_state(path, sealed, placed, whole=True), config
 
     def _path(self, step) -> epath.Path:
         return self.directory / str(step)
+
+
+def _tops(sealed: Mapping) -> set[str]:
+    return {path.partition("/")[0] for path in sealed["layouts"]}
 
 
 def _how(config: Mapping) -> str:

@@ -34,14 +34,14 @@ FLOATS = {"bfloat16", "float32", "float64"}
 FORMAT = 2  # of a seal; 0.1.0 wrote none, and called nats per token "bpc"
 
 
-def seal(state, *, config: Mapping, metric: Mapping) -> tuple[dict, dict]:
+def seal(tree, *, config: Mapping, metric: Mapping) -> tuple[dict, dict]:
     """Returns (the nested dict of arrays to write, its seal)."""
-    flat = leaves.flatten(state)
+    flat = leaves.flatten(tree)
     arrays = leaves.to_disk(flat)
     item = {
         "format": FORMAT,
         "leaves": leaves.digests(arrays),
-        "layouts": leaves.layouts(state),
+        "layouts": leaves.layouts(tree),
         "config": _crc(config),
         "metric": dict(metric),  # {name: value} or {}
     }

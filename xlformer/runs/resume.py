@@ -11,12 +11,22 @@ from collections.abc import Callable, Mapping
 from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
+from xlformer import models
 from xlformer.errors import Argument, UserError
 from xlformer.fields import FREE, REFUSED, TAKEN, Rule
 from xlformer.runs.checkpoints import Checkpoints
 
 RATE = ("learning_rate", "schedule", "warmup_steps", "final_fraction")
 RATE = ("train.steps", *(f"optimizer.{name}" for name in RATE))
+
+
+def own_name(model: models.Model | None) -> str:
+    """config.own_model: the class of a model of one's own, '' for one of models.MODELS.
+
+    The fields of config.model mean nothing for such a model.
+    """
+    ours = model is None or type(model) in models.MODELS.values()
+    return "" if ours else type(model).__qualname__
 
 
 def sealed(workdir, checkpoints: Checkpoints) -> ConfigDict | None:
@@ -53,11 +63,27 @@ def check(workdir, old: ConfigDict, new: ConfigDict) -> None:
         if old.init_from and not new.init_from and name.startswith("model."):
             began = Argument("init_from", old.init_from)
             hint = ("the run began with ", began, ": pass it again")
+        if name == "own_model":
+            hint = (
+                "train(config, workdir, model=...) needs the model that it began with",
+            )
         raise UserError(
             Argument("workdir", workdir),
             f" was trained with config.{name}={was!r}, now it is {wanted!r}: ",
             *hint,
         )
+
+
+def gone_on(old: ConfigDict, new: ConfigDict) -> ConfigDict:
+    """`new` for a run that has begun as `old`: where it began is not changed any more.
+
+    Nor is the least count of a word, where none is given: its default was 1 once.
+    """
+    config = ConfigDict(new.to_dict())
+    config.init_from = old.init_from
+    config.data.min_count = new.data.min_count or old.data.min_count
+    config.lock()
+    return config
 
 
 def lines(
@@ -118,11 +144,14 @@ def with_free_fields(old: ConfigDict, new: ConfigDict) -> ConfigDict:
 def _changes(old: ConfigDict, new: ConfigDict):
     """(name, rule, old value, new value) of each field that differs."""
     before, after = config_lib.flat(old), config_lib.flat(new)
-    if old.model.name != new.model.name:
+    own = old.own_model or new.own_model  # It does not read config.model.
+    if old.model.name != new.model.name and not own:
         yield "model.name", Rule(REFUSED), old.model.name, new.model.name
         return
     rules: Mapping[str, Rule] = config_lib.rules(new)
     for name, rule in rules.items():
+        if own and name.startswith("model."):
+            continue
         if before[name] != after[name]:
             yield name, rule, before[name], after[name]
 

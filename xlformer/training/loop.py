@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from xlformer import config as config_lib
-from xlformer import hosts, models, runs, sharding, tables
+from xlformer import hosts, runs, sharding, tables
 from xlformer.data.stream import Stream
 from xlformer.errors import UserError
 from xlformer.hosts import faults
@@ -18,12 +18,13 @@ from xlformer.runs import goodput, resume, writing
 from xlformer.runs.checkpoints import Checkpoints
 from xlformer.scoring.validation import Validation
 from xlformer.training import optimizers, spikes, start, state, steps
+from xlformer.training.compiling import TrainingStep
 from xlformer.training.profiler import Profiler
 from xlformer.training.progress import Progress
 
 
 class Loop:
-    """One process's part of a run. Whatever must survive it is in self.state.
+    """One process's part of a run. Whatever must survive it is in self.train_state.
 
     All hosts make the same calls in the same order, because each may be one for all.
     """
@@ -35,11 +36,8 @@ class Loop:
         self.config, self.workdir, self.model = config, workdir, model
         self.prepared, self.mesh = prepared, mesh
         self.stop, self.interrupt = stop, interrupt
-        self.source = (
-            source  # loads a runs.Run, whose weights a fresh state starts with
-        )
-        self.optimizer = optimizers.build(config.optimizer)
-        schedule = optimizers.learning_rate(config.optimizer, train.steps)
+        self.source = source  # loads a runs.Run, to start from its weights
+        self.training_step = TrainingStep(config, model, mesh)
         self.rows = sharding.Rows(mesh, train.batch_size)
         self.stream = Stream(
             prepared.tokens["train"],
@@ -51,12 +49,16 @@ class Loop:
             seed=config.seed,
             rows=self.rows.mine,
         )
-        self.step_fn = steps.make_step(config, model, self.optimizer, schedule)
         self.validation = Validation(config, model, prepared, mesh)
         self.evaluated = jax.jit(
-            steps.make_evaluated(config), out_shardings=sharding.replicated(mesh)
+            steps.make_evaluated(config.optimizer),
+            out_shardings=sharding.replicated(mesh),
         )
-        self.profiler = Profiler(config, workdir / writing.PROFILE)
+        self.profiler = Profiler(
+            workdir / writing.PROFILE,
+            first=train.profile_start,
+            steps=train.profile_steps,
+        )
         self.calls = {}  # compiled steps by how many segments one call takes
         self.pending = None  # (step, metrics) of the last call, not yet read
         self.sealed = config  # of the checkpoint that the run goes on from
@@ -64,15 +66,15 @@ class Loop:
     def start(self, *, writer, lock, watchdog, clock) -> dict:
         self.writer, self.lock = writer, lock
         self.watchdog, self.clock = watchdog, clock
-        self.progress = Progress(self.config, writer, self.validation.score)
+        self.progress = Progress(self.config.train, writer, self.validation.score)
         total = self.config.train.steps
         with Checkpoints(
             self.workdir / runs.CHECKPOINTS, keep=self.config.train.keep
         ) as self.checkpoints:
             with self._phase("restoring"):
-                self.state, self.step = self._state()
+                self.train_state, self.step = self._restored()
             self.writer.rewind(self.step)
-            self.skips = spikes.skipped(self.state.spikes)
+            self.skips = spikes.skipped(self.train_state.spikes)
             logged = writing.last_metrics(self.workdir, self.step)
             self.result = {"step": self.step, "interrupted": None, **logged}
             self.clock.record(self.step)
@@ -84,7 +86,7 @@ class Loop:
             self._introduce()
             if self.step:
                 self._say(f"resuming from the checkpoint of step {self.step}")
-                scale = float(self.state.plateau.scale)
+                scale = float(self.train_state.plateau.scale)
                 rate = functools.partial(
                     optimizers.next_rate, step=self.step, scale=scale
                 )
@@ -106,20 +108,13 @@ class Loop:
 
     # State ---------------------------------------------------------------------------
 
-    def _state(self):
+    def _restored(self):
         """The restored state, or a fresh one where there is no checkpoint."""
-        create = functools.partial(
-            state.create, self.config, self.model, self.optimizer
-        )
-        key = jax.random.key(self.config.seed)
-        abstract = jax.eval_shape(create, key)
-        self.placed = sharding.train_state(self.mesh, abstract, self.model)
         if not self.checkpoints.steps():
-            return self._begin(create, key), 0
+            return self._begin(), 0
         writing.check_same_data(self.workdir, self.prepared)
-        step, found, sealed = self.checkpoints.restore(
-            sharding.with_shardings(abstract, self.placed)
-        )
+        key = jax.random.key(self.config.seed)
+        step, found, sealed = self.training_step.restored(self.checkpoints, key)
         where = f"{self.workdir}: config of step {step}"
         self.sealed = config_lib.from_dict(sealed, where=where)
         resume.check(self.workdir, self.sealed, self.config)
@@ -130,16 +125,18 @@ class Loop:
         plateau = state.resumed_plateau(found.plateau, self.sealed, self.config)
         return found._replace(plateau=plateau), step
 
-    def _begin(self, create, key):
+    def _begin(self):
         """Before the first step: fresh parameters, or those of another run."""
+        create, placed = self.training_step.create, self.training_step.placed
+        key = jax.random.key(self.config.seed)
         if self.source is None:
             self._say("no checkpoint: starting from fresh parameters")
-            return jax.jit(create, out_shardings=self.placed)(key)
+            return jax.jit(create, out_shardings=placed)(key)
         run = self.source()  # Again after a spike before the first save.
         create = start.from_weights(create, self.config, self.model, run)
         for line in start.lines(self.config, run, self.prepared):
             self._say(line)
-        return jax.jit(create, out_shardings=self.placed)(key, run.params)
+        return jax.jit(create, out_shardings=placed)(key, run.params)
 
     def _save(self, metric=None, *, replace=False):
         with self._phase("saving"):
@@ -147,7 +144,7 @@ class Loop:
             self.writer.flush()  # what a checkpoint knows, the log knows too
             self.checkpoints.save(
                 self.step,
-                self.state,
+                self.train_state,
                 config=config_lib.to_dict(self.config),
                 metric=metric,
                 replace=replace,
@@ -161,10 +158,10 @@ class Loop:
         self.clock.record(spike.step)
         with self._phase("restoring"):
             self.checkpoints.wait()
-            self.state, self.step = self._state()
+            self.train_state, self.step = self._restored()
             self.writer.rewind(self.step)
-            left_out = spikes.add(self.state.spikes, *self.skips, index)
-            self.state = self.state._replace(spikes=left_out)
+            left_out = spikes.add(self.train_state.spikes, *self.skips, index)
+            self.train_state = self.train_state._replace(spikes=left_out)
             self.skips = spikes.skipped(left_out)
         self._say(
             f"the loss of step {spike.step} is {spike.ratio:.2f} times its average: "
@@ -202,7 +199,7 @@ class Loop:
         self.watchdog.beat("batch", self.step)
         batch = self._batch(count)
         self.watchdog.beat("step", self.step)
-        self.state, found = self._compiled(count)(self.state, batch)
+        self.train_state, found = self._compiled(count)(self.train_state, batch)
         self._read()  # Of the call before: a lag of one.
         self.step += count
         self.pending = (self.step, found)
@@ -241,19 +238,10 @@ class Loop:
 
     def _compiled(self, count):
         if count not in self.calls:
-            function = self.step_fn if count == 1 else steps.make_steps(self.step_fn)
             with self._phase("compiling"):
                 start = time.perf_counter()
                 batch = self._batch(count)
-                rows = self.rows.shardings(batch, axis=int(count > 1))
-                jitted = jax.jit(
-                    function,
-                    donate_argnums=0,
-                    in_shardings=(self.placed, rows),
-                    out_shardings=(self.placed, sharding.replicated(self.mesh)),
-                )
-                with jax.set_mesh(self.mesh):
-                    self.calls[count] = jitted.lower(self.state, batch).compile()
+                self.calls[count] = self.training_step.compile(batch, segments=count)
                 self._say(f"compiled the step in {time.perf_counter() - start:.1f} s")
         return self.calls[count]
 
@@ -304,11 +292,15 @@ class Loop:
         """A run that was interrupted in a validation does it after it is resumed."""
         every, total = self.config.train.eval_every, self.config.train.steps
         due = self.step and (_due(self.step, every) or self.step >= total)
-        return bool(due) and int(self.state.evaluated) != self.step
+        return bool(due) and int(self.train_state.evaluated) != self.step
 
     def _scored(self):
         """With an average of the parameters, that is what is meant to be used."""
-        return self.state.params if self.state.ema is None else self.state.ema
+        return (
+            self.train_state.params
+            if self.train_state.ema is None
+            else self.train_state.ema
+        )
 
     def _validate(self) -> float | None:
         """Loss of the validation split in nats per token; None if interrupted."""
@@ -319,8 +311,12 @@ class Loop:
             )
             if loss is None:
                 return None
-            plateau, evaluated = self.evaluated(self.state.plateau, loss, self.step)
-            self.state = self.state._replace(plateau=plateau, evaluated=evaluated)
+            plateau, evaluated = self.evaluated(
+                self.train_state.plateau, loss, self.step
+            )
+            self.train_state = self.train_state._replace(
+                plateau=plateau, evaluated=evaluated
+            )
             unit, score = self.validation.score(loss)
             values = {"eval/nats_per_token": loss, f"eval/{unit}": score}
             self.result.update(values)
@@ -355,11 +351,12 @@ class Loop:
                 f"config.train.batch_size={self.config.train.batch_size} have no use "
                 "for them"
             )
-        params, carried = self.state.params, self.state.carried
+        params, carried = self.train_state.params, self.train_state.carried
         self._say(tables.parameter_table(params))
-        self._say(tables.memory_estimate(params, self.state.opt_state, carried))
-        dtype = models.base.compute_dtype(self.config.model.dtype, params)
-        self._say(f"computing in {dtype.name}; parameters and optimizer in float32")
+        self._say(tables.memory_estimate(params, self.train_state.opt_state, carried))
+        dtype = self.model.dtype(params)
+        if dtype is not None:
+            self._say(f"computing in {dtype.name}; parameters and optimizer in float32")
         self._say(
             f"data: {self.prepared.card['corpus']}, "
             f"{len(self.prepared.tokens['train']):,} training tokens, "

@@ -104,7 +104,7 @@ SCHEDULES = {
 
 
 class Plateau(NamedTuple):
-    """What 'plateau' remembers between evaluations; lives in the train state."""
+    """What 'plateau' remembers between evaluations; lives in the TrainState."""
 
     best: jax.Array  # lowest finite loss so far
     bad_count: jax.Array  # evaluations since without improvement
@@ -115,17 +115,17 @@ def plateau_init() -> Plateau:
     return Plateau(jnp.float32(jnp.inf), jnp.int32(0), jnp.float32(1))
 
 
-def plateau_update(state: Plateau, loss, *, factor: float, patience: int) -> Plateau:
+def plateau_update(plateau: Plateau, loss, *, factor: float, patience: int) -> Plateau:
     """Multiplies scale by factor after patience + 1 evaluations in a row without a
     lower loss (PyTorch's ReduceLROnPlateau without its threshold). NaN is no lower."""
     loss = jnp.asarray(loss, jnp.float32)
-    better = loss < state.best
-    bad_count = jnp.where(better, 0, state.bad_count + 1)
+    better = loss < plateau.best
+    bad_count = jnp.where(better, 0, plateau.bad_count + 1)
     reduce = bad_count > patience
     return Plateau(
-        best=jnp.where(better, loss, state.best),
+        best=jnp.where(better, loss, plateau.best),
         bad_count=jnp.where(reduce, 0, bad_count).astype(jnp.int32),
-        scale=jnp.where(reduce, state.scale * factor, state.scale),
+        scale=jnp.where(reduce, plateau.scale * factor, plateau.scale),
     )
 
 

@@ -6,11 +6,10 @@ import jax
 
 
 class Profiler:
-    """Starts and stops the trace; with profile_steps 0 it does nothing."""
+    """Starts and stops the trace of `steps` steps; of 0 it does nothing."""
 
-    def __init__(self, config, directory):
-        self._first = config.train.profile_start
-        self._end = self._first + config.train.profile_steps
+    def __init__(self, directory, *, first: int, steps: int):
+        self._first, self._end = first, first + steps
         self._directory = directory
         self._running = False
 

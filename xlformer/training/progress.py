@@ -14,12 +14,12 @@ from xlformer.runs import log
 class Progress:
     """Collects losses and time, and turns them into a record and a line.
 
-    score: (nats) -> ('bpc' or 'ppl', value).
+    train: the section of a config. score: (nats) -> ('bpc' or 'ppl', value).
     """
 
-    def __init__(self, config, writer: log.Writer, score):
-        self._train, self._writer, self._score = config.train, writer, score
-        self._per_step = config.train.batch_size * config.train.segment_length
+    def __init__(self, train, writer: log.Writer, score):
+        self._total, self._writer, self._score = train.steps, writer, score
+        self._per_step = train.batch_size * train.segment_length
         self.restart()
 
     def restart(self) -> None:
@@ -49,15 +49,14 @@ class Progress:
         unit, score = self._score(loss)
         values = values | {"train/loss_nats": loss, f"train/{unit}": score}
         self._writer.write(step, values | {"perf/tokens_per_s": rate})
-        total = self._train.steps
         line = format_progress(
             step=step,
-            total=total,
+            total=self._total,
             loss_nats=loss,
             score=score,
             unit=unit,
             tokens_per_s=rate,
-            eta_s=(total - step) * self._per_step / rate,
+            eta_s=(self._total - step) * self._per_step / rate,
         )
         self._writer.console(line)
         self.restart()

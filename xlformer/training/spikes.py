@@ -1,14 +1,14 @@
 """Loss spikes: back to the last good checkpoint, and around the segment that did it.
 
-The guard is a part of the training state, so what was left out is saved with what was
+The guard is a part of the TrainState, so what was left out is saved with what was
 learnt. A batch is a function of one integer, and the steps read those integers that are
 not left out, in order. A roll-back, once step `s` is seen to spike:
 
-    index = data_index(s, skipped(state.spikes))     # what the step has read
+    index = data_index(s, skipped(train_state.spikes))     # what the step has read
     _, found, _ = checkpoints.restore(...)
-    spikes = add(found.spikes, *skipped(state.spikes), index)
+    spikes = add(found.spikes, *skipped(train_state.spikes), index)
 
-With what the live state leaves out, not only the restored one: else two spikes after
+With what the live one leaves out, not only the restored one: else two spikes after
 one checkpoint would bring each other back for ever. A run that is killed before the
 next save meets the same spikes again, and leaves out the same segments.
 """

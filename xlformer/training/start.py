@@ -79,9 +79,13 @@ class Source:
         with self._named():
             return runs.read_vocabulary(self.workdir, self.checkpoint)
 
-    def load(self, mesh: jax.sharding.Mesh) -> runs.Run:
+    def load(
+        self, mesh: jax.sharding.Mesh, model: models.Model | None = None
+    ) -> runs.Run:
+        """model: needed where the weights are those of a model of one's own."""
+        own = {"model": model} if self.config().own_model else {}
         with self._named():
-            return runs.load(self.workdir, checkpoint=self.checkpoint, mesh=mesh)
+            return runs.load(self.workdir, checkpoint=self.checkpoint, mesh=mesh, **own)
 
     @contextlib.contextmanager
     def _named(self):

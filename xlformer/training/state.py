@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from xlformer.training import optimizers, spikes
+
+# Entries that a checkpoint of an earlier release lacks. A run that goes on from such a
+# one begins them as a new run does; for lack of any other entry it is refused.
+LATER: tuple[str, ...] = ()
 
 
 class Place(NamedTuple):
@@ -69,6 +74,25 @@ def create(config, model, optimizer, key: jax.Array) -> TrainState:
         skipped=zero,
         skipped_in_a_row=zero,
     )
+
+
+def as_stored(wanted: TrainState, names: Set[str]) -> TrainState:
+    """`wanted` without what a checkpoint that has these entries is too old to have."""
+    return wanted._replace(**{name: None for name in LATER if name not in names})
+
+
+def completed(found: TrainState, create: Callable, placed: TrainState, key):
+    """`found` with a fresh value, of create(key), for what its checkpoint lacked."""
+    lacking = [name for name in LATER if getattr(found, name) is None]
+    if not lacking:
+        return found
+
+    def fresh(key):  # Compiled, it makes these alone.
+        made = create(key)
+        return {name: getattr(made, name) for name in lacking}
+
+    where = {name: getattr(placed, name) for name in lacking}
+    return found._replace(**jax.jit(fresh, out_shardings=where)(key))
 
 
 def resumed_plateau(

@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from xlformer.training import optimizers, spikes
+from xlformer.errors import UserError
+from xlformer.training import objectives, optimizers, spikes
 from xlformer.training.gradients import batch_axis, make_gradients
 from xlformer.training.state import Place, TrainState
+
+# Of the names that the loop logs under, and of the parts of them before a slash.
+RESERVED = ("train", "eval", "norm", "spike", "perf", "goodput", "step", "kind", "time")
 
 
 def make_step(config, model, optimizer, schedule):
@@ -19,9 +23,11 @@ def make_step(config, model, optimizer, schedule):
 
     Dropout: the keys are key = fold_in(key(seed), step) and, for each row of the batch,
     fold_in(key, row): whoever replays a step drops the same units, however many
-    segments one call holds, in whatever micro batches and on whatever mesh.
+    segments one call holds, in whatever micro batches and on whatever mesh. What an
+    objective draws comes from fold_in(fold_in(key, objectives.STREAM), row).
     """
     train = config.train
+    objective = objectives.build(train, model)
     base_key = jax.random.key(config.seed)
 
     def loss_fn(params, carried, batch, rngs):
@@ -36,25 +42,53 @@ def make_step(config, model, optimizer, schedule):
             train=True,
             rngs=rngs,
         )
-        weights_BT = loss_weights(nll_BT.shape, batch["length"], half=train.half_loss)
-        mean = (nll_BT * weights_BT).sum() / weights_BT.sum()
-        return mean + aux.loss, (carried, {"train/loss_nats": mean, **aux.metrics})
+        # Not by the weights of these rows: another group may have more of them.
+        weight = batch["row_weight"] * nll_BT.shape[0]
+        mean = (nll_BT * batch["weights_BT"]).sum() / weight
+        own = _own_metrics(model, aux.metrics)
+        return mean + aux.loss, (carried, {"train/loss_nats": mean, **own})
 
     gradients = make_gradients(
         loss_fn, micro_batches=train.micro_batches, state_axes=model.state_axes()
     )
 
-    def step_fn(state: TrainState, batch) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(base_key, state.step)
+    def step_fn(old: TrainState, batch) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(base_key, old.step)
         with jax.named_scope("gradients"):
+            examples = _examples(objective, batch, key, half=train.half_loss)
+            examples["step"] = old.step
             grads, (carried, metrics) = gradients(
-                state.params, state.carried, {**batch, "step": state.step}, key
+                old.params, old.carried, examples, key
             )
         with jax.named_scope("update"):
-            return _update(
-                *(config, model, optimizer, schedule),
-                *(state, batch, grads, carried, metrics),
+            norm = optax.tree.norm(grads)
+            finite = jnp.isfinite(metrics["train/loss_nats"]) & jnp.isfinite(norm)
+            rate = schedule(old.step, old.plateau.scale)
+            new = _moved(old, optimizer, grads, rate, ema_decay=train.ema_decay)
+            new = new._replace(carried=carried)
+            if train.skip_nonfinite:
+                # What follows a dropped segment must not see past its resets either.
+                rows_B = batch["resets_BT"].any(axis=1)
+                fresh = reset_rows(model, old.carried, rows_B)
+                kept = old._replace(carried=fresh)
+                new = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, kept)
+            guard, ratio = _guarded(train, old, metrics["train/loss_nats"], finite)
+            new = new._replace(
+                step=old.step + 1,
+                data=Place(batch["epoch"], batch["offset"], batch["length"]),
+                spikes=guard,
+                skipped=old.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),
+                skipped_in_a_row=jnp.where(finite, 0, old.skipped_in_a_row + 1),
             )
+        return new, {
+            **metrics,
+            **ratio,
+            "norm/grad": norm,
+            "train/learning_rate": rate,
+            "train/finite": finite,
+            "train/skipped": new.skipped,
+            "train/skipped_in_a_row": new.skipped_in_a_row,
+        }
 
     return step_fn
 
@@ -62,21 +96,24 @@ def make_step(config, model, optimizer, schedule):
 def make_steps(step_fn):
     """Several steps in one call: batch leaves get a leading axis, metrics too."""
 
-    def steps_fn(state, batches):
-        return lax.scan(step_fn, state, batches)
+    def steps_fn(train_state, batches):
+        return lax.scan(step_fn, train_state, batches)
 
     return steps_fn
 
 
-def make_evaluated(config):
-    """Returns note(plateau, loss of a validation, step): what the state remembers."""
+def make_evaluated(optimizer):
+    """Returns note(plateau, loss of a validation, step): what a TrainState remembers.
+
+    optimizer: the section of a config.
+    """
 
     def note(plateau: optimizers.Plateau, loss, step):
         plateau = optimizers.plateau_update(
             plateau,
             loss,
-            factor=config.optimizer.plateau_factor,
-            patience=config.optimizer.plateau_patience,
+            factor=optimizer.plateau_factor,
+            patience=optimizer.plateau_patience,
         )
         return plateau, jnp.asarray(step, jnp.int32)
 
@@ -90,6 +127,26 @@ def loss_weights(shape, length, *, half: bool) -> jax.Array:
     if half:
         counts_BT &= index_BT >= length // 2
     return counts_BT.astype(jnp.float32)
+
+
+def _examples(objective, batch, key, *, half: bool) -> dict:
+    """The batch as the objective has it, what each of its losses counts, and the mean
+    over rows of how much they count together."""
+    B, T = batch["targets_BT"].shape
+    counts_1T = loss_weights((1, T), batch["length"], half=half)
+    key = jax.random.fold_in(key, objectives.STREAM)
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    inputs_BT, targets_BT, weights_BT = objective.examples(
+        batch["inputs_BT"], batch["targets_BT"], keys_B, jnp.arange(T)[None]
+    )
+    if weights_BT is None:
+        # All rows weigh the same: nothing is summed over them, and over devices.
+        weights_BT, row_weight = jnp.broadcast_to(counts_1T, (B, T)), counts_1T.sum()
+    else:
+        weights_BT = counts_1T * weights_BT
+        row_weight = jnp.maximum(weights_BT.sum(), 1) / B  # There may be none at all.
+    found = {"inputs_BT": inputs_BT, "targets_BT": targets_BT, "weights_BT": weights_BT}
+    return {**batch, **found, "row_weight": row_weight}
 
 
 def average_weight(decay: float, n) -> jax.Array:
@@ -117,52 +174,44 @@ def reset_rows(model, carried, rows_B):
     return jax.tree.map(reset, carried, fresh, axes)
 
 
-def _update(config, model, optimizer, schedule, state, batch, grads, carried, metrics):
-    train = config.train
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    rate = schedule(state.step, state.plateau.scale)
+def _own_metrics(model, metrics):
+    """What a model logs, under names that the loop does not write itself."""
+    for name, value in metrics.items():
+        if name.partition("/")[0] in RESERVED:
+            raise UserError(
+                f"{type(model).__name__} returns aux.metrics[{name!r}], a name of the "
+                f"loop's own: a model's begin with none of {', '.join(RESERVED)}"
+            )
+        if jnp.ndim(value):
+            raise UserError(
+                f"{type(model).__name__} returns aux.metrics[{name!r}] of shape "
+                f"{jnp.shape(value)}: each is one number, the mean over rows"
+            )
+    return metrics
+
+
+def _moved(old: TrainState, optimizer, grads, rate, *, ema_decay) -> TrainState:
+    """After one step of the optimizer: parameters, its own arrays, their average."""
+    updates, opt_state = optimizer.update(grads, old.opt_state, old.params)
     params = jax.tree.map(
-        lambda p, u: p - (rate * u).astype(p.dtype), state.params, updates
+        lambda p, u: p - (rate * u).astype(p.dtype), old.params, updates
     )
-    ema = state.ema
-    if train.ema_decay:
-        w = average_weight(train.ema_decay, state.step - state.skipped + 1)
+    ema = old.ema
+    if ema_decay:
+        w = average_weight(ema_decay, old.step - old.skipped + 1)
         ema = jax.tree.map(
             lambda a, p: ((1 - w) * a + w * p).astype(a.dtype), ema, params
         )
-    norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(metrics["train/loss_nats"]) & jnp.isfinite(norm)
-    moved = (params, opt_state, ema, carried)
-    if train.skip_nonfinite:
-        # What follows a dropped segment must not see past its resets either.
-        before = reset_rows(model, state.carried, batch["resets_BT"].any(1))
-        kept = (state.params, state.opt_state, state.ema, before)
-        moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
-    params, opt_state, ema, carried = moved
-    skip = jnp.where(finite, 0, 1).astype(jnp.int32)
-    guard, loss = state.spikes, metrics["train/loss_nats"]
-    if train.spike_factor:
-        settings = {"warmup": train.spike_after}
-        if train.skip_nonfinite:  # What is dropped already is no spike.
-            settings["dropped"] = ~finite
-        metrics["spike/ratio"] = spikes.ratio(guard, loss, **settings)
-        guard = spikes.update(guard, loss, factor=train.spike_factor, **settings)
-    state = state._replace(
-        step=state.step + 1,
-        params=params,
-        opt_state=opt_state,
-        ema=ema,
-        carried=carried,
-        data=Place(batch["epoch"], batch["offset"], batch["length"]),
-        spikes=guard,
-        skipped=state.skipped + skip,
-        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
-    )
-    return state, {
-        **metrics,
-        "norm/grad": norm,
-        "train/learning_rate": rate,
-        "train/finite": finite,
-        "train/skipped": state.skipped,
-        "train/skipped_in_a_row": state.skipped_in_a_row,
-    }
+    return old._replace(params=params, opt_state=opt_state, ema=ema)
+
+
+def _guarded(train, old: TrainState, loss, finite):
+    """What the guard against loss spikes knows after this loss, and what it logs."""
+    if not train.spike_factor:
+        return old.spikes, {}
+    settings = {"warmup": train.spike_after}
+    if train.skip_nonfinite:  # What is dropped already is no spike.
+        settings["dropped"] = ~finite
+    ratio = spikes.ratio(old.spikes, loss, **settings)
+    guard = spikes.update(old.spikes, loss, factor=train.spike_factor, **settings)
+    return guard, {"spike/ratio": ratio}

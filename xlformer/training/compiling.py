@@ -1,0 +1,69 @@
+"""The training step of a config on a mesh, whose devices may be elsewhere.
+
+Training, `plan` and `bench` compile the same program because they all make it here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import Mesh
+
+from xlformer import sharding
+from xlformer.models import Model
+from xlformer.runs.checkpoints import Checkpoints
+from xlformer.training import optimizers, state, steps
+
+
+class TrainingStep:
+    """(train_state, batch) -> (train_state, metrics), with everything in its place.
+
+    Attributes:
+      create: key -> a fresh TrainState.
+      abstract: its shapes.
+      placed: its shardings.
+    """
+
+    def __init__(self, config, model: Model, mesh: Mesh):
+        optimizer = optimizers.build(config.optimizer)
+        schedule = optimizers.learning_rate(config.optimizer, config.train.steps)
+        self._mesh, self._batch_size = mesh, config.train.batch_size
+        self._function = steps.make_step(config, model, optimizer, schedule)
+        self.create = functools.partial(state.create, config, model, optimizer)
+        self.abstract = jax.eval_shape(self.create, jax.random.key(0))
+        self.placed = sharding.train_state(mesh, self.abstract, model)
+
+    def restored(self, checkpoints: Checkpoints, key: jax.Array):
+        """(step, TrainState, config) of the newest intact checkpoint; see state.LATER.
+
+        key: of the run, for what the checkpoint is too old to have.
+        """
+        wanted = sharding.with_shardings(self.abstract, self.placed)
+        step, found, config = checkpoints.restore(
+            functools.partial(state.as_stored, wanted)
+        )
+        found = state.completed(found, self.create, self.placed, key)
+        return step, found, config
+
+    def jitted(self, batch: Mapping, *, segments: int = 1):
+        """Of jax.jit, for batches like this one; the TrainState is donated.
+
+        segments: where it is more than 1, leaves of the batch have these in front, and
+          so have the metrics.
+        """
+        function = self._function if segments == 1 else steps.make_steps(self._function)
+        rows = sharding.Rows(self._mesh, self._batch_size)
+        return jax.jit(
+            function,
+            donate_argnums=0,
+            in_shardings=(self.placed, rows.shardings(batch, axis=int(segments > 1))),
+            out_shardings=(self.placed, sharding.replicated(self._mesh)),
+        )
+
+    def compile(self, batch: Mapping, *, segments: int = 1):
+        """The compiled call; see `jitted`."""
+        with jax.set_mesh(self._mesh):  # It says for what kind of device.
+            jitted = self.jitted(batch, segments=segments)
+            return jitted.lower(self.abstract, batch).compile()

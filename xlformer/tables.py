@@ -86,7 +86,7 @@ def parameter_table(params) -> str:
     return "\n".join(aligned(cells, left=3))
 
 
-def memory_estimate(params, opt_state, carried) -> str:
+def memory_estimate(params, opt_state, state) -> str:
     """Bytes of what stays between steps, over all devices; from eval_shape's trees.
 
     Activations are not in it; the gradients, as large as the parameters, are named.
@@ -95,7 +95,7 @@ def memory_estimate(params, opt_state, carried) -> str:
         "parameters": tree_bytes(params),
         "gradients": tree_bytes(params),
         "optimizer": tree_bytes(opt_state),
-        "carried state": tree_bytes(carried),
+        "carried state": tree_bytes(state),
     }
     parts = ", ".join(f"{name} {binary_size(size)}" for name, size in sizes.items())
     return f"memory: {parts}; {binary_size(sum(sizes.values()))} without activations"

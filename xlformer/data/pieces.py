@@ -18,9 +18,9 @@ from xlformer import storage
 from xlformer.data.vocabulary import (
     Vocabulary,
     as_bytes,
-    check,
     decode_utf8,
     line_blocks,
+    require,
 )
 from xlformer.errors import UserError
 
@@ -39,17 +39,17 @@ class PieceVocabulary(Vocabulary):
     kind = "pieces"
 
     def __init__(self, symbols, counts, model: str, newline_id: int | None = None):
-        check(isinstance(model, str), "'model' is not a string")
+        require(isinstance(model, str), "'model' is not a string")
         self.model, self.newline_id = model, newline_id
         try:
             data = base64.b64decode(model, validate=True)
         except binascii.Error as error:
             raise ValueError(f"'model' is not base64: {error}") from None
         self._backend = _backend(data)
-        check(list(symbols) == self._backend.symbols(), "symbols are not the model's")
+        require(list(symbols) == self._backend.symbols(), "symbols are not the model's")
         if newline_id is not None:
             known = type(newline_id) is int and 0 <= newline_id < len(symbols)
-            check(known, "'newline_id' is not the id of a piece")
+            require(known, "'newline_id' is not the id of a piece")
             self._backend.end_lines_with(newline_id)
         super().__init__(symbols, counts, "pieces")
 
@@ -133,9 +133,9 @@ def _byte_level() -> dict[str, int]:
     """The characters by which GPT-2 and its kin write bytes: printable ones as they
     are, the others from code point 256 on."""
     same = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    table = {chr(byte): byte for byte in same}
+    byte_of = {chr(byte): byte for byte in same}
     others = (byte for byte in range(256) if byte not in same)
-    return table | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return byte_of | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 class _SentencePiece:
@@ -145,16 +145,16 @@ class _SentencePiece:
     def __init__(self, data: bytes):
         import sentencepiece
 
-        check(data, "not a tokenizer: the file is empty")
+        require(data, "not a tokenizer: the file is empty")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except Exception as error:  # The library's own errors have no common type.
             raise ValueError(f"not a SentencePiece model: {error}") from None
-        check(self.model.get_piece_size() > 0, "not a SentencePiece model")
+        require(self.model.get_piece_size() > 0, "not a SentencePiece model")
         self.line_end = self.model.eos_id()  # -1: none
 
     def end_lines_with(self, newline_id: int) -> None:
-        check(self.line_end < 0, "'newline_id' in a model that has </s>")
+        require(self.line_end < 0, "'newline_id' in a model that has </s>")
         self.line_end = newline_id
 
     def keeps_line_ends(self) -> bool:
@@ -166,7 +166,7 @@ class _SentencePiece:
             return None
         symbols = self.symbols()
         found = [piece for piece in ("\n", "<0x0A>") if piece in symbols]
-        check(
+        require(
             found,
             "it has neither </s> nor a piece for the newline, and would drop every line"
             " end: train it without --eos_id=-1, or with --byte_fallback",
@@ -221,7 +221,7 @@ class _HuggingFace:
         self.model.no_truncation()
 
     def end_lines_with(self, newline_id: int) -> None:
-        check(False, "'newline_id' is of SentencePiece models")
+        require(False, "'newline_id' is of SentencePiece models")
 
     def find_newline(self) -> None:
         """It is part of the text."""
@@ -234,7 +234,7 @@ class _HuggingFace:
     def symbols(self) -> list[str]:
         size = self.model.get_vocab_size(with_added_tokens=True)
         found = [self.model.id_to_token(i) for i in range(size)]
-        check(None not in found, "the tokenizer's ids have gaps")
+        require(None not in found, "the tokenizer's ids have gaps")
         return found
 
     @property
@@ -245,9 +245,9 @@ class _HuggingFace:
         of_bytes = (json.loads(self.model.to_str())["decoder"] or {}).get("type")
         if of_bytes != "ByteLevel":
             return [s.replace(SPACE, " ").encode("utf-8") for s in self.symbols()]
-        table = _byte_level()
+        byte_of = _byte_level()
         return [
-            bytes(table[c] for c in s) if all(c in table for c in s) else s.encode()
+            bytes(byte_of[c] for c in s) if all(c in byte_of for c in s) else s.encode()
             for s in self.symbols()
         ]
 

@@ -108,7 +108,7 @@ def recipe(data) -> Recipe:
         unit = "bytes"
         source = {"stdlib": local.fingerprint(text), **text.facts}
     else:
-        corpus = sources.find(name)
+        corpus = sources.public(name)
         unit, source = corpus.unit, dataclasses.asdict(corpus)
     read = (
         (lambda dl: sources.read_archive(corpus, dl, data.manual_dir))

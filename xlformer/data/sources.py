@@ -140,7 +140,7 @@ class Text:
     facts: dict  # For the card: checksums of the sources, what was not pinned, ...
 
 
-def find(name: str) -> Corpus:
+def public(name: str) -> Corpus:
     """The public corpus of that name."""
     if name not in CORPORA:
         near = did_you_mean(name, [*CORPORA, "stdlib", "text"])

@@ -37,10 +37,10 @@ def translated(
     unknown = getattr(vocabulary, "unk_id", None)
     lower = getattr(vocabulary, "lower", False)
     symbols = [s.lower() for s in ours.symbols] if lower else ours.symbols
-    table = np.array([index.get(symbol, -1) for symbol in symbols], np.int32)
+    ids = np.array([index.get(symbol, -1) for symbol in symbols], np.int32)
     if hasattr(ours, "eos_id"):
-        table[ours.eos_id] = vocabulary.eos_id
-    missing = np.flatnonzero(table < 0)
+        ids[ours.eos_id] = vocabulary.eos_id
+    missing = np.flatnonzero(ids < 0)
     if missing.size and unknown is None:
         used = np.zeros(ours.size, bool)
         for tokens in prepared.tokens.values():
@@ -53,9 +53,9 @@ def translated(
                 f" has a vocabulary of {vocabulary.size} {vocabulary.unit} without "
                 f"{len(lacks)} of those in the text of config.data: {shown}",
             )
-    table[missing] = 0 if unknown is None else unknown
-    table = table.astype(vocabulary.dtype)
-    tokens = {split: table[found] for split, found in prepared.tokens.items()}
+    ids[missing] = 0 if unknown is None else unknown
+    ids = ids.astype(vocabulary.dtype)
+    tokens = {split: ids[found] for split, found in prepared.tokens.items()}
     return dataclasses.replace(prepared, tokens=tokens, vocabulary=vocabulary)
 
 

@@ -13,7 +13,7 @@ from xlformer.data.vocabulary import (
     CharVocabulary,
     Vocabulary,
     WordVocabulary,
-    check,
+    require,
 )
 from xlformer.errors import UserError
 
@@ -32,13 +32,13 @@ def from_json(text: str, where: str = "vocabulary") -> Vocabulary:
     kinds = (ByteVocabulary, CharVocabulary, WordVocabulary, PieceVocabulary)
     try:
         fields = json.loads(text)
-        check(isinstance(fields, dict), "not a JSON object")
-        check(fields.pop("format", None) == FORMAT, f"'format' is not {FORMAT!r}")
+        require(isinstance(fields, dict), "not a JSON object")
+        require(fields.pop("format", None) == FORMAT, f"'format' is not {FORMAT!r}")
         name = fields.pop("kind", None)
         found = [kind for kind in kinds if kind.kind == name]
-        check(found, f"unknown kind {name!r}")
+        require(found, f"unknown kind {name!r}")
         for key in ("symbols", "counts"):
-            check(isinstance(fields.get(key), list), f"{key!r} is not a list")
+            require(isinstance(fields.get(key), list), f"{key!r} is not a list")
         return found[0](**fields)
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: not a stored vocabulary: {error}") from None

@@ -29,7 +29,7 @@ def token_dtype(size: int) -> np.dtype:
     return np.dtype(np.uint16) if size <= 1 << 16 else np.dtype(np.int32)
 
 
-def check(condition, message: str) -> None:
+def require(condition, message: str) -> None:
     """Raises the ValueError that from_json turns into one line."""
     if not condition:
         raise ValueError(message)
@@ -46,9 +46,11 @@ class Vocabulary:
     kind = ""
 
     def __init__(self, symbols: Sequence, counts: Sequence[int], unit: str):
-        check(len(set(symbols)) == len(symbols) > 0, "symbols are missing or repeated")
-        check(len(symbols) == len(counts), "symbols and counts differ in number")
-        check(all(type(c) is int and 0 <= c < 1 << 48 for c in counts), "a bad count")
+        require(
+            len(set(symbols)) == len(symbols) > 0, "symbols are missing or repeated"
+        )
+        require(len(symbols) == len(counts), "symbols and counts differ in number")
+        require(all(type(c) is int and 0 <= c < 1 << 48 for c in counts), "a bad count")
         self.symbols = tuple(symbols)
         self.counts_V = np.array(counts, np.int64)
         self.unit = unit
@@ -119,8 +121,10 @@ class ByteVocabulary(Vocabulary):
     kind = "bytes"
 
     def __init__(self, symbols, counts, newline: str = "keep"):
-        check(all(type(s) is int and 0 <= s < 256 for s in symbols), "not a byte value")
-        check(newline in ("keep", "drop"), "'newline' is neither keep nor drop")
+        require(
+            all(type(s) is int and 0 <= s < 256 for s in symbols), "not a byte value"
+        )
+        require(newline in ("keep", "drop"), "'newline' is neither keep nor drop")
         super().__init__(symbols, counts, "bytes")
         self.newline = newline
         self._values_V = np.array(self.symbols, np.uint8)
@@ -153,11 +157,11 @@ class CharVocabulary(Vocabulary):
 
     def __init__(self, symbols, counts):
         one = all(isinstance(s, str) and len(s) == 1 for s in symbols)
-        check(one, "a symbol is not one character")
+        require(one, "a symbol is not one character")
         super().__init__(symbols, counts, "chars")
         self._codes_V = np.array([ord(s) for s in self.symbols], np.uint32)
         surrogate = (self._codes_V >= 0xD800) & (self._codes_V < 0xE000)
-        check(not surrogate.any(), "a symbol is half of a character")
+        require(not surrogate.any(), "a symbol is half of a character")
         # One entry more than needed: the last stands for all that is beyond.
         self._table = np.full(int(self._codes_V.max()) + 2, -1, np.int32)
         self._table[self._codes_V] = np.arange(self.size)
@@ -186,10 +190,10 @@ class WordVocabulary(Vocabulary):
 
     def __init__(self, symbols, counts, unit="words", lower=False, eos="<eos>"):
         words = all(isinstance(s, str) and s.split() == [s] for s in symbols)
-        check(words, "a symbol is not one word")
-        check(unit in ("words", "chars"), "'unit' is neither words nor chars")
-        check(isinstance(lower, bool), "'lower' is neither true nor false")
-        check(eos in symbols, "'eos' is not among the symbols")
+        require(words, "a symbol is not one word")
+        require(unit in ("words", "chars"), "'unit' is neither words nor chars")
+        require(isinstance(lower, bool), "'lower' is neither true nor false")
+        require(eos in symbols, "'eos' is not among the symbols")
         super().__init__(symbols, counts, unit)
         self.lower, self.eos = lower, eos
         self._table = {symbol: i for i, symbol in enumerate(self.symbols)}

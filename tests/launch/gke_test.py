@@ -161,9 +161,7 @@ def test_another_command_with_its_own_arguments(bench):
 def test_spot_selects_and_tolerates_spot_nodes(bench):
     spot = "cloud.google.com/gke-spot"
     for flags, expected in [([], False), (["--spot"], True)]:
-        jobset = applied(bench, *flags)
-        validate(jobset)
-        job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+        job = applied(bench, *flags)["spec"]["replicatedJobs"][0]["template"]["spec"]
         pod = job["template"]["spec"]
         assert (spot in pod["nodeSelector"]) == expected
         assert (spot in {t["key"] for t in pod["tolerations"]}) == expected

@@ -1,7 +1,9 @@
 """Configurations of Transformer-XL: parameter counts, checks, building."""
 
+import dataclasses
 import functools
 import math
+import types
 
 import jax
 import pytest
@@ -141,6 +143,47 @@ def test_the_vocabulary_comes_from_the_config_or_the_caller():
         models.build(closed, 29)
     with pytest.raises(UserError, match="vocab_size=0 must be at least 1"):
         models.build(open_config, 0)
+
+
+def test_what_others_ask_of_the_model():
+    model = _build(clamp_length=5, same_length=True, extended_length=3)
+    card = {"memory_length": 13, "extended_length": 3, "clamp_length": 5, "window": 12}
+    assert model.card() == card
+    assert model.width == 8 and not model.needs_rngs and model.causal
+    assert _build(attention_dropout=0.1).needs_rngs
+    assert _build(dtype="bfloat16").dtype() == "bfloat16"
+    model.check_mesh(types.SimpleNamespace(shape={"tensor": 2}))
+    with pytest.raises(UserError, match="n_head=2 is not divisible by .*tensor=3"):
+        model.check_mesh(types.SimpleNamespace(shape={"tensor": 3}))
+
+
+def test_reading_and_generating_move_what_is_visible():
+    model = _build(same_length=True, extended_length=3)
+    assert model.for_reading(memory_length=5).config.attention_window == 4
+    explicit = model.for_reading(memory_length=5, window=9, same_length=None)
+    assert explicit.config.attention_window == 9
+    generating = model.for_generation()
+    assert generating.extended_length == 0 and generating.config.window == 12
+    assert _build().for_generation().config.window == 13
+    assert _build(window=99).for_generation().config.window == 13
+
+
+def test_the_tiny_form_keeps_the_character():
+    large = {"n_layer": 16, "d_model": 410, "n_head": 10, "d_head": 41, "div_val": 4}
+    large |= {"cutoffs": (20, 21, 22), "memory_length": 7, "same_length": True}
+    config = TransformerXLConfig(
+        **SMALL | large, tie_projections=(False,) + (True,) * 3
+    )
+    tiny = config.tiny()
+    assert (tiny.n_layer, tiny.d_model, tiny.head_width) == (2, 16, 8)
+    assert (tiny.memory_length, tiny.attention_window) == (5, 4)
+    assert (tiny.cutoffs, tiny.div_val) == ((11, 19), 2)
+    assert tiny.tie_projections == (False, True, True)
+    assert tiny.tiny() == tiny and tiny.norm_epsilon == config.norm_epsilon
+    for field in ("extended_length", "clamp_length", "table_length", "d_embed"):
+        assert getattr(tiny, field) == 0  # what is off stays off
+    fields = {"name": "transformer_xl", **dataclasses.asdict(config)}
+    assert models.tiny(fields) == {**fields, **dataclasses.asdict(tiny)}
 
 
 def test_rotary_positions_have_no_parameters():

@@ -113,6 +113,6 @@ def test_resets_of_one_column_lie_before_the_segment():
 def test_axes_name_the_batch_of_each_leaf():
     state = memory.Memory(np.zeros((2, B, M, 4)), np.zeros(B))
     jax.tree.map(
-        lambda x, names: x.shape[names.index("batch")] == B, state, memory.AXES
+        lambda x, names: x.shape[names.index("batch")] == B, state, memory.STATE_AXES
     )
-    assert memory.AXES.hidden_LBMD.index("batch") == 1
+    assert memory.STATE_AXES.hidden_LBMD.index("batch") == 1

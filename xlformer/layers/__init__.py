@@ -1,1 +1,1 @@
-"""The parts of the models: mathematics first, thin Linen modules second."""
+"""The parts that models are made of: mathematics first, thin Linen modules second."""

@@ -23,7 +23,8 @@ from jax.sharding import PartitionSpec as P
 from xlformer.kernels.cross_entropy import selected_nll, softmax_nll
 from xlformer.sharding import RULES, constrain
 
-AXES = {
+# Logical axes of the parameters: see models.base.param_axes.
+PARAM_AXES = {
     "embedding/table": ("vocab", "embed"),
     "embedding/projection": (None, "embed"),
     "softmax/table": ("vocab", "embed"),
@@ -34,7 +35,17 @@ AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class Bins:
-    """The shapes of the tables: pure arithmetic on the configuration."""
+    """The shapes of the tables of embedding and softmax: arithmetic, and no array.
+
+    Attributes:
+      vocab_size: number of token ids.
+      d_model: width of the vectors that go in and out.
+      d_embed: width of the embeddings of bin 0.
+      cutoffs: the first id of each tail bin; () is the plain softmax.
+      div_val: bin b has embeddings of width d_embed // div_val**b.
+      proj_same_dim: whether, with div_val > 1, a bin has a projection even where its
+        width is d_model already.
+    """
 
     vocab_size: int
     d_model: int
@@ -45,13 +56,16 @@ class Bins:
 
     @property
     def edges(self) -> tuple[int, ...]:
+        """Bin b holds the ids from edges[b] to edges[b + 1], exclusive."""
         return (0, *self.cutoffs, self.vocab_size)
 
     @property
     def n_tail(self) -> int:
+        """How many bins there are beside bin 0."""
         return len(self.cutoffs)
 
     def width(self, b: int) -> int:
+        """Of the embeddings of bin b."""
         return self.d_embed // self.div_val**b
 
     @property
@@ -87,7 +101,14 @@ class Bins:
     def flops(
         self, *, targets: int, inputs: int, shares: Sequence[float] | None = None
     ) -> float:
-        """Of the softmax and of all projections, forward; see `shares`."""
+        """FLOPs of the softmax and of all projections, forward.
+
+        Args:
+          targets: how many are scored.
+          inputs: how many are embedded.
+          shares: of the text in each bin, which decides how often a tail is computed;
+            by default those of `shares`.
+        """
         total = 0.0
         for b, share in enumerate(self.shares() if shares is None else shares):
             words = self.edges[b + 1] - self.edges[b] + (self.n_tail if b == 0 else 0)
@@ -99,8 +120,9 @@ class Bins:
         return total
 
 
-# Zipf's law for the words of a text, p(rank) ~ rank^-1.07: with the four bins of
-# WikiText-103 shares of .87, .04, .08, .01. It decides what an adaptive softmax costs.
+# Zipf's law for the words of a text, p(rank) ~ rank^-1.07. For the four bins of
+# WikiText-103 it gives shares of .87, .04, .08 and .01, where those of the text itself
+# are .86, .055, .06 and .025. The shares decide what an adaptive softmax costs.
 ZIPF = 1.07
 
 
@@ -111,7 +133,7 @@ def frequencies(vocab_size: int) -> np.ndarray:
 
 
 class AdaptiveEmbedding(nn.Module):
-    """Token ids to vectors of width d_model; unscaled."""
+    """Turns token ids into vectors of width d_model, without any scaling."""
 
     bins: Bins
     table_init: Any
@@ -183,7 +205,7 @@ class AdaptiveSoftmax(nn.Module):
         return b < len(self.tie_projections) and self.tie_projections[b]
 
     def __call__(self, h_ND, targets_N, embedding):
-        """nll_N in nats of each target; no array of N x V exists."""
+        """nll_N of each target in nats, without an array of N x V ever existing."""
         with jax.named_scope("adaptive_softmax"):
             table_VE, bias_V = self._bin(0, embedding)
             h_NE = self._project(h_ND, 0, embedding)

@@ -16,7 +16,8 @@ from xlformer.layers import positions
 from xlformer.sharding import constrain
 
 RELATIVE, LEARNED_RELATIVE, SINUSOID, LEARNED_ABSOLUTE, ROTARY = range(5)
-AXES = {
+# Logical axes of the parameters: see models.base.param_axes.
+PARAM_AXES = {
     "attention/qkv": ("embed", None, "heads", None),
     "attention/output": ("heads", None, "embed"),
     "attention/position": ("embed", "heads", None),
@@ -30,11 +31,12 @@ AXES = {
 class Attention(nn.Module):
     """Attention of type 0 to 3 of the original, or 4, without residual and norm.
 
-    0: relative, sinusoid r_d = W R_d, biases u and v (Dai et al. 2019, eq. in 3.3).
-    1: relative, a learned row and a learned bias for each distance, and u; the code's
-       superset of Shaw et al. 2018.
-    2, 3: none here; absolute positions were added to the input.
-    4: rotary, no parameters.
+    0: relative. Each distance d has a sinusoid, projected to r_d = W R_d, and biases u
+       and v stand in for the position of the query (Dai et al. 2019, section 3.3).
+    1: relative. Each distance has a learned row and a learned bias, beside u: what the
+       original's code makes of Shaw et al. 2018.
+    2, 3: nothing is left to do here, because absolute positions are in the input.
+    4: rotary, which has no parameters.
     """
 
     n_head: int
@@ -146,10 +148,11 @@ class Attention(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def projected(context_BSD, kernel_DHK, fixed):
-    """Keys or values; no work is done for gradients of the first `fixed` positions.
+    """Projects a context to keys or values.
 
-    Those of the memory are thrown away. Autodiff would compute them first: with M = T
-    a ninth of the operations of all projections in training.
+    No work is done for the gradients of its first `fixed` positions. They belong to the
+    memory, which passes none on, but autodiff would compute them before they are thrown
+    away: with M = T a ninth of the operations of all projections in training.
     """
     return jnp.einsum("BSD,DHK->BSHK", context_BSD, kernel_DHK)
 
@@ -169,6 +172,6 @@ projected.defvjp(_save, _backward)
 
 
 def learned_rows(table_NHK, bias_NH, S: int, clamp_length: int) -> jax.Array:
-    """Type 1: of each distance its row, and its bias as one more column of (q, r)."""
+    """The rows of type 1, [S, H, K + 1]: the bias of a distance is its last column."""
     rows = positions.nearest_rows(table_NHK.shape[0], S, clamp_length)
     return jnp.concatenate([table_NHK[rows], bias_NH[rows][..., None]], axis=-1)

@@ -44,11 +44,14 @@ class Cache(NamedTuple):
         return self.r_LSHK.shape[1] - self.keys_LBHMK.shape[3]
 
     def scanned(self):
-        """(what is carried through the layers, what each layer gets its part of)."""
+        """(what goes from layer to layer, what each layer gets its own part of)."""
         return None, (self.keys_LBHMK, self.values_LBHMK, self.r_LSHK)
 
     def attend(self, carried, scanned, index, *, visibility, end, rotary, **options):
-        """For Attention: keeps the last M keys and values of [memory; x[:end]]."""
+        """What Attention calls in place of the operation: see its `attend`.
+
+        It keeps (None, the last M keys and values of [memory; x[:end]]).
+        """
         del carried, index
         keys_BHMK, values_BHMK, r_SHK = scanned
 
@@ -86,7 +89,7 @@ class Cache(NamedTuple):
         return attend
 
     def after(self, carried, scanned):
-        """The cache that follows; the arguments are what the layers returned."""
+        """The cache after the segment, of what the layers have kept."""
         del carried
         return self._replace(keys_LBHMK=scanned[0], values_LBHMK=scanned[1])
 
@@ -113,7 +116,8 @@ class Ring(NamedTuple):
         return 1
 
     def scanned(self):
-        """As of Cache: all slots of all layers are carried, to be written in place."""
+        """As that of Cache. All slots of all layers go from layer to layer: so each
+        layer can write one slot in place, and nothing is stacked again."""
         return (self.keys_LBHNK, self.values_LBHNK), self.r_LCHK
 
     def attend(
@@ -127,7 +131,7 @@ class Ring(NamedTuple):
         rotary,
         **options,
     ):
-        """For Attention: writes one slot of this layer; keeps all slots of all."""
+        """As that of Cache; it writes one slot of this layer, and keeps them all."""
         del end, options
         N = self.keys_LBHNK.shape[3]
         slot = (self.newest + 1) % N
@@ -167,12 +171,12 @@ class Ring(NamedTuple):
 
 _SLOTS = ("layers", "batch", "heads", None, None)
 _ROWS = ("layers", None, "heads", None)
-AXES = Cache(_SLOTS, _SLOTS, _ROWS, ("batch",))
+CACHE_AXES = Cache(_SLOTS, _SLOTS, _ROWS, ("batch",))
 RING_AXES = Ring(_SLOTS, _SLOTS, _ROWS, ("batch",), ())
 
 
 def ring(cache: Cache) -> Ring:
-    """The same memory for single tokens; needs the rows of M + 1 distances."""
+    """The same memory for single tokens; the cache must be one of M + 1 distances."""
     keys_LBHNK, values_LBHNK = (
         jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, 1), (0, 0)))
         for x in (cache.keys_LBHMK, cache.values_LBHMK)
@@ -185,7 +189,10 @@ def ring(cache: Cache) -> Ring:
 
 
 def _turned_back(k_BHNK, distance_N):
-    """Keys turned against a query at place 0."""
+    """Keys turned back by their distance, for a query that is not turned at all.
+
+    Then keys can stay where they are as they grow older.
+    """
     N, K = k_BHNK.shape[2:]
     dtype = jnp.promote_types(k_BHNK.dtype, jnp.float32)
     table_NK = positions.sinusoid(-np.arange(N), K, dtype)[distance_N]
@@ -194,7 +201,7 @@ def _turned_back(k_BHNK, distance_N):
 
 
 def _one_query(qu_BTHK, qw_BTHK, k_BHNK, v_BHNK, r_NHK, visible_BN) -> jax.Array:
-    """Attention of one query to slots in any order, r in theirs."""
+    """Attention of one query to slots in any order; r_NHK is in the same order."""
     dtype = jnp.promote_types(qu_BTHK.dtype, jnp.float32)
     with jax.named_scope("one_query"):
         scores_BHTN = jnp.einsum(

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from xlformer.kernels.dropout import dropout
 from xlformer.sharding import constrain
 
-AXES = {
+# Logical axes of the parameters: see models.base.param_axes.
+PARAM_AXES = {
     "feed_forward/in_kernel": ("embed", "mlp"),
     "feed_forward/in_bias": ("mlp",),
     "feed_forward/out_kernel": ("mlp", "embed"),
@@ -29,7 +30,7 @@ def layer_norm(x: jax.Array, scale_D, bias_D, epsilon: float) -> jax.Array:
 
 
 class LayerNorm(nn.Module):
-    """layer_norm with its two parameters."""
+    """Layer normalisation with its two parameters, `scale` and `bias`."""
 
     epsilon: float
     scale_init: Any = nn.initializers.ones
@@ -42,7 +43,7 @@ class LayerNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """relu(x W1 + b1) W2 + b2, dropout after each of the two."""
+    """relu(x W1 + b1) W2 + b2, with dropout after each of the two products."""
 
     d_inner: int
     dropout: float

@@ -1,4 +1,4 @@
-"""Transformer-XL's memory: fixed capacity, the newest last, a count of what is valid.
+"""Transformer-XL's memory: slots of a fixed number, the newest last, some valid.
 
 Slots that are not valid are masked, so a cold memory equals no memory exactly (the
 TensorFlow original and Hugging Face attend to zeros instead: `attend_zero_memory`).
@@ -26,11 +26,12 @@ class Memory(NamedTuple):
     length_B: Any
 
 
-AXES = Memory(("layers", "batch", "memory", "embed"), ("batch",))
+# Logical axes of the state: see Model.state_axes.
+STATE_AXES = Memory(("layers", "batch", "memory", "embed"), ("batch",))
 
 
 def expand_resets(resets_BT: jax.Array | None, T: int) -> jax.Array | None:
-    """[B, 1], a reset before the segment, becomes [B, T]."""
+    """Pads [B, 1], a reset before the segment, to [B, T]; None stays None."""
     if resets_BT is None or resets_BT.shape[1] == T:
         return resets_BT
     if resets_BT.shape[1] != 1:
@@ -78,7 +79,10 @@ def append(memory: jax.Array, x: jax.Array, end, *, axis: int = 1) -> jax.Array:
 
 
 def next_length(length_B, resets_BT, end, *, M: int) -> jax.Array:
-    """Valid slots after `end` more positions: after a reset only what came since."""
+    """How many slots are valid after `end` more positions.
+
+    After a reset only what has come since counts.
+    """
     length_B = length_B + end
     if resets_BT is not None:
         T = resets_BT.shape[1]
@@ -95,7 +99,7 @@ def next_length(length_B, resets_BT, end, *, M: int) -> jax.Array:
 
 
 def valid_slots(state: Memory) -> Memory:
-    """Zeros in the slots that do not count."""
+    """The memory with zeros in the slots that do not count."""
     M = state.hidden_LBMD.shape[2]
     valid_BM = jnp.arange(M)[None] >= M - state.length_B[:, None]
     hidden_LBMD = jnp.where(valid_BM[None, ..., None], state.hidden_LBMD, 0)
@@ -103,6 +107,9 @@ def valid_slots(state: Memory) -> Memory:
 
 
 def finite(x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Zeros at positions that hold anything not finite, and which these are, [B, S]."""
+    """The vectors with zeros in place of those that are not finite, and where, [B, S].
+
+    One number that is not finite spoils all that a query makes of its vector.
+    """
     bad_BS = ~jnp.isfinite(x_BSD).all(axis=-1)
     return jnp.where(bad_BS[..., None], 0, x_BSD), bad_BS

@@ -27,10 +27,10 @@ def sinusoid(positions: np.ndarray | jax.Array, d_model: int, dtype) -> jax.Arra
 
 
 def rotate(x_BSHK: jax.Array, table_SK: jax.Array) -> jax.Array:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864): pairs (i, i + K/2) turned.
+    """Turns pairs (i, i + K/2) by an angle for each position (rotary positions).
 
-    Products of a query and a key that are both turned depend on their distance only.
-    table_SK: the sinusoid of each position, of width K.
+    Products of a query and a key that are both turned depend on their distance only (Su
+    et al. 2021, arXiv:2104.09864). table_SK is the sinusoid of each position.
     """
     sin, cos = (part[None, :, None] for part in jnp.split(table_SK, 2, axis=-1))
     a, b = jnp.split(x_BSHK.astype(table_SK.dtype), 2, axis=-1)
@@ -47,7 +47,7 @@ def rotated(q_BTHK: jax.Array, k_BSHK: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def distances(S: int, clamp_length: int) -> np.ndarray:
-    """Distances 0 to S-1, none beyond clamp_length if that is positive."""
+    """The distances 0 to S-1, none of them beyond clamp_length unless that is 0."""
     return np.minimum(np.arange(S), clamp_length if clamp_length > 0 else S)
 
 

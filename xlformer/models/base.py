@@ -250,11 +250,11 @@ class Model:
 
     @property
     def width(self) -> int | None:
-        """Of the vectors that the trunk takes; None without a trunk."""
+        """How long the vectors are that the trunk takes; None without a trunk."""
         return None
 
     def dtype(self, params):
-        """What is computed in with these parameters, or None where it is not known."""
+        """The dtype of the computation with these parameters; None if not known."""
         leaves = [leaf.dtype for leaf in jax.tree.leaves(params)]
         found = [d for d in leaves if jnp.issubdtype(d, jnp.floating)]
         return jnp.result_type(*found) if found else None
@@ -332,8 +332,10 @@ class Model:
         return None
 
     def to_save_memory(self) -> dict[str, Any]:
-        """Fields of the configuration that make a step take less memory, as they would
-        be then; {} where there is nothing left to save."""
+        """Fields of the config and their values with which a step takes less memory.
+
+        {} where there is nothing left to save.
+        """
         return {}
 
     def card(self) -> dict:

@@ -120,11 +120,11 @@ class TokenModel(Model):
     """
 
     def trunk_module(self, dtype) -> nn.Module:
-        """The Linen module between embedding and softmax, computing in dtype."""
+        """The Linen module between embedding and softmax, which computes in dtype."""
         raise NotImplementedError
 
     def tokens(self) -> Tokens:
-        """What is around it."""
+        """What is around the trunk."""
         return Tokens(Bins(self.vocab_size, self.width, self.width))
 
     @property

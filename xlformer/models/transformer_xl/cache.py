@@ -35,10 +35,12 @@ def is_ring(config: TransformerXLConfig, segment_length: int) -> bool:
 
 def axes(config: TransformerXLConfig, segment_length: int) -> Cache | Ring:
     """Logical axis names of what to_cache gives."""
-    names = cache_lib.RING_AXES if is_ring(config, segment_length) else cache_lib.AXES
-    if config.encoding in (RELATIVE, LEARNED_RELATIVE):
-        return names
-    return names._replace(r_LCHK=None) if names[4:] else names._replace(r_LSHK=None)
+    relative = config.encoding in (RELATIVE, LEARNED_RELATIVE)
+    if is_ring(config, segment_length):
+        names = cache_lib.RING_AXES
+        return names if relative else names._replace(r_LCHK=None)
+    names = cache_lib.CACHE_AXES
+    return names if relative else names._replace(r_LSHK=None)
 
 
 def check_call(state: Cache | Ring, T: int, lengths, train: bool) -> None:

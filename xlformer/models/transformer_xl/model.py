@@ -94,7 +94,7 @@ class TransformerXL(TokenModel):
         return Memory(jnp.zeros(shape, dtype), jnp.full(batch_size, valid, jnp.int32))
 
     def state_axes(self) -> Memory:
-        return memory_lib.AXES
+        return memory_lib.STATE_AXES
 
     def to_cache(self, params, state: Memory, *, segment_length: int = 1):
         """Keys and values; for single tokens in a ring (layers.cache)."""
@@ -108,8 +108,8 @@ class TransformerXL(TokenModel):
         return cache_lib.axes(self.config, segment_length)
 
     def param_axes(self, params):
-        tables = attention.AXES | feed_forward.AXES | adaptive.AXES | _AXES
-        return base.param_axes(params, tables)
+        tables = attention.PARAM_AXES | feed_forward.PARAM_AXES | adaptive.PARAM_AXES
+        return base.param_axes(params, tables | TRUNK_AXES)
 
     def for_generation(self) -> TransformerXL:
         """Extended context has no place here: the memory takes in every token.
@@ -151,7 +151,7 @@ class TransformerXL(TokenModel):
 
 
 # The learned absolute positions of type 3, [L, N, D]; u and v shared by all layers.
-_AXES = {
+TRUNK_AXES = {
     "trunk/position": (None, None, "embed"),
     "trunk/u": ("heads", None),
     "trunk/v": ("heads", None),

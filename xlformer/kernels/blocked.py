@@ -26,7 +26,7 @@ def attention(
     dropout_rate,
     seeds_BH2,
 ):
-    """See kernels.relative_attention."""
+    """See kernels.relative_attention; scores are materialised a chunk at a time."""
     T, S = qu_BTHK.shape[1], k_BSHK.shape[1]
     size = max(CHUNK_SIZE, -(-T // MOST_CHUNKS))
     chunks = []

@@ -20,7 +20,7 @@ _TEST_TILES: tuple[int, int] | None = None
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Shapes and options.
+    """Shapes and options; for equal calls the same program is compiled.
 
     Attributes:
       K, V, R: widths of a key, of a value and of a distance's row (None without).
@@ -63,7 +63,7 @@ class Call:
 
     @property
     def interpret(self) -> bool:
-        """As plain operations, on any device (tests)."""
+        """Whether kernels run as plain operations, on any device, as tests do."""
         return self.test_tiles is not None
 
 
@@ -103,7 +103,7 @@ class Tiles:
         return jnp.minimum(last, self.key_tiles - 1)
 
     def query_range(self, n):
-        """Tiles of queries that may see tile n of keys: first, one past the last."""
+        """[first, stop) of the tiles of queries that may see tile n of keys."""
         call, key = self.call, n * self.N
         first = call.visibility.first_query(key, call.M)
         last = call.visibility.last_query(key + self.N - 1, call.M)

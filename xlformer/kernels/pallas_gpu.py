@@ -58,7 +58,8 @@ def _on_one_device(tiles: GPUTiles, arrays):
     B = x["qu"].shape[0]
     for name in ("qu", "qw", "k", "v", "r"):
         if name in x:
-            # Rows of a multiple of 16 bytes: others are read a number at a time.
+            # Rows are padded to a multiple of 16 bytes: the GPU reads others one number
+            # at a time.
             width = x[name].shape[-1]
             edges = [(0, 0)] * (x[name].ndim - 1) + [(0, -width % 8)]
             x[name] = jnp.pad(x[name], edges)
@@ -82,7 +83,8 @@ def _forward(tiles, x):
         "lse": jax.ShapeDtypeStruct((B, H, T), jnp.float32),
     }
     y = _run(kernels.forward, tiles, x, out | _ring(tiles, B, H))
-    # Under a name: with both kept, rematerialisation runs no kernel again.
+    # They have a name, by which a policy of rematerialisation keeps both; then no
+    # kernel runs again.
     o, lse = (checkpoint_name(y[name], OUTPUT_NAME) for name in ("o", "lse"))
     return o, (x, o, lse)
 

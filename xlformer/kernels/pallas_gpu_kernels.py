@@ -28,7 +28,7 @@ HIDDEN = -1e30  # Finite: a difference of two is 0, not NaN.
 
 
 class _Queries:
-    """A program's own tile of queries (tile, head, row)."""
+    """The tile of queries that a program (tile, head, row) works on."""
 
     def __init__(self, x, ring, tiles: GPUTiles):
         self.x, self.ring, self.tiles, self.call = x, ring, tiles, tiles.call
@@ -59,7 +59,7 @@ class _Queries:
         return rows(self.x["r"], d)
 
     def push(self, n):
-        """Tile n of raw into its place in the ring."""
+        """Computes tile n of raw and writes it to its place in the ring."""
         if self.call.R is None:
             return
         raw = dot(self.qw, self.distances(n), 1, 1)
@@ -68,16 +68,16 @@ class _Queries:
         plgpu.store(self.ring.at[i, column], raw)
 
     def scores(self, n, k):
-        """[Q, N], and which are visible."""
+        """The scores against tile n of keys, and which are visible: [Q, N] each."""
         i, j = self.pairs(n)
         scores = dot(self.qu, k, 1, 1)
         if self.call.R is not None:
             self.push(n + 1)
             barrier(self.call)
             own = i - self.i0
-            # 2 N is a power of 2, and & its remainder, below 0 too.
+            # 2 N is a power of 2, so & gives the remainder, of negative numbers too.
             column = (j - own + self.Q - 1) & (2 * self.N - 1)
-            # Volatile: no compiler may fetch it early, before it is written.
+            # Volatile, so that no compiler fetches it before it is written.
             scores += plgpu.load(self.ring.at[own, column], volatile=True)
             barrier(self.call)
         start = None
@@ -95,7 +95,7 @@ class _Queries:
 
 
 def forward(x, y, *, tiles: GPUTiles):
-    """o and the logarithm of each softmax's sum, `lse`."""
+    """Writes o, and the logarithm of each softmax's sum as `lse`."""
     call, V = tiles.call, padded(tiles.call.V)
     tile = _Queries(x, y.get("ring"), tiles)
     tile.push(tile.first)
@@ -120,14 +120,17 @@ def forward(x, y, *, tiles: GPUTiles):
         jnp.zeros((tiles.Q, V), jnp.float32),
     )
     most, total, o = lax.fori_loop(tile.first, tile.last + 1, step, nothing)
-    total = jnp.where(total == 0.0, 1.0, total)  # a query past the last
+    total = jnp.where(total == 0.0, 1.0, total)  # of a query past the last
     store_rows(y["o"], o / total[:, None], tile.i)
     log_sum = most + jnp.log(total)
     plgpu.store(y["lse"].at[tile.i], log_sum, mask=tile.i < call.T)
 
 
 def backward_queries(x, y, *, tiles: GPUTiles):
-    """Gradients of qu and qw; kept p, and the gradients of the scores, for the rest."""
+    """Writes the gradients of qu and qw, and what the others are made of.
+
+    That is p after dropout, and the gradients of the scores.
+    """
     call = tiles.call
     tile = _Queries(x, y.get("ring"), tiles)
     do = rows(x["do"], tile.i)
@@ -165,14 +168,14 @@ def backward_queries(x, y, *, tiles: GPUTiles):
 
 
 def _store_shifted(array, dscores, i, j, tiles):
-    """Each to the column of its distance; there is none for keys ahead."""
+    """Writes each to the column of its distance; there is none for keys ahead."""
     column = tiles.first_column(0) + tiles.Q - 1 - i + j
     inside = (i < tiles.call.T) & (column < tiles.columns)
     plgpu.store(array.at[i, column], dscores, mask=inside)
 
 
 def _position_gradient(tile, array):
-    """Of qw. In a loop of its own, where nothing is written.
+    """The gradient of qw, in a loop of its own, where nothing is written.
 
     In the loop that writes, Triton would load a tile ahead, which is not there yet.
     """
@@ -205,7 +208,7 @@ def _clear(tile, array):
 
 
 def backward_keys(x, y, *, tiles: GPUTiles):
-    """Gradients of a tile of keys and of values, from what backward_queries left."""
+    """Writes the gradients of a tile of k and of v, from what backward_queries left."""
     call = tiles.call
     n = pl.program_id(0)
     j = jnp.arange(tiles.N, dtype=jnp.int32) + n * tiles.N
@@ -238,7 +241,7 @@ def backward_keys(x, y, *, tiles: GPUTiles):
 
 
 def rows(array, indices):
-    """Rows of an array; zeros outside, and up to a power of 2."""
+    """Rows of an array, padded with zeros to a power of 2; those outside are zeros."""
     row, column, inside = _at(array, indices)
     return plgpu.load(array.at[row, column], mask=inside & (row >= 0), other=0)
 
@@ -257,7 +260,7 @@ def _at(array, indices):
 
 
 def barrier(call):
-    """All threads of the program have written before any reads."""
+    """Makes all threads of the program write before any of them reads."""
     if not call.interpret:  # where there is one thread, and no such operation
         plgpu.debug_barrier()
 

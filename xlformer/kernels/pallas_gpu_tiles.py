@@ -35,7 +35,7 @@ class GPUTiles(Tiles):
         return self.query_tiles * self.Q + self.call.M
 
     def first_column(self, i0):
-        """Of the last query of the tile from query i0 on, and key 0."""
+        """The column of key 0 for the last query of the tile from query i0 on."""
         return self.query_tiles * self.Q - self.Q - i0
 
 
@@ -45,7 +45,7 @@ def padded(width: int | None) -> int:
 
 
 def shared_bytes(call: Call, Q: int, N: int) -> int:
-    """Of the largest kernel, backward_queries; more than it needs in float32."""
+    """What the largest kernel, backward_queries, needs; less than this in float32."""
     size = 2 if call.dtype == "bfloat16" else 4
     widths = [call.K, call.V] + ([] if call.R is None else [call.R])
     stays_and_streams = (Q + STAGES * N) * sum(map(padded, widths))

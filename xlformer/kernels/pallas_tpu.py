@@ -86,7 +86,8 @@ def _forward(tiles, x, first, seeds):
     wide = (tiles.Q, kernels.LANES)
     scratch = {"max": wide, "sum": wide, "o": (tiles.Q, tiles.call.V)}
     y = _run(kernels.forward, tiles, x, first, seeds, scratch=scratch)
-    # Under a name: with both kept, rematerialisation runs no kernel again.
+    # They have a name, by which a policy of rematerialisation keeps both; then no
+    # kernel runs again.
     o, lse = (checkpoint_name(y[name], OUTPUT_NAME) for name in ("o", "lse"))
     return o, (x, first, seeds, o, lse)
 
@@ -169,7 +170,8 @@ def _block(tiles, name, shape):
         return pl.BlockSpec(block, lambda h, b, q, n, *_: (b, h, q, 0))
 
     def seen(h, b, q, n, first, _):
-        # A step out of sight asks for the tile that is there: nothing is copied.
+        # A step out of sight asks for the tile that is there already, so that nothing
+        # is copied.
         n = lax.clamp(first[b * tiles.query_tiles + q], n, tiles.last_tile(q))
         return b, h, n, 0
 

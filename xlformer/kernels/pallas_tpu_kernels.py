@@ -49,7 +49,7 @@ class _Tile:
         return (0, pl.ds(aligned, size), slice(None))
 
     def scores(self, s):
-        """[Q, N], and which are visible."""
+        """The scores of the tile, and which of them are visible: [Q, N] each."""
         x, Q = self.x, self.Q
         scores = _dot(x["qu"][0, 0], x["k"][0, 0], 1, 1)
         if self.call.R is not None:
@@ -85,7 +85,7 @@ class _Tile:
 
 
 def forward(first_ref, seeds_ref, x, y, s, *, tiles):
-    """o and the logarithm of each softmax's sum, `lse`."""
+    """Writes o, and the logarithm of each softmax's sum as `lse`."""
     tile = _Tile(first_ref, seeds_ref, x, tiles)
 
     @pl.when(tile.n == tile.first)
@@ -113,13 +113,13 @@ def forward(first_ref, seeds_ref, x, y, s, *, tiles):
     @pl.when(tile.n == pl.num_programs(3) - 1)
     def _():
         total = s["sum"][...]
-        total = jnp.where(total == 0.0, 1.0, total)  # a query that is only padding
+        total = jnp.where(total == 0.0, 1.0, total)  # of a query that is only padding
         y["o"][0, 0] = (s["o"][...] / total[:, :1]).astype(y["o"].dtype)
         y["lse"][0, 0] = jnp.transpose(s["max"][...] + jnp.log(total))[:1]
 
 
 def backward(first_ref, seeds_ref, x, y, s, *, tiles):
-    """All gradients in one pass: those of k, v and r pile up on the chip."""
+    """Writes all gradients in one pass: those of k, v and r pile up on the chip."""
     tile = _Tile(first_ref, seeds_ref, x, tiles)
     begins = (tile.q == 0) & (tile.n == 0)
     relative = tiles.call.R is not None

@@ -9,8 +9,9 @@ import math
 
 from xlformer.kernels.call import Call, Tiles
 
-# Large tiles: a step of the grid costs about 0.35 us whatever is in it (Pallas guide),
-# in which a v5e could multiply 69 MFLOP; a tile like this has 50 at head size 64.
+# Tiles are large because a step of the grid costs about 0.35 us whatever is in it
+# (Pallas guide). In that time a v5e could do 69 MFLOP; a tile like this has 50 at head
+# size 64.
 MOST_QUERIES, MOST_KEYS = 256, 512
 # Of the fast memory (VMEM) of the chips from v5e on, 64 MiB at least. v4 has 16, and no
 # strided rotation either: there the kernels do not compile.
@@ -30,7 +31,7 @@ class TPUTiles(Tiles):
 
     @property
     def step(self) -> int:
-        """Divides the first of the rows of r that each tile needs."""
+        """A divisor of the first row of r that a tile needs, for aligned loads."""
         return math.gcd(self.Q, self.N)
 
     def vmem_bytes(self) -> int:
@@ -49,7 +50,7 @@ class TPUTiles(Tiles):
 
 
 def cut(call: Call) -> TPUTiles:
-    """The tiles that pad a call least."""
+    """Cuts a call into the tiles that pad it least."""
     if call.interpret:
         return TPUTiles(call, *call.test_tiles)
     Q = _tile(call.T, 128, MOST_QUERIES)

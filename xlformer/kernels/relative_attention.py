@@ -143,7 +143,7 @@ def _module(implementation: str):
 
 
 def platform() -> str:
-    """Of the mesh to compile for, which may be a machine that is not here."""
+    """That of the mesh to compile for, which may be of machines that are not here."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 

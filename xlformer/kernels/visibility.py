@@ -6,8 +6,8 @@ bounds of chunks and tiles, and counts of visible keys are all asked from here.
 
 Another rule is one more static field and a condition in `allows`. If it lets fewer keys
 through at either end, first_key and its three companions may say so too: then chunks
-and tiles are skipped. Only `sees` and `keys_seen` rely on the visible keys having no
-gaps; a rule that leaves gaps has to count them there.
+and tiles are skipped; if it lets more through, they must. Only `sees` relies on the
+visible keys of a query having no gaps.
 """
 
 from __future__ import annotations
@@ -123,14 +123,14 @@ class Visibility:
         >>> Visibility(window=2).keys_seen(3, 4)
         array([2, 3, 3])
         """
-        queries = np.arange(T)
-        first, stop = self.key_range(queries, queries, T, S)
-        return stop - first
+        mask_11TS = self.static.mask(np.arange(T), np.arange(S), S - T)
+        return mask_11TS[0, 0].sum(1)
 
     def sees(self, marked_BS: jax.Array, T: int) -> jax.Array:
         """Which of the last T positions see a key that is marked, [B, T].
 
-        It is enough to look at the newest one up to the last key that is visible.
+        It is enough to look at the newest mark up to the last visible key, because the
+        visible ones have no gaps: S numbers a row to go through, not T S.
         """
         S = marked_BS.shape[1]
         queries = np.arange(T)

@@ -16,7 +16,7 @@ from etils import epath
 
 from xlformer import command, sharding
 from xlformer import config as config_lib
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 from xlformer.machines import bench_plot, bench_presets, rehearsal
 from xlformer.machines.bench_runs import UNCHANGED, Values, bench, bench_preset
 from xlformer.machines.bench_table import render
@@ -74,7 +74,9 @@ def _main(argv) -> int:
         config.model.vocab_size = rehearsal.vocab_size(args.config, config)
         title = f"{config.name}, {mode}"
         mesh = sharding.make_mesh(
-            sizes or dict(config.mesh), rows=config.train.batch_size, where="--mesh"
+            sizes or dict(config.mesh),
+            rows=config.train.batch_size,
+            where=Argument("mesh"),
         )
         parts = [bench(config, mode=mode, sweep=sweep, mesh=mesh, **options)]
     rows = []

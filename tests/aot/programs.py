@@ -6,13 +6,12 @@ import traceback
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from xlformer import config as config_lib
 from xlformer import models
-from xlformer.data.stream import Stream
 from xlformer.kernels.relative_attention import relative_attention
+from xlformer.machines import rehearsal
 from xlformer.machines.topologies import mesh_of
 from xlformer.training.compiling import TrainingStep
 
@@ -92,12 +91,9 @@ def train_step(topology, sizes, implementation, *, config="quickstart", **fields
     """The step of a config as `xlformer.train` would make it."""
     config = config_lib.load(config)
     config.model.update(attention=implementation, dtype="bfloat16", **fields)
-    train, mesh = config.train, mesh_of(topology, sizes)
     model = models.build(config.model, vocab_size=256)
-    sizes = dict(batch_size=train.batch_size, segment_length=train.segment_length)
-    tokens = np.zeros(4 * train.batch_size * train.segment_length, np.uint8)
-    batch = Stream(tokens, **sizes).at(0)
-    return TrainingStep(config, model, mesh).compile(batch)
+    step = TrainingStep(config, model, mesh_of(topology, sizes))
+    return step.compile(rehearsal.batch(config, model))
 
 
 def run(checks):

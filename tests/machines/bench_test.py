@@ -12,10 +12,11 @@ from training_runs import bag, refusal
 from xlformer import bench, models, sharding
 from xlformer import config as config_lib
 from xlformer.layers import adaptive
-from xlformer.machines import bench_runs, bench_timing, bench_workloads, rehearsal
+from xlformer.machines import bench_runs, bench_timing, bench_workloads
 from xlformer.machines.bench_runs import Values
 from xlformer.machines.bench_table import render
 from xlformer.machines.bench_timing import Timing
+from xlformer.training.compiling import TrainingStep
 
 
 def debug():
@@ -53,8 +54,7 @@ def test_the_share_of_the_datasheet_is_of_all_devices():
 def test_two_steps_are_in_flight_at_most(monkeypatch):
     config = config_lib.load("quickstart:debug")
     mesh, log = sharding.make_mesh({"data": 1}), []
-    model = bag(vocab_size=256)
-    real = rehearsal.step(config, model, mesh)
+    model = bag(vocab_size=11)
 
     class Compiled:
         def __call__(self, state, batch):
@@ -70,10 +70,7 @@ def test_two_steps_are_in_flight_at_most(monkeypatch):
         def cost_analysis(self):
             return {"bytes accessed": 7.0}
 
-    lowered = SimpleNamespace(compile=Compiled)
-    function = SimpleNamespace(lower=lambda *_: lowered)
-    step = real._replace(function=function, create=lambda _: None)
-    monkeypatch.setattr(rehearsal, "step", lambda *_: step)
+    monkeypatch.setattr(TrainingStep, "compile", lambda *_: Compiled())
     timing = bench_workloads.train("a", config, model, mesh)
     timing.run(5)
     in_flight = np.cumsum([1 if event == "step" else -1 for event in log])

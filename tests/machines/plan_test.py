@@ -9,14 +9,8 @@ from training_runs import PERIOD, SYMBOLS, bag, refusal
 
 from xlformer import config as config_lib
 from xlformer import models, plan, prepare
-from xlformer.machines import (
-    chips,
-    plan_text,
-    planning,
-    rehearsal,
-    topologies,
-    traffic,
-)
+from xlformer.machines import chips, plan_text, rehearsal, topologies, traffic
+from xlformer.training.compiling import TrainingStep
 
 WT103_SHARES = (0.86, 0.055, 0.06, 0.025)
 
@@ -141,17 +135,17 @@ def test_split_parameters_take_a_share_of_the_memory_and_more_traffic():
 
 
 def test_a_compiler_that_counts_nothing_is_no_reason_to_fail(monkeypatch, capsys):
-    real = planning._compiled_step
+    real = TrainingStep.compile
 
-    def step(*arguments):
-        compiled = real(*arguments)
+    def compile_step(step, batch):
+        compiled = real(step, batch)
         return SimpleNamespace(
             memory_analysis=compiled.memory_analysis,
             cost_analysis=lambda: None,  # as for a GPU that is not here
             as_text=compiled.as_text,
         )
 
-    monkeypatch.setattr(planning, "_compiled_step", step)
+    monkeypatch.setattr(TrainingStep, "compile", compile_step)
     arguments = ["--config=quickstart:debug", "--topology=local", "--mesh=data=2"]
     assert plan.main(arguments) == 0
     shown = capsys.readouterr().out
@@ -191,7 +185,7 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(monkeypatch, capsys):
     def refuse(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 335G exceeds 15.75G")
 
-    monkeypatch.setattr(planning, "_compiled_step", refuse)
+    monkeypatch.setattr(TrainingStep, "compile", refuse)
     arguments = ["--config=quickstart:debug", "--topology=local", "--mesh=data=2"]
     assert plan.main(arguments) == 1
     shown = capsys.readouterr().out
@@ -272,7 +266,10 @@ def test_the_vocabulary_is_that_of_prepared_data(tmp_path):
         (["--topology=v5p:4x4"], ["v5p:4x4 ", "known"]),
         (["--topology=v5e:4xa"], ["v5e:4xa", "known"]),
         (["--topology=v5e:4x4", "--mesh=data=3,fsdp=-1"], ["data=3", "16 devices"]),
-        (["--topology=v5e:4x4", "--mesh=rows=2"], ["rows=2", "data, fsdp, tensor"]),
+        (
+            ["--topology=v5e:4x4", "--mesh=rows=2"],
+            ["--mesh", "'rows'", "data, fsdp, tensor"],
+        ),
         (["--topology=v5e:4x4", "--config.train.batch_size=22"], ["22", "16 row"]),
         (["--topology=v5e:4x4", "--mfu=0"], ["--mfu=0.0"]),
         (["--topology=h100", "--price_per_chip_hour=-1"], ["-1.0", "negative"]),

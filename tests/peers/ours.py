@@ -20,6 +20,7 @@ from xlformer.config import default_config
 from xlformer.machines import rehearsal
 from xlformer.models import TransformerXL
 from xlformer.models.base import Model, compute_dtype
+from xlformer.training.compiling import TrainingStep
 
 NAIVE, PLAIN = "naive", "plain"
 
@@ -76,12 +77,12 @@ def config_of(setting: Setting, implementation: str):
 
 def training(setting, config, model, mesh):
     """The step that xlformer.train compiles, with two in flight as there."""
-    step = rehearsal.step(config, model, mesh)
-    with jax.set_mesh(mesh):
-        compiled = step.function.lower(step.abstract, step.batch).compile()
-    state = step.create(jax.random.key(config.seed))
+    step, batch = TrainingStep(config, model, mesh), rehearsal.batch(config, model)
+    compiled = step.compile(batch)
+    create = jax.jit(step.create, out_shardings=step.placed)
+    state = create(jax.random.key(config.seed))
     batches = [
-        {**step.batch, "inputs_BT": inputs_BT, "targets_BT": targets_BT}
+        {**batch, "inputs_BT": inputs_BT, "targets_BT": targets_BT}
         for inputs_BT, targets_BT in worker.batches(setting)
     ]
 

@@ -18,6 +18,7 @@ from xlformer.layers.adaptive import frequencies
 from xlformer.machines import rehearsal
 from xlformer.machines.bench_timing import Timing, clocks
 from xlformer.models import Model
+from xlformer.training.compiling import TrainingStep
 
 MOST_SEGMENTS = 16  # of one timed evaluation
 TOKENS = 64  # of one timed generation
@@ -32,11 +33,12 @@ def train(name: str, config, model: Model, mesh) -> Timing:
     rows, T = config.train.batch_size, config.train.segment_length
     sharding.check(config, mesh)
     model.check_mesh(mesh)
+    batch = rehearsal.batch(config, model)
     start = time.perf_counter()
-    step = rehearsal.step(config, model, mesh)
-    compiled = step.compile()
+    step = TrainingStep(config, model, mesh)
+    compiled = step.compile(batch)
     compile_seconds = time.perf_counter() - start
-    state, batch = step.create(_key(config)), dict(step.batch)
+    state = jax.jit(step.create, out_shardings=step.placed)(_key(config))
     for field in ("inputs_BT", "targets_BT"):
         batch[field] = tokens(model.vocab_size, batch[field].shape)
 

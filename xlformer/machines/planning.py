@@ -18,6 +18,7 @@ from xlformer import models, sharding
 from xlformer.errors import Argument, reason
 from xlformer.machines import chips, rehearsal, topologies, traffic
 from xlformer.models import Model
+from xlformer.training.compiling import TrainingStep
 
 HERE = "local"  # the topology of the devices of this process
 
@@ -59,8 +60,8 @@ def plan(
             fields["dtype"] = "bfloat16"
         model = models.build(fields)
     model.check_mesh(mesh)
-    abstract, placed = rehearsal.shapes(config, model, mesh)
-    dtype = model.dtype(abstract.params)
+    step = TrainingStep(config, model, mesh)
+    dtype = model.dtype(step.abstract.params)
     found = {
         "config": config.name,
         "topology": topology,
@@ -69,13 +70,13 @@ def plan(
         "dtype": dtype and dtype.name,
         "how": "arithmetic" if note else "compiled",
         "note": note,
-        "memory": _state_memory(abstract, placed),
+        "memory": _state_memory(step.abstract, step.placed),
     }
-    if note or not _compile(found, config, model, mesh):
+    if note or not _compile(found, step, rehearsal.batch(config, model)):
         found["memory"]["temporaries"] = _temporaries(found, config, model, mesh)
     _judge(found, chip, config, model, mesh)
     found["flops"] = _flops(config, model)
-    found["least_sent"] = _least_sent(found, config, model, mesh, abstract, placed)
+    found["least_sent"] = _least_sent(found, config, model, mesh, step)
     if chip is not None:
         found["seconds"] = _seconds(found, chip, mfu)
         if found["flops"]:
@@ -122,11 +123,11 @@ def _on_device(tree, shardings) -> int:
     return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in leaves)
 
 
-def _compile(found: dict, config, model: Model, mesh) -> bool:
+def _compile(found: dict, step: TrainingStep, batch: dict) -> bool:
     """Asks the compiler; False where it refuses, as the memory does not suffice."""
     start = time.perf_counter()
     try:
-        compiled = _compiled_step(config, model, mesh)
+        compiled = step.compile(batch)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -147,15 +148,9 @@ def _compile(found: dict, config, model: Model, mesh) -> bool:
             "bytes": cost.get("bytes accessed"),
             "seconds": cost.get("optimal_seconds"),
         }
-    found["collectives"] = {
-        kind: one._asdict()
-        for kind, one in traffic.collectives(compiled.as_text(), mesh.size).items()
-    }
+    collectives = traffic.collectives(compiled.as_text(), found["devices"])
+    found["collectives"] = {kind: one._asdict() for kind, one in collectives.items()}
     return True
-
-
-def _compiled_step(config, model: Model, mesh):
-    return rehearsal.step(config, model, mesh).compile()
 
 
 def _temporaries(found: dict, config, model: Model, mesh) -> int | None:
@@ -220,11 +215,11 @@ def _flops(config, model: Model) -> dict | None:
     return {"useful": counted.training, "per_token": counted.training / tokens}
 
 
-def _least_sent(found: dict, config, model: Model, mesh, abstract, placed) -> dict:
+def _least_sent(found: dict, config, model: Model, mesh, step: TrainingStep) -> dict:
     summed = model.summed_activations()
     return traffic.least(
-        abstract.params,
-        placed.params,
+        step.abstract.params,
+        step.placed.params,
         mesh.shape,
         itemsize=_itemsize(found),
         summed=None if summed is None else summed * _tokens(config, mesh),

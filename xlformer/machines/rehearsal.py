@@ -1,43 +1,14 @@
-"""A config's training step without its data, to compile or to time."""
+"""What a training step needs of its data, without them: to compile it, to time it."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from xlformer import config as config_lib
-from xlformer import models, storage
+from xlformer import storage
 from xlformer.data.stream import Stream
 from xlformer.errors import Argument, UserError
-from xlformer.training.compiling import TrainingStep
-
-
-class Step(NamedTuple):
-    """What `xlformer.train` makes of a config.
-
-    Attributes:
-      function: of jax.jit: (train_state, batch) -> (train_state, metrics); the
-        TrainState is donated.
-      create: key -> a fresh TrainState, of jax.jit too.
-      abstract: its shapes.
-      placed: its shardings.
-      batch: one batch, as the first of a text of zeros.
-    """
-
-    mesh: Mesh
-    function: Any
-    create: Any
-    abstract: Any
-    placed: Any
-    batch: dict
-
-    def compile(self):
-        """The compiled step; its mesh says for what kind of device."""
-        with jax.set_mesh(self.mesh):
-            return self.function.lower(self.abstract, self.batch).compile()
+from xlformer.models import Model
 
 
 def vocab_size(spec: str, config) -> int:
@@ -66,21 +37,8 @@ def vocab_size(spec: str, config) -> int:
     )
 
 
-def shapes(config, model: models.Model, mesh):
-    """(shapes, shardings) of the TrainState; of the mesh only its sizes matter."""
-    made = TrainingStep(config, model, mesh)
-    return made.abstract, made.placed
-
-
-def step(config, model: models.Model, mesh: Mesh) -> Step:
-    """The training step on a mesh, which may be of devices that are not here."""
-    made, batch = TrainingStep(config, model, mesh), _batch(config, model)
-    create = jax.jit(made.create, out_shardings=made.placed)
-    function = made.jitted(batch)
-    return Step(mesh, function, create, made.abstract, made.placed, batch)
-
-
-def _batch(config, model) -> dict:
+def batch(config, model: Model) -> dict:
+    """One batch as training has it: the first of a text of zeros."""
     train = config.train
     longest = train.segment_length + model.extended_length
     return Stream(

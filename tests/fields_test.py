@@ -63,6 +63,7 @@ def test_a_number_has_bounds(name, value, rule):
         (["optimizer.final_fraction=-0.1"], "final_fraction=-0.1 must be at least 0"),
         (["optimizer.learning_rate=1e999"], "learning_rate=inf must be a finite"),
         (["optimizer.name=adma"], "name='adma' is none of .* mean 'adam'"),
+        (["optimizer.schedule=cosin"], "schedule='cosin' is none of .* mean 'cosine'"),
         (["optimizer.weight_decay=0.1"], "weight_decay=0.1 has no effect with 'adam'"),
         (["optimizer.momentum=0.5"], "momentum=0.5 has no effect with 'adam'; .*sgd"),
         (["eval.split=validaton"], "split='validaton' is none of .*'validation'"),

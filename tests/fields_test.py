@@ -63,6 +63,7 @@ def test_a_number_has_bounds(name, value, rule):
         (["optimizer.final_fraction=-0.1"], "final_fraction=-0.1 must be at least 0"),
         (["optimizer.learning_rate=1e999"], "learning_rate=inf must be a finite"),
         (["optimizer.name=adma"], "name='adma' is none of .* mean 'adam'"),
+        (["optimizer.schedule=cosin"], "schedule='cosin' is none of .* mean 'cosine'"),
         (["optimizer.weight_decay=0.1"], "weight_decay=0.1 has no effect with 'adam'"),
         (["optimizer.momentum=0.5"], "momentum=0.5 has no effect with 'adam'; .*sgd"),
         (["eval.split=validaton"], "split='validaton' is none of .*'validation'"),
@@ -102,6 +103,16 @@ def test_a_config_that_was_made_otherwise_is_of_the_right_types_too():
     found = config_lib.to_dict(config_lib.default_config()) | {"seed": 1 << 63}
     with pytest.raises(UserError, match=f"^there: config.seed={1 << 63} must be at"):
         config_lib.from_dict(found, where="there")
+
+
+def test_what_only_the_model_knows_waits_for_a_model_of_ones_own():
+    config = config_lib.default_config()
+    config.train.objective = "masked"
+    with pytest.raises(UserError, match="objective='masked' with .*causal=True"):
+        config_lib.check(config)
+    config.own_model = "Mine"
+    found = config_lib.from_dict(config_lib.to_dict(config))
+    assert found.train.objective == "masked"
 
 
 @pytest.mark.parametrize("name", config_lib.names())

@@ -77,25 +77,38 @@ def check(config: ConfigDict, model: models.Model | None = None) -> None:
     for section in fields_lib.TABLE:
         fields_lib.check_section(section, config[section] if section else config)
     recipes.check(config.data)
-    _check_together(config, model or outline(config))
+    _check_together(config)
+    if model is None and not config.own_model:
+        model = outline(config)
+    if model is not None:  # One's own is not there where its run is read.
+        _check_with(model, config)
 
 
-def _check_together(config: ConfigDict, model: models.Model) -> None:
+def _check_together(config: ConfigDict) -> None:
     train, optimizer = config.train, config.optimizer
     if train.batch_size % train.micro_batches:
         raise UserError(
             f"config.train.batch_size={train.batch_size} is not divisible by "
             f"config.train.micro_batches={train.micro_batches}"
         )
-    if fields_lib.OBJECTIVES[train.objective].causal != model.causal:
+    for field, users in fields_lib.ONLY_OF.items():
+        if optimizer[field] and optimizer.name not in users:
+            raise UserError(
+                f"config.optimizer.{field}={optimizer[field]} has no effect with "
+                f"{optimizer.name!r}; it belongs to {' and '.join(users)}"
+            )
+
+
+def _check_with(model: models.Model, config: ConfigDict) -> None:
+    if fields_lib.OBJECTIVES[config.train.objective].causal != model.causal:
         objectives = fields_lib.OBJECTIVES.items()
         fitting = [name for name, o in objectives if o.causal == model.causal]
         raise UserError(
-            f"config.train.objective={train.objective!r} with a model that has "
+            f"config.train.objective={config.train.objective!r} with a model that has "
             f"causal={model.causal}: such a model is trained with {', '.join(fitting)}"
         )
     extended, documents = model.extended_length, config.data.documents
-    if train.variable_length and extended:
+    if config.train.variable_length and extended:
         raise UserError(
             f"config.train.variable_length with extended_length={extended} of the "
             "model: padding on the right and context on the left do not go together"
@@ -106,12 +119,6 @@ def _check_together(config: ConfigDict, model: models.Model) -> None:
             "model with resets_in_segment=False: what such a model sees where a text "
             "begins can be put back only before a segment, not within it"
         )
-    for field, users in fields_lib.ONLY_OF.items():
-        if optimizer[field] and optimizer.name not in users:
-            raise UserError(
-                f"config.optimizer.{field}={optimizer[field]} has no effect with "
-                f"{optimizer.name!r}; it belongs to {' and '.join(users)}"
-            )
 
 
 def vocab_size(config: ConfigDict, symbols: int) -> int:

@@ -106,108 +106,124 @@ class Objective(NamedTuple):
 
 OBJECTIVES = {"next_token": Objective(True), "masked": Objective(False, symbols=1)}
 
+SCHEDULES = ("cosine", "cosine_after_warmup", "inverse_sqrt", "constant", "plateau")
+
 # Section -> name -> what it may be. '' is the top of the tree.
 TABLE: Mapping[str, Mapping[str, Field]] = {
     "": {
         "name": _field("", FREE),
         # JAX's keys have 32 bits of it: seeds 2^32 apart draw the same parameters.
         "seed": _field(1111, REFUSED, least=-(1 << 63), most=(1 << 63) - 1),
-        "init_from": _field("", FREE),  # where --init_from took the first weights from
+        # The work directory whose weights a new run starts from.
+        "init_from": _field("", FREE),
         # The class of the model that train(..., model=) was given; '' is config.model.
         "own_model": _field("", REFUSED),
     },
     "data": {
-        "corpus": _field("stdlib", REFUSED),  # a builder's name, or 'text' for `path`
-        "path": _field("", FREE),  # your own text: files or globs, separated by ';'
-        "unit": _field("bytes", REFUSED, choices=("bytes", "chars", "words")),  # of it
-        # Of own words: those seen fewer times are <unk>; 0 is 2, and 1 keeps all. Both
-        # are free because the vocabulary that comes of them is compared.
+        # A name of data/sources.py, 'stdlib', or 'text' for the files of `path`.
+        "corpus": _field("stdlib", REFUSED),
+        # Your own text: files or globs, separated by ';', and what its symbols are.
+        "path": _field("", FREE),
+        "unit": _field("bytes", REFUSED, choices=("bytes", "chars", "words")),
+        # Own words that were seen fewer times are <unk>: 0 stands for 2, 1 keeps all.
+        # max_vocab counts symbols, <unk> among them; 0 sets no bound. Both are free,
+        # because the vocabulary that comes of them is compared.
         "min_count": _field(0, FREE, least=0),
-        "max_vocab": _field(0, FREE, least=3, off=0),  # symbols, with <unk>
-        "documents": _field(False, REFUSED),  # memory is reset where a file begins
-        "tokenizer": _field("", FREE),  # a SentencePiece or tokenizers file
-        # enwik8: keep, or drop as the original does
+        "max_vocab": _field(0, FREE, least=3, off=0),
+        # Whether memory is reset where a file begins.
+        "documents": _field(False, REFUSED),
+        # A file of SentencePiece or of Hugging Face's tokenizers.
+        "tokenizer": _field("", FREE),
+        # Of enwik8: the original's own preparation drops byte 10.
         "newline": _field("keep", REFUSED, choices=("keep", "drop")),
-        "directory": _field("", FREE),  # prepared corpora; '' is XLFORMER_DATA or cache
-        "manual_dir": _field("", FREE),  # archives that cannot be downloaded
+        # Where prepared corpora lie; '' is $XLFORMER_DATA, or ~/.cache/xlformer.
+        "directory": _field("", FREE),
+        # Where archives lie that you have fetched yourself.
+        "manual_dir": _field("", FREE),
     },
     "train": {
-        "steps": _field(1000, TAKEN, least=1),  # optimizer steps
-        "batch_size": _field(16, REFUSED, least=1),  # rows, over all devices
-        "segment_length": _field(64, REFUSED, least=1),  # tokens of a row in one step
-        "micro_batches": _field(1, FREE, least=1),  # gradients of groups of rows, added
-        "segments_per_call": _field(1, FREE, least=1),  # steps in one compiled call
-        "variable_length": _field(False, REFUSED),  # the original's varlen: data/stream
+        # Optimizer steps, rows over all devices, and tokens of a row in one step.
+        "steps": _field(1000, TAKEN, least=1),
+        "batch_size": _field(16, REFUSED, least=1),
+        "segment_length": _field(64, REFUSED, least=1),
+        # Gradients of so many groups of rows are added: less memory, the same step.
+        "micro_batches": _field(1, FREE, least=1),
+        # Steps in one compiled call: less of the host, the same numbers.
+        "segments_per_call": _field(1, FREE, least=1),
+        # The original's --varlen; see data/stream.py.
+        "variable_length": _field(False, REFUSED),
         "objective": _field("next_token", REFUSED, choices=tuple(OBJECTIVES)),
         # Of the symbols, how many are hidden. Losses of other rates do not compare.
         "mask_rate": _field(0.15, REFUSED, above=0, most=1),
-        "half_loss": _field(False, TAKEN),  # score only the later half of each segment
-        "skip_nonfinite": _field(False, TAKEN),  # drop a step whose loss is not finite
+        # Only the later half of each segment is scored, as in the paper's ablation.
+        "half_loss": _field(False, TAKEN),
+        # A step whose loss is not finite is dropped.
+        "skip_nonfinite": _field(False, TAKEN),
         # A loss so many times its average makes the run go back and leave out that
-        # segment; a factor of 1 or less would leave out every other one. 0 is off.
+        # segment; a factor of 1 or less would leave out every other one. 0 is off, and
+        # nothing is a spike in the first spike_after steps.
         "spike_factor": _field(0.0, TAKEN, above=1, off=0),
-        "spike_after": _field(100, TAKEN, least=0),  # steps before one can be a spike
+        "spike_after": _field(100, TAKEN, least=0),
         # Of the average of the parameters, free of the initial ones: after the first
         # step it is that step's. 0 keeps none.
         "ema_decay": _field(0.0, TAKEN, switch=True, **_RATIO),
+        # Every so many steps; 0 validates and saves only at the end.
         "log_every": _field(100, FREE, least=0),
-        "eval_every": _field(1000, TAKEN, least=0),  # validation; 0 only at the end
+        "eval_every": _field(1000, TAKEN, least=0),
         "save_every": _field(1000, FREE, least=0),
-        "keep": _field(2, FREE, least=1),  # latest checkpoints; and the best one
-        "profile_start": _field(0, FREE, least=0),  # first step of a profiler trace
-        "profile_steps": _field(0, FREE, least=0),  # how many it covers; 0 takes none
+        # The latest checkpoints, and the best one beside them.
+        "keep": _field(2, FREE, least=1),
+        # The first step of a profiler trace, and how many it covers; 0 takes none.
+        "profile_start": _field(0, FREE, least=0),
+        "profile_steps": _field(0, FREE, least=0),
     },
     "optimizer": {
         "name": _field(
             "adam", REFUSED, choices=("adam", "adamw", "lamb", "lamb_sha_rnn", "sgd")
         ),
         "learning_rate": _field(2.5e-4, TAKEN, least=0),
-        "schedule": _field(
-            "cosine",
-            TAKEN,
-            choices=(
-                "cosine",
-                "cosine_after_warmup",
-                "inverse_sqrt",
-                "constant",
-                "plateau",
-            ),
-        ),
+        "schedule": _field("cosine", TAKEN, choices=SCHEDULES),
         "warmup_steps": _field(0, TAKEN, least=0),
-        "final_fraction": _field(0.0, TAKEN, least=0, most=1),  # where a cosine ends
-        "clip_norm": _field(0.25, TAKEN, least=0, switch=True),  # of all gradients; 0
-        # does not clip
+        # Of the learning rate, where a cosine ends.
+        "final_fraction": _field(0.0, TAKEN, least=0, most=1),
+        # Of all gradients together; 0 does not clip.
+        "clip_norm": _field(0.25, TAKEN, least=0, switch=True),
         "b1": _field(0.9, TAKEN, **_RATIO),
         "b2": _field(0.999, TAKEN, **_RATIO),
         "epsilon": _field(1e-8, TAKEN, least=0),
-        "weight_decay": _field(0.0, TAKEN, least=0),  # adamw and lamb; not for biases
-        "momentum": _field(0.0, TAKEN, switch=True, **_RATIO),  # sgd
+        # Biases do not decay. Which optimizers read these two says ONLY_OF.
+        "weight_decay": _field(0.0, TAKEN, least=0),
+        "momentum": _field(0.0, TAKEN, switch=True, **_RATIO),
+        # The rate is multiplied by plateau_factor when more than plateau_patience
+        # validations in a row have brought no lower loss.
         "plateau_factor": _field(0.5, TAKEN, above=0, most=1),
-        "plateau_patience": _field(
-            0, TAKEN, least=0
-        ),  # evaluations without improvement
+        "plateau_patience": _field(0, TAKEN, least=0),
     },
     # The axes of the mesh, the outermost first; sharding.RULES says what each splits.
     "mesh": {
-        "data": _field(-1, FREE, least=1, off=-1),  # copies of the model; -1: what
-        # devices and rows allow
-        "fsdp": _field(1, FREE, least=1, off=-1),  # devices that share one copy
-        "tensor": _field(1, FREE, least=1, off=-1),  # that share heads and widths
+        # Copies of the model; -1 is as many as devices and rows allow.
+        "data": _field(-1, FREE, least=1, off=-1),
+        # Devices that share one copy; those that share its heads and widths.
+        "fsdp": _field(1, FREE, least=1, off=-1),
+        "tensor": _field(1, FREE, least=1, off=-1),
     },
+    # Limits in seconds: until all hosts have joined, until a silent one is missing, and
+    # the same while it compiles, restores or agrees.
     "hosts": {
-        "start_limit": _field(300.0, FREE, least=1),  # seconds until all have joined
-        "heartbeat": _field(100.0, FREE, least=1),  # until a silent host is missing
-        "phase_limit": _field(3600.0, FREE, least=1),  # the same while it compiles etc.
+        "start_limit": _field(300.0, FREE, least=1),
+        "heartbeat": _field(100.0, FREE, least=1),
+        "phase_limit": _field(3600.0, FREE, least=1),
     },
-    # What 'best' compares (training/checkpoints.py): losses of equal settings only.
+    # What 'best' compares (runs/checkpoints.py): losses of equal settings only. Lengths
+    # of -1 are the model's own. max_tokens is of the validations in training; 0 is all.
     "eval": {
         "split": _field("validation", TAKEN, choices=SPLITS),
         "batch_size": _field(8, TAKEN, least=1),
         "segment_length": _field(64, TAKEN, least=1),
-        "memory_length": _field(-1, TAKEN, least=-1),  # -1 is the model's own
+        "memory_length": _field(-1, TAKEN, least=-1),
         "clamp_length": _field(-1, TAKEN, least=-1),
         "same_length": _field(False, TAKEN),
-        "max_tokens": _field(0, TAKEN, least=0),  # of the validations; 0 is all
+        "max_tokens": _field(0, TAKEN, least=0),
     },
 }
 # Options of the optimizer that only some read: set for another one they are a mistake.

@@ -32,7 +32,7 @@ def asked(monkeypatch):
     ],
 )
 def test_a_compiler_is_asked_in_its_own_words(asked, name, platform, shape):
-    assert topologies.find(name).devices == jax.devices()
+    assert topologies.machine(name).devices == jax.devices()
     ((told, options),) = asked
     assert told == (name if platform == "tpu" else name.partition(":")[0])
     assert options["platform"] == platform and options.get("topology") == shape
@@ -56,9 +56,9 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch, name, extra):
         raise NotImplementedError("topology not implemented")
 
     monkeypatch.setattr(topologies.topologies, "get_topology_desc", missing)
-    found = topologies.find(name)
+    found = topologies.machine(name)
     assert found.devices is None and f"xlformer[{extra}]" in found.note
-    assert topologies.find(name, compiler=False).count == found.count
+    assert topologies.machine(name, compiler=False).count == found.count
     assert f"xlformer[{extra}]" in refusal(topologies.mesh_of, name, {})
 
 
@@ -67,11 +67,11 @@ def test_what_the_compiler_refuses_is_one_line(monkeypatch):
         raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no such slice\nmore")
 
     monkeypatch.setattr(topologies.topologies, "get_topology_desc", refuse)
-    line = refusal(topologies.find, "v5e:3x5")
+    line = refusal(topologies.machine, "v5e:3x5")
     assert "v5e:3x5" in line and "no such slice" in line and "\n" not in line
 
 
 @pytest.mark.parametrize("name", ["v7:2x2", "v5p:4x4", "v5e:4x0", "h100:x", "h100:12"])
 def test_unknown_ones_are_refused(name):
-    line = refusal(topologies.find, name, compiler=False)
+    line = refusal(topologies.machine, name, compiler=False)
     assert f"topology={name!r}" in line

@@ -10,7 +10,6 @@ import pytest
 
 from xlformer import models
 from xlformer.config import default_config
-from xlformer.errors import UserError
 from xlformer.training import optimizers
 
 LR, WARMUP, TOTAL, FLOOR = 0.25, 10, 110, 0.01
@@ -252,13 +251,3 @@ def test_a_layer_of_zeros_gets_the_plain_update():
     grads = {"layers": {"w": jnp.ones((2, 3, 3))}}
     updates, _ = tx.update(grads, tx.init(params), params)
     np.testing.assert_allclose(updates["layers"]["w"], 1.0, rtol=1e-5)
-
-
-def test_an_unknown_optimizer_is_named():
-    with pytest.raises(UserError, match="'adma' is unknown, did you mean 'adam'"):
-        optimizers.build(section(name="adma"))
-
-
-def test_an_unknown_schedule_is_named():
-    with pytest.raises(UserError, match="did you mean 'cosine'"):
-        optimizers.learning_rate(section(schedule="cosin"), 10)

@@ -78,7 +78,7 @@ def _config(model_config, params, hparams, overrides):
 
 def _check_size(config, vocabulary, vocab_size) -> None:
     """Raises UserError where there are more ids than weights, or fewer."""
-    name = Argument("vocab")
+    name: str | Argument = Argument("vocab")
     if vocabulary is None:
         if not runs.names_data(config):
             return

@@ -1,0 +1,1 @@
+"""Texts: where they come from, what their symbols are, and the stream of batches."""

@@ -22,8 +22,7 @@ from etils import epath
 
 from xlformer import storage
 from xlformer.errors import Argument, UserError, did_you_mean
-
-SPLITS = ("train", "validation", "test")
+from xlformer.fields import SPLITS
 
 
 @dataclasses.dataclass(frozen=True)

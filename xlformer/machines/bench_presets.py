@@ -92,7 +92,7 @@ PRESETS = {
 }
 
 
-def find(name: str) -> tuple[Line, ...]:
+def lines(name: str) -> tuple[Line, ...]:
     """The lines of a preset; UserError for an unknown one."""
     if name not in PRESETS:
         near = did_you_mean(name, PRESETS)

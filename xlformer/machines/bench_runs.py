@@ -143,7 +143,7 @@ def bench_preset(
       sizes: of the mesh.
       options: of `bench`.
     """
-    for line in bench_presets.find(name):
+    for line in bench_presets.lines(name):
         config = config_lib.load(line.config, [*line.overrides, *overrides])
         size = rehearsal.vocab_size(line.config, config)
         if rehearse:

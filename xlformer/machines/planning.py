@@ -93,7 +93,7 @@ def _machine(topology: str, sizes: dict, *, rows: int, arithmetic: bool):
         chip = chips.of_kind(jax.devices()[0].device_kind)
         mesh = sharding.make_mesh(sizes, rows=rows, where=Argument("mesh"))
         return chip, mesh, "--arithmetic" if arithmetic else None
-    found = topologies.find(topology, compiler=not arithmetic)
+    found = topologies.machine(topology, compiler=not arithmetic)
     chip = chips.CHIPS[found.chip]
     if found.devices:
         mesh = sharding.make_mesh(sizes, devices=found.devices, where=Argument("mesh"))

@@ -69,7 +69,7 @@ class Topology(NamedTuple):
     note: str | None
 
 
-def find(topology: str, *, compiler: bool = True) -> Topology:
+def machine(topology: str, *, compiler: bool = True) -> Topology:
     """Reads 'v5p:4x4x4' or 'h100:8'. With compiler=False none is asked for.
 
     Raises UserError for an unknown one.
@@ -122,7 +122,7 @@ def mesh_of(topology: str, sizes, *, where: str = "sizes") -> Mesh:
     Raises:
       UserError: no such topology, no compiler for it, or sizes that do not fit.
     """
-    found = find(topology)
+    found = machine(topology)
     if found.devices is None:
         raise UserError(Argument("topology", topology), f": {found.note}")
     return sharding.make_mesh(sizes, devices=found.devices, where=where)

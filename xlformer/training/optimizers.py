@@ -18,8 +18,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from xlformer.errors import UserError, did_you_mean
-
 STACKED = "layers"  # every leaf below a key of this name has a leading layer axis
 # How names of biases end; u and v are Transformer-XL's, of a layer or of all.
 BIASES = ("bias", "attention/u", "attention/v", "trunk/u", "trunk/v")
@@ -44,7 +42,7 @@ def learning_rate(config, total_steps: int) -> Callable[..., jax.Array]:
 
     Both cosines end at f * lr and stay there.
     """
-    decay = _lookup(SCHEDULES, config.schedule, "config.optimizer.schedule")
+    decay = SCHEDULES[config.schedule]
     peak, warmup, floor = (
         config.learning_rate,
         config.warmup_steps,
@@ -137,7 +135,7 @@ def build(config) -> optax.GradientTransformation:
 
     Its updates point uphill: the caller adds -rate * updates.
     """
-    make = _lookup(OPTIMIZERS, config.name, "config.optimizer.name")
+    make = OPTIMIZERS[config.name]
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return optax.chain(*clip, *make(config))
 
@@ -251,9 +249,3 @@ def _scale_by_uncorrected_adam(
         return steps, UncorrectedAdamState(mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _lookup(table, name, field):
-    if name not in table:
-        raise UserError(f"{field}={name!r} is unknown{did_you_mean(name, table)}")
-    return table[name]

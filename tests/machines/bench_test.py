@@ -70,9 +70,7 @@ def test_two_steps_are_in_flight_at_most(monkeypatch):
         def cost_analysis(self):
             return {"bytes accessed": 7.0}
 
-    lowered = SimpleNamespace(compile=Compiled)
-    function = SimpleNamespace(lower=lambda *_: lowered)
-    step = real._replace(function=function, create=lambda _: None)
+    step = real._replace(compile=Compiled, create=lambda _: None)
     monkeypatch.setattr(rehearsal, "step", lambda *_: step)
     timing = bench_workloads.train("a", config, model, mesh)
     timing.run(5)

@@ -77,8 +77,7 @@ def config_of(setting: Setting, implementation: str):
 def training(setting, config, model, mesh):
     """The step that xlformer.train compiles, with two in flight as there."""
     step = rehearsal.step(config, model, mesh)
-    with jax.set_mesh(mesh):
-        compiled = step.function.lower(step.abstract, step.batch).compile()
+    compiled = step.compile()
     state = step.create(jax.random.key(config.seed))
     batches = [
         {**step.batch, "inputs_BT": inputs_BT, "targets_BT": targets_BT}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,28 +17,18 @@ from xlformer.training.compiling import TrainingStep
 
 
 class Step(NamedTuple):
-    """What `xlformer.train` makes of a config.
+    """What `xlformer.train` makes of a config; see training.compiling.
 
     Attributes:
-      function: of jax.jit: (train_state, batch) -> (train_state, metrics); the
-        TrainState is donated.
-      create: key -> a fresh TrainState, of jax.jit too.
-      abstract: its shapes.
-      placed: its shardings.
+      create: key -> a fresh TrainState, of jax.jit.
+      compile: () -> the compiled step, (train_state, batch) -> (train_state, metrics);
+        the TrainState is donated.
       batch: one batch, as the first of a text of zeros.
     """
 
-    mesh: Mesh
-    function: Any
     create: Any
-    abstract: Any
-    placed: Any
+    compile: Any
     batch: dict
-
-    def compile(self):
-        """The compiled step; its mesh says for what kind of device."""
-        with jax.set_mesh(self.mesh):
-            return self.function.lower(self.abstract, self.batch).compile()
 
 
 def vocab_size(spec: str, config) -> int:
@@ -76,8 +67,7 @@ def step(config, model: models.Model, mesh: Mesh) -> Step:
     """The training step on a mesh, which may be of devices that are not here."""
     made, batch = TrainingStep(config, model, mesh), _batch(config, model)
     create = jax.jit(made.create, out_shardings=made.placed)
-    function = made.jitted(batch)
-    return Step(mesh, function, create, made.abstract, made.placed, batch)
+    return Step(create, functools.partial(made.compile, batch), batch)
 
 
 def _batch(config, model) -> dict:

@@ -62,8 +62,10 @@ def check(config: ConfigDict, model: models.Model | None = None) -> None:
 
     Names, types, ranges and combinations, of whatever becomes a config: `load`,
     `from_dict` and `train` call it, so nothing is downloaded or prepared before. What
-    depends on the devices is left to `sharding.check`. model: one's own, in place of
-    what config.model describes.
+    depends on the devices is left to `sharding.check`.
+
+    model: what is trained, where it is known: it may be one's own, in place of what
+    config.model describes.
     """
     models.check(config.model)
     values, known = flat(config), rules(config)
@@ -78,10 +80,10 @@ def check(config: ConfigDict, model: models.Model | None = None) -> None:
         fields_lib.check_section(section, config[section] if section else config)
     recipes.check(config.data)
     _check_together(config)
-    if model is None and not config.own_model:
-        model = outline(config)
-    if model is not None:  # One's own is not there where its run is read.
-        _check_with(model, config)
+    if model is not None:
+        _check_objective(config.train.objective, model)
+    if model is not None or not config.own_model:
+        _check_segments(config, model or outline(config))
 
 
 def _check_together(config: ConfigDict) -> None:
@@ -99,14 +101,17 @@ def _check_together(config: ConfigDict) -> None:
             )
 
 
-def _check_with(model: models.Model, config: ConfigDict) -> None:
-    if fields_lib.OBJECTIVES[config.train.objective].causal != model.causal:
-        objectives = fields_lib.OBJECTIVES.items()
-        fitting = [name for name, o in objectives if o.causal == model.causal]
+def _check_objective(name: str, model: models.Model) -> None:
+    objectives = fields_lib.OBJECTIVES
+    if objectives[name].causal != model.causal:
+        fitting = [n for n, o in objectives.items() if o.causal == model.causal]
         raise UserError(
-            f"config.train.objective={config.train.objective!r} with a model that has "
+            f"config.train.objective={name!r} with a model that has "
             f"causal={model.causal}: such a model is trained with {', '.join(fitting)}"
         )
+
+
+def _check_segments(config: ConfigDict, model: models.Model) -> None:
     extended, documents = model.extended_length, config.data.documents
     if config.train.variable_length and extended:
         raise UserError(

@@ -47,23 +47,19 @@ class TrainingStep:
         found = state.completed(found, self.create, self.placed, key)
         return step, found, config
 
-    def jitted(self, batch: Mapping, *, segments: int = 1):
-        """Of jax.jit, for batches like this one; the TrainState is donated.
+    def compile(self, batch: Mapping, *, segments: int = 1):
+        """The compiled call for batches like this one; the TrainState is donated.
 
-        segments: where it is more than 1, leaves of the batch have these in front, and
-          so have the metrics.
+        segments: how many one call takes. Where it is more than 1 they are the first
+          axis of each leaf of the batch, and of the metrics.
         """
         function = self._function if segments == 1 else steps.make_steps(self._function)
         rows = sharding.Rows(self._mesh, self._batch_size)
-        return jax.jit(
+        jitted = jax.jit(
             function,
             donate_argnums=0,
             in_shardings=(self.placed, rows.shardings(batch, axis=int(segments > 1))),
             out_shardings=(self.placed, sharding.replicated(self._mesh)),
         )
-
-    def compile(self, batch: Mapping, *, segments: int = 1):
-        """The compiled call; see `jitted`."""
         with jax.set_mesh(self._mesh):  # It says for what kind of device.
-            jitted = self.jitted(batch, segments=segments)
             return jitted.lower(self.abstract, batch).compile()

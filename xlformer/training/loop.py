@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from xlformer import config as config_lib
-from xlformer import hosts, runs, sharding, tables
+from xlformer import hosts, runs, sharding
 from xlformer.data.stream import Stream
 from xlformer.errors import UserError
 from xlformer.hosts import faults
@@ -20,7 +20,7 @@ from xlformer.scoring.validation import Validation
 from xlformer.training import optimizers, spikes, start, state, steps
 from xlformer.training.compiling import TrainingStep
 from xlformer.training.profiler import Profiler
-from xlformer.training.progress import Progress
+from xlformer.training.progress import Progress, introduction
 
 
 class Loop:
@@ -64,6 +64,11 @@ class Loop:
         self.sealed = config  # of the checkpoint that the run goes on from
 
     def start(self, *, writer, lock, watchdog, clock) -> dict:
+        """Trains to the end, or until it is stopped; returns the last metrics.
+
+        lock: of the work directory, on the first host; None elsewhere. What is given
+        belongs to the caller, who closes it.
+        """
         self.writer, self.lock = writer, lock
         self.watchdog, self.clock = watchdog, clock
         self.progress = Progress(self.config.train, writer, self.validation.score)
@@ -84,14 +89,6 @@ class Loop:
             if hosts.is_first():
                 writing.describe(self.workdir, self.config, self.prepared)
             self._introduce()
-            if self.step:
-                self._say(f"resuming from the checkpoint of step {self.step}")
-                scale = float(self.train_state.plateau.scale)
-                rate = functools.partial(
-                    optimizers.next_rate, step=self.step, scale=scale
-                )
-                for line in resume.lines(self.sealed, self.config, self.step, rate):
-                    self._say(line)
             with self._phase("compiling"):
                 self.validation.compile(self._scored())
                 if self.step < total:
@@ -338,31 +335,23 @@ class Loop:
             yield
 
     def _introduce(self):
-        device, sizes = jax.devices()[0], self.mesh.shape
-        shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-        self._say(
-            f"jax {jax.__version__} on {jax.device_count()} x {device.device_kind} "
-            f"({device.platform}), mesh {shown}"
-        )
-        if self.mesh.size < jax.device_count():
-            idle = jax.device_count() - self.mesh.size
-            self._say(
-                f"{idle} of {jax.device_count()} devices stay idle: config.mesh and "
-                f"config.train.batch_size={self.config.train.batch_size} have no use "
-                "for them"
-            )
-        params, carried = self.train_state.params, self.train_state.carried
-        self._say(tables.parameter_table(params))
-        self._say(tables.memory_estimate(params, self.train_state.opt_state, carried))
-        dtype = self.model.dtype(params)
-        if dtype is not None:
-            self._say(f"computing in {dtype.name}; parameters and optimizer in float32")
-        self._say(
-            f"data: {self.prepared.card['corpus']}, "
-            f"{len(self.prepared.tokens['train']):,} training tokens, "
-            f"{self.prepared.vocabulary.size} symbols, an epoch is "
-            f"{self.stream.steps_per_epoch:,} segments"
-        )
+        """Says what is trained, on what, and what has changed since the checkpoint."""
+        for line in introduction(
+            self.config.train,
+            self.model,
+            self.train_state,
+            self.mesh,
+            self.prepared,
+            segments=self.stream.steps_per_epoch,
+        ):
+            self._say(line)
+        if not self.step:
+            return
+        self._say(f"resuming from the checkpoint of step {self.step}")
+        scale = float(self.train_state.plateau.scale)
+        rate = functools.partial(optimizers.next_rate, step=self.step, scale=scale)
+        for line in resume.lines(self.sealed, self.config, self.step, rate):
+            self._say(line)
 
     def _conclude(self):
         """The share of the wall clock that went into steps which survived."""

@@ -1,13 +1,17 @@
-"""Between two lines of the log: the mean loss, and tokens per second of training."""
+"""What a run says: first what is trained on what, then losses and tokens per second."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from xlformer import tables
+from xlformer.data.prepared import Prepared
+from xlformer.models import Model
 from xlformer.runs import log
 
 
@@ -77,4 +81,32 @@ def format_progress(
     return (
         f"step {step:>{width},}/{total:,}  loss {loss_nats:.4f}  {unit} {score:.4f}  "
         f"{tables.short(tokens_per_s)} tokens/s  eta {tables.duration(eta_s)}"
+    )
+
+
+def introduction(
+    train, model: Model, train_state, mesh, prepared: Prepared, *, segments: int
+) -> Iterator[str]:
+    """Lines about machine, model and data. train: the section of a config; segments: of
+    an epoch."""
+    device, devices = jax.devices()[0], jax.device_count()
+    shown = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    yield (
+        f"jax {jax.__version__} on {devices} x {device.device_kind} "
+        f"({device.platform}), mesh {shown}"
+    )
+    if mesh.size < devices:
+        yield (
+            f"{devices - mesh.size} of {devices} devices stay idle: config.mesh and "
+            f"config.train.batch_size={train.batch_size} have no use for them"
+        )
+    params, carried = train_state.params, train_state.carried
+    yield tables.parameter_table(params)
+    yield tables.memory_estimate(params, train_state.opt_state, carried)
+    dtype = model.dtype(params)
+    if dtype is not None:
+        yield f"computing in {dtype.name}; parameters and optimizer in float32"
+    yield (
+        f"data: {prepared.card['corpus']}, {len(prepared.tokens['train']):,} training "
+        f"tokens, {prepared.vocabulary.size} symbols, an epoch is {segments:,} segments"
     )

@@ -125,7 +125,7 @@ def load(
 
 def _model(workdir, config, vocabulary: Vocabulary, own: models.Model | None):
     """What the run was trained with; `own` where that is no model of this package."""
-    name = config.own_model
+    name, size = config.own_model, config_lib.vocab_size(config, vocabulary.size)
     if own is None:
         if name:
             raise UserError(
@@ -133,18 +133,15 @@ def _model(workdir, config, vocabulary: Vocabulary, own: models.Model | None):
                 f" was trained with a model of one's own, {name}: read it in Python, "
                 "with model=...",
             )
-        return models.build(config.model, vocab_size=vocabulary.size)
+        return models.build(config.model, vocab_size=size)
     if resume.own_name(own) != name:
         built = name or f"config.model.name={config.model.name!r}"
         raise UserError(
             Argument("workdir", workdir),
             f" was trained with {built}, model is of {type(own).__qualname__}",
         )
-    if own.vocab_size < vocabulary.size:
-        raise UserError(
-            f"model knows {own.vocab_size} ids, the vocabulary of the run has "
-            f"{vocabulary.size}"
-        )
+    if own.vocab_size < size:
+        raise UserError(f"model knows {own.vocab_size} ids, the run needs {size}")
     return own
 
 

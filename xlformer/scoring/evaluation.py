@@ -14,6 +14,7 @@ from xlformer.scoring import results, texts, units
 from xlformer.scoring.evaluator import Evaluator
 from xlformer.scoring.rows import Plan, cut_rows_for
 from xlformer.scoring.settings import EvalSettings
+from xlformer.training import objectives
 
 SOFTWARE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -81,6 +82,7 @@ class Scorer:
             **_of_run(run),
             **self._data,
             **self._how(run),
+            **_of_objective(run, self._objective),
             **tally.results(*self._count(run)),
             "seconds": round(score.seconds, 3),
             "tokens_per_s": round(score.targets / score.seconds, 1),
@@ -108,7 +110,10 @@ class Scorer:
             segment_length=settings.segment_length,
             warmup=settings.warmup,
         )
-        self._evaluator = Evaluator.of(self._model, self._plan, self._mesh)
+        self._objective = objectives.build(run.config.train, self._model)
+        self._evaluator = Evaluator.of(
+            self._model, self._plan, self._mesh, self._objective
+        )
 
     def _how(self, run: runs.Run) -> dict:
         """With which lengths and precision the text was read."""
@@ -123,7 +128,9 @@ class Scorer:
         }
 
     def _count(self, run: runs.Run) -> units.Count:
-        """Bytes and words that the scored tokens stand for."""
+        """Bytes and words that the scored tokens stand for; unknown of hidden ones."""
+        if not self._objective.causal:
+            return units.Count(None, None)
         return units.scored(
             run.vocabulary,
             self._everything,
@@ -148,6 +155,18 @@ def _of_run(run: runs.Run) -> dict:
         "params": "ema" if run.averaged else "raw",
         "parameters": sum(x.size for x in jax.tree.leaves(run.params)),
         "seed": run.config.seed,
+    }
+
+
+def _of_objective(run: runs.Run, objective) -> dict:
+    """Which tokens were hidden, where some were."""
+    if objective.causal:
+        return {}
+    train = run.config.train
+    return {
+        "objective": train.objective,
+        "mask_rate": train.mask_rate,
+        "mask_seed": objectives.EVALUATION_SEED,
     }
 
 

@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlformer import sharding
+from xlformer.errors import UserError
 from xlformer.scoring import rows as rows_lib
 from xlformer.scoring.results import Scored, Tally
 from xlformer.scoring.rows import Plan
+from xlformer.training import objectives
 
 # Tokens in one compiled call: long enough to hide dispatch, short enough to interrupt.
 TOKENS_PER_CALL = 16_384
+NEXT_TOKEN = objectives.NextToken()
 
 
 class Score(NamedTuple):
@@ -35,6 +38,8 @@ class Evaluator:
     steps: of the longest plan, if known: no call is longer than it needs to be.
     mesh: splits the rows, by default one device. Rows that score nothing are added
       until they divide.
+    objective: what is asked of each segment. What it hides is a function of the place
+      in the text: the same whatever the rows, segments and devices are.
     """
 
     def __init__(
@@ -45,17 +50,19 @@ class Evaluator:
         segment_length: int,
         steps: int | None = None,
         mesh: jax.sharding.Mesh | None = None,
+        objective=NEXT_TOKEN,
     ):
-        self._model = model
+        self._model, self._objective = model, objective
         self._mesh = mesh or sharding.make_mesh({"data": 1})
         self._segment_length = segment_length
         self._rows = sharding.Rows(self._mesh, sharding.padded(batch_size, self._mesh))
         at_most = max(1, TOKENS_PER_CALL // (batch_size * segment_length))
         self._steps = min(at_most, steps or at_most)
         self._inputs = segment_length + model.extended_length
-        # Padding comes after all that is scored; only such a model must know of it.
-        # (A segment of one token has none.)
-        self._tells_lengths = model.positions_from_end and self._inputs > 1
+        # Padding comes after all that is scored; only a model that counts from the end
+        # or looks ahead must know of it. (A segment of one token has none.)
+        looks = model.positions_from_end or not model.causal
+        self._tells_lengths = looks and self._inputs > 1
         params = jax.eval_shape(model.init, jax.random.key(0))
         axes = model.cache_axes(segment_length=self._inputs)
         abstract = jax.eval_shape(self._cold_state, params)
@@ -69,7 +76,7 @@ class Evaluator:
         self._compiled: dict[Any, Any] = {}
 
     @classmethod
-    def of(cls, model, plan: Plan, mesh: jax.sharding.Mesh) -> Evaluator:
+    def of(cls, model, plan: Plan, mesh, objective=NEXT_TOKEN) -> Evaluator:
         """The one that scores the rows of a plan."""
         return cls(
             model,
@@ -77,6 +84,7 @@ class Evaluator:
             segment_length=plan.segment_length,
             steps=plan.steps,
             mesh=mesh,
+            objective=objective,
         )
 
     def score(
@@ -108,14 +116,19 @@ class Evaluator:
         tally = Tally() if tally is None else tally
         calls, pending = math.ceil(plan.steps / self._steps), None
         for call, batch in enumerate(self._batches(padded, tokens, documents, step)):
-            state, nll_NBT = self._get(params, state, batch)(params, state, batch)
+            state, found = self._get(params, state, batch)(params, state, batch)
             # A lag of one: the device works while the host sums in float64.
             if pending is not None:
                 tally.add(self._scored(padded, tokens, *pending))
-            pending = (call * self._steps, nll_NBT)
+            pending = call * self._steps, *found
             if progress is not None and progress((call + 1) / calls):
                 return None
         tally.add(self._scored(padded, tokens, *pending))
+        if not tally.targets:
+            raise UserError(
+                f"none of {plan.targets} tokens is scored: the text is too short for "
+                "one of them to be hidden"
+            )
         return Score(tally.nats, tally.targets, time.perf_counter() - start)
 
     def compile(self, params):
@@ -148,17 +161,22 @@ class Evaluator:
             return self._begin(params)
 
     def _score_segments(self, params, state, batches):
+        key = jax.random.key(objectives.EVALUATION_SEED)
+
         def body(state, batch):
+            inputs_BT, targets_BT, weights_BT = self._objective.examples(
+                batch["inputs_BT"], batch["targets_BT"], key, batch.get("index_BT")
+            )
             nll_BT, state, _ = self._model.apply(
                 params,
-                batch["inputs_BT"],
-                batch["targets_BT"],
+                inputs_BT,
+                targets_BT,
                 state,
                 resets_BT=batch["resets_BT"],
                 lengths_B=batch.get("lengths_B"),
                 step=batch["step"],
             )
-            return state, nll_BT
+            return state, (nll_BT, weights_BT)
 
         return jax.lax.scan(body, state, batches)
 
@@ -190,6 +208,8 @@ class Evaluator:
             batch = {name: np.stack([b[name] for b in chunk]) for name in chunk[0]}
             if not self._tells_lengths:
                 del batch["lengths_B"]
+            if self._objective.causal:  # nothing is drawn
+                del batch["index_BT"]
             # The same shape with documents and without: one compiled function.
             only_before = not self._model.resets_in_segment
             if only_before and documents is None and not self._model.extended_length:
@@ -197,11 +217,14 @@ class Evaluator:
             batch["step"] = np.full(self._steps, step, np.int32)
             yield self._rows.put(batch, axis=1)
 
-    def _scored(self, plan: Plan, tokens, first: int, nll_NBT) -> Scored:
+    def _scored(self, plan: Plan, tokens, first: int, nll_NBT, weights_NBT) -> Scored:
         """What counts of the nll of steps `first`, first + 1, ..., of all rows."""
         steps = range(first, first + self._steps)
         found = [rows_lib.targets_at(plan, step) for step in steps]
         scored_NBT = np.stack([scored_BT for _, scored_BT in found])
-        index_N = np.stack([index_BT for index_BT, _ in found])[scored_NBT] + 1
+        if weights_NBT is not None:
+            scored_NBT &= np.asarray(weights_NBT) > 0
+        index_N = np.stack([index_BT for index_BT, _ in found])[scored_NBT]
+        index_N = index_N + 1 if self._objective.causal else index_N
         nll_N = np.asarray(nll_NBT)[scored_NBT].astype(np.float64)
         return Scored(index_N, np.asarray(tokens[index_N]), nll_N)

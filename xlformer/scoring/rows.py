@@ -159,8 +159,9 @@ def targets_at(plan: Plan, step: int) -> tuple[np.ndarray, np.ndarray]:
 def batch(plan: Plan, tokens, documents, step: int, extended: int) -> dict:
     """One segment of every row.
 
-    Inputs, targets, resets, and how many inputs come before the end of the row: what
-    follows is padding, or the next row's. Which targets count says `targets_at`.
+    Inputs, targets, where the targets' inputs stand, resets, and how many inputs come
+    before the end of the row: what follows is padding, or the next row's. Which targets
+    count says `targets_at`.
     """
     T, N = plan.segment_length, len(tokens)
     target_BT, _ = targets_at(plan, step)
@@ -179,6 +180,7 @@ def batch(plan: Plan, tokens, documents, step: int, extended: int) -> dict:
     return {
         "inputs_BT": inputs_BT.astype(np.int32),
         "targets_BT": targets_BT.astype(np.int32),
+        "index_BT": target_BT.astype(np.int32),
         "resets_BT": resets_BT,
         "lengths_B": extended + np.clip(plan.last_B - start_B, 0, T).astype(np.int32),
     }

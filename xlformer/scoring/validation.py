@@ -9,6 +9,7 @@ from xlformer.scoring import results
 from xlformer.scoring.evaluator import Evaluator
 from xlformer.scoring.rows import cut_rows_for
 from xlformer.scoring.settings import EvalSettings
+from xlformer.training import objectives
 
 
 class Validation:
@@ -30,7 +31,8 @@ class Validation:
             batch_size=settings.batch_size,
             segment_length=settings.segment_length,
         )
-        self._evaluator = Evaluator.of(model, self._plan, mesh)
+        objective = objectives.build(config.train, model)
+        self._evaluator = Evaluator.of(model, self._plan, mesh, objective)
 
     def compile(self, params) -> None:
         """Before training starts: later a signal would have to wait for it."""

@@ -47,8 +47,11 @@ def join(
 
     args: with what add_flags has added. Limits are in seconds. A host that does not
     come within start_limit is named, and the process ends with exit code HUNG. With
-    workdir None nothing is written, and who is missing is not known.
+    workdir None nothing is written, and who is missing is not known. A process that has
+    joined already, for another command, stays where it is.
     """
+    if jax.distributed.is_initialized():
+        return
     explicit = (args.coordinator, args.num_processes, args.process_id)
     given = [x is not None for x in explicit]
     if any(given) and not all(given):

@@ -98,7 +98,7 @@ def test_a_damaged_one_is_said_and_passed_over(workdir, capsys):
 
 
 def test_other_errors_end_it(workdir):
-    with pytest.raises(UserError, match="--params=both"):
+    with pytest.raises(UserError, match="params='both'"):
         next(follow(workdir, params="both"))
     with pytest.raises(UserError, match="holds no run"):
         next(follow(workdir.parent))

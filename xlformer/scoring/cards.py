@@ -26,6 +26,7 @@ INDEX = "index.json"
 ENTRY = ("date", "split", "corpus", "payload_sha256", "tokens_scored")
 ENTRY += ("step", "params", "segment_length", "memory_length", "extended_length")
 ENTRY += ("clamp_length", "window", "batch_rows", "warmup", "dtype", "device")
+ENTRY += ("objective", "mask_rate")  # where tokens were hidden
 ENTRY += ("nats_per_token", "bpc", "ppl", "bits_per_byte", "word_ppl")
 
 

@@ -84,7 +84,6 @@ def test_a_number_has_bounds(name, value, rule):
             ["model.attend_zero_memory=True", "data.documents=True"],
             "documents=True .*resets_in_segment=False",
         ),
-        (["train.objective=masked"], "objective='masked' .*causal=True"),
         (["train.mask_rate=0"], "mask_rate=0.0 must be above 0"),
     ],
 )

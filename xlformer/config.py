@@ -62,8 +62,10 @@ def check(config: ConfigDict, model: models.Model | None = None) -> None:
 
     Names, types, ranges and combinations, of whatever becomes a config: `load`,
     `from_dict` and `train` call it, so nothing is downloaded or prepared before. What
-    depends on the devices is left to `sharding.check`. model: one's own, in place of
-    what config.model describes.
+    depends on the devices is left to `sharding.check`.
+
+    model: what is trained, where it is known: it may be one's own, in place of what
+    config.model describes.
     """
     models.check(config.model)
     values, known = flat(config), rules(config)
@@ -77,25 +79,41 @@ def check(config: ConfigDict, model: models.Model | None = None) -> None:
     for section in fields_lib.TABLE:
         fields_lib.check_section(section, config[section] if section else config)
     recipes.check(config.data)
-    _check_together(config, model or outline(config))
+    _check_together(config)
+    if model is not None:
+        _check_objective(config.train.objective, model)
+    if model is not None or not config.own_model:
+        _check_segments(config, model or outline(config))
 
 
-def _check_together(config: ConfigDict, model: models.Model) -> None:
+def _check_together(config: ConfigDict) -> None:
     train, optimizer = config.train, config.optimizer
     if train.batch_size % train.micro_batches:
         raise UserError(
             f"config.train.batch_size={train.batch_size} is not divisible by "
             f"config.train.micro_batches={train.micro_batches}"
         )
-    if fields_lib.OBJECTIVES[train.objective].causal != model.causal:
-        objectives = fields_lib.OBJECTIVES.items()
-        fitting = [name for name, o in objectives if o.causal == model.causal]
+    for field, users in fields_lib.ONLY_OF.items():
+        if optimizer[field] and optimizer.name not in users:
+            raise UserError(
+                f"config.optimizer.{field}={optimizer[field]} has no effect with "
+                f"{optimizer.name!r}; it belongs to {' and '.join(users)}"
+            )
+
+
+def _check_objective(name: str, model: models.Model) -> None:
+    objectives = fields_lib.OBJECTIVES
+    if objectives[name].causal != model.causal:
+        fitting = [n for n, o in objectives.items() if o.causal == model.causal]
         raise UserError(
-            f"config.train.objective={train.objective!r} with a model that has "
+            f"config.train.objective={name!r} with a model that has "
             f"causal={model.causal}: such a model is trained with {', '.join(fitting)}"
         )
+
+
+def _check_segments(config: ConfigDict, model: models.Model) -> None:
     extended, documents = model.extended_length, config.data.documents
-    if train.variable_length and extended:
+    if config.train.variable_length and extended:
         raise UserError(
             f"config.train.variable_length with extended_length={extended} of the "
             "model: padding on the right and context on the left do not go together"
@@ -106,12 +124,6 @@ def _check_together(config: ConfigDict, model: models.Model) -> None:
             "model with resets_in_segment=False: what such a model sees where a text "
             "begins can be put back only before a segment, not within it"
         )
-    for field, users in fields_lib.ONLY_OF.items():
-        if optimizer[field] and optimizer.name not in users:
-            raise UserError(
-                f"config.optimizer.{field}={optimizer[field]} has no effect with "
-                f"{optimizer.name!r}; it belongs to {' and '.join(users)}"
-            )
 
 
 def vocab_size(config: ConfigDict, symbols: int) -> int:

@@ -63,12 +63,13 @@ def train(
     workdir = storage.path(workdir)
     with faults.Interrupt(**_signals()) as interrupt:
         config = _sealing(config, model)
-        config_lib.check(config, model)
+        outline = model or config_lib.outline(config)
+        config_lib.check(config, outline)
         config, begun = _gone_on(config, workdir)
         rows = config.train.batch_size // config.train.micro_batches
         mesh = sharding.make_mesh(config.mesh, rows=rows)
         sharding.check(config, mesh)
-        (model or config_lib.outline(config)).check_mesh(mesh)
+        outline.check_mesh(mesh)
         if hosts.is_first():
             writing.refuse_foreign(workdir)
         prepared, source = _data(config, workdir, mesh, model, begun)

@@ -15,13 +15,13 @@ from quick import xla_flags
 HERE = pathlib.Path(__file__).parent
 DEADLINE = 120  # seconds that one cluster may live: far more than it needs
 WORKER = """
-import json, resource, sys, threading, time
+import importlib, json, resource, sys, threading, time
 sys.path.insert(0, sys.argv.pop(1))
 from training_runs import bag, everything, text_config
 from xlformer import config, hosts, models, train
 from xlformer.data.stream import Stream
 spec = json.loads(sys.argv.pop(1))
-hosts.SLOW_VIEW_S = 1
+hosts.job.SLOW_VIEW_S = 1
 real_at = Stream.at
 def at(self, step):
     if step == spec["hang_at"]:
@@ -40,7 +40,12 @@ made.hosts.update(spec["hosts"])
 if spec["bag"]:
     models.build = lambda *_, **__: bag(vocab_size=9, dropout=0.1)
 config.load = lambda *_: made
-sys.exit(train.main(["--config=made", *sys.argv[1:]]))
+code = train.main(["--config=made", *sys.argv[1:]])
+for name, *flags in spec["then"]:
+    print("--", name, flush=True)
+    command = importlib.import_module("xlformer." + name)
+    code = code or command.main(flags + sys.argv[1:])
+sys.exit(code)
 """
 # What would make a child of the tests something else than a host of its own.
 STRIPPED = re.compile("XLA_|JAX_(?!COMPILATION|PERSISTENT)|TPU_|SLURM_")
@@ -62,7 +67,7 @@ def environment(devices):
 def worker(text, workdir, *, train=(), hosts=(), mesh=(), bag=True, **more):
     """The command of one host; without its coordinator. more: see WORKER."""
     spec = {"text": str(text), "bag": bag, "pace_s": 0}
-    spec |= {"hang_at": None, "full_at": None, **more}
+    spec |= {"hang_at": None, "full_at": None, "then": [], **more}
     spec |= {"train": dict(train), "hosts": dict(hosts)}
     spec["mesh"] = {"data": -1, **dict(mesh)}
     command = [sys.executable, "-c", WORKER, str(HERE), json.dumps(spec)]
@@ -74,7 +79,8 @@ class Cluster:
 
     workdirs: one for all, or one for each host. train, hosts, mesh: fields of these
     sections of the config, a dict, or one dict for each host. only: start these hosts
-    alone. late, of all but the first: hang_at, the step whose data never come, or
+    alone. then: commands that the same processes run after it, each with its flags.
+    late, of all but the first: hang_at, the step whose data never come, or
     full_at, the one from which on their disk is full.
     """
 
@@ -91,6 +97,7 @@ class Cluster:
         mesh=(),
         only=None,
         port=None,
+        then=(),
         **late,
     ):
         workdirs = workdirs if isinstance(workdirs, list) else [workdirs] * count
@@ -113,6 +120,7 @@ class Cluster:
                 hosts=hosts,
                 mesh=mesh,
                 bag=bag,
+                then=then,
                 **(late if host else {}),
             )
             with self._sink(log, "full_at" in late) as file:

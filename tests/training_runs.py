@@ -85,6 +85,17 @@ class Bag(Model):
             Aux(jnp.zeros(()), {"bag/seen": seen_BV.sum()}),
         )
 
+    def log_probs(self, params, inputs_BT, state, **options):
+        """Its state is its cache too, which drawing must not use up."""
+
+        def nll(token):
+            targets_BT = jnp.full_like(inputs_BT, token)
+            return self.apply(params, inputs_BT, targets_BT, state)[0]
+
+        nll_VBT = jax.vmap(nll)(jnp.arange(self.vocab_size))
+        after = self.apply(params, inputs_BT, inputs_BT, state)[1]
+        return -jnp.moveaxis(nll_VBT, 0, -1), after
+
 
 def bag(**fields):
     return Bag(BagConfig(**fields))

@@ -1,29 +1,42 @@
 """Scores a text with a trained model: python -m xlformer.evaluate --workdir=DIR.
 
 Prints a card that says what was measured, as a table and as JSON, and writes both into
-the work directory. See scoring.py for what --warmup means.
+the work directory. See scoring/rows.py for what --warmup means. With --follow it stays
+beside a training, on devices of its own, and scores each checkpoint that it saves.
+Each host of a job makes the same call; the first of them prints and writes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+from collections.abc import Iterable
 
-from xlformer import command, compiled, fields, scoring, sharding
+from xlformer import command, compiled, hosts, runs, scoring, sharding
+from xlformer import fields as fields_lib
 from xlformer.data.local import is_read_once
 from xlformer.errors import Argument, UserError
 from xlformer.progress import Progress
-from xlformer.scoring import cards
-from xlformer.scoring.evaluation import check, evaluate
+from xlformer.runs import following
+from xlformer.scoring import EvalSettings, cards
+from xlformer.scoring.evaluation import Scorer, evaluate
+
+__all__ = ["EvalSettings", "evaluate", "main"]
 
 
-def _main(argv) -> int:
+def _parser() -> command.Parser:
     parser = command.Parser(prog="python -m xlformer.evaluate", description=__doc__)
     parser.add_argument("--workdir", required=True, type=command.place)
     parser.add_argument("--split", help="train, validation (the default) or test")
     parser.add_argument("--text", type=command.place, help="score this file instead")
     parser.add_argument("--data_path", help="where the run's own text lies now")
-    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    parser.add_argument("--checkpoint", help="best (the default), latest or a step")
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="score every checkpoint, those to come too, until the run is complete",
+    )
     parser.add_argument("--params", help="raw or ema; default: ema where it is kept")
     parser.add_argument("--segment_length", type=int)
     parser.add_argument("--memory_length", help="one number, or several: 100,200,400")
@@ -32,55 +45,78 @@ def _main(argv) -> int:
     parser.add_argument("--batch_size", type=int, help="rows")
     parser.add_argument("--warmup", default="auto", help=", ".join(scoring.WARMUPS))
     parser.add_argument("--mesh", default="data=-1", help=sharding.MESH_HELP)
-    args = parser.parse(argv)
-    if args.text and args.split:
+    hosts.add_flags(parser)
+    return parser
+
+
+def _main(argv) -> int:
+    args = _parser().parse(argv)
+    settings = _settings(args)
+    if args.follow and args.checkpoint is not None:
         raise UserError(
-            f"--text={args.text} with --split={args.split}: a file of one's own has no "
-            "splits"
+            f"--checkpoint={args.checkpoint} with --follow, which scores every one"
         )
     compiled.keep()
-    mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh), where="--mesh")
+    with hosts.reading(args, args.workdir):
+        mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh), where="--mesh")
+        scorers = [Scorer(one, mesh) for one in settings]
+        for run in _runs(args, mesh):
+            found = [
+                scorer.card(run, _progress(number, len(scorers)))
+                for number, scorer in enumerate(scorers, 1)
+            ]
+            if hosts.is_first():
+                _report(args.workdir, found)
+    return 0
+
+
+def _settings(args) -> list[EvalSettings]:
+    """One for each --memory_length; all are checked before the first is scored."""
     texts = [None] if args.memory_length is None else args.memory_length.split(",")
     lengths = [_parsed("memory_length", text, 0) for text in texts]
-    for length in lengths:  # All of them before the first is scored.
-        check(memory_length=length)
-    if len(lengths) > 1 and args.text and is_read_once(args.text):
-        raise UserError(
-            f"--text={args.text} can be read only once, --memory_length names "
-            f"{len(lengths)}: save it as a file"
-        )
-    found = []
-    for number, length in enumerate(lengths, 1):
-        which = f" {number} of {len(lengths)}:" * (len(lengths) > 1)
-        card = evaluate(
-            args.workdir,
-            split=args.split or "validation",
-            text=args.text,
-            data_path=args.data_path,
-            checkpoint=args.checkpoint,
-            params=args.params,
-            segment_length=args.segment_length,
-            memory_length=length,
-            clamp_length=args.clamp_length,
-            same_length=_parsed("same_length", args.same_length, False),
-            batch_size=args.batch_size,
-            warmup=args.warmup,
-            mesh=mesh,
-            progress=Progress("evaluating" + which),
-        )
-        found.append(card)
+    same_length = _parsed("same_length", args.same_length, False)
+    given = vars(args) | {"same_length": same_length}
+    given["checkpoint"] = args.checkpoint or "best"
+    names = {field.name for field in dataclasses.fields(EvalSettings)}
+    given = {k: v for k, v in given.items() if k in names}
+    settings = [EvalSettings(**given | {"memory_length": n}) for n in lengths]
+    if args.text and is_read_once(args.text):
+        several = f"--memory_length names {len(lengths)}" * (len(lengths) > 1)
+        if several or args.follow:
+            several = several or "--follow scores it again and again"
+            raise UserError(
+                f"--text={args.text} can be read only once, {several}: save it as a "
+                "file"
+            )
+    return settings
+
+
+def _runs(args, mesh) -> Iterable[runs.Run]:
+    options = {"params": args.params, "mesh": mesh}
+    if args.follow:
+        return following.follow(args.workdir, **options)
+    return [runs.load(args.workdir, checkpoint=args.checkpoint or "best", **options)]
+
+
+def _progress(number: int, count: int) -> Progress | None:
+    if not hosts.is_first():
+        return None
+    return Progress("evaluating" + f" {number} of {count}:" * (count > 1))
+
+
+def _report(workdir, found: list[dict]) -> None:
     print(cards.table(found))
     for warning in {c["warning"] for c in found if "warning" in c}:
         print(f"warning: {warning}", file=sys.stderr)
     as_json = [cards.finite(card) for card in found]
-    print(json.dumps(as_json if len(as_json) > 1 else as_json[0]))
-    cards.write(args.workdir, found)
-    return 0
+    # Whoever reads a pipe of --follow shall not wait for the next card.
+    print(json.dumps(as_json if len(as_json) > 1 else as_json[0]), flush=True)
+    cards.write(workdir, found)
 
 
 def _parsed(name: str, text: str | None, like):
     """The value of a flag; None where it is not given."""
-    return None if text is None else fields.parse(text, like, Argument(name, text))
+    return None if text is None else fields_lib.parse(text, like, Argument(name, text))
 
 
 def main(argv=None) -> int:

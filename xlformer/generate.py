@@ -1,6 +1,7 @@
 """Continues a text: python -m xlformer.generate --workdir=DIR --prompt="...".
 
-How it is done stands in continuation.py, what is drawn in sampling.py.
+How it is done stands in generation/continuation.py, how tokens are drawn in
+generation/sampling.py. Each host of a job makes the same call; the first one prints.
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 import argparse
 import sys
 
+import jax
 import numpy as np
 
-from xlformer import command, compiled, runs, sharding
+from xlformer import command, compiled, hosts, runs, sharding
 from xlformer.data import local
 from xlformer.errors import UserError
-from xlformer.generation import interactive
+from xlformer.generation import interactive, sampling
 from xlformer.generation.continuation import (
     MOST,
+    PLAIN,
     Continuation,
     compiled_block,
     for_generation,
@@ -35,7 +38,8 @@ __all__ = [
 ]
 
 OPENING = 32  # tokens of the test split that are continued where no prompt is given
-PAPER_CONTEXT, PAPER_TOP_K, PAPER_TOKENS = 512, 40, 1000
+# How the paper made its samples (Dai et al. 2019, arXiv:1901.02860, appendix E).
+PAPER_CONTEXT, PAPER_TOKENS, PAPER = 512, 1000, Sampling(top_k=40)
 
 
 def _prompts(args, run: runs.Run) -> list[np.ndarray]:
@@ -92,13 +96,7 @@ def _arguments(argv) -> argparse.Namespace:
         "--data_path", help="where the run's own text lies now, continued by default"
     )
     parser.add_argument("--num_tokens", type=int, help="to generate; default: 256")
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, help="0: the most probable (1.0)"
-    )
-    parser.add_argument("--top_k", type=int, help="draw among so many; 0 is all (0)")
-    parser.add_argument(
-        "--top_p", type=float, default=1.0, help="among those of this mass (1.0)"
-    )
+    sampling.add_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--num_samples", type=int, default=1, help="of each prompt")
     parser.add_argument(
@@ -108,12 +106,11 @@ def _arguments(argv) -> argparse.Namespace:
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
     parser.add_argument("--params", help="raw or ema; default: ema where it is kept")
     parser.add_argument("--mesh", default="data=-1", help=sharding.MESH_HELP)
+    hosts.add_flags(parser)
     args = parser.parse(argv)
     paper = args.preset == "paper"
     if args.num_tokens is None:
         args.num_tokens = PAPER_TOKENS if paper else 256
-    if args.top_k is None:
-        args.top_k = PAPER_TOP_K if paper else 0
     _check_arguments(args)
     return args
 
@@ -152,24 +149,45 @@ def _check_arguments(args) -> None:
 
 def _main(argv) -> int:
     args = _arguments(argv)
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    preset = PAPER if args.preset == "paper" else PLAIN
+    drawn = sampling.from_flags(args, preset)
     compiled.keep()
-    mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh), where="--mesh")
-    run = runs.load(
-        args.workdir, checkpoint=args.checkpoint, params=args.params, mesh=mesh
-    )
-    model = runs.for_reading(run.model, {"memory_length": args.memory_length})
-    options = {"seed": args.seed, "sampling": sampling, "mesh": mesh}
-    if args.interactive:
-        interactive.talk(
-            Continuation(model, run.params, 1, **options),
-            run.vocabulary,
-            num_tokens=args.num_tokens,
-            stops=args.stop,
-            first=args.prompt[0] if args.prompt else "",
+    with hosts.reading(args, args.workdir):
+        if jax.process_count() > 1:
+            _check_of_several(args)
+        mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh), where="--mesh")
+        run = runs.load(
+            args.workdir, checkpoint=args.checkpoint, params=args.params, mesh=mesh
         )
-        return 0
+        model = run.model.for_reading(memory_length=args.memory_length)
+        options = {"seed": args.seed, "sampling": drawn, "mesh": mesh, "step": run.step}
+        if args.interactive:
+            interactive.talk(
+                Continuation(model, run.params, 1, **options),
+                run.vocabulary,
+                num_tokens=args.num_tokens,
+                stops=args.stop,
+                first=args.prompt[0] if args.prompt else "",
+            )
+        else:
+            _continue(args, run, model, options)
+    return 0
+
+
+def _check_of_several(args) -> None:
+    """Standard input is the first host's alone."""
+    for flag, refused in (
+        ("--interactive", args.interactive),
+        (f"--prompt_file={args.prompt_file}", args.prompt_file == "-"),
+    ):
+        if refused:
+            raise UserError(f"{flag} reads standard input, which only one host has")
+
+
+def _continue(args, run: runs.Run, model, options) -> None:
     prompts = _prompts(args, run)
+    if jax.process_count() > 1:  # The others could have another file of that name.
+        hosts.same(prompt=repr([prompt.tolist() for prompt in prompts]))
     rows = [Row(run.vocabulary, prompt, args.stop) for prompt in prompts]
     printer = Printer(rows)
     generate(
@@ -183,7 +201,6 @@ def _main(argv) -> int:
     printer.finish()
     for number, row in enumerate(rows[1:], 2):
         print(f"--- {number} of {len(rows)}\n{row.prompt}{row.text}")
-    return 0
 
 
 def main(argv=None) -> int:

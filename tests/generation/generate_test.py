@@ -16,7 +16,7 @@ from xlformer import generate, models, sharding
 from xlformer.data import local
 from xlformer.errors import UserError
 from xlformer.generate import Sampling
-from xlformer.generation import continuation
+from xlformer.generation import continuation, sampling
 
 VOCAB_SIZE, MEMORY = 13, 7
 PROMPTS = [[3], [1, 5, 2, 11, 7], list(np.random.default_rng(2).integers(0, 13, 83))]
@@ -132,24 +132,11 @@ def test_refuses_impossible_settings(settings, message):
         Sampling(**settings)
 
 
-class Told(Bag):
-    """Its state is its cache too, which drawing must not use up."""
-
-    def log_probs(self, params, inputs_BT, state, **options):
-        def nll(token):
-            targets_BT = jnp.full_like(inputs_BT, token)
-            return self.apply(params, inputs_BT, targets_BT, state)[0]
-
-        nll_VBT = jax.vmap(nll)(jnp.arange(self.vocab_size))
-        after = self.apply(params, inputs_BT, inputs_BT, state)[1]
-        return -jnp.moveaxis(nll_VBT, 0, -1), after
-
-
 @pytest.mark.parametrize("kind", ["transformer_xl", "bag"])
 def test_turns_are_one_long_text(made, kind):
     """What is read after a draw stands where one long prompt would have it."""
     if kind == "bag":
-        model = Told(BagConfig())
+        model = Bag(BagConfig())
         made = model, {**model.init(jax.random.key(1)), "gain": jnp.float32(1)}
     greedy = {"sampling": Sampling(temperature=0)}
     text = continuation.Continuation(*made, 1, **greedy)
@@ -245,15 +232,17 @@ def test_memory_reaches_back_n_layer_times_and_no_farther(made):
         assert (found[0, 0] != expected[0, 0]) == changes, back
 
 
-def test_cost_of_a_token_does_not_grow(made):
+def test_cost_of_a_token_does_not_grow(made, monkeypatch):
     """Structure, not time: one program of BLOCK steps, a state of one shape."""
-    continuation._block.clear_cache()
+    mesh = sharding.make_mesh({"data": 1})
+    programs = continuation.Programs(made[0].for_generation(), mesh, 1)
+    monkeypatch.setattr(continuation, "programs", lambda *_: programs)
     blocks = []
     sample(made, [PROMPTS[1]], 3 * continuation.BLOCK + 1, on_tokens=blocks.append)
-    assert continuation._block._cache_size() == 1
+    assert programs.block._cache_size() == 1
     assert [b.shape[1] for b in blocks] == [continuation.BLOCK] * 3 + [1]
     sample(made, [PROMPTS[1]], 101, seed=3)
-    assert continuation._block._cache_size() == 1
+    assert programs.block._cache_size() == 1
     model = generate.for_generation(made[0])
     state = model.to_cache(made[1], model.init_state(1))
     _, after = jax.eval_shape(model.log_probs, made[1], jnp.zeros((1, 1), int), state)
@@ -399,3 +388,17 @@ def test_paper_preset(capsys, base, monkeypatch):
     main(capsys, workdir, "--prompt=the", *flags)
     assert seen["num_tokens"] == 7
     assert seen["sampling"] == Sampling(temperature=0.5, top_k=3)
+
+
+def test_a_rule_of_sampling_is_a_field_and_so_a_flag(capsys, base, monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class More(Sampling):
+        min_p: float = sampling._rule(0.0, "at least so much of the largest (0)")
+
+    seen = {}
+    monkeypatch.setattr(sampling, "Sampling", More)
+    monkeypatch.setattr(generate, "PLAIN", More())
+    monkeypatch.setattr(generate, "generate", lambda *_, **kwargs: seen.update(kwargs))
+    flags = ("--prompt=the", "--min_p=0.25", "--top_p=0.5")
+    assert main(capsys, trained_run.trained(base), *flags)[0] == 0
+    assert seen["sampling"] == More(top_p=0.5, min_p=0.25)

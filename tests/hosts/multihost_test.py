@@ -1,5 +1,6 @@
 """Several hosts are one run: the same numbers, joined, stopped and resumed together."""
 
+import json
 import re
 import signal
 import time
@@ -10,6 +11,7 @@ import pytest
 from cluster import Cluster
 from training_runs import SYMBOLS, bag, final_state, text_config, write_text
 
+from xlformer import evaluate, generate, models
 from xlformer import train as train_lib
 from xlformer.hosts import faults
 from xlformer.runs import log
@@ -60,10 +62,22 @@ def assert_same_end(text, model, workdir, reference):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6, err_msg=where)
 
 
-def test_two_hosts_give_the_numbers_of_one(text, model, one_host, tmp_path):
+PROMPT = ["--prompt=the cat", "--num_samples=3", "--num_tokens=21"]
+
+
+def test_two_hosts_give_the_numbers_of_one(
+    text, model, one_host, tmp_path, monkeypatch, capsys
+):
     reference, expected = one_host
-    with Cluster(text, tmp_path / "run", devices=2, train=FIELDS) as cluster:
-        found = cluster.finish()
+    then = [["evaluate", "--follow"], ["generate", *PROMPT]]
+    with Cluster(text, tmp_path / "run", devices=2, train=FIELDS, then=then) as cluster:
+        assert cluster.codes() == [0, 0], cluster.everything()
+        trained, scored, continued = map(
+            _printed, re.split("^-- .*\n", cluster.text(), flags=re.M)
+        )
+        silent = re.split("^-- .*\n", cluster.text(1), flags=re.M)
+        assert [_printed(part) for part in silent[1:]] == ["", ""]
+        found = json.loads(trained.splitlines()[-1])
         assert re.search(r"host 1 of 2: \S+, pid \d+, 2 x cpu", cluster.text(1))
         assert "mesh data 4 x fsdp 1 x tensor 1" in cluster.text(0)
         assert "mesh" not in cluster.text(
@@ -78,6 +92,25 @@ def test_two_hosts_give_the_numbers_of_one(text, model, one_host, tmp_path):
     )
     assert_same_end(text, model, tmp_path / "run", reference)
     assert len(list((tmp_path / "run").glob("metrics*.jsonl"))) == 1
+    # Reading it too.
+    monkeypatch.setattr(models, "build", lambda *_, **__: model)
+    cards = [json.loads(line) for line in scored.splitlines() if line[0] == "{"]
+    kept = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps()
+    assert [card["step"] for card in cards] == kept and len(kept) > 1
+    assert len(list((tmp_path / "run" / "evaluations").iterdir())) == 1 + len(kept)
+    for card in cards:
+        alone = evaluate.evaluate(tmp_path / "run", checkpoint=str(card["step"]))
+        assert card["device"] == "cpu x4" and alone["device"] == "cpu x8"
+        assert card["nats"] == pytest.approx(alone["nats"], rel=1e-5)
+    capsys.readouterr()
+    assert generate.main([f"--workdir={tmp_path / 'run'}", *PROMPT]) == 0
+    assert continued == capsys.readouterr().out
+
+
+def _printed(text):
+    """Without the lines that commands say on the other stream."""
+    lines = text.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("xlformer: "))
 
 
 def test_saved_on_two_hosts_resumed_on_four_and_on_one(text, model, one_host, tmp_path):

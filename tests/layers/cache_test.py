@@ -135,7 +135,7 @@ def test_scores_as_the_plain_state_in_low_precision(name, dtype):
 )
 def test_any_mesh_gives_the_score_of_one_device(name, segment_length):
     model, params = build(name)
-    plan = scoring.plan(
+    plan = scoring.cut_rows(
         len(TOKENS),
         batch_size=B,
         segment_length=segment_length,

@@ -114,7 +114,7 @@ def evaluation(setting, config, model, mesh):
         N = times * each * T + 1
         repeated = -(-N // rows_BN.shape[1])
         tokens = np.tile(rows_BN, (1, repeated))[:, :N].ravel()
-        plan = scoring.plan_for(
+        plan = scoring.cut_rows_for(
             model,
             len(tokens),
             batch_size=rows,

@@ -83,15 +83,15 @@ def test_reading_needs_nothing_but_three_files(workdir):
 
 def test_for_reading_changes_what_is_visible(base):
     model = trained_run.loaded(base).model
-    changed = runs.for_reading(model, {"memory_length": 3, "same_length": True})
+    changed = model.for_reading(memory_length=3, same_length=True)
     assert (changed.memory_length, changed.config.attention_window) == (3, 2)
-    explicit = runs.for_reading(changed, {"window": 5, "memory_length": 11})
+    explicit = changed.for_reading(window=5, memory_length=11)
     assert explicit.config.attention_window == 5
     kept = {"memory_length": -1, "clamp_length": None, "same_length": None}
-    assert runs.for_reading(model, kept) == model
-    assert runs.for_reading(changed, {"same_length": False}).config.window is None
+    assert model.for_reading(**kept) == model
+    assert changed.for_reading(same_length=False).config.window is None
     with pytest.raises(UserError, match="this model has no wings"):
-        runs.for_reading(model, {"wings": 2})
+        model.for_reading(wings=2)
 
 
 @pytest.mark.parametrize(

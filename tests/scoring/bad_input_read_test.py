@@ -176,6 +176,10 @@ def test_flags_of_generate(flags, message, refused, base):
             "/dev/stdin can be read only once",
         ),
         (("--memory_length=0", "--same_length"), "a token must see itself"),
+        (("--follow", "--checkpoint=1"), "--checkpoint=1 with --follow"),
+        (("--follow", "--text=/dev/stdin"), "can be read only once, --follow"),
+        (("--follow", "--params=both"), "--params=both is neither"),
+        (("--process_id=0",), "--num_processes and --process_id go together"),
         (("--clamp_length=-2",), "--clamp_length=-2 must not be negative"),
         (("--clamp_length=x",), "invalid int value: 'x'"),
         (("--same_length=maybe",), "--same_length=maybe: expected bool, as in False"),
@@ -190,7 +194,7 @@ def test_flags_of_evaluate(flags, message, refused, base):
 
 
 def test_every_length_is_checked_before_the_first_is_scored(refused, base, monkeypatch):
-    monkeypatch.setattr(evaluate, "evaluate", None)
+    monkeypatch.setattr(evaluate.Scorer, "card", None)
     flags = (f"--workdir={trained_run.trained(base)}", "--memory_length=3,-5")
     assert "--memory_length=-5" in refused(evaluate.main, *flags)
 

@@ -12,10 +12,11 @@ import trained_run
 
 import xlformer
 from xlformer import config as config_lib
-from xlformer import evaluate, runs, scoring, sharding
+from xlformer import evaluate, runs, sharding
 from xlformer.data.vocabulary import CharVocabulary, WordVocabulary
+from xlformer.errors import UserError
 from xlformer.runs.checkpoints import Checkpoints
-from xlformer.scoring import texts
+from xlformer.scoring import results, texts
 
 # What every result must say of itself.
 FIELDS = {
@@ -144,6 +145,21 @@ def test_checkpoints_and_averages_differ(card, workdir):
     assert raw["params"] == "raw" and raw["nats"] != found["2"]["nats"]
 
 
+def test_following_scores_every_checkpoint_and_ends_with_the_run(workdir, capsys):
+    before = files(workdir)
+    assert evaluate.main([f"--workdir={workdir}", "--follow", "--batch_size=2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [card["step"] for card in found] == [1, 2]
+    index = json.loads((workdir / "evaluations" / "index.json").read_text())[-2:]
+    archived = [workdir / "evaluations" / entry["file"] for entry in index]
+    assert [json.loads(path.read_text()) for path in archived] == found
+    for card in found:
+        alone = evaluate.evaluate(workdir, checkpoint=str(card["step"]), batch_size=2)
+        assert alone["nats"] == card["nats"]
+    assert files(workdir) == before
+
+
 def test_touches_nothing_of_the_training(card, workdir):
     before = files(workdir)
     card("--split=train")
@@ -218,9 +234,9 @@ def test_restores_on_one_device_what_eight_saved(card, workdir, tmp_path):
 
 def test_warns_when_worse_than_no_context_at_all(card, workdir, monkeypatch, capsys):
     found = card()
-    monkeypatch.setattr(scoring, "unigram_entropy", lambda *_: 1e3)
+    monkeypatch.setattr(results, "unigram_entropy", lambda *_: 1e3)
     assert "warning" not in card()
-    monkeypatch.setattr(scoring, "unigram_entropy", lambda *_: 1e-3)
+    monkeypatch.setattr(results, "unigram_entropy", lambda *_: 1e-3)
     assert evaluate.main([f"--workdir={workdir}"]) == 0
     captured = capsys.readouterr()
     assert captured.err.startswith("warning: the loss ")
@@ -231,8 +247,42 @@ def test_warns_when_worse_than_no_context_at_all(card, workdir, monkeypatch, cap
 
 def test_numbers_that_json_lacks_are_null(card, monkeypatch):
     found = {"split": "x", "nats": math.nan, "ppl": math.inf, "bpc": 1.5}
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: found)
+    monkeypatch.setattr(evaluate.Scorer, "card", lambda *_: found)
     assert card() == {"split": "x", "nats": None, "ppl": None, "bpc": 1.5}
+
+
+def test_a_metric_of_single_tokens_is_one_place(workdir, monkeypatch):
+    """What Tally.add collects and Tally.results names is on the card."""
+
+    class Worst(results.Tally):
+        seen = []
+
+        def add(self, scored):
+            super().add(scored)
+            self.seen += zip(*map(np.ndarray.tolist, scored), strict=True)
+
+        def results(self, size, words):
+            worst = max(self.seen, key=lambda one: one[2])
+            return super().results(size, words) | {"worst": worst}
+
+    monkeypatch.setattr(results, "Tally", Worst)
+    found = evaluate.evaluate(workdir, max_tokens=31)
+    text = trained_run.TEXT * trained_run.LINES
+    ids = runs.load(workdir).vocabulary.encode(text[len(text) * 90 // 100 :])
+    assert sorted(index for index, _, _ in Worst.seen) == [*range(1, 31)]
+    assert all(ids[index] == token for index, token, _ in Worst.seen)
+    nll = [nats for _, _, nats in Worst.seen]
+    assert sum(nll) == pytest.approx(found["nats"]) and found["worst"][2] == max(nll)
+
+
+def test_settings_by_name_or_as_one_object(workdir):
+    settings = evaluate.EvalSettings(max_tokens=7, warmup="none")
+    found = evaluate.evaluate(workdir, settings, max_tokens=31)
+    assert (found["tokens_scored"], found["warmup"]) == (27, "none")
+    with pytest.raises(UserError, match="no setting 'splt', did you mean 'split'"):
+        evaluate.evaluate(workdir, splt="test")
+    with pytest.raises(UserError, match="text='a' with split='test'"):
+        evaluate.evaluate(workdir, text="a", split="test")
 
 
 def test_beginning_of_a_text(workdir):

@@ -11,6 +11,7 @@ import trained_run
 
 from xlformer import models, scoring
 from xlformer.errors import UserError
+from xlformer.scoring import evaluator as evaluator_lib
 from xlformer.scoring import rows as rows_lib
 
 VOCAB_SIZE, TOKENS, SEGMENT, MEMORY, LAYERS = 17, 307, 5, 7, 3
@@ -42,7 +43,7 @@ ACCURACY = 1e-5  # relative, of the summed nll
 @pytest.fixture(autouse=True)
 def small_calls(monkeypatch):
     """Several calls for this text, each of a few segments."""
-    monkeypatch.setattr(rows_lib, "TOKENS_PER_CALL", 7 * SEGMENT)
+    monkeypatch.setattr(evaluator_lib, "TOKENS_PER_CALL", 7 * SEGMENT)
 
 
 @functools.cache
@@ -67,7 +68,7 @@ def evaluator(case, rows):
 
 
 def planned(case, rows, warmup, tokens=TOKENS):
-    return scoring.plan(
+    return scoring.cut_rows(
         tokens,
         batch_size=rows,
         segment_length=SEGMENT,
@@ -93,8 +94,8 @@ def how_often_scored(plan, tokens):
     counts = np.zeros(tokens, int)
     ids = np.arange(tokens)
     for step in range(plan.steps):
-        batch = rows_lib._batch(plan, ids, None, step, 0)
-        scored_BT = batch["scored_BT"]
+        batch = rows_lib.batch(plan, ids, None, step, 0)
+        _, scored_BT = rows_lib.targets_at(plan, step)
         np.testing.assert_array_equal(
             batch["targets_BT"][scored_BT], batch["inputs_BT"][scored_BT] + 1
         )
@@ -108,7 +109,7 @@ def test_every_target_is_scored_once(warmup):
         (2, 3, 5, 7, 31, 97), (1, 2, 3, 7, 31), (1, 3, 5, 101), (0, 1, 7, 23), (1, 3)
     )
     for tokens, rows, segment, memory, layers in sizes:
-        plan = scoring.plan(
+        plan = scoring.cut_rows(
             tokens,
             batch_size=rows,
             segment_length=segment,
@@ -150,11 +151,11 @@ def test_exact_is_the_default_below_a_quarter_more_work(each, expected):
 
 def test_unlimited_reach_is_exact_in_one_row_only():
     settings = {"segment_length": 5, "memory_length": None, "n_layer": 3}
-    assert scoring.plan(97, batch_size=3, **settings).warmup == "none"
-    assert scoring.plan(97, batch_size=1, **settings).warmup == "exact"
+    assert scoring.cut_rows(97, batch_size=3, **settings).warmup == "none"
+    assert scoring.cut_rows(97, batch_size=1, **settings).warmup == "exact"
     for warmup in ("exact", "fill"):
         with pytest.raises(UserError, match="batch_size=3.*without limit"):
-            scoring.plan(97, batch_size=3, warmup=warmup, **settings)
+            scoring.cut_rows(97, batch_size=3, warmup=warmup, **settings)
 
 
 def test_a_bounded_memory_of_unknown_depth_is_exact_in_one_row_only():
@@ -163,13 +164,13 @@ def test_a_bounded_memory_of_unknown_depth_is_exact_in_one_row_only():
     kind = type("Unknown", (type(unknown),), {"replay": models.Model.replay})
     settings = {"segment_length": SEGMENT, "batch_size": 3}
     found = [
-        scoring.plan_for(kind(unknown.config), 10**4, **settings | changes).warmup
+        scoring.cut_rows_for(kind(unknown.config), 10**4, **settings | changes).warmup
         for changes in ({}, {"warmup": "fill"}, {"batch_size": 1})
     ]
     assert found == ["fill", "fill", "exact"]
     with pytest.raises(UserError, match="warmup='exact' with batch_size=3"):
-        scoring.plan_for(kind(unknown.config), TOKENS, **settings, warmup="exact")
-    assert scoring.plan_for(unknown, 10**4, **settings).warmup == "exact"
+        scoring.cut_rows_for(kind(unknown.config), TOKENS, **settings, warmup="exact")
+    assert scoring.cut_rows_for(unknown, 10**4, **settings).warmup == "exact"
 
 
 def test_what_a_model_says_that_one_row_would_carry():
@@ -224,7 +225,7 @@ def test_positions_from_the_end_end_with_the_text(attn_type, extended):
     mine = scoring.Evaluator(model, **settings)
     mine.compile(params)
     for tokens, warmup in ((53, "none"), (53, "exact"), (22, "none")):
-        plan = scoring.plan_for(model, tokens, warmup=warmup, **settings)
+        plan = scoring.cut_rows_for(model, tokens, warmup=warmup, **settings)
         found = mine.score(params, text()[:tokens], plan)
         expected = 0.0
         spans = zip(plan.first_B, plan.last_B, strict=True)
@@ -269,7 +270,7 @@ def test_length_of_a_call_changes_nothing(monkeypatch):
     model, params = made("plain")
     plan = planned("plain", 3, "exact")
     for tokens in (1, 10**6):
-        monkeypatch.setattr(rows_lib, "TOKENS_PER_CALL", tokens)
+        monkeypatch.setattr(evaluator_lib, "TOKENS_PER_CALL", tokens)
         whole = scoring.Evaluator(
             model, batch_size=3, segment_length=SEGMENT, steps=plan.steps
         )
@@ -305,7 +306,7 @@ def test_progress_is_told_the_fraction_and_may_give_up():
 
 
 def test_segment_longer_than_the_text_is_the_text():
-    plan = scoring.plan(
+    plan = scoring.cut_rows(
         7, batch_size=3, segment_length=10**12, memory_length=5, n_layer=2
     )
     assert (plan.segment_length, len(plan.start_B), plan.targets) == (6, 1, 6)
@@ -324,7 +325,7 @@ def test_refuses(changes, message):
     settings = {"tokens": 97, "batch_size": 3, "segment_length": 5}
     settings |= {"memory_length": 7, "n_layer": 3} | changes
     with pytest.raises(UserError, match=message):
-        scoring.plan(settings.pop("tokens"), **settings)
+        scoring.cut_rows(settings.pop("tokens"), **settings)
 
 
 def test_unigram_entropy_of_literal_tokens():

@@ -33,7 +33,7 @@ from xlformer.hosts import faults
 from xlformer.runs import log
 from xlformer.runs.checkpoints import Checkpoints
 from xlformer.runs.locks import WorkdirLock
-from xlformer.scoring.rows import Evaluator
+from xlformer.scoring import Evaluator
 from xlformer.train import main, train
 
 TOTAL = 24

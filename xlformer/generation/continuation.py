@@ -9,7 +9,7 @@ prompt is read in parts of PREFILL tokens, and what follows token by token.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +34,13 @@ def generate(
     seed: int = 0,
     sampling: Sampling = PLAIN,
     mesh: jax.sharding.Mesh | None = None,
+    step: int | None = None,
     on_tokens: Callable[[np.ndarray], bool | None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Continues every prompt by num_tokens.
+
+    Where the mesh has devices of several hosts all of them must call it, with equal
+    arguments; all get the same tokens.
 
     Args:
       model: with a memory; see `for_generation`. Compiled functions are kept for it.
@@ -46,15 +50,15 @@ def generate(
       seed: same seed, same prompts, same tokens.
       sampling: how to draw.
       mesh: shares the rows, by default one device; params must lie on it.
+      step: of the checkpoint, for schedules inside the model.
       on_tokens: called with each finished block, [R, n]; true ends it.
 
     Returns:
       tokens_RN, and their log-probabilities in nats under the model itself (at
       temperature 1, nothing cut off).
     """
-    text = Continuation(
-        model, params, len(prompts), seed=seed, sampling=sampling, mesh=mesh
-    )
+    options = {"seed": seed, "sampling": sampling, "mesh": mesh, "step": step}
+    text = Continuation(model, params, len(prompts), **options)
     text.read(prompts)
     return text.draw(num_tokens, on_tokens=on_tokens)
 
@@ -76,29 +80,34 @@ class Continuation:
         seed: int = 0,
         sampling: Sampling = PLAIN,
         mesh: jax.sharding.Mesh | None = None,
+        step: int | None = None,
     ):
         """Arguments as for `generate`."""
-        self._model, self._params = for_generation(model), params
-        self._sampling, self._mesh = sampling, mesh or sharding.make_mesh({"data": 1})
-        self._rows = rows
+        model, mesh = for_generation(model), mesh or sharding.make_mesh({"data": 1})
+        self._rows, self._vocab_size = rows, model.vocab_size
         # Copies of the last row make the rows divide.
-        self._more = sharding.padded(rows, self._mesh) - rows
+        self._more = sharding.padded(rows, mesh) - rows
+        self._programs = programs(model, mesh, rows + self._more)
+        self._params, self._sampling, self._mesh = params, sampling, mesh
+        self._step = None if step is None else np.int32(step)
+        self._seed = np.uint32(seed & 0xFFFFFFFF)  # JAX's keys have 32 bits of it
         self._state = None
         self._last_R: np.ndarray | None = None
         self._drawn = 0
-        # Row r draws from its own key: its text does not depend on the other rows.
-        self._keys_R = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.key(seed), jnp.arange(rows + self._more)
-        )
 
     def read(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> None:
         """Takes in tokens of each row, at least one; lengths may differ."""
-        _check(prompts, self._model.vocab_size)
+        _check(prompts, self._vocab_size)
         prompts = [*prompts, *[prompts[-1]] * self._more]
         if self._last_R is not None:
             prompts = [[x, *p] for x, p in zip(self._last_R, prompts, strict=True)]
-        model, mesh = self._model, self._mesh
-        self._state = _prefill(model, self._params, prompts, mesh, self._state)
+        with jax.set_mesh(self._mesh):
+            state = self._programs.empty() if self._state is None else self._state
+            state = jax.block_until_ready(state)  # or there is no room
+            for ids_RT, valid_R in _parts(prompts):
+                part = ids_RT, valid_R, self._step
+                state = self._programs.advance(self._params, state, *part)
+        self._state = state
         # The next token is drawn after it, which is when it enters the memory.
         self._last_R = np.array([p[-1] for p in prompts], np.int32)
 
@@ -113,24 +122,16 @@ class Continuation:
             raise UserError(
                 f"num_tokens={num_tokens} must be at least 1 and at most {MOST}"
             )
-        mesh, last_R = self._mesh, self._last_R
-        state, placed = _cached(self._model, self._params, self._state, mesh)
+        with jax.set_mesh(self._mesh):
+            state = self._programs.cached(self._params, self._state)
+            # Where a block leaves them: else the second call would compile anew.
+            last_R = jax.device_put(self._last_R, sharding.replicated(self._mesh))
         tokens, chosen = [], []
         for start in range(0, num_tokens, BLOCK):
-            # Where the compiler has put them is not where the next call wants them.
-            last_R, keys_R = jax.device_put(
-                (last_R, self._keys_R), sharding.replicated(mesh)
-            )
-            state = jax.device_put(state, placed)
-            with jax.set_mesh(mesh):
-                (state, last_R), tokens_RN, chosen_RN = _block(
-                    self._model,
-                    self._sampling,
-                    self._params,
-                    keys_R,
-                    state,
-                    last_R,
-                    self._drawn,
+            at = self._seed, self._drawn, self._step
+            with jax.set_mesh(self._mesh):
+                (state, last_R), tokens_RN, chosen_RN = self._programs.block(
+                    self._sampling, self._params, state, last_R, *at
                 )
             size = min(BLOCK, num_tokens - start)
             self._drawn += size
@@ -145,27 +146,6 @@ class Continuation:
             if on_tokens is not None and on_tokens(tokens[-1]):
                 break
         return np.concatenate(tokens, axis=1), np.concatenate(chosen, axis=1)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _block(model, sampling, params, keys_R, state, last_R, start):
-    """BLOCK more tokens: ((state, last_R), tokens_RN, their log-probabilities)."""
-
-    def one(carry, index):
-        state, last_R = carry
-        log_probs_R1V, state = model.log_probs(params, last_R[:, None], state)
-        log_probs_RV = log_probs_R1V[:, 0]
-        step_keys_R = jax.vmap(jax.random.fold_in, (0, None))(keys_R, index)
-        next_R = jax.vmap(lambda k, p: sampling.draw(k, p[None])[0])(
-            step_keys_R, log_probs_RV
-        ).astype(jnp.int32)
-        chosen_R = jnp.take_along_axis(log_probs_RV, next_R[:, None], axis=1)[:, 0]
-        return (state, next_R), (next_R, chosen_R)
-
-    carry, (tokens_NR, chosen_NR) = jax.lax.scan(
-        one, (state, last_R), start + jnp.arange(BLOCK)
-    )
-    return carry, tokens_NR.T, chosen_NR.T
 
 
 def for_generation(model: models.Model) -> models.Model:
@@ -183,49 +163,95 @@ def _check(prompts, vocab_size: int) -> None:
             raise UserError(f"token id out of range: {bad[0]} of {vocab_size} symbols")
 
 
-def _prefill(model, params, prompts, mesh, state=None):
-    """The state after all but the last token of each prompt; None is an empty one."""
+def _parts(prompts) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All but the last token of each prompt, in parts: ids_RT, how many are valid."""
     lengths_R = np.array([len(p) - 1 for p in prompts])
     width = PREFILL * -(-int(lengths_R.max()) // PREFILL)
     ids_RT = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         ids_RT[row, : len(prompt) - 1] = prompt[:-1]
-    state = _empty(model, len(prompts)) if state is None else state
-    placed = sharding.carried(mesh, state, model.state_axes())
-    state = jax.block_until_ready(jax.device_put(state, placed))
     for start in range(0, width, PREFILL):
         valid_R = np.clip(lengths_R - start, 0, PREFILL).astype(np.int32)
-        part_RT = ids_RT[:, start : start + PREFILL]
-        with jax.set_mesh(mesh):
-            state = _advance(model, params, state, part_RT, valid_R)
-            state = jax.device_put(state, placed)
-    return state
+        yield ids_RT[:, start : start + PREFILL], valid_R
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _advance(model, params, state, ids_RT, lengths_R):
-    return model.apply(params, ids_RT, ids_RT, state, lengths_B=lengths_R)[1]
+class Programs:
+    """What is compiled for a model and so many rows on a mesh; to be called within it.
+
+    Each result lies where the next call wants it, also on several hosts.
+
+    Attributes:
+      empty: () -> the state before the first token.
+      advance: (params, state, ids_RT, lengths_R, step) -> the state after them.
+      cached: (params, state) -> a copy in the form for single tokens.
+      block: (sampling, params, copy, last_R, seed, start, step) -> BLOCK more tokens:
+        ((copy, last_R), tokens_RN, their log-probabilities). The copy is donated.
+      cache: the shapes and shardings of such a copy.
+    """
+
+    def __init__(self, model: models.Model, mesh: jax.sharding.Mesh, rows: int):
+        self._model, self._rows = model, rows
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        state = jax.eval_shape(self._empty)
+        placed = sharding.carried(mesh, state, model.state_axes())
+        self.cache = jax.eval_shape(self._cached, params, state)
+        axes = model.cache_axes(segment_length=1)
+        cached = sharding.carried(mesh, self.cache, axes)
+        self.cache = sharding.with_shardings(self.cache, cached)
+        whole = sharding.replicated(mesh)
+        self.empty = jax.jit(self._empty, out_shardings=placed)
+        self.advance = jax.jit(self._advance, out_shardings=placed)
+        self.cached = jax.jit(self._cached, out_shardings=cached)
+        self.block = jax.jit(
+            self._block,
+            static_argnums=0,
+            donate_argnums=2,
+            out_shardings=((cached, whole), whole, whole),
+        )
+
+    def _empty(self):
+        return self._model.init_state(self._rows)
+
+    def _advance(self, params, state, ids_RT, lengths_R, step):
+        _, state, _ = self._model.apply(
+            params, ids_RT, ids_RT, state, lengths_B=lengths_R, step=step
+        )
+        return state
+
+    def _cached(self, params, state):
+        # Copied, as what comes of it is donated, and the state is read on later.
+        state = jax.tree.map(jnp.copy, state)
+        return self._model.to_cache(params, state, segment_length=1)
+
+    def _block(self, sampling, params, state, last_R, seed, start, step):
+        # Row r draws from its own key: its text does not depend on the other rows.
+        keys_R = jax.vmap(jax.random.fold_in, (None, 0))(
+            jax.random.key(seed), jnp.arange(self._rows)
+        )
+
+        def one(carry, index):
+            state, last_R = carry
+            log_probs_R1V, state = self._model.log_probs(
+                params, last_R[:, None], state, step=step
+            )
+            log_probs_RV = log_probs_R1V[:, 0]
+            step_keys_R = jax.vmap(jax.random.fold_in, (0, None))(keys_R, index)
+            next_R = jax.vmap(lambda k, p: sampling.draw(k, p[None])[0])(
+                step_keys_R, log_probs_RV
+            ).astype(jnp.int32)
+            chosen_R = jnp.take_along_axis(log_probs_RV, next_R[:, None], axis=1)[:, 0]
+            return (state, next_R), (next_R, chosen_R)
+
+        carry, (tokens_NR, chosen_NR) = jax.lax.scan(
+            one, (state, last_R), start + jnp.arange(BLOCK)
+        )
+        return carry, tokens_NR.T, chosen_NR.T
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _empty(model, rows: int):
-    return model.init_state(rows)
-
-
-def _cached(model, params, state, mesh):
-    """The state in the form for single tokens, and its shardings."""
-    axes = model.cache_axes(segment_length=1)
-    with jax.set_mesh(mesh):
-        state = _to_cache(model, params, state)
-    placed = sharding.carried(mesh, state, axes)
-    return jax.device_put(state, placed), placed
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _to_cache(model, params, state):
-    # Copied, as what comes of it is donated, and the state is read on later.
-    state = jax.tree.map(jnp.copy, state)
-    return model.to_cache(params, state, segment_length=1)
+@functools.lru_cache(maxsize=16)
+def programs(model: models.Model, mesh: jax.sharding.Mesh, rows: int) -> Programs:
+    """The programs of a model, kept for who asks again."""
+    return Programs(model, mesh, rows)
 
 
 def compiled_block(model: models.Model, params, *, rows: int, mesh):
@@ -233,15 +259,11 @@ def compiled_block(model: models.Model, params, *, rows: int, mesh):
 
     Args as for `generate`; rows: how many prompts.
     """
-    model, rows = for_generation(model), sharding.padded(rows, mesh)
-    state = jax.eval_shape(functools.partial(_empty, model, rows))
-    state = jax.eval_shape(functools.partial(_to_cache, model), params, state)
-    placed = sharding.carried(mesh, state, model.cache_axes(segment_length=1))
-    state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed
-    )
-    keys_R = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    rows = sharding.padded(rows, mesh)
+    found = programs(for_generation(model), mesh, rows)
     last_R = jax.ShapeDtypeStruct((rows,), "int32")
     with jax.set_mesh(mesh):
-        lowered = _block.lower(model, PLAIN, params, keys_R, state, last_R, 0)
+        lowered = found.block.lower(
+            PLAIN, params, found.cache, last_R, np.uint32(0), 0, np.int32(0)
+        )
         return lowered.compile()

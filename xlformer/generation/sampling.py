@@ -1,4 +1,8 @@
-"""How a next token is drawn."""
+"""How a next token is drawn.
+
+A new rule is a field of Sampling, with its default and its help, and what `draw` does
+with it: the flags of the command are the fields.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,10 @@ import numpy as np
 from xlformer.errors import Argument, UserError
 
 
+def _rule(default, help: str):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How a next token is drawn.
@@ -21,9 +29,9 @@ class Sampling:
       top_p: draw among the most probable that together reach this mass; 1 is all.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float = _rule(1.0, "0: the most probable (1.0)")
+    top_k: int = _rule(0, "draw among so many; 0 is all (0)")
+    top_p: float = _rule(1.0, "among those of this mass (1.0)")
 
     def __post_init__(self):
         if self.temperature < 0 or not np.isfinite(self.temperature):
@@ -52,3 +60,17 @@ class Sampling:
         logits_RK = jnp.where(before_RK < self.top_p, logits_RK, -jnp.inf)
         chosen_R = jax.random.categorical(key, logits_RK)
         return jnp.take_along_axis(ids_RK, chosen_R[:, None], axis=1)[:, 0]
+
+
+def add_flags(parser) -> None:
+    """A flag for each field of Sampling; one that is not given is None."""
+    for field in dataclasses.fields(Sampling):
+        kind, shown = type(field.default), field.metadata["help"]
+        parser.add_argument(f"--{field.name}", type=kind, help=shown)
+
+
+def from_flags(args, preset: Sampling) -> Sampling:
+    """What the flags of add_flags say, and else the preset."""
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)}
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(preset, **given)

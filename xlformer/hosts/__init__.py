@@ -7,7 +7,19 @@ from xlformer.hosts.job import (
     is_first,
     join,
     leaving_at_once,
+    reading,
+    same,
     say,
 )
 
-__all__ = ["Stop", "add_flags", "agree", "is_first", "join", "leaving_at_once", "say"]
+__all__ = [
+    "Stop",
+    "add_flags",
+    "agree",
+    "is_first",
+    "join",
+    "leaving_at_once",
+    "reading",
+    "same",
+    "say",
+]

@@ -2,7 +2,7 @@
 
 Each host runs the same program. They find each other by flags, or by what a TPU slice
 or a SLURM step says of itself, and from then on every step is one for all of them. No
-wait is without a limit: see training/watchdog.py.
+wait is without a limit: see hosts/watchdog.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import glob
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -23,7 +24,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from xlformer import command, storage
+from xlformer import command, runs, storage
+from xlformer import config as config_lib
 from xlformer.errors import BAD_INPUT, Argument, UserError, WorthAnotherTry
 from xlformer.hosts.watchdog import HUNG, Watchdog
 from xlformer.runs import writing
@@ -38,12 +40,18 @@ def add_flags(parser) -> None:
     parser.add_argument("--process_id", type=int, help=f"which, from 0, {several}")
 
 
-def join(args, *, workdir: epath.Path, start_limit: float, heartbeat: float) -> None:
+def join(
+    args, *, workdir: epath.Path | None, start_limit: float, heartbeat: float
+) -> None:
     """Waits for the other hosts of this job, if there are any; then says who it is.
 
     args: with what add_flags has added. Limits are in seconds. A host that does not
-    come within start_limit is named, and the process ends with exit code HUNG.
+    come within start_limit is named, and the process ends with exit code HUNG. With
+    workdir None nothing is written, and who is missing is not known. A process that has
+    joined already, for another command, stays where it is.
     """
+    if jax.distributed.is_initialized():
+        return
     explicit = (args.coordinator, args.num_processes, args.process_id)
     given = [x is not None for x in explicit]
     if any(given) and not all(given):
@@ -67,7 +75,7 @@ def join(args, *, workdir: epath.Path, start_limit: float, heartbeat: float) -> 
         return
     if known and known[0] == 1:
         return
-    with _within(start_limit, known, workdir / writing.HEARTBEATS):
+    with _within(start_limit, known, workdir and workdir / writing.HEARTBEATS):
         _initialize(explicit, start_limit, heartbeat)
     if jax.process_count() > 1:
         say(
@@ -75,6 +83,37 @@ def join(args, *, workdir: epath.Path, start_limit: float, heartbeat: float) -> 
             f"{socket.gethostname()}, pid {os.getpid()}, {jax.local_device_count()} x "
             f"{jax.local_devices()[0].device_kind}"
         )
+
+
+@contextlib.contextmanager
+def reading(args, workdir):
+    """Around a command that only reads a run, whether by one host or by several.
+
+    Of several hosts only the first prints. args: of the command, with what add_flags
+    has added. Raises UserError where hosts see another run or are told something else.
+    """
+    config = runs.read_config(workdir)
+    limits = config.hosts
+    with leaving_at_once():
+        # A training may be at work in the directory, whose heartbeats lie there.
+        join(
+            args,
+            workdir=None,
+            start_limit=limits.start_limit,
+            heartbeat=limits.heartbeat,
+        )
+        if jax.process_count() == 1:
+            yield
+            return
+        # JAX's preemption service has taken it over, for those who have to save.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        told = {k: v for k, v in vars(args).items() if k != "process_id"}
+        same(command=repr(sorted(told.items())), run=config_lib.to_json(config))
+        with contextlib.ExitStack() as stack:
+            if not is_first():
+                nothing = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nothing))
+            yield
 
 
 def _own_place() -> tuple[int, int] | None:
@@ -113,7 +152,7 @@ def _initialize(explicit, start_limit, heartbeat) -> None:
 @contextlib.contextmanager
 def _within(limit: float, known, directory):
     """Ends the process with one line when it takes longer than `limit` seconds."""
-    if known:
+    if known and directory:
         count, index = known
         with Watchdog(directory, index, count, timeout_s=limit, say=say) as watchdog:
             watchdog.beat("joining", 0)
@@ -161,9 +200,8 @@ def agree(workdir: epath.Path, **facts: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         storage.write(path, nonce)
     expected = int(multihost_utils.broadcast_one_to_all(_checksum(nonce)))
-    own = [int(_reads(path, expected)), *(_checksum(f) for f in facts.values())]
-    found = np.asarray(multihost_utils.process_allgather(np.array(own, np.uint32)))
-    blind = [str(host) for host, row in enumerate(found) if not row[0]]
+    (seen_H,) = _gathered(int(_reads(path, expected)))
+    blind = [str(host) for host in np.flatnonzero(seen_H == 0)]
     if blind:
         verb = "does" if len(blind) == 1 else "do"
         raise UserError(
@@ -171,14 +209,27 @@ def agree(workdir: epath.Path, **facts: str) -> None:
             Argument("workdir", workdir),
             "; use gs:// or a shared mount",
         )
-    for column, name in enumerate(facts, start=1):
-        column_H = found[:, column]
+    same(**facts)
+
+
+def same(**facts: str) -> None:
+    """Raises the same UserError on all hosts, unless they are told the same facts."""
+    if jax.process_count() == 1:
+        return
+    columns = _gathered(*(_checksum(fact) for fact in facts.values()))
+    for name, column_H in zip(facts, columns, strict=True):
         other = [str(host) for host in np.flatnonzero(column_H != column_H[0])]
         if other:
             raise UserError(
                 f"host {', '.join(other)} has another {name} than host 0: all hosts "
                 "need the same command"
             )
+
+
+def _gathered(*numbers) -> np.ndarray:
+    """Of each number the column of what the hosts say, [numbers, hosts]."""
+    own = np.array(numbers, np.uint32)
+    return np.asarray(multihost_utils.process_allgather(own)).T
 
 
 def _checksum(text: str) -> np.uint32:

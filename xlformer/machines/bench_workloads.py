@@ -69,11 +69,7 @@ def train(name: str, config, model: Model, mesh) -> Timing:
 def evaluate(name: str, config, model: Model, mesh) -> Timing:
     """Scoring with the settings of config.eval and the cached form of the state."""
     settings = config.eval
-    model = model.for_reading(
-        memory_length=settings.memory_length,
-        clamp_length=settings.clamp_length,
-        same_length=settings.same_length or None,
-    )
+    model = scoring.EvalSettings().filled(settings).model(model)
     params = _parameters(model, mesh, _key(config))
     rows, T = settings.batch_size, settings.segment_length
     # One call, of as many segments as `xlformer.evaluate` puts into one.
@@ -85,7 +81,7 @@ def evaluate(name: str, config, model: Model, mesh) -> Timing:
     compiled = evaluator.compile(params)
     compile_seconds = time.perf_counter() - start
     text = tokens(model.vocab_size, (rows * (segments * T + 1),))
-    plan = scoring.plan_for(
+    plan = scoring.cut_rows_for(
         model, len(text), batch_size=rows, segment_length=T, warmup="none"
     )
 

@@ -235,7 +235,7 @@ class Checkpoints:
                 found = self._restore_step(candidate, abstract)
             except Corrupt as error:
                 fault = str(error)
-            if _on_any_host(bool(fault)):
+            if on_any_host(bool(fault)):
                 refused.append(candidate)
                 reasons.append(f"step {candidate}: {fault or 'refused elsewhere'}")
                 _log.error("%s: checkpoint refused: %s", self.directory, reasons[-1])
@@ -368,7 +368,7 @@ class _LatestAndBest(checkpoint_managers.PreservationPolicy):
         return [s in kept for s in steps]
 
 
-def _on_any_host(failed: bool) -> bool:
+def on_any_host(failed: bool) -> bool:
     """Hosts must agree on the step, even if the files of only one are damaged."""
     if jax.process_count() == 1:
         return failed

@@ -6,11 +6,13 @@ import dataclasses
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
@@ -85,8 +87,11 @@ def load(
     checkpoint: str = "best",
     params: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    model: models.Model | None = None,
 ) -> Run:
     """Loads a run for reading; works on any devices and never touches its state.
+
+    Where jax.distributed is initialized all hosts must call it, with equal arguments.
 
     Args:
       workdir: of `xlformer.train` or `xlformer.convert`.
@@ -95,6 +100,7 @@ def load(
         validation scored.
       mesh: where the parameters shall lie; by default on the first device. It need not
         be like the one that saved them.
+      model: your own, as it was given to `train`; else it is built from the config.
 
     Raises:
       UserError: no run, no such checkpoint, a damaged one, or one of another model.
@@ -107,21 +113,48 @@ def load(
     step = _step(checkpoints, checkpoint)
     config = _sealed(workdir, checkpoints, step, latest)
     vocabulary = _vocabulary(workdir, config)
-    model = models.build(config.model, vocab_size=vocabulary.size)
-    if params is None:
-        params = "ema" if config.train.ema_decay else "raw"
-    if params not in ("raw", "ema"):
-        raise UserError(Argument("params", params), " is neither raw nor ema")
-    if params == "ema" and not config.train.ema_decay:
-        line = " but the run has config.train.ema_decay=0.0"
-        raise UserError(Argument("params", "ema"), line)
-    name = {"raw": "params", "ema": "ema"}[params]
+    model = _model(workdir, config, vocabulary, model)
+    name = _params(config, params)
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     mesh = mesh or sharding.make_mesh({"data": 1})
     placed = sharding.parameters(mesh, abstract, model.param_axes(abstract))
     abstract = sharding.with_shardings(abstract, placed)
     found = checkpoints.restore_params(step, {name: abstract})[name]
-    return Run(workdir, config, model, found, vocabulary, step, params == "ema")
+    return Run(workdir, config, model, found, vocabulary, step, name == "ema")
+
+
+def _model(workdir, config, vocabulary: Vocabulary, own: models.Model | None):
+    """What the run was trained with; `own` where that is no model of this package."""
+    name, size = config.own_model, config_lib.vocab_size(config, vocabulary.size)
+    if own is None:
+        if name:
+            raise UserError(
+                Argument("workdir", workdir),
+                f" was trained with a model of one's own, {name}: read it in Python, "
+                "with model=...",
+            )
+        return models.build(config.model, vocab_size=size)
+    if resume.own_name(own) != name:
+        built = name or f"config.model.name={config.model.name!r}"
+        raise UserError(
+            Argument("workdir", workdir),
+            f" was trained with {built}, model is of {type(own).__qualname__}",
+        )
+    if own.vocab_size < size:
+        raise UserError(f"model knows {own.vocab_size} ids, the run needs {size}")
+    return own
+
+
+def _params(config, which: str | None) -> str:
+    """Under which name the parameters lie in a checkpoint."""
+    if which is None:
+        which = "ema" if config.train.ema_decay else "raw"
+    if which not in ("raw", "ema"):
+        raise UserError(Argument("params", which), " is neither raw nor ema")
+    if which == "ema" and not config.train.ema_decay:
+        line = " but the run has config.train.ema_decay=0.0"
+        raise UserError(Argument("params", "ema"), line)
+    return {"raw": "params", "ema": "ema"}[which]
 
 
 def read_sealed(workdir, checkpoint: str = "best") -> ConfigDict:
@@ -173,13 +206,19 @@ def names_data(config: ConfigDict) -> bool:
 def _step(checkpoints: Checkpoints, which: str) -> int | None:
     if which in ("best", "latest"):
         best = checkpoints.best() if which == "best" else None
-        return checkpoints.latest() if best is None else best
+        return agreed(checkpoints.latest() if best is None else best)
     if not (which.isascii() and which.isdigit() and len(which) < 19):
         line = " is neither best, latest nor a step"
         raise UserError(Argument("checkpoint", which), line)
     return int(which)
 
 
-def for_reading(model: models.Model, fields: Mapping[str, Any]) -> models.Model:
-    """The same model with another memory or visibility; see Model.for_reading."""
-    return model.for_reading(**fields)
+def agreed(step: int | None) -> int | None:
+    """What the first of several hosts says.
+
+    Of a run that is being trained another host may see one checkpoint more or less.
+    """
+    if jax.process_count() == 1:
+        return step
+    found = multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step))
+    return None if int(found) == -1 else int(found)

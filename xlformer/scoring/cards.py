@@ -26,47 +26,8 @@ INDEX = "index.json"
 ENTRY = ("date", "split", "corpus", "payload_sha256", "tokens_scored")
 ENTRY += ("step", "params", "segment_length", "memory_length", "extended_length")
 ENTRY += ("clamp_length", "window", "batch_rows", "warmup", "dtype", "device")
+ENTRY += ("objective", "mask_rate")  # where tokens were hidden
 ENTRY += ("nats_per_token", "bpc", "ppl", "bits_per_byte", "word_ppl")
-
-
-def results(nats: float, targets: int, size: int | None, words: int | None) -> dict:
-    """What is derived from the summed nll.
-
-    size, words: what the targets stand for, whatever they are (units.py); None where
-    that is unknown, as are the results that are too large for a number.
-    """
-    per_token = nats / targets
-    return {
-        "tokens_scored": targets,
-        "bytes_scored": size,
-        "words_scored": words,
-        "nats": nats,
-        "nats_per_token": per_token,
-        "bpc": per_token / math.log(2),
-        "ppl": _exp(per_token),
-        "bits_per_byte": nats / size / math.log(2) if size else None,
-        "word_ppl": _exp(nats / words) if words else None,
-    }
-
-
-def _exp(x: float) -> float | None:
-    return math.exp(x) if x < 700 else None
-
-
-def warning(card: dict, entropy: float) -> str | None:
-    """What is wrong with a loss; entropy: that of the text's own frequencies."""
-    loss = card["nats_per_token"]
-    if not math.isfinite(loss):
-        return (
-            f"the loss is {loss}: the parameters are not finite, or the model "
-            f"overflows in {card['dtype']}"
-        )
-    if loss > entropy:
-        return (
-            f"the loss {loss:.4f} exceeds the unigram entropy {entropy:.4f} of this "
-            "text: wrong vocabulary order, or an untrained model"
-        )
-    return None
 
 
 def table(cards: list[dict]) -> str:

@@ -8,124 +8,166 @@ import time
 
 import jax
 
-from xlformer import __version__, models, runs, scoring, sharding
-from xlformer.errors import Argument, UserError
-from xlformer.scoring import cards, texts, units
+from xlformer import __version__, models, runs, sharding
+from xlformer.errors import UserError
+from xlformer.scoring import results, texts, units
+from xlformer.scoring.evaluator import Evaluator
+from xlformer.scoring.rows import Plan, cut_rows_for
+from xlformer.scoring.settings import EvalSettings
+from xlformer.training import objectives
 
 SOFTWARE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def evaluate(
     workdir,
+    settings: EvalSettings | None = None,
     *,
-    split: str = "validation",
-    text: str | None = None,
-    checkpoint: str = "best",
-    params: str | None = None,
-    segment_length: int | None = None,
-    memory_length: int | None = None,
-    clamp_length: int | None = None,
-    same_length: bool | None = None,
-    batch_size: int | None = None,
-    warmup: str = "auto",
-    max_tokens: int = 0,
-    data_path: str | None = None,
+    model: models.Model | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress=None,
+    **fields,
 ) -> dict:
     """Returns the card: what was scored, how, and with which result.
 
-    Settings that are None come from config.eval of the run; lengths are in tokens. With
-    max_tokens only the beginning is scored. data_path: where the run's text lies now,
-    if it is neither prepared nor at config.data.path. mesh shares the rows; by default
-    it is all devices. progress is called with the fraction done. Raises UserError.
+    Args:
+      workdir: of a run.
+      settings: how; by default as config.eval of the run says.
+      model: one's own, where the run was trained with one.
+      mesh: shares the rows; by default it is all devices.
+      progress: called with the fraction done; true gives up.
+      fields: of the settings, by name: evaluate(workdir, split="test").
+
+    Raises:
+      UserError: no such run, checkpoint, text or setting.
     """
-    check(memory_length=memory_length, clamp_length=clamp_length)
+    settings = (settings or EvalSettings()).replaced(**fields)
     mesh = mesh or sharding.make_mesh({"data": -1})
-    run = runs.load(workdir, checkpoint=checkpoint, params=params, mesh=mesh)
-    defaults = run.config.eval
-    visible = {
-        "memory_length": _first(memory_length, defaults.memory_length),
-        "clamp_length": _first(clamp_length, defaults.clamp_length),
-        "same_length": _first(same_length, defaults.same_length or None),
-    }
-    model = runs.for_reading(run.model, visible)
-    everything, documents, data = texts.read(run, split, text, data_path)
-    tokens = everything[: max_tokens or None]
-    plan = scoring.plan_for(
-        model,
-        len(tokens),
-        batch_size=_first(batch_size, defaults.batch_size),
-        segment_length=_first(segment_length, defaults.segment_length),
-        warmup=warmup,
-    )
-    evaluator = scoring.Evaluator(
-        model,
-        batch_size=len(plan.start_B),
-        segment_length=plan.segment_length,
-        steps=plan.steps,
+    run = runs.load(
+        workdir,
+        checkpoint=settings.checkpoint,
+        params=settings.params,
         mesh=mesh,
+        model=model,
     )
-    evaluator.compile(run.params)  # whose time is not the model's
-    score = evaluator.score(
-        run.params, tokens, plan, documents=documents, progress=progress
-    )
-    if score is None:
-        raise UserError("the evaluation was given up")
-    count = units.scored(
-        run.vocabulary,
-        everything,
-        [(a + 1, b + 1) for a, b in zip(plan.first_B, plan.last_B, strict=True)],
-        units.Count(data["bytes"], data["words"]),
-        lines="<eos>" in data["words_are"],
-        documents=documents,
-    )
-    card = {
+    return Scorer(settings, mesh).card(run, progress)
+
+
+class Scorer:
+    """Scores the checkpoints of a run in one way; all share what was compiled once."""
+
+    def __init__(self, settings: EvalSettings, mesh: jax.sharding.Mesh):
+        self._given, self._mesh = settings, mesh
+        self._prepared_for = None
+
+    def card(self, run: runs.Run, progress=None) -> dict:
+        """The card of one checkpoint; see `evaluate`."""
+        if self._prepared_for != (run.model, run.config):
+            self._prepare(run)
+            self._prepared_for = run.model, run.config
+        self._evaluator.compile(run.params)  # whose time is not the model's
+        tally = results.Tally()
+        score = self._evaluator.score(
+            run.params,
+            self._tokens,
+            self._plan,
+            documents=self._documents,
+            step=run.step,
+            progress=progress,
+            tally=tally,
+        )
+        if score is None:
+            raise UserError("the evaluation was given up")
+        card = {
+            **_of_run(run),
+            **self._data,
+            **self._how(run),
+            **_of_objective(run, self._objective),
+            **tally.results(*self._count(run)),
+            "seconds": round(score.seconds, 3),
+            "tokens_per_s": round(score.targets / score.seconds, 1),
+            **_machine(self._mesh),
+        }
+        entropy = results.unigram_entropy(self._tokens, run.vocabulary.size)
+        if wrong := results.warning(card, entropy):
+            card["warning"] = wrong
+        if self._model.memory_length is None:
+            card["note"] = "unlimited reach: equal only for an equal number of rows"
+        return card
+
+    def _prepare(self, run: runs.Run) -> None:
+        """Reads the text and cuts it into rows."""
+        settings = self._given.filled(run.config.eval)
+        self._model = settings.model(run.model)
+        self._everything, self._documents, self._data = texts.read(
+            run, settings.split or "validation", settings.text, settings.data_path
+        )
+        self._tokens = self._everything[: settings.max_tokens or None]
+        self._plan = cut_rows_for(
+            self._model,
+            len(self._tokens),
+            batch_size=settings.batch_size,
+            segment_length=settings.segment_length,
+            warmup=settings.warmup,
+        )
+        self._objective = objectives.build(run.config.train, self._model)
+        self._evaluator = Evaluator.of(
+            self._model, self._plan, self._mesh, self._objective
+        )
+
+    def _how(self, run: runs.Run) -> dict:
+        """With which lengths and precision the text was read."""
+        dtype = self._model.dtype(run.params)
+        return {
+            "segment_length": self._plan.segment_length,
+            **self._model.card(),
+            "batch_rows": len(self._plan.start_B),
+            "warmup": self._plan.warmup,
+            "documents": self._documents is not None,
+            "dtype": None if dtype is None else dtype.name,
+        }
+
+    def _count(self, run: runs.Run) -> units.Count:
+        """Bytes and words that the scored tokens stand for; unknown of hidden ones."""
+        if not self._objective.causal:
+            return units.Count(None, None)
+        return units.scored(
+            run.vocabulary,
+            self._everything,
+            _spans(self._plan),
+            units.Count(self._data["bytes"], self._data["words"]),
+            lines="<eos>" in self._data["words_are"],
+            documents=self._documents,
+        )
+
+
+def _spans(plan: Plan) -> list[tuple[int, int]]:
+    """[start, stop) of the tokens that are scored: each target follows its input."""
+    pairs = zip(plan.first_B, plan.last_B, strict=True)
+    return [(int(first) + 1, int(last) + 1) for first, last in pairs]
+
+
+def _of_run(run: runs.Run) -> dict:
+    return {
         "run": run.config.name,
         "workdir": str(run.workdir),
         "step": run.step,
         "params": "ema" if run.averaged else "raw",
         "parameters": sum(x.size for x in jax.tree.leaves(run.params)),
         "seed": run.config.seed,
-        **data,
-        "segment_length": plan.segment_length,
-        "memory_length": model.memory_length,
-        "extended_length": model.extended_length,
-        "clamp_length": getattr(model.config, "clamp_length", 0),
-        "window": getattr(model.config, "attention_window", None),
-        "batch_rows": len(plan.start_B),
-        "warmup": plan.warmup,
-        "documents": documents is not None,
-        "dtype": _dtype(model, run.params),
-        **cards.results(score.nats, score.targets, count.bytes, count.words),
-        "seconds": round(score.seconds, 3),
-        "tokens_per_s": round(score.targets / score.seconds, 1),
-        **_machine(mesh),
     }
-    entropy = scoring.unigram_entropy(tokens, run.vocabulary.size)
-    if wrong := cards.warning(card, entropy):
-        card["warning"] = wrong
-    if model.memory_length is None:
-        card["note"] = "unlimited reach: equal only for an equal number of rows"
-    return card
 
 
-def check(**lengths) -> None:
-    """-1 is the model's own; anything else below 0 is a slip."""
-    for name, value in lengths.items():
-        if value is not None and value < -1:
-            line = " must not be negative (-1: the model's)"
-            raise UserError(Argument(name, value), line)
-
-
-def _first(value, default):
-    return default if value is None else value
-
-
-def _dtype(model, params) -> str | None:
-    """Computed in; on an accelerator `auto` is another than on a CPU."""
-    name = getattr(model.config, "dtype", None)
-    return name and models.base.compute_dtype(name, params).name
+def _of_objective(run: runs.Run, objective) -> dict:
+    """Which tokens were hidden, where some were."""
+    if objective.causal:
+        return {}
+    train = run.config.train
+    return {
+        "objective": train.objective,
+        "mask_rate": train.mask_rate,
+        "mask_seed": objectives.EVALUATION_SEED,
+    }
 
 
 def _machine(mesh) -> dict:

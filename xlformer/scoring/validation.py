@@ -2,64 +2,57 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from xlformer import runs, scoring
 from xlformer.data.prepared import Prepared
 from xlformer.errors import UserError
 from xlformer.models import Model
+from xlformer.scoring import results
+from xlformer.scoring.evaluator import Evaluator
+from xlformer.scoring.rows import cut_rows_for
+from xlformer.scoring.settings import EvalSettings
+from xlformer.training import objectives
 
 
 class Validation:
     """Scores one split; everything that does not fit shows when it is made."""
 
     def __init__(self, config, model: Model, prepared: Prepared, mesh):
-        settings = config.eval
-        if settings.split not in prepared.tokens:
+        split, most = config.eval.split, config.eval.max_tokens
+        if split not in prepared.tokens:
             known = ", ".join(prepared.tokens)
-            raise UserError(f"config.eval.split={settings.split!r} is none of {known}")
-        self._tokens = prepared.tokens[settings.split]
-        if settings.max_tokens:
-            self._tokens = self._tokens[: settings.max_tokens]
-        self._documents = prepared.documents[settings.split]
-        self._in_words = prepared.vocabulary.unit in ("words", "pieces")
-        visible = {
-            "memory_length": settings.memory_length,
-            "clamp_length": settings.clamp_length,
-            "same_length": settings.same_length or None,
-        }
-        model = runs.for_reading(model, visible)
-        self._plan = scoring.plan_for(
+            raise UserError(f"config.eval.split={split!r} is none of {known}")
+        self._tokens = prepared.tokens[split][: most or None]
+        self._documents = prepared.documents[split]
+        self._unit = prepared.vocabulary.unit
+        settings = EvalSettings().filled(config.eval)
+        model = settings.model(model)
+        self._plan = cut_rows_for(
             model,
             len(self._tokens),
             batch_size=settings.batch_size,
             segment_length=settings.segment_length,
         )
-        self._evaluator = scoring.Evaluator(
-            model,
-            batch_size=len(self._plan.start_B),
-            segment_length=self._plan.segment_length,
-            steps=self._plan.steps,
-            mesh=mesh,
-        )
+        objective = objectives.build(config.train, model)
+        self._evaluator = Evaluator.of(model, self._plan, mesh, objective)
 
     def compile(self, params) -> None:
         """Before training starts: later a signal would have to wait for it."""
         self._evaluator.compile(params)
 
-    def loss(self, params, interrupted) -> float | None:
-        """Nats per token; None as soon as interrupted() is true between two calls."""
+    def loss(self, params, interrupted, *, step: int = 0) -> float | None:
+        """Nats per token; None as soon as interrupted() is true between two calls.
+
+        step: of the training, for schedules inside the model.
+        """
         score = self._evaluator.score(
             params,
             self._tokens,
             self._plan,
             documents=self._documents,
+            step=step,
             progress=lambda _: interrupted(),
         )
         return None if score is None else score.nats / score.targets
 
     def score(self, nats: float) -> tuple[str, float]:
-        """Perplexity of words and pieces, bits of characters and bytes."""
-        if self._in_words:
-            return "ppl", float(np.exp(min(nats, 700)))
-        return "bpc", float(nats / np.log(2))
+        """The number that people compare, and its name; see results.headline."""
+        return results.headline(nats, self._unit)

@@ -304,7 +304,7 @@ class Loop:
         self._read()
         with self._phase("validating"):
             loss = self.validation.loss(
-                self._scored(), lambda: bool(self.stop.requested())
+                self._scored(), lambda: bool(self.stop.requested()), step=self.step
             )
             if loss is None:
                 return None

@@ -1,0 +1,230 @@
+"""The scoring function of a model: one compiled scan over segments of fixed shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlformer import sharding
+from xlformer.errors import UserError
+from xlformer.scoring import rows as rows_lib
+from xlformer.scoring.results import Scored, Tally
+from xlformer.scoring.rows import Plan
+from xlformer.training import objectives
+
+# Tokens in one compiled call: long enough to hide dispatch, short enough to interrupt.
+TOKENS_PER_CALL = 16_384
+NEXT_TOKEN = objectives.NextToken()
+
+
+class Score(NamedTuple):
+    """Attributes: summed nll, in nats; the number of targets; seconds it took."""
+
+    nats: float
+    targets: int
+    seconds: float
+
+
+class Evaluator:
+    """A model's scoring function, compiled once for rows of fixed shape.
+
+    steps: of the longest plan, if known: no call is longer than it needs to be.
+    mesh: splits the rows, by default one device. Rows that score nothing are added
+      until they divide.
+    objective: what is asked of each segment. What it hides is a function of the place
+      in the text: the same whatever the rows, segments and devices are.
+    """
+
+    def __init__(
+        self,
+        model,
+        *,
+        batch_size: int,
+        segment_length: int,
+        steps: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        objective=NEXT_TOKEN,
+    ):
+        self._model, self._objective = model, objective
+        self._mesh = mesh or sharding.make_mesh({"data": 1})
+        self._segment_length = segment_length
+        self._rows = sharding.Rows(self._mesh, sharding.padded(batch_size, self._mesh))
+        at_most = max(1, TOKENS_PER_CALL // (batch_size * segment_length))
+        self._steps = min(at_most, steps or at_most)
+        self._inputs = segment_length + model.extended_length
+        # Padding comes after all that is scored; only a model that counts from the end
+        # or looks ahead must know of it. (A segment of one token has none.)
+        looks = model.positions_from_end or not model.causal
+        self._tells_lengths = looks and self._inputs > 1
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        axes = model.cache_axes(segment_length=self._inputs)
+        abstract = jax.eval_shape(self._cold_state, params)
+        placed = sharding.carried(self._mesh, abstract, axes)
+        self._begin = jax.jit(self._cold_state, out_shardings=placed)
+        self._scan = jax.jit(
+            self._score_segments,
+            donate_argnums=1,
+            out_shardings=(placed, sharding.replicated(self._mesh)),
+        )
+        self._compiled: dict[Any, Any] = {}
+
+    @classmethod
+    def of(cls, model, plan: Plan, mesh, objective=NEXT_TOKEN) -> Evaluator:
+        """The one that scores the rows of a plan."""
+        return cls(
+            model,
+            batch_size=len(plan.start_B),
+            segment_length=plan.segment_length,
+            steps=plan.steps,
+            mesh=mesh,
+            objective=objective,
+        )
+
+    def score(
+        self,
+        params,
+        tokens: np.ndarray,
+        plan: Plan,
+        *,
+        documents: np.ndarray | None = None,
+        step: int = 0,
+        progress: Callable[[float], bool] | None = None,
+        tally: Tally | None = None,
+    ) -> Score | None:
+        """Sums the nll of the planned targets.
+
+        Args:
+          params: of the model.
+          tokens: the whole text.
+          plan: of `cut_rows`, with this evaluator's segment_length.
+          documents: where each begins; nothing is seen from one in the next.
+          step: of the checkpoint, for schedules inside the model.
+          progress: called between calls with the fraction done; when it returns True
+            the evaluation is given up and the result is None.
+          tally: is given what each call has scored, token by token.
+        """
+        start = time.perf_counter()
+        padded = rows_lib.pad(plan, self._rows.batch_size)
+        state = jax.block_until_ready(self._init_state(params))  # or there is no room
+        tally = Tally() if tally is None else tally
+        calls, pending = math.ceil(plan.steps / self._steps), None
+        for call, batch in enumerate(self._batches(padded, tokens, documents, step)):
+            state, found = self._get(params, state, batch)(params, state, batch)
+            # A lag of one: the device works while the host sums in float64.
+            if pending is not None:
+                tally.add(self._scored(padded, tokens, *pending))
+            pending = call * self._steps, *found
+            if progress is not None and progress((call + 1) / calls):
+                return None
+        tally.add(self._scored(padded, tokens, *pending))
+        if not tally.targets:
+            raise UserError(
+                f"none of {plan.targets} tokens is scored: the text is too short for "
+                "one of them to be hidden"
+            )
+        return Score(tally.nats, tally.targets, time.perf_counter() - start)
+
+    def compile(self, params):
+        """Compiles for parameters of these shapes, so that no signal waits for it.
+
+        Returns the compiled function of the scan, for what it needs and does.
+        """
+        plan = rows_lib.whole_rows(self._rows.batch_size, self._segment_length)
+        tokens = np.zeros(plan.last_B.max() + 1, np.int32)
+        batch = next(self._batches(plan, tokens, None, 0))
+        return self._get(params, self._init_state(params), batch)
+
+    # On the device --------------------------------------------------------------------
+
+    def _cold_state(self, params):
+        """In the form that the model likes for scoring, of these very parameters."""
+        state = self._model.init_state(1)
+        state = self._model.to_cache(params, state, segment_length=self._inputs)
+        # Rows that have read nothing are alike: one is made, not all.
+        leaves, structure = jax.tree.flatten(state)
+        axes = self._model.cache_axes(segment_length=self._inputs)
+        for i, names in enumerate(structure.flatten_up_to(axes)):
+            if "batch" in names:
+                rows, axis = self._rows.batch_size, names.index("batch")
+                leaves[i] = jnp.repeat(leaves[i], rows, axis)
+        return structure.unflatten(leaves)
+
+    def _init_state(self, params):
+        with jax.set_mesh(self._mesh):
+            return self._begin(params)
+
+    def _score_segments(self, params, state, batches):
+        key = jax.random.key(objectives.EVALUATION_SEED)
+
+        def body(state, batch):
+            inputs_BT, targets_BT, weights_BT = self._objective.examples(
+                batch["inputs_BT"], batch["targets_BT"], key, batch.get("index_BT")
+            )
+            nll_BT, state, _ = self._model.apply(
+                params,
+                inputs_BT,
+                targets_BT,
+                state,
+                resets_BT=batch["resets_BT"],
+                lengths_B=batch.get("lengths_B"),
+                step=batch["step"],
+            )
+            return state, (nll_BT, weights_BT)
+
+        return jax.lax.scan(body, state, batches)
+
+    def _get(self, params, state, batch):
+        key = tuple((name, x.shape) for name, x in batch.items())
+        if key not in self._compiled:
+            placed = self._rows.shardings(batch, axis=1)
+            batch = sharding.with_shardings(batch, placed)
+            with jax.set_mesh(self._mesh):
+                self._compiled[key] = self._scan.lower(params, state, batch).compile()
+        return self._compiled[key]
+
+    # On the host ----------------------------------------------------------------------
+
+    def _batches(self, plan: Plan, tokens, documents, step: int) -> Iterator[Mapping]:
+        """Of this process's rows."""
+        mine = self._rows.mine
+        plan = dataclasses.replace(
+            plan,
+            start_B=plan.start_B[mine],
+            first_B=plan.first_B[mine],
+            last_B=plan.last_B[mine],
+        )
+        for first in range(0, plan.steps, self._steps):
+            chunk = [
+                rows_lib.batch(plan, tokens, documents, k, self._model.extended_length)
+                for k in range(first, first + self._steps)
+            ]
+            batch = {name: np.stack([b[name] for b in chunk]) for name in chunk[0]}
+            if not self._tells_lengths:
+                del batch["lengths_B"]
+            if self._objective.causal:  # nothing is drawn
+                del batch["index_BT"]
+            # The same shape with documents and without: one compiled function.
+            only_before = not self._model.resets_in_segment
+            if only_before and documents is None and not self._model.extended_length:
+                batch["resets_BT"] = batch["resets_BT"][:, :, :1]
+            batch["step"] = np.full(self._steps, step, np.int32)
+            yield self._rows.put(batch, axis=1)
+
+    def _scored(self, plan: Plan, tokens, first: int, nll_NBT, weights_NBT) -> Scored:
+        """What counts of the nll of steps `first`, first + 1, ..., of all rows."""
+        steps = range(first, first + self._steps)
+        found = [rows_lib.targets_at(plan, step) for step in steps]
+        scored_NBT = np.stack([scored_BT for _, scored_BT in found])
+        if weights_NBT is not None:
+            scored_NBT &= np.asarray(weights_NBT) > 0
+        index_N = np.stack([index_BT for index_BT, _ in found])[scored_NBT]
+        index_N = index_N + 1 if self._objective.causal else index_N
+        nll_N = np.asarray(nll_NBT)[scored_NBT].astype(np.float64)
+        return Scored(index_N, np.asarray(tokens[index_N]), nll_N)

@@ -1,0 +1,113 @@
+"""The numbers of a card: what is made of the nll of each scored token.
+
+This is the only place that knows the formulas. A new number is one more line of
+`Tally.results`; where it needs the tokens one by one, `Tally.add` sees each of them
+once, in blocks. A text may have more tokens than there is room for (103 million in
+WikiText-103): a Tally keeps sums.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+BLOCK = 1 << 20  # tokens that are counted at a time
+
+
+class Scored(NamedTuple):
+    """Targets that were scored together: the segments of all rows, one after another.
+
+    Attributes:
+      index_N: where each target stands in the text.
+      ids_N: its token.
+      nll_N: its negative log-likelihood in nats, float64.
+    """
+
+    index_N: np.ndarray
+    ids_N: np.ndarray
+    nll_N: np.ndarray
+
+
+class Tally:
+    """What a card says of its targets, collected block by block.
+
+    Attributes:
+      nats: the summed nll.
+      targets: how many were scored.
+    """
+
+    def __init__(self):
+        self.nats, self.targets = 0.0, 0
+
+    def add(self, scored: Scored) -> None:
+        """Takes in a block; every target comes once, in no promised order."""
+        self.nats += float(scored.nll_N.sum())
+        self.targets += len(scored.nll_N)
+
+    def results(self, size: int | None, words: int | None) -> dict:
+        """The fields of the card.
+
+        size, words: the bytes and words that the targets stand for (units.py); None
+        where that is unknown, as are the results that are too large for a number.
+        """
+        per_token = self.nats / self.targets
+        return {
+            "tokens_scored": self.targets,
+            "bytes_scored": size,
+            "words_scored": words,
+            "nats": self.nats,
+            "nats_per_token": per_token,
+            "bpc": bits(per_token),
+            "ppl": perplexity(per_token),
+            "bits_per_byte": bits(self.nats / size) if size else None,
+            "word_ppl": perplexity(self.nats / words) if words else None,
+        }
+
+
+def bits(nats: float) -> float:
+    """The same in bits: of one symbol, bits per character."""
+    return nats / math.log(2)
+
+
+def perplexity(nats: float) -> float | None:
+    """Of so many nats a token or a word; None where a float64 cannot hold it."""
+    return math.exp(nats) if not nats > 700 else None
+
+
+def headline(nats_per_token: float, unit: str) -> tuple[str, float]:
+    """The number that people compare: ('ppl' or 'bpc', its value).
+
+    unit: of the vocabulary; perplexity of words and pieces, bits of bytes and
+    characters. What is too large for a number is infinite.
+    """
+    if unit in ("words", "pieces"):
+        found = perplexity(nats_per_token)
+        return "ppl", math.inf if found is None else found
+    return "bpc", bits(nats_per_token)
+
+
+def unigram_entropy(tokens: np.ndarray, vocab_size: int) -> float:
+    """Entropy in nats of the tokens' own frequencies: what no model may exceed."""
+    counts = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(tokens), BLOCK):
+        counts += np.bincount(tokens[start : start + BLOCK], minlength=vocab_size)
+    p = counts[counts > 0] / len(tokens)
+    return float(-(p * np.log(p)).sum())
+
+
+def warning(card: dict, entropy: float) -> str | None:
+    """What is wrong with a loss; entropy: of the text's own frequencies."""
+    loss = card["nats_per_token"]
+    if not math.isfinite(loss):
+        return (
+            f"the loss is {loss}: the parameters are not finite, or the model "
+            f"overflows in {card['dtype']}"
+        )
+    if loss > entropy:
+        return (
+            f"the loss {loss:.4f} exceeds the unigram entropy {entropy:.4f} of this "
+            "text: wrong vocabulary order, or an untrained model"
+        )
+    return None

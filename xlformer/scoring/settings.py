@@ -1,0 +1,83 @@
+"""How a text is scored: the settings of an evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from xlformer.errors import Argument, UserError, did_you_mean
+from xlformer.models import Model
+
+VISIBLE = ("memory_length", "clamp_length", "same_length")
+OF_ROWS = ("segment_length", "batch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+    """What is scored, of which checkpoint, and how; what is None is the run's own.
+
+    Attributes:
+      split: train, validation or test; None is validation.
+      text: a file to score in place of a split.
+      data_path: where the run's own text lies now, if it is neither prepared nor at
+        config.data.path.
+      checkpoint: best, latest or a step.
+      params: raw or ema; None is ema where the run keeps one.
+      segment_length: tokens; None is that of config.eval, as for all that follow.
+      memory_length: tokens that each layer sees; -1 is the model's.
+      clamp_length: the largest distance that is told from larger ones; -1 is the
+        model's.
+      same_length: whether every token sees equally many.
+      batch_size: rows that the text is cut into.
+      warmup: auto, exact, fill or none; see rows.py.
+      max_tokens: of the text's beginning; 0 is all.
+    """
+
+    split: str | None = None
+    text: str | None = None
+    data_path: str | None = None
+    checkpoint: str = "best"
+    params: str | None = None
+    segment_length: int | None = None
+    memory_length: int | None = None
+    clamp_length: int | None = None
+    same_length: bool | None = None
+    batch_size: int | None = None
+    warmup: str = "auto"
+    max_tokens: int = 0
+
+    def __post_init__(self):
+        if self.text is not None and self.split is not None:
+            raise UserError(
+                Argument("text", self.text),
+                " with ",
+                Argument("split", self.split),
+                ": a file of one's own has no splits",
+            )
+        for name in ("memory_length", "clamp_length"):  # The others see rows.py.
+            value = getattr(self, name)
+            if value is not None and value < -1:
+                line = " must not be negative (-1: the model's)"
+                raise UserError(Argument(name, value), line)
+
+    def replaced(self, **fields) -> EvalSettings:
+        """The same with other values; UserError for a name that there is not."""
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in fields:
+            if name not in known:
+                raise UserError(
+                    f"evaluate has no setting {name!r}{did_you_mean(name, known)}"
+                )
+        return dataclasses.replace(self, **fields)
+
+    def filled(self, defaults) -> EvalSettings:
+        """The same with nothing left open. defaults: the section eval of a config."""
+        found = {name: getattr(self, name) for name in (*VISIBLE, *OF_ROWS)}
+        found = {k: defaults[k] if v is None else v for k, v in found.items()}
+        # The section has no None: its False is the model's own.
+        if self.same_length is None and not defaults.same_length:
+            found["same_length"] = None
+        return dataclasses.replace(self, **found)
+
+    def model(self, model: Model) -> Model:
+        """The model as it is read with these settings."""
+        return model.for_reading(**{name: getattr(self, name) for name in VISIBLE})

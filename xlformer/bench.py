@@ -16,7 +16,7 @@ from etils import epath
 
 from xlformer import command, sharding
 from xlformer import config as config_lib
-from xlformer.errors import Argument, UserError
+from xlformer.errors import UserError
 from xlformer.machines import bench_plot, bench_presets, rehearsal
 from xlformer.machines.bench_runs import UNCHANGED, Values, bench, bench_preset
 from xlformer.machines.bench_table import render
@@ -62,23 +62,21 @@ def _main(argv) -> int:
     compare = _values("compare", args.compare)
     sweep = _values("sweep", args.sweep)
     _check(args, sweep)
-    options = {"compare": compare, "repeats": args.repeats, "seconds": args.seconds}
-    sizes = sharding.parse_mesh(args.mesh) if args.mesh else None
+    options = {
+        "compare": compare,
+        "repeats": args.repeats,
+        "seconds": args.seconds,
+        "sizes": sharding.parse_mesh(args.mesh) if args.mesh else None,
+    }
     if args.preset:
         title = args.preset + (" with tiny sizes" if args.rehearse else "")
-        options |= {"rehearse": args.rehearse, "sizes": sizes}
-        parts = bench_preset(args.preset, overrides, **options)
+        parts = bench_preset(args.preset, overrides, rehearse=args.rehearse, **options)
     else:
         mode = args.mode or "train"
         config = config_lib.load(args.config, overrides)
         config.model.vocab_size = rehearsal.vocab_size(args.config, config)
         title = f"{config.name}, {mode}"
-        mesh = sharding.make_mesh(
-            sizes or dict(config.mesh),
-            rows=config.train.batch_size,
-            where=Argument("mesh"),
-        )
-        parts = [bench(config, mode=mode, sweep=sweep, mesh=mesh, **options)]
+        parts = [bench(config, mode=mode, sweep=sweep, **options)]
     rows = []
     for part in parts:
         rows += part

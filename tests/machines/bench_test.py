@@ -98,7 +98,7 @@ def test_training_is_timed_for_each_implementation(capsys, tmp_path):
 
 def test_evaluation_sweeps_over_a_field_and_generation_runs():
     config = debug()
-    fast = {"repeats": 1, "seconds": 0.01, "mesh": sharding.make_mesh({"data": 1})}
+    fast = {"repeats": 1, "seconds": 0.01, "sizes": {"data": 1}}
     sweep = Values("model.memory_length", ["3", "9"])
     short, long = bench.bench(config, mode="eval", sweep=sweep, **fast)
     (row,) = bench.bench(config, mode="generate", **fast)
@@ -111,7 +111,7 @@ def test_evaluation_sweeps_over_a_field_and_generation_runs():
 
 
 def test_a_model_that_says_nothing_of_itself_is_timed():
-    fast = {"repeats": 1, "seconds": 0.01, "mesh": sharding.make_mesh({"data": 1})}
+    fast = {"repeats": 1, "seconds": 0.01, "sizes": {"data": 1}}
     config, model = config_lib.load("quickstart:debug"), bag(vocab_size=11)
     (row,) = bench.bench(config, model=model, **fast)
     assert row["tokens_per_second"] > 0 and row["memory"] > 0
@@ -145,7 +145,7 @@ def test_one_that_runs_out_of_memory_leaves_the_others_running(monkeypatch):
         return too_much() if name == "xla" else real(name, *arguments)
 
     monkeypatch.setitem(bench_runs.WORKLOADS, "train", create)
-    fast = {"repeats": 2, "seconds": 0.01, "mesh": sharding.make_mesh({"data": 1})}
+    fast = {"repeats": 2, "seconds": 0.01, "sizes": {"data": 1}}
     compare = Values("model.attention", ["xla", "blocked"])
     lost, kept = bench.bench(debug(), compare=compare, **fast)
     monkeypatch.setitem(bench_runs.WORKLOADS, "train", too_much)

@@ -38,7 +38,7 @@ def bench(
     sweep: Values = UNCHANGED,
     repeats: int = 5,
     seconds: float = 1.0,
-    mesh=None,
+    sizes: dict | None = None,
 ) -> list[dict]:
     """Times a model on the devices here.
 
@@ -49,6 +49,7 @@ def bench(
       compare: what is timed in turns, all of it compiled first.
       sweep: what is timed one after the other, each with all of `compare`.
       repeats, seconds: turns of each, and how long one takes.
+      sizes: of the mesh; by default config.mesh.
 
     Returns:
       A row of numbers for each (bench_timing.report), in this order.
@@ -56,7 +57,9 @@ def bench(
     Raises:
       UserError: what cannot run here, before anything is compiled.
     """
-    mesh = mesh or sharding.make_mesh(config.mesh, rows=config.train.batch_size)
+    mesh = sharding.make_mesh(
+        sizes or config.mesh, rows=config.train.batch_size, where=Argument("mesh")
+    )
     groups = [
         [
             _tried(config, model, {sweep.field: value, compare.field: other})
@@ -134,13 +137,12 @@ def _dtype(model: Model):
 
 
 def bench_preset(
-    name: str, overrides: Sequence[str] = (), *, rehearse=False, sizes=None, **options
+    name: str, overrides: Sequence[str] = (), *, rehearse: bool = False, **options
 ) -> Iterator[list[dict]]:
     """Yields the rows of each line of a preset as they are measured.
 
     Args:
       rehearse: with tiny sizes, to see that all of it runs; nothing is compared.
-      sizes: of the mesh.
       options: of `bench`.
     """
     for line in bench_presets.lines(name):
@@ -149,12 +151,7 @@ def bench_preset(
         if rehearse:
             config, size = config_lib.shrink(config), REHEARSED_VOCABULARY
         config.model.vocab_size = size
-        mesh = sharding.make_mesh(
-            sizes or dict(config.mesh),
-            rows=config.train.batch_size,
-            where=Argument("mesh"),
-        )
-        rows = bench(config, mode=line.mode, mesh=mesh, **options)
+        rows = bench(config, mode=line.mode, **options)
         for row in rows:
             told = f", {row['name']}" if row["compared"] else ""
             row["name"] = f"{line.label}{told}"

@@ -68,8 +68,8 @@ def bench(
         for value in sweep.values
     ]
     if len(compare.values) > 1:
-        for _, built in groups[0]:
-            _trace(built, mesh)
+        for changed, built in groups[0]:
+            _trace(changed, built, mesh)
     found = []
     for value, group in zip(sweep.values, groups, strict=True):
         timings = []  # and with it what the last value held on the device
@@ -102,9 +102,10 @@ def _tried(config, model, changes: dict[str, str]) -> tuple[ConfigDict, Model]:
     return config, model or models.build(config.model)
 
 
-def _trace(model: Model, mesh) -> None:
+def _trace(config, model: Model, mesh) -> None:
     """What this machine cannot run says so before minutes go into compiling others."""
-    tokens_BT = jax.ShapeDtypeStruct((sharding.padded(1, mesh), 128), "int32")
+    shape = (sharding.padded(1, mesh), config.train.segment_length)
+    tokens_BT = jax.ShapeDtypeStruct(shape, "int32")
     params = jax.eval_shape(model.init, jax.random.key(0))
     state = jax.eval_shape(lambda: model.init_state(tokens_BT.shape[0]))
     with jax.set_mesh(mesh):

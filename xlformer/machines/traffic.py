@@ -150,16 +150,16 @@ def least(
         for axis in sharding.RULES["batch"]:
             n = sizes[axis]
             if axis in split:
-                others = here * (n - 1)
-                found["gradients"] += 4 * others
-                found["parameters"] += 2 * itemsize * others
+                elsewhere = here * (n - 1)
+                found["gradients"] += 4 * elsewhere
+                found["parameters"] += 2 * itemsize * elsewhere
             else:
                 found["gradients"] += 4 * here * _around_ring(n)
-    for axis in sizes.keys() - set(sharding.RULES["batch"]):
-        if sizes[axis] > 1 and summed is None:
-            found["activations"] = None
-        elif sizes[axis] > 1:
-            found["activations"] += summed * itemsize * _around_ring(sizes[axis])
+    others = [n for a, n in sizes.items() if a not in sharding.RULES["batch"] and n > 1]
+    if others and summed is None:
+        found["activations"] = None
+    elif others:
+        found["activations"] = summed * itemsize * sum(map(_around_ring, others))
     return found
 
 

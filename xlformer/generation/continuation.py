@@ -57,8 +57,10 @@ def generate(
       tokens_RN, and their log-probabilities in nats under the model itself (at
       temperature 1, nothing cut off).
     """
-    options = {"seed": seed, "sampling": sampling, "mesh": mesh, "step": step}
-    text = Continuation(model, params, len(prompts), **options)
+    rows = len(prompts)
+    text = Continuation(
+        model, params, rows, seed=seed, sampling=sampling, mesh=mesh, step=step
+    )
     text.read(prompts)
     return text.draw(num_tokens, on_tokens=on_tokens)
 

@@ -104,10 +104,10 @@ def test_a_config_that_was_made_otherwise_is_of_the_right_types_too():
         config_lib.from_dict(found, where="there")
 
 
-def test_what_only_the_model_knows_waits_for_a_model_of_ones_own():
-    config = config_lib.default_config()
-    config.train.objective = "masked"
-    with pytest.raises(UserError, match="objective='masked' with .*causal=True"):
+def test_what_only_the_model_knows_waits_for_one_of_ones_own():
+    config = config_lib.default_config(extended_length=3)
+    config.train.update(variable_length=True, objective="masked")
+    with pytest.raises(UserError, match="variable_length .*extended_length=3"):
         config_lib.check(config)
     config.own_model = "Mine"
     found = config_lib.from_dict(config_lib.to_dict(config))

@@ -211,7 +211,7 @@ def _named(mesh: Mesh, shape, names) -> NamedSharding:
     return NamedSharding(mesh, spec(shape, names, mesh.shape))
 
 
-def carried(mesh: Mesh, state, axes):
+def model_state(mesh: Mesh, state, axes):
     """Shardings of a model's state (or its shapes), by model.state_axes()."""
     structure = jax.tree.structure(state)
     names = structure.flatten_up_to(axes)
@@ -250,7 +250,7 @@ def train_state(mesh: Mesh, state, model):
         return replicated(mesh)
 
     placed = jax.tree_util.tree_map_with_path(place, state)
-    rows = carried(mesh, state.carried, model.state_axes())
+    rows = model_state(mesh, state.carried, model.state_axes())
     return placed._replace(carried=rows)
 
 

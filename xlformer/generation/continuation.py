@@ -57,8 +57,10 @@ def generate(
       tokens_RN, and their log-probabilities in nats under the model itself (at
       temperature 1, nothing cut off).
     """
-    options = {"seed": seed, "sampling": sampling, "mesh": mesh, "step": step}
-    text = Continuation(model, params, len(prompts), **options)
+    rows = len(prompts)
+    text = Continuation(
+        model, params, rows, seed=seed, sampling=sampling, mesh=mesh, step=step
+    )
     text.read(prompts)
     return text.draw(num_tokens, on_tokens=on_tokens)
 
@@ -193,10 +195,10 @@ class Programs:
         self._model, self._rows = model, rows
         params = jax.eval_shape(model.init, jax.random.key(0))
         state = jax.eval_shape(self._empty)
-        placed = sharding.carried(mesh, state, model.state_axes())
+        placed = sharding.model_state(mesh, state, model.state_axes())
         self.cache = jax.eval_shape(self._cached, params, state)
         axes = model.cache_axes(segment_length=1)
-        cached = sharding.carried(mesh, self.cache, axes)
+        cached = sharding.model_state(mesh, self.cache, axes)
         self.cache = sharding.with_shardings(self.cache, cached)
         whole = sharding.replicated(mesh)
         self.empty = jax.jit(self._empty, out_shardings=placed)

@@ -66,7 +66,7 @@ class Evaluator:
         params = jax.eval_shape(model.init, jax.random.key(0))
         axes = model.cache_axes(segment_length=self._inputs)
         abstract = jax.eval_shape(self._cold_state, params)
-        placed = sharding.carried(self._mesh, abstract, axes)
+        placed = sharding.model_state(self._mesh, abstract, axes)
         self._begin = jax.jit(self._cold_state, out_shardings=placed)
         self._scan = jax.jit(
             self._score_segments,

@@ -87,7 +87,7 @@ def _check_mesh(case: Case) -> None:
     inputs_BT, targets_BT, state, rngs = _rows(case, GROUP)
     batch = {"inputs_BT": inputs_BT, "targets_BT": targets_BT, "rows": rngs["rows"]}
     placed = sharding.Rows(mesh, len(GROUP)).shardings(batch)
-    state = jax.device_put(state, sharding.carried(mesh, state, model.state_axes()))
+    state = jax.device_put(state, sharding.model_state(mesh, state, model.state_axes()))
 
     @jax.jit
     def train(params, batch, state):

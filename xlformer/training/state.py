@@ -78,7 +78,8 @@ def create(config, model, optimizer, key: jax.Array) -> TrainState:
 
 def as_stored(wanted: TrainState, names: Set[str]) -> TrainState:
     """`wanted` without what a checkpoint that has these entries is too old to have."""
-    return wanted._replace(**{name: None for name in LATER if name not in names})
+    missing: dict[str, Any] = {name: None for name in LATER if name not in names}
+    return wanted._replace(**missing)
 
 
 def completed(found: TrainState, create: Callable, placed: TrainState, key):

@@ -1,7 +1,7 @@
 """The table of every option: its default, its range, and what a resumed run does.
 
 `config.default_config` is made of it, `config.check` holds a config to it, and
-`resume.py` compares the config of a run with the one that its checkpoint was sealed
+`runs.resume` compares the config of a run with the one that its checkpoint was sealed
 with. The options of `config.model` are the fields of the model's own dataclass, whose
 RULES have the same form.
 """

@@ -18,12 +18,15 @@ TOKENS = np.random.default_rng(3).integers(0, V, 601).astype(np.uint8)
 KEY = jax.random.key(17)
 
 
-def config(**changes):
-    return small_config(objective="masked", batch_size=6, mask_rate=0.3, **changes)
+def make_config(**changes):
+    fields = {"objective": "masked", "batch_size": 6, "mask_rate": 0.3}
+    return small_config(**fields | changes)
 
 
-def step_of(config, model):
+@functools.cache
+def step_of(**changes):
     """(the step, compiled, and a fresh state)."""
+    config, model = make_config(**changes), blanks(V + 1)
     optimizer = optimizers.build(config.optimizer)
     schedule = optimizers.learning_rate(config.optimizer, config.train.steps)
     make = functools.partial(state.create, config, model, optimizer)
@@ -37,7 +40,7 @@ def batch(k=0):
 
 def hidden_of(step):
     """What the step hides of each of 6 rows of 7, from the rule of the keys."""
-    key = jax.random.fold_in(jax.random.key(config().seed), step)
+    key = jax.random.fold_in(jax.random.key(make_config().seed), step)
     key = jax.random.fold_in(key, objectives.STREAM)
     found = np.zeros((6, 7), bool)
     for row in range(6):
@@ -80,8 +83,7 @@ def test_so_many_are_hidden_as_the_rate_says_whatever_the_rows():
 
 def test_the_loss_is_the_mean_over_all_that_is_hidden_in_the_batch():
     """Rows hide different numbers, so a mean of means of rows would be another one."""
-    model = blanks(V + 1)
-    step, start = step_of(config(), model)
+    model, (step, start) = blanks(V + 1), step_of()
     after, metrics = step(start, batch())
     inputs_BT, hidden_BT = batch()["inputs_BT"], hidden_of(0)
     assert len(set(hidden_BT.sum(axis=1))) > 1
@@ -96,9 +98,7 @@ def test_the_loss_is_the_mean_over_all_that_is_hidden_in_the_batch():
 
 
 def test_each_step_hides_others_and_micro_batches_the_same():
-    model = blanks(V + 1)
-    whole, start = step_of(config(), model)
-    parts, _ = step_of(config(micro_batches=3), model)
+    (whole, start), (parts, _) = step_of(), step_of(micro_batches=3)
     for k in range(2):
         counts = [hidden_of(k)[part::3].sum() for part in range(3)]
         assert len(set(counts)) > 1  # or a mean of means would do
@@ -112,9 +112,7 @@ def test_each_step_hides_others_and_micro_batches_the_same():
 
 
 def test_nothing_hidden_is_no_loss_and_no_nan():
-    found = config(half_loss=True, skip_nonfinite=True)
-    found.train.mask_rate = 1e-9
-    step, start = step_of(found, blanks(V + 1))
+    step, start = step_of(mask_rate=1e-9)
     after, metrics = step(start, batch())
     assert float(metrics["train/loss_nats"]) == 0 and bool(metrics["train/finite"])
     assert_close(after.params, start.params, 0)

@@ -120,6 +120,19 @@ class Sack(Bag):
     """Another class of the same shapes."""
 
 
+def test_a_run_starts_from_weights_of_a_model_of_ones_own(
+    own, config, tmp_path, capsys
+):
+    config.train.steps, config.init_from = 1, str(own)
+    train(config, tmp_path, model=bag(vocab_size=SYMBOLS))
+    said = capsys.readouterr().err
+    assert f"starting from the parameters of step 24 of {own}" in said
+    (loss,) = [r["train/loss_nats"] for r in log.read(tmp_path, kind="train")]
+    assert loss < log.read(own, kind="train")[0]["train/loss_nats"] - 0.1
+    line = refusal(train, config, tmp_path / "ours")
+    assert str(own) in line and "trained with a model of one's own, Bag" in line
+
+
 def test_a_model_of_ours_that_is_passed_is_what_the_config_then_says(text, tmp_path):
     """Else who reads the run would build another."""
     found = text_config(text, steps=1)

@@ -4,8 +4,8 @@ config.json      the resolved config of the latest start that trained something;
                  checkpoint was trained with is sealed in it, and goes before this
 vocabulary.json  what the ids mean
 data.json        the card of the prepared text: its checksum, its sizes
-checkpoints/     see training/checkpoints.py
-evaluation-*     and evaluations/, of evaluate.py: see cards.py
+checkpoints/     see checkpoints.py
+evaluation-*     and evaluations/, which `evaluate` writes: see scoring/cards.py
 metrics.jsonl    and tensorboard/, profile/, lock; in gs:// metrics-<number>-<id>.jsonl
 """
 
@@ -23,7 +23,7 @@ from xlformer.errors import Argument, UserError
 from xlformer.runs import log
 
 DATA, PROFILE, COMPILED = "data.json", "profile", "compilation_cache"
-NONCE, HEARTBEATS = "nonce", "hosts"  # see hosts.py
+NONCE, HEARTBEATS = "nonce", "hosts"  # see hosts/job.py and hosts/watchdog.py
 WRITTEN = (runs.CONFIG, runs.VOCABULARY, DATA)
 # What a run that was killed in its first seconds can have left behind.
 OWN = {"lock", "metrics.jsonl", "tensorboard", PROFILE, runs.CHECKPOINTS, *WRITTEN}

@@ -4,19 +4,24 @@ import jax
 import numpy as np
 import pytest
 import trained_run
-from training_runs import SYMBOLS, Bag, BagConfig, refusal, text_config, write_text
+from own_model import Config, Gated
+from training_runs import SYMBOLS, refusal, text_config, write_text
 
 from xlformer import evaluate, generate, runs
 from xlformer.train import train
 
 
-class Sack(Bag):
+class Other(Gated):
     """Another class with the same parameters."""
+
+
+def gated(vocab_size):
+    return Gated(Config(vocab_size=vocab_size, width=5))
 
 
 @pytest.fixture(scope="module")
 def model():
-    return Bag(BagConfig(vocab_size=SYMBOLS))
+    return gated(SYMBOLS)
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +57,12 @@ def test_train_load_evaluate_generate(workdir, model):
 
 def test_only_the_model_of_the_run_reads_it(workdir, model):
     line = refusal(runs.load, workdir)
-    assert "trained with a model of one's own, Bag" in line and "model=" in line
-    line = refusal(evaluate.evaluate, workdir, model=Sack(model.config))
-    assert "was trained with Bag, model is of Sack" in line
-    line = refusal(runs.load, workdir, model=Bag(BagConfig(vocab_size=SYMBOLS - 1)))
+    assert "trained with a model of one's own, Gated" in line and "model=" in line
+    line = refusal(evaluate.evaluate, workdir, model=Other(model.config))
+    assert "was trained with Gated, model is of Other" in line
+    line = refusal(runs.load, workdir, model=gated(SYMBOLS - 1))
     assert f"model knows {SYMBOLS - 1} ids" in line
-    line = refusal(runs.load, workdir, model=Bag(BagConfig(vocab_size=SYMBOLS + 2)))
+    line = refusal(runs.load, workdir, model=gated(SYMBOLS + 2))
     assert "the checkpoint has params/" in line
 
 
@@ -65,12 +70,12 @@ def test_only_the_model_of_the_run_reads_it(workdir, model):
 def test_commands_send_to_python(main, workdir, capsys):
     assert main([f"--workdir={workdir}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "with a model of one's own, Bag: read it in Python" in line
+    assert "with a model of one's own, Gated: read it in Python" in line
 
 
 def test_a_run_of_ours_is_no_run_of_ones_own(model, tmp_path_factory):
     workdir = trained_run.trained(tmp_path_factory.getbasetemp())
     line = refusal(runs.load, workdir, model=model)
-    assert "config.model.name='transformer_xl', model is of Bag" in line
+    assert "config.model.name='transformer_xl', model is of Gated" in line
     own = trained_run.loaded(tmp_path_factory.getbasetemp()).model
     assert runs.load(workdir, model=own).model == own

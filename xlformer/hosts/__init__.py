@@ -7,10 +7,10 @@ from xlformer.hosts.job import (
     is_first,
     join,
     leaving_at_once,
-    reading,
     same,
     say,
 )
+from xlformer.hosts.readers import reading
 
 __all__ = [
     "Stop",

@@ -11,7 +11,6 @@ import contextlib
 import glob
 import os
 import secrets
-import signal
 import socket
 import sys
 import threading
@@ -24,8 +23,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from xlformer import command, runs, storage
-from xlformer import config as config_lib
+from xlformer import command, storage
 from xlformer.errors import BAD_INPUT, Argument, UserError, WorthAnotherTry
 from xlformer.hosts.watchdog import HUNG, Watchdog
 from xlformer.runs import writing
@@ -83,37 +81,6 @@ def join(
             f"{socket.gethostname()}, pid {os.getpid()}, {jax.local_device_count()} x "
             f"{jax.local_devices()[0].device_kind}"
         )
-
-
-@contextlib.contextmanager
-def reading(args, workdir):
-    """Around a command that only reads a run, whether by one host or by several.
-
-    Of several hosts only the first prints. args: of the command, with what add_flags
-    has added. Raises UserError where hosts see another run or are told something else.
-    """
-    config = runs.read_config(workdir)
-    limits = config.hosts
-    with leaving_at_once():
-        # A training may be at work in the directory, whose heartbeats lie there.
-        join(
-            args,
-            workdir=None,
-            start_limit=limits.start_limit,
-            heartbeat=limits.heartbeat,
-        )
-        if jax.process_count() == 1:
-            yield
-            return
-        # JAX's preemption service has taken it over, for those who have to save.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        told = {k: v for k, v in vars(args).items() if k != "process_id"}
-        same(command=repr(sorted(told.items())), run=config_lib.to_json(config))
-        with contextlib.ExitStack() as stack:
-            if not is_first():
-                nothing = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nothing))
-            yield
 
 
 def _own_place() -> tuple[int, int] | None:

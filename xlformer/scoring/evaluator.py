@@ -59,10 +59,9 @@ class Evaluator:
         at_most = max(1, TOKENS_PER_CALL // (batch_size * segment_length))
         self._steps = min(at_most, steps or at_most)
         self._inputs = segment_length + model.extended_length
-        # Padding comes after all that is scored; only a model that counts from the end
-        # or looks ahead must know of it. (A segment of one token has none.)
-        looks = model.positions_from_end or not model.causal
-        self._tells_lengths = looks and self._inputs > 1
+        # Padding comes after all that is scored; only such a model must know of it.
+        # (A segment of one token has none.)
+        self._tells_lengths = model.positions_from_end and self._inputs > 1
         params = jax.eval_shape(model.init, jax.random.key(0))
         axes = model.cache_axes(segment_length=self._inputs)
         abstract = jax.eval_shape(self._cold_state, params)

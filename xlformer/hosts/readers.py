@@ -1,0 +1,53 @@
+"""Commands that only read a run, as a job of several hosts: joined, and one voice."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+
+import jax
+
+from xlformer import config as config_lib
+from xlformer import runs
+from xlformer.errors import UserError
+from xlformer.hosts import job
+
+
+@contextlib.contextmanager
+def reading(args, workdir):
+    """Around a command that only reads a run, whether by one host or by several.
+
+    Of several hosts only the first prints. args: of the command, with what add_flags
+    has added. Raises UserError where hosts see another run or are told something else.
+    """
+    limits = config_lib.default_config().hosts
+    with job.leaving_at_once():
+        # A training may be at work in the directory, whose heartbeats lie there.
+        job.join(
+            args,
+            workdir=None,
+            start_limit=limits.start_limit,
+            heartbeat=limits.heartbeat,
+        )
+        if jax.process_count() == 1:
+            yield
+            return
+        # JAX's preemption service has taken it over, for those who have to save.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        told = {k: v for k, v in vars(args).items() if k != "process_id"}
+        job.same(command=repr(sorted(told.items())), run=_seen(workdir))
+        with contextlib.ExitStack() as stack:
+            if not job.is_first():
+                nothing = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nothing))
+            yield
+
+
+def _seen(workdir) -> str:
+    """The config of a run, or why there is none: alone, a host that does not see the
+    directory would leave the others waiting."""
+    try:
+        return config_lib.to_json(runs.read_config(workdir))
+    except UserError as error:
+        return str(error)

@@ -225,17 +225,17 @@ def parameters(mesh: Mesh, params, axes):
     return jax.tree.map(lambda x, names: _named(mesh, x.shape, names), params, axes)
 
 
-def train_state(mesh: Mesh, state, model):
-    """Shardings of a TrainState: moments and averages lie where their parameter does.
+def train_state(mesh: Mesh, whole, model):
+    """Of a TrainState, or of its shapes: moments lie where their parameter does.
 
     A leaf belongs to a parameter if its path ends with that of the parameter and the
     shapes are equal: so optax lays out moments, traces and averages.
     """
-    found = parameters(mesh, state.params, model.param_axes(state.params))
+    found = parameters(mesh, whole.params, model.param_axes(whole.params))
     by_path = {
         _path(path): (x.shape, sharding)
         for (path, x), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(state.params),
+            jax.tree_util.tree_leaves_with_path(whole.params),
             jax.tree.leaves(found),
             strict=True,
         )
@@ -249,8 +249,8 @@ def train_state(mesh: Mesh, state, model):
                 return sharding
         return replicated(mesh)
 
-    placed = jax.tree_util.tree_map_with_path(place, state)
-    rows = model_state(mesh, state.carried, model.state_axes())
+    placed = jax.tree_util.tree_map_with_path(place, whole)
+    rows = model_state(mesh, whole.carried, model.state_axes())
     return placed._replace(carried=rows)
 
 

@@ -142,6 +142,9 @@ def test_a_model_of_ours_that_is_passed_is_what_the_config_then_says(text, tmp_p
     sealed = run._sealing(text_config(text), model)
     assert sealed.own_model == "" and sealed.model.d_inner == 24
     assert sealed.model.name == "transformer_xl" and sealed.model.vocab_size is None
+    assert run._fitting(model, sealed, SYMBOLS) is model
+    line = refusal(run._fitting, model, sealed, SYMBOLS - 1)
+    assert "the model knows 9 ids, the data has 8" in line
 
 
 def carried_by_hand(stream, steps, starts):

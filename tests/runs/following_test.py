@@ -1,6 +1,7 @@
 """Checkpoints as they come: each once, whatever becomes of the others meanwhile."""
 
 import shutil
+import types
 
 import pytest
 import trained_run
@@ -9,54 +10,60 @@ from xlformer import config as config_lib
 from xlformer import runs
 from xlformer.errors import UserError
 from xlformer.runs import following
-from xlformer.runs.checkpoints import Checkpoints
-
-
-@pytest.fixture
-def workdir(tmp_path_factory, tmp_path):
-    """A run of 9 steps that has come to its second."""
-    target = trained_run.copy(tmp_path_factory.getbasetemp(), tmp_path / "run")
-    extend(target, 9)
-    return target
+from xlformer.runs.integrity import Corrupt
 
 
 def extend(workdir, steps):
-    config = runs.read_config(workdir)
+    config = config_lib.default_config()
     config.train.steps = steps
     (workdir / runs.CONFIG).write_text(config_lib.to_json(config))
 
 
-def save(workdir, step):
-    """As if training had come there."""
-    run = runs.load(workdir, checkpoint="2")
-    with Checkpoints(workdir / runs.CHECKPOINTS, keep=9) as checkpoints:
-        config = config_lib.to_dict(run.config)
-        checkpoints.save(step, {"ema": run.params}, config=config)
+def save(workdir, *steps):
+    """As if training had come there; a checkpoint is whole if it has a state."""
+    for step in steps:
+        (workdir / runs.CHECKPOINTS / str(step) / "state").mkdir(parents=True)
+
+
+def remove(workdir, step, *inside):
+    shutil.rmtree((workdir / runs.CHECKPOINTS / str(step)).joinpath(*inside))
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """A run of 9 steps that has come to its second."""
+    extend(tmp_path, 9)
+    save(tmp_path, 1, 2)
+
+    def load(workdir, *, checkpoint, params, **options):
+        path = workdir / runs.CHECKPOINTS / checkpoint
+        if params == "both":
+            raise UserError("params='both' is neither")
+        if not path.exists():
+            raise UserError(f"there is no checkpoint of step {checkpoint}")
+        if not (path / "state").exists():
+            raise UserError("no intact checkpoint") from Corrupt("state is gone")
+        return types.SimpleNamespace(step=int(checkpoint))
+
+    monkeypatch.setattr(following.reading, "load", load)
+    return tmp_path
 
 
 def follow(workdir, *events, **options):
     """Steps as they are yielded; at each look that finds nothing an event happens."""
     events = iter(events)
-    sleeps = []
 
     def sleep(seconds):
-        sleeps.append(seconds)
+        assert seconds == following.POLL_S
         next(events)()
 
     for run in following.follow(workdir, sleep=sleep, **options):
         yield run.step
-    assert next(events, None) is None and set(sleeps) <= {following.POLL_S}
+    assert next(events, None) is None
 
 
 def test_each_checkpoint_once_until_the_last(workdir):
-    def nothing():
-        pass
-
-    def three_and_five():
-        save(workdir, 3)
-        save(workdir, 5)
-
-    events = (nothing, three_and_five, lambda: save(workdir, 9))
+    events = (lambda: None, lambda: save(workdir, 3, 5), lambda: save(workdir, 9))
     assert list(follow(workdir, *events)) == [1, 2, 3, 5, 9]
 
 
@@ -71,7 +78,7 @@ def test_what_is_deleted_before_it_is_read_is_passed_over(workdir, capsys, monke
 
     def load(*args, checkpoint, **options):
         if checkpoint == "1":  # training keeps no more than so many
-            shutil.rmtree(workdir / runs.CHECKPOINTS / "1", ignore_errors=True)
+            remove(workdir, 1)
         return real(*args, checkpoint=checkpoint, **options)
 
     monkeypatch.setattr(following.reading, "load", load)
@@ -83,15 +90,15 @@ def test_what_is_deleted_before_it_is_read_is_passed_over(workdir, capsys, monke
 def test_one_on_its_way_out_is_looked_at_again(workdir, capsys):
     """Some of its files are gone already: the directory follows."""
     extend(workdir, 2)
-    first = workdir / runs.CHECKPOINTS / "1"
-    shutil.rmtree(first / "state")
-    assert list(follow(workdir, lambda: shutil.rmtree(first))) == [2]
+    remove(workdir, 1, "state")
+    assert list(follow(workdir, lambda: remove(workdir, 1))) == [2]
     assert capsys.readouterr().err == ""
 
 
-def test_a_damaged_one_is_said_and_passed_over(workdir, capsys):
-    extend(workdir, 2)
-    shutil.rmtree(workdir / runs.CHECKPOINTS / "1" / "state")
+def test_a_damaged_one_is_said_and_passed_over(tmp_path_factory, tmp_path, capsys):
+    """A real one."""
+    workdir = trained_run.copy(tmp_path_factory.getbasetemp(), tmp_path / "run")
+    remove(workdir, 1, "state")
     assert list(follow(workdir, lambda: None)) == [2]
     line = capsys.readouterr().err
     assert "no intact checkpoint" in line and line.endswith("step 1 is not scored\n")
@@ -101,4 +108,4 @@ def test_other_errors_end_it(workdir):
     with pytest.raises(UserError, match="params='both'"):
         next(follow(workdir, params="both"))
     with pytest.raises(UserError, match="holds no run"):
-        next(follow(workdir.parent))
+        next(follow(workdir / "elsewhere"))

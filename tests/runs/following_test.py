@@ -72,6 +72,15 @@ def test_a_run_that_is_resumed_has_another_end(workdir):
     assert list(follow(workdir, *events)) == [1, 2, 5]
 
 
+def test_a_run_that_is_set_back_comes_to_a_step_again(workdir):
+    events = (
+        lambda: remove(workdir, 2),
+        lambda: save(workdir, 2),
+        lambda: save(workdir, 9),
+    )
+    assert list(follow(workdir, *events)) == [1, 2, 2, 9]
+
+
 def test_what_is_deleted_before_it_is_read_is_passed_over(workdir, capsys, monkeypatch):
     extend(workdir, 2)
     real = following.reading.load

@@ -40,17 +40,22 @@ def follow(
     while True:
         # Read anew: a run that is resumed may have got more steps to do.
         total = reading.read_config(workdir).train.steps
-        waiting = [step for step in checkpoints.steps() if step not in done]
+        steps = checkpoints.steps()
+        done &= set(steps)  # A run that was set back comes to a step again.
+        waiting = [step for step in steps if step not in done]
         step = reading.agreed(waiting[0] if waiting else None)
         if step is None:
             if reading.agreed(max(done, default=0)) >= total:
                 return
             sleep(POLL_S)
             continue
-        run, fault = _load(workdir, str(step), params=params, mesh=mesh, model=model)
+        run, fault = _load(
+            workdir, checkpoints, step, params=params, mesh=mesh, model=model
+        )
         if not checkpoints_lib.on_any_host(run is None):
             done.add(step)
             yield run
+            run = None  # or its parameters would lie beside the next one's
         elif reading.agreed(int(step in checkpoints.steps())) == 0:
             _say(f"the checkpoint of step {step} was deleted: it is not scored")
         elif step in doubtful:
@@ -61,19 +66,17 @@ def follow(
             sleep(POLL_S)
 
 
-def _load(workdir, step: str, **options) -> tuple[reading.Run | None, str]:
+def _load(
+    workdir, checkpoints: Checkpoints, step: int, **options
+) -> tuple[reading.Run | None, str]:
     """The run, or why its checkpoint cannot be read; other errors are the caller's."""
     try:
-        return reading.load(workdir, checkpoint=step, **options), ""
+        return reading.load(workdir, checkpoint=str(step), **options), ""
     except UserError as error:
-        there = step in map(str, _steps(workdir))
+        there = step in checkpoints.steps()
         if there and not isinstance(error.__cause__, Corrupt):
             raise
         return None, str(error)
-
-
-def _steps(workdir) -> list[int]:
-    return Checkpoints(workdir / reading.CHECKPOINTS, read_only=True).steps()
 
 
 def _say(line: str) -> None:

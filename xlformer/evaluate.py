@@ -65,7 +65,7 @@ def _main(argv) -> int:
                 scorer.card(run, _progress(number, len(scorers)))
                 for number, scorer in enumerate(scorers, 1)
             ]
-            run = None  # or its parameters would lie beside the next one's
+            del run  # or its parameters would lie beside the next one's
             if hosts.is_first():
                 _report(args.workdir, found)
     return 0

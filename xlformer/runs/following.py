@@ -55,7 +55,7 @@ def follow(
         if not checkpoints_lib.on_any_host(run is None):
             done.add(step)
             yield run
-            run = None  # or its parameters would lie beside the next one's
+            del run  # or its parameters would lie beside the next one's
         elif reading.agreed(int(step in checkpoints.steps())) == 0:
             _say(f"the checkpoint of step {step} was deleted: it is not scored")
         elif step in doubtful:

@@ -24,10 +24,30 @@ from xlformer.tables import aligned
 INDEX = "index.json"
 # Of a card, what tells it from the others, and what people look for.
 ENTRY = (
-    "date split corpus payload_sha256 tokens_scored step params segment_length "
-    "memory_length extended_length clamp_length window batch_rows warmup objective "
-    "mask_rate dtype device nats_per_token bpc ppl bits_per_byte word_ppl"
-).split()
+    "date",
+    "split",
+    "corpus",
+    "payload_sha256",
+    "tokens_scored",
+    "step",
+    "params",
+    "segment_length",
+    "memory_length",
+    "extended_length",
+    "clamp_length",
+    "window",
+    "batch_rows",
+    "warmup",
+    "objective",
+    "mask_rate",
+    "dtype",
+    "device",
+    "nats_per_token",
+    "bpc",
+    "ppl",
+    "bits_per_byte",
+    "word_ppl",
+)
 
 
 def table(cards: list[dict]) -> str:

@@ -30,7 +30,7 @@ BLOCK = 1 << 20  # tokens that are spelled at a time
 
 
 class Count(NamedTuple):
-    """Of a text; None where it is not known."""
+    """What is known of a text; the rest is None."""
 
     bytes: int | None
     words: int | None
@@ -95,7 +95,7 @@ def scored(
 
 
 def _blocks(tokens, start, stop, documents) -> Iterator[tuple]:
-    """Ids, and the id before them: None where the text or a document begins."""
+    """Yields ids and the id before them: None where the text or a document begins."""
     cuts = {start, stop, *range(start, stop, BLOCK)}
     begins = {0}
     if documents is not None:
@@ -109,7 +109,7 @@ def _blocks(tokens, start, stop, documents) -> Iterator[tuple]:
 
 
 def _words(text: bytes, before: bytes) -> int:
-    """Beginnings of words between white space, as preparation counts them."""
+    """Counts where words begin between white space, as preparation does."""
     codes = np.frombuffer(before[-1:] or b" ", np.uint8)
     space = np.isin(np.concatenate([codes, np.frombuffer(text, np.uint8)]), SPACES)
     return int(np.count_nonzero(space[:-1] & ~space[1:]))
@@ -123,7 +123,7 @@ def _is_exact(vocabulary: Vocabulary) -> bool:
 
 
 def _unknown(vocabulary: Vocabulary) -> int | None:
-    """The id whose tokens may have been anything."""
+    """The id that stands for any word or piece that is not in the vocabulary."""
     if isinstance(vocabulary, PieceVocabulary):
         return vocabulary.unk_id
     return getattr(vocabulary, "unk_id", None)

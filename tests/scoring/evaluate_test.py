@@ -160,6 +160,15 @@ def test_following_scores_every_checkpoint_and_ends_with_the_run(workdir, capsys
     assert files(workdir) == before
 
 
+def test_following_ends_with_ctrl_c(workdir, capsys, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate.following, "follow", interrupt)
+    assert evaluate.main([f"--workdir={workdir}", "--follow"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_touches_nothing_of_the_training(card, workdir):
     before = files(workdir)
     card("--split=train")

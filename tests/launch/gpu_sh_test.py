@@ -40,6 +40,8 @@ def gpu(tmp_path):
     root, fakes = tmp_path / "a checkout", tmp_path / "fakes"
     shutil.copytree(ROOT / "launch", root / "launch")
     (root / "peers").mkdir()
+    (root / "xlformer").mkdir()
+    shutil.copy(ROOT / "xlformer/errors.py", root / "xlformer")  # the exit codes
     python = executable(tmp_path / "python", FAKE_PYTHON)
     executable(fakes / "git", FAKE_GIT)
     executable(fakes / "nvidia-smi", WITH_GPU)

@@ -28,7 +28,7 @@ from training_runs import (
 
 import xlformer.training.run
 from xlformer import evaluate, generate, runs, storage
-from xlformer.data import preparing
+from xlformer.data import recipes
 from xlformer.runs import log, writing
 from xlformer.runs.checkpoints import Checkpoints
 from xlformer.runs.locks import WorkdirLock
@@ -234,7 +234,7 @@ def transformer(text):
 
 def test_evaluate_and_generate_read_from_the_store(transformer, capsys, monkeypatch):
     # What was prepared is found there by its checksum, wherever the text lies.
-    monkeypatch.setattr(preparing, "raw_text", lambda _: None)
+    monkeypatch.setattr(recipes, "raw_text", lambda _: None)
     argv = [f"--workdir={transformer}", "--split=test"]
     assert evaluate.main(argv) == 0
     card = json.loads(capsys.readouterr().out.splitlines()[-1])

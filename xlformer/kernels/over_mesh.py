@@ -29,6 +29,7 @@ def over_mesh(function, arrays: dict, names: dict, *, like: str):
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     # Axes of one device too: beside an axis left to the compiler no kernel may stand.
     free = {a: mesh.shape[a] for a, t in types.items() if t == AxisType.Auto}
+    # On one device there is nothing to split: the kernel is called as it is.
     if not free or math.prod(mesh.shape.values()) == 1:
         return function(arrays)
     specs = {k: sharding.spec(x.shape, names[k], free) for k, x in arrays.items()}
@@ -37,7 +38,9 @@ def over_mesh(function, arrays: dict, names: dict, *, like: str):
         in_specs=(specs,),
         out_specs=specs[like],
         axis_names=set(free),
-        check_vma=False,  # kernels do not say over which axes their results vary
+        # The check would need to know over which axes a kernel's results vary, which a
+        # pallas_call does not say.
+        check_vma=False,
     )(arrays)
 
 
@@ -59,6 +62,8 @@ def attention_over_mesh(
     }
     split = ("batch", None, "heads", None)
     names = dict.fromkeys(("qu", "qw", "k", "v"), split) | {
+        # No axis of the batch: the gradient of the distances is summed over the rows'
+        # devices by shard_map's own transposition.
         "r": (None, "heads", None),
         "start": ("batch", None),
         "seeds": ("batch", "heads", None),

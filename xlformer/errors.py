@@ -8,10 +8,12 @@ import os
 from collections.abc import Collection, Iterable
 from typing import Any
 
-# What a command ends with, if not with 0. launch/ reads these lines and acts by them.
+# What a command ends with, if not with 0. The programs in launch/ read these lines and
+# act by them, so each is one number after one equals sign.
 BAD_INPUT = 2  # one line has said what; no restart mends it
 INTERRUPTED = 42  # stopped by a signal; everything worth keeping is saved
 HUNG = 43  # a host made no step; all hosts have to start again
+# Stands for a value that is not given, because None is one.
 _UNSAID = object()
 
 
@@ -63,6 +65,7 @@ class UserError(Exception):
             override = part.name.startswith("config.") and "config." in flags
             return part.as_flag() if override or part.name in flags else str(part)
 
+        # One line, whatever messages of libraries were put into it.
         return " ".join("".join(map(shown, self.parts)).split())
 
 

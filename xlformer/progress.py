@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 from xlformer import tables
 
+# A context variable and not an argument: what counts lies many calls below what shows,
+# and another thread's count is another one.
 _counting = contextvars.ContextVar("counting", default=None)
 
 
@@ -47,6 +49,7 @@ def counting(what: str, total: int) -> Iterator[None]:
     def add(amount: int) -> None:
         nonlocal count
         count += amount
+        # A text may be empty.
         progress(count / max(total, 1))
 
     add(0)

@@ -47,8 +47,8 @@ def complete(
                 return folder
             line = f"{folder / bad} does not match its card: copying {remote} again"
             print(f"xlformer: {line}", file=sys.stderr, flush=True)
-            # Out of the way in one step, for `_sweep` to delete: half deleted in its place
-            # it would be a folder that looks complete.
+            # Out of the way in one step, for `_sweep` to delete: half deleted in its
+            # place it would be a folder that looks complete.
             folder.rename(unfinished)
         _sweep(folder.parent)
         unfinished.mkdir()

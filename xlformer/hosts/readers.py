@@ -23,7 +23,8 @@ def reading(args, workdir):
     """
     limits = config_lib.default_config().hosts
     with job.leaving_at_once():
-        # A training may be at work in the directory, whose heartbeats lie there.
+        # Without the workdir: a training may be at work in it, whose heartbeats lie
+        # there.
         job.join(
             args,
             workdir=None,
@@ -33,8 +34,10 @@ def reading(args, workdir):
         if jax.process_count() == 1:
             yield
             return
-        # JAX's preemption service has taken it over, for those who have to save.
+        # JAX's preemption service has taken the signal over for those who have to save.
+        # Here there is nothing to save: SIGTERM ends the process.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # The one flag that differs between the hosts of a job.
         told = {k: v for k, v in vars(args).items() if k != "process_id"}
         job.same(command=repr(sorted(told.items())), run=_seen(workdir))
         with contextlib.ExitStack() as stack:

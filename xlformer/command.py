@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _joined(argv: Sequence[str]) -> Iterator[str]:
-    """`--config.a.b v` as `--config.a.b=v`: with a space all other flags work too."""
+    """Joins `--config.a.b v` to `--config.a.b=v`: other flags take a space as well."""
     items = iter(argv)
     for item in items:
         if item.startswith(OVERRIDE) and "=" not in item:
@@ -175,7 +175,7 @@ def _written(main: Callable[[Sequence[str] | None], int], argv) -> int:
 
 
 def place(text: str) -> str:
-    """A path as a flag has it; for add_argument's type."""
+    """Checks and expands the path that a flag names; for add_argument's type."""
     # An unset variable of a script, which does not mean the directory that it runs in.
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
@@ -230,7 +230,7 @@ def _absolute(place: str) -> pathlib.Path:
 
 
 def _named_paths(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """What may be a path, and how a person named it."""
+    """Yields what among the arguments may be a path, and how a person named it."""
     for item, following in itertools.pairwise([*argv, ""]):
         name, equals, value = item.partition("=")
         value = value if equals else following

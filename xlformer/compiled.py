@@ -21,10 +21,12 @@ LIMIT = 1 << 30
 
 
 def keep() -> None:
-    """Makes JAX find its programs again; for commands that run for seconds.
+    """Makes JAX find what it compiled in an earlier start.
 
-    JAX_COMPILATION_CACHE_DIR goes before. Where no folder of one's own can be had
-    there is one line about it, and everything is compiled anew.
+    It is for commands that run for seconds, of which compiling would be most.
+
+    JAX_COMPILATION_CACHE_DIR goes before it. Where no folder of one's own can be had,
+    one line says so and everything is compiled anew.
     """
     if _named():
         return
@@ -48,7 +50,7 @@ def _named() -> str | None:
 
 
 def own_folder() -> str:
-    """A folder that is this user's alone, made if need be."""
+    """Returns a folder that belongs to this user alone, and makes it if need be."""
     place = storage.cache()
     root = storage.path(storage.DEFAULT_CACHE if storage.is_remote(place) else place)
     # A cache of data may be shared by users, the programs are not.

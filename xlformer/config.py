@@ -130,12 +130,14 @@ def _check_segments(config: ConfigDict, model: models.Model) -> None:
 
 
 def vocab_size(config: ConfigDict, symbols: int) -> int:
-    """Of the model for data of so many symbols: its objective may add some."""
+    """The vocabulary of a model for data of so many symbols.
+
+    The objective may need more of them: a masked one needs the mask."""
     return symbols + fields_lib.OBJECTIVES[config.train.objective].symbols
 
 
 def outline(config: ConfigDict) -> models.Model:
-    """What config.model describes, before the data say of how many symbols."""
+    """The model that config.model describes, before the data say how many symbols."""
     return models.build(config.model, config.model.vocab_size or fields_lib.LARGEST)
 
 
@@ -146,7 +148,7 @@ def directories() -> list[pathlib.Path]:
 
 
 def names() -> list[str]:
-    """Every named config."""
+    """The names of all configs that `load` finds by name."""
     found = {f.stem for d in directories() for f in d.glob("*.py")}
     return sorted(found - {"__init__"})
 
@@ -201,7 +203,7 @@ def module(name: str):
 
 
 def set_fields(config: ConfigDict, overrides: Sequence[str]) -> None:
-    """Sets what 'a.b=v' items say."""
+    """Sets the fields that 'a.b=v' items name."""
     for override in overrides:
         field, equals, text = override.partition("=")
         if not equals:

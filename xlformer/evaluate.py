@@ -73,7 +73,7 @@ def _main(argv) -> int:
 
 
 def _settings(args) -> list[EvalSettings]:
-    """One for each --memory_length; all are checked before the first is scored."""
+    """The settings for each --memory_length, all checked before the first is scored."""
     texts = [None] if args.memory_length is None else args.memory_length.split(",")
     lengths = [_parsed("memory_length", text, 0) for text in texts]
     same_length = _parsed("same_length", args.same_length, False)

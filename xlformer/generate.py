@@ -179,7 +179,7 @@ def _main(argv) -> int:
 
 
 def _check_of_several(args) -> None:
-    """Standard input is the first host's alone."""
+    """Raises UserError for what reads standard input, which only the first host has."""
     for flag, refused in (
         ("--interactive", args.interactive),
         (f"--prompt_file={args.prompt_file}", args.prompt_file == "-"),

@@ -85,8 +85,10 @@ def make_mesh(
 
 
 def count_slices(devices: Sequence) -> int:
-    """How many slices of TPUs these are of. GPUs count their hosts that way: they are
-    one slice here, in whose order of devices a host's are neighbours already.
+    """How many slices of TPUs these devices belong to.
+
+    GPUs count their hosts by the same attribute. They are one slice here, in whose
+    order of devices those of a host are neighbours already.
     """
     if devices[0].platform != "tpu":
         return 1
@@ -294,7 +296,7 @@ class Rows:
         self.mine = np.array(sorted(found))
 
     def shardings(self, batch: Mapping, *, axis: int = 0) -> dict:
-        """Of a dict of arrays with the rows at `axis`; scalars are copied."""
+        """Shardings of a dict of arrays with the rows at `axis`; scalars are copied."""
 
         def place(x):
             if np.ndim(x) <= axis:
@@ -305,7 +307,7 @@ class Rows:
         return {name: place(x) for name, x in batch.items()}
 
     def put(self, batch: Mapping, *, axis: int = 0) -> Mapping:
-        """Global arrays of what has been made of the rows `mine` only."""
+        """Makes global arrays of what this process has made of its rows `mine`."""
         if jax.process_count() == 1:
             # jit splits what is whole on one host by itself.
             return batch
@@ -329,6 +331,6 @@ class Rows:
 
 
 def padded(rows: int, mesh: Mesh) -> int:
-    """At least `rows`, so many that every device has equally many."""
+    """The least number from `rows` on that gives every device equally many."""
     shards = row_shards(mesh)
     return -(-rows // shards) * shards

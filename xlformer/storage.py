@@ -81,7 +81,7 @@ def _prepare() -> None:
 
 
 def write(file: epath.Path, text: str) -> None:
-    """Whole or not at all; UserError if not."""
+    """Writes a file whole or not at all; raises UserError where it cannot."""
     try:
         # An object appears only when it is complete.
         if is_remote(file):

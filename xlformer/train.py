@@ -69,13 +69,13 @@ def _main(argv) -> int:
 
 
 def _keep_compiled(workdir) -> None:
-    """A restarted run finds its programs in the work directory."""
+    """Makes a restarted run find its compiled programs in the work directory."""
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(workdir / writing.COMPILED))
 
 
 def keep_heap_small() -> None:
-    """glibc's own arenas grow with every save: the writing threads come and go.
+    """Gives malloc two arenas: more grow with every save, whose threads come and go.
 
     2,000 steps with 100 saves of 6.5 MiB made the resident size grow by 3.4 % from step
     500 on, with two arenas by 0.5 to 1.5 % (tests/soak/memory.py; 2 cores, 2026-11-22).

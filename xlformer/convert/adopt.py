@@ -107,7 +107,7 @@ def _new_directory(workdir) -> epath.Path:
 
 
 def read_vocabulary(path: str) -> Vocabulary:
-    """Our JSON, or a text file with one symbol a line in the order of their ids.
+    """Reads our JSON, or a text file with one symbol a line in the order of their ids.
 
     With `<eos>` among them the symbols are words. Different numbers below 256 are bytes
     (the original's enwik8), unless all of them are of one digit; all else are single

@@ -103,7 +103,7 @@ def _read_safetensors(path):
 
 
 def _widened(x: np.ndarray) -> np.ndarray:
-    """bfloat16, which is no float to numpy, as float32."""
+    """Turns bfloat16, which is no float to numpy, into float32."""
     return x.astype(np.float32) if x.dtype.name == "bfloat16" else x
 
 

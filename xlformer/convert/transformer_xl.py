@@ -256,7 +256,8 @@ def _read(config, state, *, reverse_clusters):
     tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, dtype), shapes)
     for entry in _entries(config, reverse_clusters=reverse_clusters):
         if entry.name not in state:
-            continue  # A tied one: it has been filled already.
+            # Only tied ones may be missing (_check), and their leaf is filled already.
+            continue
         found = state[entry.name]
         leaf = tree
         for key in entry.path:

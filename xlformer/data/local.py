@@ -158,7 +158,7 @@ def plain_text(data: bytes, unit: str, where: str) -> bytes:
 
 
 def is_read_once(name: str) -> bool:
-    """Whether that is a pipe, or a name that is another file in each process."""
+    """Whether a name is that of a pipe, or of another file in each process."""
     if name == "-" or name.startswith(OF_A_PROCESS):
         return True
     return "://" not in name and os.path.exists(name) and not os.path.isfile(name)
@@ -218,7 +218,8 @@ def _unit_starts(texts: list[bytes], unit: str) -> np.ndarray:
     starts = inside.copy()
     starts[1:] &= ~inside[:-1]
     offsets = list(itertools.accumulate(map(len, texts), initial=0))[:-1]
-    starts[offsets] |= inside[offsets]  # No word runs on into the next file.
+    # A word does not run on from the end of a file into the next one.
+    starts[offsets] |= inside[offsets]
     return starts
 
 

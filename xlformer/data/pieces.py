@@ -137,8 +137,9 @@ def _backend(data: bytes):
 
 
 def _byte_level() -> dict[str, int]:
-    """The characters by which GPT-2 and its kin write bytes: printable ones as they
-    are, the others from code point 256 on."""
+    """The bytes that GPT-2 and its kin mean by a character of a piece.
+
+    Printable bytes stand as they are, the others from code point 256 on."""
     same = [*range(33, 127), *range(161, 173), *range(174, 256)]
     byte_of = {chr(byte): byte for byte in same}
     others = (byte for byte in range(256) if byte not in same)
@@ -234,7 +235,7 @@ class _HuggingFace:
         require(False, "'newline_id' is of SentencePiece models")
 
     def find_newline(self) -> None:
-        """It is part of the text."""
+        """Returns None: the newline is part of the text that the tokenizer sees."""
 
     def keeps_line_ends(self) -> bool:
         """Whether a newline is more than nothing, a space or an unknown character."""

@@ -33,7 +33,8 @@ class Corpus:
     unit: str  # bytes, chars or words.
     archive: str  # Its file name under manual_dir.
     urls: tuple[str, ...]  # Tried in order; the checksums decide.
-    archive_sha256: str  # '' where nobody published one that others confirm.
+    # '' where nobody published one that others confirm: members are pinned instead.
+    archive_sha256: str
     files: Mapping[str, str]  # Path in the archive -> sha256: one, or one a split.
     cut: tuple[int, int] = ()  # Of one file: the bytes of train and of validation.
     lines: bool = False  # Every line ends in the token <eos>.

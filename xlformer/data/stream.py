@@ -90,7 +90,9 @@ class Stream:
         """
         epoch, offset, length = self.place(step)
         rows, extended = len(self._rows), self.extended_length
-        lack = max(extended - offset, 0)  # Tokens before the row's first.
+        # The first segments have no, or too few, tokens before them in their row: zeros
+        # stand there, and the reset at the row's first token hides them.
+        lack = max(extended - offset, 0)
         start, stop = offset - extended + lack, offset + length
         # Every batch has the same shapes, whatever its length: another would compile
         # again.

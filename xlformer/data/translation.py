@@ -27,7 +27,8 @@ def translated(
         raise UserError(
             where, f" has a vocabulary of {kinds[0]}, config.data gives {kinds[1]}"
         )
-    if ours.unit == "pieces":  # Another tokenizer also cuts the text elsewhere.
+    # Mapping ids would not do: another tokenizer also cuts the text elsewhere.
+    if ours.unit == "pieces":
         raise UserError(
             where,
             " has the pieces of another tokenizer: pass that one's file as "

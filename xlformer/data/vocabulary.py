@@ -231,7 +231,7 @@ class WordVocabulary(Vocabulary):
 
 
 def as_bytes(text: str | bytes) -> bytes:
-    """UTF-8; half a surrogate pair, as a shell may pass it, keeps its own bytes."""
+    """A text in UTF-8; half a surrogate pair, as of a shell, keeps its own bytes."""
     return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
 
 

@@ -109,7 +109,7 @@ class Interrupt:
 
 
 def _say(line: str) -> None:
-    """Straight to the descriptor: sys.stderr may be locked by the main thread."""
+    """Writes straight to the descriptor: the main thread may hold sys.stderr's lock."""
     try:
         os.write(2, f"xlformer: {line}\n".encode())
     except OSError:

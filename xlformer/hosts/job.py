@@ -87,7 +87,7 @@ def join(
 
 
 def _own_place() -> tuple[int, int] | None:
-    """(hosts, index) by the environment of a SLURM step or a TPU slice."""
+    """(hosts, index) as a SLURM step or a TPU slice states them; None elsewhere."""
     env = os.environ
     # Of the step and not of the allocation: a shell in an allocation is no job of ours.
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
@@ -100,7 +100,7 @@ def _own_place() -> tuple[int, int] | None:
 
 
 def _on_tpu_vm() -> bool:
-    """Where only the machine's metadata tell of other hosts; JAX asks them."""
+    """Whether only the machine's metadata, which JAX asks, can tell of other hosts."""
     chips = glob.glob("/dev/accel[0-9]*")
     named = any(n in os.environ for n in ("TPU_NAME", "TPU_ACCELERATOR_TYPE"))
     groups = glob.glob("/dev/vfio/[0-9]*") if named else []
@@ -153,7 +153,7 @@ def is_first() -> bool:
 
 
 def say(line: str) -> None:
-    """Straight to the descriptor, whatever the main thread holds."""
+    """Writes a line straight to the descriptor, whatever lock the main thread holds."""
     with contextlib.suppress(OSError):
         os.write(2, f"xlformer: {line}\n".encode())
 
@@ -204,7 +204,7 @@ def same(**facts: str) -> None:
 
 
 def _gathered(*numbers) -> np.ndarray:
-    """Of each number the column of what the hosts say, [numbers, hosts]."""
+    """What each host says of each number, [numbers, hosts]."""
     # 32 bits, because JAX's arrays have no more by default.
     own = np.array(numbers, np.uint32)
     return np.asarray(multihost_utils.process_allgather(own)).T
@@ -240,7 +240,7 @@ class Stop:
         self._interrupt, self._asked, self._found = interrupt, 0, None
 
     def requested(self) -> str | None:
-        """The signal's name."""
+        """The name of the signal that asks for it; None where there was none."""
         if jax.process_count() == 1:
             return self._interrupt.requested
         if self._found is None:
@@ -254,7 +254,7 @@ class Stop:
 
 @contextlib.contextmanager
 def leaving_at_once():
-    """An error of one host ends its process now: the others shall notice.
+    """Ends the process of a host at its error, so that the others notice.
 
     Python's exit would wait minutes for hosts that wait for this one.
     """

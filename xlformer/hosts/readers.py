@@ -16,7 +16,7 @@ from xlformer.hosts import job
 
 @contextlib.contextmanager
 def reading(args, workdir):
-    """Around a command that only reads a run, whether by one host or by several.
+    """Surrounds a command that only reads a run, be it on one host or on several.
 
     Of several hosts only the first prints. args: of the command, with what add_flags
     has added. Raises UserError where hosts see another run or are told something else.
@@ -48,8 +48,10 @@ def reading(args, workdir):
 
 
 def _seen(workdir) -> str:
-    """The config of a run, or why there is none: alone, a host that does not see the
-    directory would leave the others waiting."""
+    """The config of a run, or the reason why there is none.
+
+    A host that does not see the directory would end alone, and leave the others
+    waiting."""
     try:
         return config_lib.to_json(runs.read_config(workdir))
     except UserError as error:

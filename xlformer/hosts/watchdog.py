@@ -91,7 +91,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def allow(self, limit_s: float, phase: str):
-        """A long phase (compiling, saving, restoring): it has a limit of its own."""
+        """Gives a long phase (compiling, saving, restoring) a limit of its own."""
         before = self._last
         self.beat(phase, before.step, limit_s=limit_s)
         try:
@@ -211,7 +211,7 @@ class _Hosts:
         self._seen = {}
 
     def _read(self, index: int) -> dict | None:
-        """None where there is no such file, or none that can be read."""
+        """What a host's file says; None where there is none that can be read."""
         try:
             found = json.loads((self._directory / f"{index}.json").read_text())
             # A file may be half written, or of another release: it counts as not there.
@@ -268,7 +268,7 @@ def _host(index: int, found: dict) -> str:
 
 
 def _quiet(found: dict) -> float:
-    """By the host's own clock: those of two hosts may differ."""
+    """Seconds since its last beat by the host's own clock: clocks of hosts differ."""
     return found["time"] - found["beat_time"]
 
 

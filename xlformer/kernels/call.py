@@ -48,7 +48,7 @@ class Call:
 
     @classmethod
     def of(cls, qu_BTHK, k_BSHK, v_BSHK, r_SHK, visibility: Visibility, rate: float):
-        """From the arguments of the operation, or their shapes."""
+        """Makes a Call of the arguments of the operation, or of their shapes."""
         return cls(
             T=qu_BTHK.shape[1],
             S=k_BSHK.shape[1],

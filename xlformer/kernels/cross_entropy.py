@@ -104,10 +104,10 @@ def _over_chunks(chunk_size, V, body, carry):
 
 
 def _forward(h_ND, table_VD, bias_V, targets_N, chunk_size):
-    """(nll_N, the largest logit, log of the sum of exp(logits - the largest)).
+    """Returns nll_N, the largest logit, and log of sum of exp(logits - the largest).
 
-    Not the two in one number: of logits around 40 it has lost 2e-6, a fifth of 1 - p
-    where p is 0.99999.
+    The last two are not added up: the sum of logits around 40 has lost 2e-6, a fifth of
+    1 - p where p is 0.99999.
     """
     dtype = _exact(h_ND.dtype)
 
@@ -136,7 +136,7 @@ def _forward(h_ND, table_VD, bias_V, targets_N, chunk_size):
 
 
 def _gradients(h_ND, table_VD, bias_V, targets_N, max_N, log_N, g_N, sums, chunk_size):
-    """(dh_ND, sums of the table's and the bias's gradients with these added)."""
+    """Returns dh_ND, and `sums` with the gradients of the table and the bias added."""
     dtype = log_N.dtype
     matmul = functools.partial(jnp.einsum, preferred_element_type=dtype)
 

@@ -14,7 +14,7 @@ from xlformer import sharding
 
 
 def over_mesh(function, arrays: dict, names: dict, *, like: str):
-    """function(arrays), each device with its part of them, by sharding.RULES.
+    """Calls function(arrays) on each device, with its part of them by sharding.RULES.
 
     The gradient of an array that has no part of its own on some axis, as the distances
     have none on the rows, is summed over that axis.
@@ -47,9 +47,10 @@ def over_mesh(function, arrays: dict, names: dict, *, like: str):
 def attention_over_mesh(
     function, qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK, visibility, seeds_BH2
 ):
-    """function of a dict of qu, qw, k, v, r, start, seeds, without what is None.
+    """Calls `function` with a dict of qu, qw, k, v, r, start and seeds.
 
-    Rows and heads are split; all devices have the distances of their heads.
+    What is None is left out. Rows and heads are split; all devices have the distances
+    of their heads.
     """
     arrays = {
         "qu": qu_BTHK,

@@ -36,7 +36,8 @@ class _Tile:
         self.i0, self.j0 = self.q * self.Q, self.n * self.N
         self.first = first_ref[self.b * tiles.query_tiles + self.q]
         self.last = tiles.last_tile(self.q)
-        self.row = tiles.Tp - self.Q - self.i0 + self.j0  # c0 above
+        # The first row of r that this tile wants: c0 at the top of this file.
+        self.row = tiles.Tp - self.Q - self.i0 + self.j0
         self.visited = (self.n >= self.first) & (self.n <= self.last)
 
     def pairs(self):
@@ -233,7 +234,7 @@ def _unskew(x, Q):
 
 
 def _column(row):
-    """[1, Q], as arrays of one number a query are kept, to a column, in every lane."""
+    """Turns [1, Q], one number a query, into a column that stands in every lane."""
     return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))
 
 

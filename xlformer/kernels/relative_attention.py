@@ -202,7 +202,8 @@ def _works(fused: str, call: Call) -> bool:
     """
     try:
         _module(fused).try_out(call)
-    except Exception as error:  # Whatever the compiler raises, there is another way.
+    # Whatever the compiler raises, there is another way to compute the same.
+    except Exception as error:
         line = (str(error).strip() or repr(error)).splitlines()[0][:200]
         _log.warning(
             "attention=auto: the fused kernel does not work for %s; 'blocked' runs "

@@ -108,7 +108,7 @@ def _tried(config, model, changes: dict[str, str]) -> tuple[ConfigDict, Model]:
 
 
 def _trace(config, model: Model, mesh) -> None:
-    """What this machine cannot run says so before minutes go into compiling others."""
+    """Traces a model, as what cannot run here should say so before others compile."""
     shape = (sharding.padded(1, mesh), config.train.segment_length)
     tokens_BT = jax.ShapeDtypeStruct(shape, "int32")
     params = jax.eval_shape(model.init, jax.random.key(0))
@@ -118,7 +118,7 @@ def _trace(config, model: Model, mesh) -> None:
 
 
 def _products(model: Model, timings: list[Timing], mesh) -> list[Timing]:
-    """Matrix products to hold against; none where no width or nothing is known."""
+    """Matrix products to compare with; none where no width or nothing is known."""
     at_once = max(timing.at_once for timing in timings)
     if not at_once or model.width is None:
         return []

@@ -64,13 +64,13 @@ class Timing:
 
 
 def clocks() -> np.ndarray:
-    """Seconds, and those that this thread worked: it feeds the device."""
+    """Seconds that passed, and those that this thread worked: it feeds the device."""
     return np.array([time.perf_counter(), time.thread_time()])
 
 
 @contextlib.contextmanager
 def memory_may_end(timing: Timing):
-    """Running out of memory is a result of this timing alone: the others go on."""
+    """Makes running out of memory a result of this timing alone: the others go on."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -88,7 +88,8 @@ def measure(timings: list[Timing], *, repeats: int, seconds: float) -> None:
     for timing in timings:
         if not timing.out_of_memory:
             with memory_may_end(timing):
-                timing.run(1)  # The first run also loads the program onto the device.
+                # The first run also loads the program onto the device.
+                timing.run(1)
                 once, _ = timing.run(1)
                 # Every turn of one timing has as many rounds, so that its medians
                 # compare.

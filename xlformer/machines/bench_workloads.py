@@ -113,7 +113,7 @@ def evaluate(name: str, config, model: Model, mesh) -> Timing:
 
 
 def generate(name: str, config, model: Model, mesh) -> Timing:
-    """config.eval.batch_size rows after a short prompt.
+    """Generation of config.eval.batch_size rows after a short prompt.
 
     The first block is not timed: before it the prompt is read and the cache filled.
     """
@@ -197,7 +197,7 @@ def tokens(vocab_size: int, shape) -> np.ndarray:
 
 
 def _key(config) -> jax.Array:
-    """Of a generator that compiles in a tenth of the usual one's time."""
+    """A key of the generator that compiles in a tenth of the usual one's time."""
     return jax.random.key(config.seed, impl="rbg")
 
 

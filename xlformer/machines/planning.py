@@ -168,7 +168,7 @@ def _temporaries(found: dict, config, model: Model, mesh) -> int | None:
 
 
 def _judge(found: dict, chip, config, model: Model, mesh) -> None:
-    """Whether it fits, None where that is not known, and what to change if not."""
+    """Adds whether it fits (None is not known), and what to change if not."""
     memory = found["memory"]
     total = sum(size for size in memory.values() if size is not None)
     if "refused" in found or (chip and total > chip.memory):
@@ -202,13 +202,13 @@ def _advice(memory: dict, config, model: Model, mesh) -> list[str]:
 
 
 def _tokens(config, mesh) -> float:
-    """Of one step, on one device of those that share the rows."""
+    """Tokens of one step on one device of those that share the rows."""
     tokens = config.train.batch_size * config.train.segment_length
     return tokens / sharding.row_shards(mesh)
 
 
 def _itemsize(found: dict) -> int:
-    """Of a number that is computed with; parameters are in float32."""
+    """Bytes of a number that is computed with; parameters are in float32."""
     return jnp.dtype(found["dtype"] or "float32").itemsize
 
 
@@ -235,7 +235,7 @@ def _least_sent(found: dict, config, model: Model, mesh, step: TrainingStep) -> 
 
 
 def _seconds(found: dict, chip, mfu: float) -> dict:
-    """Of a step, by what limits it, if nothing else did; each the least possible."""
+    """The least seconds of a step by each thing that limits it, if none else did."""
     collectives, memory = found.get("collectives"), found["memory"]
     if collectives:
         sent = sum(one["sent"] for one in collectives.values())
@@ -254,7 +254,7 @@ def _seconds(found: dict, chip, mfu: float) -> dict:
 
 
 def _schedule(found: dict, config, *, mfu: float, price: float | None) -> None:
-    """Of all steps, with traffic that is not hidden behind computing."""
+    """Adds time and price of all steps, with no traffic hidden behind computing."""
     busy, steps = found["seconds"]["at_mfu"], config.train.steps
     # A lower bound: compilers hide part of the traffic behind computing.
     found["efficiency"] = busy / (busy + found["seconds"]["links"])

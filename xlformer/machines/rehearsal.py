@@ -24,7 +24,8 @@ def vocab_size(spec: str, config) -> int:
         return config_lib.vocab_size(config, found)
     directory = config.data.directory
     if directory and storage.path(directory).exists():
-        from xlformer.data import preparing  # TFDS, which only this case needs
+        # Here and not above: it imports what reads texts, which only this case needs.
+        from xlformer.data import preparing
 
         symbols = preparing.prepare(config.data).vocabulary.size
         return config_lib.vocab_size(config, symbols)

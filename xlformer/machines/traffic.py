@@ -108,10 +108,13 @@ def _measure(match, line: str, devices: int, *, scattered: bool):
     kind, size, n = match[2], _bytes(match[1]), _group(line, devices)
     # Results of a '-start' are tuples: operand and result.
     if match[3] and kind == "all-gather":
-        size *= n / (n + 1)  # what goes in stands beside what comes out
+        # What goes in, a part of n, stands beside what comes out.
+        size *= n / (n + 1)
     elif match[3] and kind == "collective-permute":
         size /= 2
-    if scattered:  # a reduce-scatter, as a TPU's compiler writes it
+    # A TPU's compiler writes a reduce-scatter as a computation of this name, with an
+    # all-reduce in it of which each device keeps its part.
+    if scattered:
         kind, size = "reduce-scatter", size / n
     passed = {"all-reduce": _around_ring(n), "reduce-scatter": n - 1}
     passed["collective-permute"] = 1
@@ -176,8 +179,9 @@ def least(
 
 
 def _around_ring(n: int) -> float:
-    """What each of n devices sends of an array to have the sum of all n: twice
-    (n - 1) / n, to sum each part in one place and to hand the sums around."""
+    """How much of an array each of n devices sends for all to have the sum.
+
+    Twice (n - 1) / n: to sum each part in one place, and to hand the sums around."""
     return 2 * (n - 1) / n
 
 

@@ -135,6 +135,8 @@ def run(main: Callable[[Sequence[str] | None], int], argv=None) -> int:
             raise
         message = f"out of memory on the device: {reason(error)}"
     except (RuntimeError, AssertionError):
+        # JAX raises these where the platform that was asked for is not there, at the
+        # first use of a device. Whatever else they are keeps its trace.
         message = _missing_platform()
         if not message:
             raise

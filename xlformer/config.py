@@ -70,6 +70,7 @@ def check(config: ConfigDict, model: models.Model | None = None) -> None:
     model: what is trained, where it is known: it may be one's own, in place of what
     config.model describes.
     """
+    # First, because the rules below are those of the model that it names.
     models.check(config.model)
     values, known = flat(config), rules(config)
     for name in values:

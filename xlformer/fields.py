@@ -52,6 +52,7 @@ class Rule:
         if self.choices:
             if value not in self.choices:
                 near = did_you_mean(str(value), map(str, self.choices))
+                # Else it lists what is known, which the line has already.
                 near = near if "did you mean" in near else ""
                 shown = ", ".join(map(str, self.choices))
                 raise UserError(f"{name}={value!r} is none of {shown}{near}")

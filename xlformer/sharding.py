@@ -133,6 +133,8 @@ def fit_mesh(
     # With a free axis all devices must be used: what is fixed has to divide them.
     if wanted > have or (free and wanted < have):
         raise UserError(where, f": {shown} does not fit onto {have} devices")
+    # Rows that all devices cannot share evenly leave some of them idle, on one machine:
+    # better than to refuse the run.
     if free and free[0] in RULES["batch"] and rows:
         most = sizes[free[0]]
         others = math.prod(sizes[axis] for axis in RULES["batch"]) // most

@@ -214,6 +214,8 @@ def _layer_entries(config, i):
             f"{attention}.qkv_net", ("attention", "qkv"), (D, 3, H, K), inputs=D
         )
     else:
+        # The original's attention with absolute positions has two nets where that with
+        # relative ones has one; the rows of kv_net are the keys, then the values.
         path, width = ("trunk", "layers", "attention", "qkv"), H * K
         for name, columns in (("q_net", slice(0, 1)), ("kv_net", slice(1, 3))):
             n = columns.stop - columns.start

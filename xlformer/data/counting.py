@@ -68,6 +68,8 @@ def count_words(
             counts.update(words)
     # most_common is stable: ties stay in the order of their first appearance.
     common = (w for w, n in counts.most_common() if n >= min_count)
+    # `<eos>` gets id 0 and words follow by frequency, as in the original: adaptive
+    # cutoffs rely on that order.
     symbols = [*specials, *(word for word in common if word not in specials)]
     # Specials come first and count: a bound cuts words only.
     symbols = symbols[: max_size or None]

@@ -66,6 +66,8 @@ def _build(folder: pathlib.Path, recipe: Recipe) -> None:
         folder.parent / "tfds" / _digest(recipe.source),
         download_dir=folder.parent / "downloads",
     )
+    # Read back from the TFDS form and not taken from `read`: what is encoded is what is
+    # stored.
     texts = {split: corpora.read_split(builder, split) for split in sources.SPLITS}
     # Words are counted first, and then found: twice through the text.
     total = sum(len(x) for documents in texts.values() for x in documents)

@@ -134,6 +134,7 @@ def _within(limit: float, known, directory):
             yield
         return
 
+    # Without a directory who is missing cannot be known, only that somebody is.
     def leave():
         say(f"not all hosts of this job have started within {limit:.0f} s")
         os._exit(HUNG)

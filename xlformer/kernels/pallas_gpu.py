@@ -220,6 +220,7 @@ def compare(call: Call) -> None:
         start = np.full((1, call.T), call.M // 2, np.int32)
         start[:, call.T // 2 :] = call.M + call.T // 2
     if call.rate:
+        # Any two words: both implementations drop by the same hash.
         seeds = jnp.asarray([[[7, 11]]], jnp.int32)
     # With weights of 1 all queries would hand back the same gradient, and a mistaken
     # row would not show.

@@ -36,6 +36,7 @@ def train(name: str, config, model: Model, mesh) -> Timing:
     sharding.check(config, mesh)
     model.check_mesh(mesh)
     batch = rehearsal.batch(config, model)
+    # Tracing counts as compiling: a start waits for both.
     start = time.perf_counter()
     step = TrainingStep(config, model, mesh)
     compiled = step.compile(batch)
@@ -87,6 +88,7 @@ def evaluate(name: str, config, model: Model, mesh) -> Timing:
     compiled = evaluator.compile(params)
     compile_seconds = time.perf_counter() - start
     text = tokens(model.vocab_size, (rows * (segments * T + 1),))
+    # Rows start cold, so that no token goes through the model unscored.
     plan = scoring.cut_rows_for(
         model, len(text), batch_size=rows, segment_length=T, warmup="none"
     )

@@ -73,6 +73,7 @@ def plan(
         "note": note,
         "memory": _state_memory(step.abstract, step.placed),
     }
+    # Also where the compiler refuses: it says that memory is short, not by how much.
     if note or not _compile(found, step, rehearsal.batch(config, model)):
         found["memory"]["temporaries"] = _temporaries(found, config, model, mesh)
     _judge(found, chip, config, model, mesh)

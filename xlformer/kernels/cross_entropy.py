@@ -154,7 +154,7 @@ def _gradients(h_ND, table_VD, bias_V, targets_N, max_N, log_N, g_N, sums, chunk
         low_NC = d_NC.astype(h_ND.dtype)
         dh_ND += matmul("NC,CD->ND", low_NC, table_CD)
         dtable_VD = _add(dtable_VD, matmul("NC,ND->CD", low_NC, h_ND), start)
-        # The bias's gradient is a sum over tokens without a product: it stays exact.
+        # The bias's gradient needs no product: d is summed before it is rounded.
         return dh_ND, dtable_VD, _add(dbias_V, d_NC.sum(0), start)
 
     carry = jnp.zeros(h_ND.shape, dtype), *sums

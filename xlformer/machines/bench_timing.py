@@ -91,8 +91,7 @@ def measure(timings: list[Timing], *, repeats: int, seconds: float) -> None:
                 # The first run also loads the program onto the device.
                 timing.run(1)
                 once, _ = timing.run(1)
-                # Every turn of one timing has as many rounds, so that its medians
-                # compare.
+                # Each turn of a timing has as many rounds, or no median could be taken.
                 fitting = round(seconds / max(once, 1e-9))
                 rounds[id(timing)] = max(1, min(MOST_ROUNDS, fitting))
     # Each once, then each again: what slows the machine for a while slows all of them.

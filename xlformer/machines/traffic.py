@@ -181,7 +181,8 @@ def least(
 def _around_ring(n: int) -> float:
     """How much of an array each of n devices sends for all to have the sum.
 
-    Twice (n - 1) / n: to sum each part in one place, and to hand the sums around."""
+    Twice (n - 1) / n: to sum each part in one place, and to hand the sums around.
+    """
     return 2 * (n - 1) / n
 
 

@@ -133,7 +133,8 @@ def _check_segments(config: ConfigDict, model: models.Model) -> None:
 def vocab_size(config: ConfigDict, symbols: int) -> int:
     """The vocabulary of a model for data of so many symbols.
 
-    The objective may need more of them: a masked one needs the mask."""
+    The objective may need more of them: a masked one needs the mask.
+    """
     return symbols + fields_lib.OBJECTIVES[config.train.objective].symbols
 
 

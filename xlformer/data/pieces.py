@@ -139,7 +139,8 @@ def _backend(data: bytes):
 def _byte_level() -> dict[str, int]:
     """The bytes that GPT-2 and its kin mean by a character of a piece.
 
-    Printable bytes stand as they are, the others from code point 256 on."""
+    Printable bytes stand as they are, the others from code point 256 on.
+    """
     same = [*range(33, 127), *range(161, 173), *range(174, 256)]
     byte_of = {chr(byte): byte for byte in same}
     others = (byte for byte in range(256) if byte not in same)

@@ -83,8 +83,7 @@ CORPORA = {
             "wikitext-103-v1.zip",
             (f"{_METAMIND}/wikitext-103-v1.zip",),
             "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
-            # The members need no checksum beside the archive's. `<unk>` stands in the
-            # text itself.
+            # The members need no checksum beside the archive's.
             {f"wikitext-103/wiki.{s}.tokens": "" for s in ("train", "valid", "test")},
             lines=True,
         ),

@@ -22,7 +22,7 @@ _OPERATION = re.compile(
 )
 # 'bf16[8,16]' or 'f8e4m3fn[4]': the first number of a dtype is its width in bits.
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
-# Computations that run once where they are named: fusions, sums, branches.
+# Computations that run once where they are named: fusions, sums, two branches.
 _CALLED = re.compile(
     r"(?:calls|to_apply|true_computation|false_computation)=%([\w.-]+)"
 )

@@ -34,14 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         module, _ = COMMANDS[name]
         try:
             command = importlib.import_module(f"xlformer.{module}")
-        except KeyboardInterrupt:  # It takes a second: jax.
+        # The import takes a second, most of it jax, and is outside of command.run.
+        except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 128 + signal.SIGINT
         return command.main(rest)
     if name in ("-h", "--help", "help"):
         return _said(usage())
     if name == "--version":
-        from xlformer import command  # It takes a second: jax.
+        # Here, because --help needs no jax, which takes a second to import.
+        from xlformer import command
 
         return _said(command.version())
     known = COMMANDS if name[:1] != "-" else ("--help", "--version")
@@ -51,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _said(text: str) -> int:
-    with contextlib.suppress(OSError):  # `... | head` has read what it wanted.
+    # `... | head` has read what it wanted, and closes the pipe.
+    with contextlib.suppress(OSError):
         print(text)
     streams.drop_stdout()
     return 0

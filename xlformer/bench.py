@@ -80,9 +80,12 @@ def _main(argv) -> int:
     rows = []
     for part in parts:
         rows += part
-        if args.json:  # after each, as the next may take more time than there is
+        # After each part, because the next may take more time than there is.
+        if args.json:
             epath.Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
         if args.preset:
+            # A preset takes long: each line is shown as it is measured, the table at
+            # the end.
             print(render(part).splitlines()[1], file=sys.stderr, flush=True)
     about = rows[0]
     where = f"{about['devices']} x {about['device']}, jax {about['jax']}"

@@ -18,11 +18,14 @@ from xlformer import __version__, storage, streams
 from xlformer.errors import BAD_INPUT, UserError, did_you_mean, reason
 
 OVERRIDE = "--config."
-# What a directory or a disk may answer, whoever asks; not ours to correct.
+# What a directory or a disk may answer whoever asks: it becomes one line. Any other
+# OSError is a mistake of this program and keeps its trace.
 _DENIED = "EACCES EPERM ENOENT ENOTDIR EISDIR EEXIST EROFS ENOSPC EDQUOT EFBIG"
 _DENIED += " ENAMETOOLONG ELOOP EIO ESTALE ENOTEMPTY EBUSY EMFILE ENFILE ENXIO ENODEV"
 OF_FILES = {getattr(errno, name) for name in _DENIED.split()}
-_typed: set[str] = set()  # the flags of the command that runs, without their dashes
+# The flags of the command that runs, without their dashes: what a library says of an
+# argument is shown as the flag that the person typed.
+_typed: set[str] = set()
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,7 +39,8 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             prog=_as_started(prog),
             description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,  # Of examples.
+            # Module docstrings hold examples, whose line breaks have a meaning.
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.add_argument(
             "--version",
@@ -56,7 +60,8 @@ class Parser(argparse.ArgumentParser):
         _typed.clear()
         _typed.update({"config."}, (name.removeprefix("--") for name in names))
         argv = list(_joined(sys.argv[1:] if argv is None else argv))
-        # First, because a typo in a flag that is required reads as if it were missing.
+        # Before parsing, which would say of a misspelt required flag that it is
+        # missing.
         self._refuse_unknown(item for item in argv if item.startswith("--"))
         args, rest = self.parse_known_args(argv)
         self._refuse_unknown(rest)
@@ -82,7 +87,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _joined(argv: Sequence[str]) -> Iterator[str]:
-    """`--config.a.b v` as `--config.a.b=v`: with a space all other flags work too."""
+    """Joins `--config.a.b v` to `--config.a.b=v`: other flags take a space as well."""
     items = iter(argv)
     for item in items:
         if item.startswith(OVERRIDE) and "=" not in item:
@@ -114,6 +119,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv=None) -> int:
     """Calls main(argv); an error that is the user's becomes one line, exit code 2."""
     streams.stand_in()
     _typed.clear()
+    # In a notebook or a test standard output is an object that cannot.
     if hasattr(sys.stdout, "reconfigure"):
         # A terminal that lacks a character shows '?'.
         sys.stdout.reconfigure(errors="replace")
@@ -124,23 +130,29 @@ def run(main: Callable[[Sequence[str] | None], int], argv=None) -> int:
     except MemoryError as error:
         message = f"out of memory: {reason(error)}"
     except jax.errors.JaxRuntimeError as error:
+        # JAX has no class of its own for it: the status stands in the message.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         message = f"out of memory on the device: {reason(error)}"
     except (RuntimeError, AssertionError):
+        # JAX raises these where the platform that was asked for is not there, at the
+        # first use of a device. Whatever else they are keeps its trace.
         message = _missing_platform()
         if not message:
             raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        # What a shell makes of a process that a signal ended.
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # `... | head` has read what it wanted.
+    # `... | head` has read what it wanted: no error. Before OSError, which it is too.
+    except BrokenPipeError:
         streams.drop_stdout()
         return 0
     except OSError as error:
         if error.errno not in OF_FILES:
             raise
         message = _of_files(error, sys.argv[1:] if argv is None else argv)
+        # The disk may be full to which standard output is redirected.
         if streams.drop_stdout():
             message = f"standard output: {message}"
     print(f"error: {message}", file=sys.stderr)
@@ -156,7 +168,8 @@ def _written(main: Callable[[Sequence[str] | None], int], argv) -> int:
     """Calls main(argv); what it printed is written before the exit code is known."""
     try:
         code = main(argv)
-    except SystemExit:  # --help
+    # argparse leaves this way after --help and --version.
+    except SystemExit:
         sys.stdout.flush()
         raise
     sys.stdout.flush()
@@ -164,12 +177,14 @@ def _written(main: Callable[[Sequence[str] | None], int], argv) -> int:
 
 
 def place(text: str) -> str:
-    """A path as a flag has it; for add_argument's type."""
-    if not text:  # An unset variable of a script, not the directory it runs in.
+    """Checks and expands the path that a flag names; for add_argument's type."""
+    # An unset variable of a script, which does not mean the directory that it runs in.
+    if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     try:
         text.encode()
-    except UnicodeEncodeError:  # Orbax cannot name such a directory.
+    # Orbax cannot name a directory whose path is not UTF-8.
+    except UnicodeEncodeError:
         line = f"the path is not UTF-8: {os.fsencode(text)!r}"
         raise argparse.ArgumentTypeError(line) from None
     return os.fspath(storage.path(text))
@@ -187,6 +202,7 @@ def _missing_platform() -> str:
     except (RuntimeError, AssertionError) as error:
         why = reason(error).removeprefix("Unable to initialize backend ")
         why = "" if isinstance(error, AssertionError) else f" ({why})"
+    # JAX keeps the failure; without the wish it looks for what there is.
     jax.config.update("jax_platforms", None)
     found = f"{len(jax.devices())} x {jax.devices()[0].platform}"
     return (
@@ -206,6 +222,7 @@ def _of_files(error: OSError, argv: Sequence[str]) -> str:
     leading = [x for x in named if x[0].is_relative_to(path)]
     if not holding and not leading:
         return f"{path}: {what}"
+    # The flag whose path is nearest: the longest that holds the file.
     place, text = max(holding or leading, key=lambda x: len(x[0].parts))
     return f"{text}: {what}" + ("" if place == path else f": {path}")
 
@@ -215,12 +232,13 @@ def _absolute(place: str) -> pathlib.Path:
 
 
 def _named_paths(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """What may be a path, and how a person named it."""
+    """Yields what among the arguments may be a path, and how a person named it."""
     for item, following in itertools.pairwise([*argv, ""]):
         name, equals, value = item.partition("=")
         value = value if equals else following
         if name.startswith("--") and value:
             yield value, f"{name}={value}"
+    # The cache is used without being named: then its variable is what can be changed.
     unset = storage.CACHE_VARIABLE not in os.environ
     where = storage.cache()
     yield where, f"{storage.CACHE_VARIABLE}={where}" + " (the default)" * unset

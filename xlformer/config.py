@@ -22,7 +22,9 @@ from xlformer import models, storage
 from xlformer.data import recipes
 from xlformer.errors import Argument, UserError, did_you_mean
 
-FORMAT = 2  # of a resolved config as JSON; 1 is that of xlformer 0.1.0, which had none
+# The format of a resolved config as JSON. 1 is that of xlformer 0.1.0, which had no
+# number for it.
+FORMAT = 2
 # What 0.1.0 did where it had no field for it yet.
 BEFORE: dict[str, Any] = {"data.min_count": 1}
 
@@ -50,6 +52,7 @@ def flat(config: Mapping) -> dict[str, Any]:
     """'section.field' -> value, of a config or of its plain dict."""
     found: dict[str, Any] = {}
     for key, value in config.items():
+        # A ConfigDict is no Mapping to Python.
         if isinstance(value, Mapping | ConfigDict):
             found |= {f"{key}.{name}": x for name, x in value.items()}
         else:
@@ -67,6 +70,7 @@ def check(config: ConfigDict, model: models.Model | None = None) -> None:
     model: what is trained, where it is known: it may be one's own, in place of what
     config.model describes.
     """
+    # First, because the rules below are those of the model that it names.
     models.check(config.model)
     values, known = flat(config), rules(config)
     for name in values:
@@ -127,12 +131,15 @@ def _check_segments(config: ConfigDict, model: models.Model) -> None:
 
 
 def vocab_size(config: ConfigDict, symbols: int) -> int:
-    """Of the model for data of so many symbols: its objective may add some."""
+    """The vocabulary of a model for data of so many symbols.
+
+    The objective may need more of them: a masked one needs the mask.
+    """
     return symbols + fields_lib.OBJECTIVES[config.train.objective].symbols
 
 
 def outline(config: ConfigDict) -> models.Model:
-    """What config.model describes, before the data say of how many symbols."""
+    """The model that config.model describes, before the data say how many symbols."""
     return models.build(config.model, config.model.vocab_size or fields_lib.LARGEST)
 
 
@@ -143,7 +150,7 @@ def directories() -> list[pathlib.Path]:
 
 
 def names() -> list[str]:
-    """Every named config."""
+    """The names of all configs that `load` finds by name."""
     found = {f.stem for d in directories() for f in d.glob("*.py")}
     return sorted(found - {"__init__"})
 
@@ -178,6 +185,7 @@ def module(name: str):
     if path.suffix != ".py":
         candidates = [d / f"{name}.py" for d in directories()]
         installed = [c for c in candidates if c.is_file()]
+        # A name with a '/' in it may be a file, but is no named config.
         if not installed or name not in names():
             near = did_you_mean(name, names())
             raise UserError(Argument("config", name), f": no such config{near}")
@@ -185,8 +193,10 @@ def module(name: str):
     elif not path.is_file():
         raise UserError(Argument("config", name), ": no such file")
     spec = importlib.util.spec_from_file_location(f"xlformer_config_{path.stem}", path)
-    assert spec and spec.loader  # as of every name that ends in .py
+    # Every name that ends in .py has both.
+    assert spec and spec.loader
     found = importlib.util.module_from_spec(spec)
+    # This runs the file: the one place where a config is code.
     spec.loader.exec_module(found)
     if not hasattr(found, "get_config"):
         line = ": the file defines no get_config function"
@@ -195,7 +205,7 @@ def module(name: str):
 
 
 def set_fields(config: ConfigDict, overrides: Sequence[str]) -> None:
-    """Sets what 'a.b=v' items say."""
+    """Sets the fields that 'a.b=v' items name."""
     for override in overrides:
         field, equals, text = override.partition("=")
         if not equals:
@@ -220,6 +230,7 @@ def set_field(config: ConfigDict, field: str, text: str) -> None:
         raise UserError(Argument(f"config.{field}"), line)
     named = Argument(f"config.{field}", text)
     value = fields_lib.parse(text, node[parts[-1]], named)
+    # ml_collections would refuse None for a number that has a default, and the reverse.
     with node.ignore_type():
         node[parts[-1]] = value
 
@@ -238,6 +249,7 @@ def from_json(text: str) -> ConfigDict:
     """Reads what to_json wrote, which may come from anywhere; see from_dict."""
     try:
         found = json.loads(text)
+    # Braces nested a thousand deep end in a RecursionError.
     except (ValueError, RecursionError) as error:
         raise UserError(f"config.json is not a resolved config: {error!r}") from error
     return from_dict(found)
@@ -284,6 +296,7 @@ def _update(node: ConfigDict, found: Mapping, at: str, where: str) -> None:
             _update(like, value, f"{at}.{key}", where)
             continue
         with node.ignore_type():
+            # JSON has lists only, a frozen dataclass needs what can be hashed.
             node[key] = tuple(value) if isinstance(value, list) else value
 
 
@@ -295,7 +308,10 @@ def shrink(config: ConfigDict) -> ConfigDict:
     """
     train, evaluation = config.train, config.eval
     config.model.update(models.tiny(config.model))
-    config.mesh.update(dict.fromkeys(config.mesh, 1))  # a batch of two has no more
+    # A batch of two rows cannot be split further.
+    config.mesh.update(dict.fromkeys(config.mesh, 1))
+    # Different primes, so that lengths that are mixed up do not fit each other; the
+    # same for all models of a family, so that tests compile them once.
     train.update(steps=2, batch_size=2, segment_length=7)
     train.update(log_every=1, eval_every=2, save_every=2)
     train.micro_batches = min(train.micro_batches, 2)

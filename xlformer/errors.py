@@ -8,10 +8,13 @@ import os
 from collections.abc import Collection, Iterable
 from typing import Any
 
-# What a command ends with, if not with 0. launch/ reads these lines and acts by them.
+# What a command ends with, if not with 0. The programs in launch/ act by these numbers:
+# a shell reads the lines, and Python runs this file alone, without jax and without the
+# rest of the package.
 BAD_INPUT = 2  # one line has said what; no restart mends it
 INTERRUPTED = 42  # stopped by a signal; everything worth keeping is saved
 HUNG = 43  # a host made no step; all hosts have to start again
+# Stands for a value that is not given, because None is one.
 _UNSAID = object()
 
 
@@ -63,13 +66,15 @@ class UserError(Exception):
             override = part.name.startswith("config.") and "config." in flags
             return part.as_flag() if override or part.name in flags else str(part)
 
+        # One line, whatever messages of libraries were put into it.
         return " ".join("".join(map(shown, self.parts)).split())
 
 
 class WorthAnotherTry(UserError):
-    """Perhaps only this host's, or only now: in a job of several, exit code 1.
+    """An error that is perhaps only this host's, or only of this moment.
 
-    A launcher then starts all hosts again, which it does not do for bad input.
+    In a job of several hosts its exit code is 1: a launcher then starts all of them
+    again, which it does not do for bad input.
     """
 
 

@@ -60,6 +60,7 @@ def _main(argv) -> int:
     with hosts.reading(args, args.workdir):
         mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh), where="--mesh")
         scorers = [Scorer(one, mesh) for one in settings]
+        # Scorers are made once: with --follow each checkpoint uses the same programs.
         for run in _runs(args, mesh):
             found = [
                 scorer.card(run, _progress(number, len(scorers)))
@@ -72,10 +73,11 @@ def _main(argv) -> int:
 
 
 def _settings(args) -> list[EvalSettings]:
-    """One for each --memory_length; all are checked before the first is scored."""
+    """The settings for each --memory_length, all checked before the first is scored."""
     texts = [None] if args.memory_length is None else args.memory_length.split(",")
     lengths = [_parsed("memory_length", text, 0) for text in texts]
     same_length = _parsed("same_length", args.same_length, False)
+    # The flags are named as the fields of EvalSettings are.
     given = vars(args) | {"same_length": same_length}
     given["checkpoint"] = args.checkpoint or "best"
     names = {field.name for field in dataclasses.fields(EvalSettings)}
@@ -110,7 +112,7 @@ def _report(workdir, found: list[dict]) -> None:
     for warning in {c["warning"] for c in found if "warning" in c}:
         print(f"warning: {warning}", file=sys.stderr)
     as_json = [cards.finite(card) for card in found]
-    # Whoever reads a pipe of --follow shall not wait for the next card.
+    # Flushed: whoever reads a pipe of --follow shall not wait for the next card.
     print(json.dumps(as_json if len(as_json) > 1 else as_json[0]), flush=True)
     cards.write(workdir, found)
 

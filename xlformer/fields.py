@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 
 from xlformer.errors import Argument, UserError, did_you_mean
 
-REFUSED = "refused"  # the checkpoint would mean something else, or would not fit
-TAKEN = "taken"  # from here on, and the run says what changes
-FREE = "free"  # the numbers of the run do not depend on it
-LARGEST = (1 << 31) - 1  # steps, rows and positions are int32
+# What becomes of a resumed run whose value of an option has changed.
+REFUSED = "refused"  # The checkpoint would mean something else, or would not fit.
+TAKEN = "taken"  # It counts from here on, and the run says what changes.
+FREE = "free"  # The numbers of the run do not depend on it.
+# Steps, rows and positions are int32 on the device: JAX has no more by default.
+LARGEST = (1 << 31) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +52,12 @@ class Rule:
         if self.choices:
             if value not in self.choices:
                 near = did_you_mean(str(value), map(str, self.choices))
+                # Else it lists what is known, which the line has already.
                 near = near if "did you mean" in near else ""
                 shown = ", ".join(map(str, self.choices))
                 raise UserError(f"{name}={value!r} is none of {shown}{near}")
             return
+        # bool is an int in Python, and has no range.
         if isinstance(value, bool) or not isinstance(value, int | float):
             return
         if isinstance(value, float) and not math.isfinite(value):
@@ -88,7 +92,8 @@ def _field(default, resume: str, **rule) -> Field:
     return Field(default, Rule(resume, **rule))
 
 
-_RATIO = {"least": 0, "below": 1}  # 0 is none, 1 would be all
+# A decay of 0 keeps nothing of what was, one of 1 would keep all and learn nothing.
+_RATIO = {"least": 0, "below": 1}
 SPLITS = ("train", "validation", "test")
 
 
@@ -238,6 +243,7 @@ def check_section(section: str, values: Mapping) -> None:
     for name, field in TABLE[section].items():
         shown, value = ".".join(filter(None, ("config", section, name))), values[name]
         kind = type(field.default)
+        # An int will do for a float: a config file may say learning_rate = 1.
         if type(value) is not kind and (kind, type(value)) != (float, int):
             raise UserError(f"{shown}={value!r:.50} is not of type {kind.__name__}")
         field.rule.check(shown, value)
@@ -251,13 +257,17 @@ def parse(text: str, like, *named: str | Argument) -> Any:
     if isinstance(like, str):
         return text
     try:
+        # Literals only: what a person typed is not run.
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
+        # As people write them in other programs.
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    # 3 is a fine learning rate; 3.5 is no number of layers.
     if isinstance(like, float) and type(value) is int:
         value = float(value)
     if isinstance(like, tuple) and isinstance(value, list):
         value = tuple(value)
+    # By exact type, because True would pass for the number 1.
     if like is not None and type(value) is not type(like):
         expected = f": expected {type(like).__name__}, as in {like!r}"
         raise UserError(*named, expected)

@@ -37,7 +37,8 @@ __all__ = [
     "main",
 ]
 
-OPENING = 32  # tokens of the test split that are continued where no prompt is given
+# Tokens of the test split that are continued where no prompt is given.
+OPENING = 32
 # How the paper made its samples (Dai et al. 2019, arXiv:1901.02860, appendix E).
 PAPER_CONTEXT, PAPER_TOKENS, PAPER = 512, 1000, Sampling(top_k=40)
 
@@ -50,6 +51,7 @@ def _prompts(args, run: runs.Run) -> list[np.ndarray]:
         texts.append((where, _file(args.prompt_file, vocabulary.unit, where)))
     if not texts and not runs.names_data(run.config):
         raise UserError("nothing to continue: pass --prompt or --prompt_file")
+    # Not closed: a prompt goes on where it ends, even within a line.
     prompts = [vocabulary.encode(x, close_line=False, where=w) for w, x in texts]
     for (where, _), prompt in zip(texts, prompts, strict=True):
         if not len(prompt):
@@ -58,6 +60,7 @@ def _prompts(args, run: runs.Run) -> list[np.ndarray]:
         tokens, _, _ = read(run, "test", None, args.data_path)
         prompts = [np.asarray(tokens[:OPENING])]
     if args.preset == "paper":
+        # The end of a prompt is what is continued.
         prompts = [p[-PAPER_CONTEXT:] for p in prompts]
     return [p for p in prompts for _ in range(args.num_samples)]
 
@@ -123,6 +126,7 @@ def _check_arguments(args) -> None:
         )
     if args.num_tokens > MOST:
         raise UserError(f"--num_tokens={args.num_tokens} must be at most {MOST}")
+    # A key of JAX has 32 bits of the seed: a larger one would repeat a smaller one.
     if not 0 <= args.seed < 1 << 32:
         raise UserError(f"--seed={args.seed} must be from 0 to {(1 << 32) - 1}")
     if args.memory_length is not None and args.memory_length < -1:
@@ -175,7 +179,7 @@ def _main(argv) -> int:
 
 
 def _check_of_several(args) -> None:
-    """Standard input is the first host's alone."""
+    """Raises UserError for what reads standard input, which only the first host has."""
     for flag, refused in (
         ("--interactive", args.interactive),
         (f"--prompt_file={args.prompt_file}", args.prompt_file == "-"),
@@ -186,7 +190,8 @@ def _check_of_several(args) -> None:
 
 def _continue(args, run: runs.Run, model, options) -> None:
     prompts = _prompts(args, run)
-    if jax.process_count() > 1:  # The others could have another file of that name.
+    # Another host could have another file of that name, and all would wait for ever.
+    if jax.process_count() > 1:
         hosts.same(prompt=repr([prompt.tolist() for prompt in prompts]))
     rows = [Row(run.vocabulary, prompt, args.stop) for prompt in prompts]
     printer = Printer(rows)
@@ -199,6 +204,7 @@ def _continue(args, run: runs.Run, model, options) -> None:
         **options,
     )
     printer.finish()
+    # The first row was printed as it came; rows cannot be printed side by side.
     for number, row in enumerate(rows[1:], 2):
         print(f"--- {number} of {len(rows)}\n{row.prompt}{row.text}")
 

@@ -44,7 +44,8 @@ def _main(argv) -> int:
             f"--price_per_chip_hour={args.price_per_chip_hour} must not be negative"
         )
     if args.topology != HERE:
-        # No TPU is looked for: neither here, nor by the compiler on a metadata server.
+        # No TPU is looked for, neither here nor, by libtpu, on a metadata server, which
+        # a machine outside of Google's cloud does not have.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         jax.config.update("jax_platforms", "cpu")
     config = config_lib.load(args.config, overrides)
@@ -60,6 +61,7 @@ def _main(argv) -> int:
     print(render(found))
     if args.json:
         epath.Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
+    # Not known is not too small.
     return 1 if found["memory"]["fits"] is False else 0
 
 

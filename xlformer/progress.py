@@ -10,18 +10,20 @@ from collections.abc import Iterator
 
 from xlformer import tables
 
+# A context variable and not an argument: what counts lies many calls below what shows,
+# and another thread's count is another one.
 _counting = contextvars.ContextVar("counting", default=None)
 
 
 class Progress:
-    """Called with the fraction done; says it on standard error.
+    """Says on standard error how far something is; it is called with the fraction done.
 
     The first call only starts the clock: what was before it, compiling say, tells
     nothing about the rest. False is returned, which lets Evaluator.score go on.
 
     Args:
-      what: is being done: 'evaluating'.
-      seconds: between two lines.
+      what: what is being done, as in 'evaluating'.
+      seconds: the time between two lines.
     """
 
     def __init__(self, what: str, seconds: float = 5.0):
@@ -47,6 +49,7 @@ def counting(what: str, total: int) -> Iterator[None]:
     def add(amount: int) -> None:
         nonlocal count
         count += amount
+        # A text may be empty.
         progress(count / max(total, 1))
 
     add(0)
@@ -58,6 +61,6 @@ def counting(what: str, total: int) -> Iterator[None]:
 
 
 def passed(amount: int) -> None:
-    """So much more of what `counting` counts is done; nothing where nothing counts."""
+    """Counts `amount` for the `counting` around it, if there is any."""
     if add := _counting.get():
         add(amount)

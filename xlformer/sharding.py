@@ -68,9 +68,12 @@ def make_mesh(
             f": {_shown(sizes)} leaves {have - wanted} of {have} devices idle, "
             "which several hosts cannot do",
         )
+    # Stated, because jax.make_mesh gives Explicit axes by default (jax 0.10.2), whose
+    # shardings are part of every array's type.
     types = (AxisType.Auto,) * len(sizes)
     if devices is not None:
-        # As they come: make_mesh wants whole tori, a smaller mesh takes the first.
+        # In the order they come in: jax.make_mesh wants whole tori, and a smaller mesh
+        # takes the first devices.
         picked = np.array(devices[:wanted]).reshape(tuple(sizes.values()))
         return Mesh(picked, tuple(sizes), axis_types=types)
     devices = jax.devices()[:wanted]
@@ -82,8 +85,10 @@ def make_mesh(
 
 
 def count_slices(devices: Sequence) -> int:
-    """How many slices of TPUs these are of. GPUs count their hosts that way: they are
-    one slice here, in whose order of devices a host's are neighbours already.
+    """How many slices of TPUs these devices belong to.
+
+    GPUs count their hosts by the same attribute. They are one slice here, in whose
+    order of devices those of a host are neighbours already.
     """
     if devices[0].platform != "tpu":
         return 1
@@ -94,6 +99,8 @@ def over_slices(
     sizes: Mapping[str, int], devices: Sequence, slices: int, *, where: str | Argument
 ) -> np.ndarray:
     """The devices in the mesh's shape: the slices one after the other along `data`."""
+    # The network between slices is slower by far: only `data`, whose sums of the
+    # gradient it carries once a step, goes over it.
     if sizes["data"] % slices:
         others = " and ".join(axis for axis in sizes if axis != "data")
         raise UserError(
@@ -123,8 +130,11 @@ def fit_mesh(
     if free:
         sizes[free[0]] = max(have // fixed, 1)
     wanted = math.prod(sizes.values())
+    # With a free axis all devices must be used: what is fixed has to divide them.
     if wanted > have or (free and wanted < have):
         raise UserError(where, f": {shown} does not fit onto {have} devices")
+    # Rows that all devices cannot share evenly leave some of them idle, on one machine:
+    # better than to refuse the run.
     if free and free[0] in RULES["batch"] and rows:
         most = sizes[free[0]]
         others = math.prod(sizes[axis] for axis in RULES["batch"]) // most
@@ -245,6 +255,7 @@ def train_state(mesh: Mesh, whole, model):
         path = _path(path)
         for start in range(len(path)):
             shape, sharding = by_path.get(path[start:], (None, None))
+            # Under a parameter's path an optimizer may keep less than its shape.
             if shape == x.shape:
                 return sharding
         return replicated(mesh)
@@ -282,11 +293,12 @@ class Rows:
         self.mesh, self.batch_size = mesh, batch_size
         sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
         parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+        # A set, because devices that differ in `tensor` hold the same rows.
         found = {r for (part,) in parts for r in range(*part.indices(batch_size))}
         self.mine = np.array(sorted(found))
 
     def shardings(self, batch: Mapping, *, axis: int = 0) -> dict:
-        """Of a dict of arrays with the rows at `axis`; scalars are copied."""
+        """Shardings of a dict of arrays with the rows at `axis`; scalars are copied."""
 
         def place(x):
             if np.ndim(x) <= axis:
@@ -297,9 +309,10 @@ class Rows:
         return {name: place(x) for name, x in batch.items()}
 
     def put(self, batch: Mapping, *, axis: int = 0) -> Mapping:
-        """Global arrays of what has been made of the rows `mine` only."""
+        """Makes global arrays of what this process has made of its rows `mine`."""
         if jax.process_count() == 1:
-            return batch  # jit splits it
+            # jit splits what is whole on one host by itself.
+            return batch
         shardings = self.shardings(batch, axis=axis)
         return {k: self._global(x, shardings[k], axis) for k, x in batch.items()}
 
@@ -309,6 +322,7 @@ class Rows:
             return jax.make_array_from_callback(x.shape, sharding, lambda _: x)
         shape = (*x.shape[:axis], self.batch_size, *x.shape[axis + 1 :])
 
+        # JAX asks for global rows, and this host has made its own only.
         def local(index):
             start, stop, _ = index[axis].indices(self.batch_size)
             first = int(np.searchsorted(self.mine, start))
@@ -319,6 +333,6 @@ class Rows:
 
 
 def padded(rows: int, mesh: Mesh) -> int:
-    """At least `rows`, so many that every device has equally many."""
+    """The least number from `rows` on that gives every device equally many."""
     shards = row_shards(mesh)
     return -(-rows // shards) * shards

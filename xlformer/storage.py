@@ -11,6 +11,7 @@ from etils import epath
 
 from xlformer.errors import Argument, UserError
 
+# The ending of a file that is being written, before it is renamed.
 TEMPORARY = ".tmp"
 CACHE_VARIABLE, DEFAULT_CACHE = "XLFORMER_DATA", "~/.cache/xlformer"
 
@@ -27,7 +28,9 @@ def path(place) -> epath.Path:
         _prepare()
         return epath.Path(place)
     found = os.path.expanduser(place)
-    if found == "~" or found.startswith("~/"):  # a uid that has no passwd entry
+    # In a container the user id may have no entry in passwd: `~` stays as it is then,
+    # and would become a directory of that name.
+    if found == "~" or found.startswith("~/"):
         other = f" or {CACHE_VARIABLE}" if found.startswith(DEFAULT_CACHE) else ""
         raise UserError(f"{place}: this user has no home directory: set HOME{other}")
     return epath.Path(found)
@@ -46,8 +49,10 @@ def check_writable(folder, name: str) -> None:
     if is_remote(folder):
         return
     place = os.path.abspath(folder)
+    # The nearest folder that exists: those between will be made in it.
     while not os.path.lexists(place):
         place = os.path.dirname(place)
+    # The rights that the process has, not those of the user who started it.
     effective = os.access in os.supports_effective_ids
     if not os.path.isdir(place):
         raise UserError(Argument(name, folder), f": {place} is not a directory")
@@ -63,7 +68,7 @@ def is_remote(place) -> bool:
 @functools.cache
 def _prepare() -> None:
     try:
-        # Orbax asks the third whether a bucket has folders.
+        # The third is for Orbax, which asks it whether a bucket has folders.
         for name in ("fsspec.config", "gcsfs", "google.cloud.storage"):
             importlib.import_module(name)
     except ImportError as error:
@@ -76,15 +81,18 @@ def _prepare() -> None:
 
 
 def write(file: epath.Path, text: str) -> None:
-    """Whole or not at all; UserError if not."""
+    """Writes a file whole or not at all; raises UserError where it cannot."""
     try:
-        if is_remote(file):  # An object appears only when it is complete.
+        # An object appears only when it is complete.
+        if is_remote(file):
             file.write_text(text)
             return
+        # In the same directory: a rename is atomic only within one file system.
         temporary = file.parent / f"{file.name}{TEMPORARY}"
         temporary.write_text(text)
         os.replace(temporary, file)
-    except Exception as error:  # Of the network, of credentials: no common class.
+    # Errors of the network and of credentials have no common class.
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         if not isinstance(error, OSError):
             reason = f"{type(error).__name__}: {reason}"

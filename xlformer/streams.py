@@ -13,6 +13,7 @@ def stand_in() -> None:
     error would then go into a checkpoint.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        # Python sets them to None where the descriptor is closed.
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
@@ -26,6 +27,8 @@ def drop_stdout() -> bool:
         sys.stdout.flush()
     except OSError:
         null = os.open(os.devnull, os.O_WRONLY)
+        # What is left in the buffer goes to the null device when Python flushes at its
+        # exit.
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
         return True

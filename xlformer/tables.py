@@ -11,6 +11,8 @@ import jax
 def short(number: float) -> str:
     """12345 as '12.3k'."""
     for unit in ("", "k", "M", "G"):
+        # From there on one decimal would be rounded up to 1000.0. `not >=` lets NaN
+        # through.
         if not abs(number) >= 999.95:
             return f"{number:.1f}{unit}" if unit else f"{number:.0f}"
         number /= 1000
@@ -21,6 +23,7 @@ def duration(seconds: float) -> str:
     """3723 as '1:02:03', or with days '2d 1:02:03'; '?' if it is not known."""
     if not math.isfinite(seconds) or seconds < 0:
         return "?"
+    # Rounded first, or 59.7 s would be shown as 0:00:60.
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)

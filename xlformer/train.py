@@ -24,7 +24,7 @@ from xlformer.training.run import train
 
 __all__ = ["keep_heap_small", "main", "train"]
 
-M_ARENA_MAX = -8  # malloc.h
+M_ARENA_MAX = -8  # from glibc's malloc.h
 
 
 def _main(argv) -> int:
@@ -46,12 +46,14 @@ def _main(argv) -> int:
     if args.manual_dir is not None:
         config.data.manual_dir = args.manual_dir
     workdir = storage.path(args.workdir)
+    # Before anything is downloaded, prepared or compiled.
     writing.refuse_foreign(workdir)
     storage.check_writable(workdir, "workdir")
     init_from = config.init_from if args.init_from is None else args.init_from
     if args.init_from is not None or init_from:
         config = start.with_model(config, init_from, workdir, overrides)
     with hosts.leaving_at_once():
+        # Before any device is used: JAX cannot join hosts afterwards.
         hosts.join(
             args,
             workdir=workdir,
@@ -67,18 +69,19 @@ def _main(argv) -> int:
 
 
 def _keep_compiled(workdir) -> None:
-    """A restarted run finds its programs in the work directory."""
+    """Makes a restarted run find its compiled programs in the work directory."""
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(workdir / writing.COMPILED))
 
 
 def keep_heap_small() -> None:
-    """glibc's own arenas grow with every save: the writing threads come and go.
+    """Gives malloc two arenas: more grow with every save, whose threads come and go.
 
     2,000 steps with 100 saves of 6.5 MiB made the resident size grow by 3.4 % from step
     500 on, with two arenas by 0.5 to 1.5 % (tests/soak/memory.py; 2 cores, 2026-11-22).
     """
-    with contextlib.suppress(OSError, AttributeError):  # another libc
+    # Another libc has no mallopt.
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 

@@ -15,6 +15,8 @@ from xlformer.data.prepared import encode_file
 from xlformer.errors import UserError
 from xlformer.scoring import evaluation
 
+# Enough to tell a wrong order of ids, whose loss is above what knowing nothing but the
+# frequencies costs, from the right one.
 PROBE_TOKENS = 20_000
 
 
@@ -26,6 +28,8 @@ def _read(args):
     if args.hparams:
         hparams = read_json(pathlib.Path(args.hparams))
     if hparams is None:
+        # Most state dicts carry no settings, and shapes alone do not tell heads from
+        # widths.
         beside = pathlib.Path(args.source).with_name("hparams.json")
         if not beside.is_file():
             raise UserError(
@@ -37,7 +41,11 @@ def _read(args):
 
 
 def _probe(args, overrides) -> None:
-    """Warns when the loss exceeds the unigram entropy."""
+    """Scores a text, and warns when the loss exceeds the entropy of single symbols.
+
+    A vocabulary in another order than the weights fits every shape: only the loss shows
+    it.
+    """
     if not args.probe and not any(o.startswith("data.") for o in overrides):
         print(
             "no probe: --probe=FILE or --config.data.corpus=NAME would check the order"
@@ -67,7 +75,8 @@ def _main(argv) -> int:
     if args.probe and is_read_once(args.probe):
         raise UserError(f"--probe={args.probe} is read twice, a pipe only once: a file")
     if args.probe and vocabulary is not None:
-        encode_file(vocabulary, args.probe)  # Before anything is written.
+        # A text that cannot be encoded says so before anything is written.
+        encode_file(vocabulary, args.probe)
     elif args.probe and not any(o.startswith("data.") for o in overrides):
         raise UserError(f"--probe={args.probe} needs --vocab=FILE to be encoded with")
     model_config, params, hparams = _read(args)

@@ -39,6 +39,7 @@ def adopt(
       hparams: the originals' settings, for the segment length of evaluation.
       overrides: 'a.b=v' of the written config, such as data.corpus=wikitext103.
     """
+    # Parameters are kept in float32 here, whatever precision a file had.
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     config = _config(model_config, params, hparams or {}, overrides)
     _check_size(config, vocabulary, model_config.vocab_size)
@@ -61,11 +62,14 @@ def _config(model_config, params, hparams, overrides):
     config = config_lib.default_config("transformer_xl", **fields)
     config.name = "converted"
     config.data.corpus = "text"
-    config.data.min_count = 1  # Which words there are is said by the weights.
+    # The weights say which words there are: none is left out for being rare.
+    config.data.min_count = 1
+    # A config of Hugging Face may lack tgt_len, and 0 would be no segment.
     segment_length = max(hparams.get("tgt_len") or 64, 1)
     config.train.segment_length = config.eval.segment_length = segment_length
     config_lib.set_fields(config, overrides)
     config_lib.check(config)
+    # Overrides may change what the model does, not its parameters.
     expected = jax.eval_shape(models.build(config.model).init, jax.random.key(0))
     if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
         raise UserError(
@@ -103,7 +107,7 @@ def _new_directory(workdir) -> epath.Path:
 
 
 def read_vocabulary(path: str) -> Vocabulary:
-    """Our JSON, or a text file with one symbol a line in the order of their ids.
+    """Reads our JSON, or a text file with one symbol a line in the order of their ids.
 
     With `<eos>` among them the symbols are words. Different numbers below 256 are bytes
     (the original's enwik8), unless all of them are of one digit; all else are single
@@ -112,14 +116,20 @@ def read_vocabulary(path: str) -> Vocabulary:
     if path.endswith(".json"):
         return vocabularies.load(path)
     try:
+        # Not splitlines(), which also cuts at characters that may be symbols, such as
+        # U+2028.
         symbols = pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             Argument("vocab", path), f": cannot be read: {error}"
         ) from error
+    # The last line's own end.
     symbols = symbols[:-1] if symbols[-1] == "" else symbols
+    # A list of symbols says nothing of how often they occur.
     counts = [0] * len(symbols)
     try:
+        # Single digits may be the characters of a text; a byte vocabulary has longer
+        # numbers.
         numbers = {str(value) for value in range(256)} >= set(symbols)
         if numbers and len(set(symbols)) == len(symbols) and max(map(len, symbols)) > 1:
             values = [int(s) for s in symbols]

@@ -64,7 +64,8 @@ def _object(found, where) -> dict:
 
 def _read_npz(path):
     try:
-        # NpzFile, not np.load: that takes an npy or a pickle of the same name.
+        # NpzFile, not np.load, which goes by what a file begins with and would take an
+        # npy or a pickle of the same name.
         with np.lib.npyio.NpzFile(path, allow_pickle=False) as arrays:
             state = dict(arrays)
     # A hostile file can raise anything: zlib.error, MemoryError, NotImplementedError.
@@ -102,7 +103,7 @@ def _read_safetensors(path):
 
 
 def _widened(x: np.ndarray) -> np.ndarray:
-    """bfloat16, which is no float to numpy, as float32."""
+    """Turns bfloat16, which is no float to numpy, into float32."""
     return x.astype(np.float32) if x.dtype.name == "bfloat16" else x
 
 
@@ -112,6 +113,8 @@ def _read_torch(path):
     except ImportError as error:
         raise UserError(f"{path}: pip install torch to read it") from error
     try:
+        # weights_only=True builds tensors and plain containers, and refuses every other
+        # name that the pickle asks for.
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
@@ -123,12 +126,14 @@ def _read_torch(path):
         raise UserError(f"{path} holds no state dict; {STATE_DICT_RECIPE}")
     try:
         return {name: _numpy(x) for name, x in state.items()}, None
-    except Exception as error:  # Sparse, quantised or without data.
+    # Sparse and quantised tensors, and those without data, raise errors of their own.
+    except Exception as error:
         raise UserError(
             f"{path} holds tensors that are no plain arrays: {reason(error)}"
         ) from error
 
 
 def _numpy(tensor) -> np.ndarray:
+    # numpy has no bfloat16 and none of torch's 8-bit floats; float16 is widened too.
     half = tensor.is_floating_point() and tensor.element_size() < 4
     return (tensor.float() if half else tensor).numpy()

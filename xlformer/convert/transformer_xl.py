@@ -23,7 +23,8 @@ from xlformer.errors import UserError
 from xlformer.layers.attention import LEARNED_ABSOLUTE, LEARNED_RELATIVE, RELATIVE
 from xlformer.models import TransformerXLConfig
 
-# What is in the originals' files and needs no counterpart.
+# What is in the originals' files and needs no counterpart: the frequencies of the
+# sinusoids are constants.
 BUFFERS = ("pos_emb.inv_freq",)
 
 
@@ -98,6 +99,7 @@ def from_hf(directory: str | pathlib.Path) -> tuple[TransformerXLConfig, dict]:
     if found is None:
         raise UserError(f"{directory} has no {files[0].name} and no {files[1].name}")
     state, _ = read_state(found)
+    # The model with a head has the prefix, the bare model has not.
     state = {name.removeprefix("transformer."): x for name, x in state.items()}
     renamed = {
         "n_token": hparams["vocab_size"],
@@ -105,6 +107,7 @@ def from_hf(directory: str | pathlib.Path) -> tuple[TransformerXLConfig, dict]:
     }
     config = hparams_lib.to_config(
         {"cutoffs": [], **hparams, **renamed},
+        # Hugging Face's memory starts as zeros and has no mask: they are attended.
         attend_zero_memory=True,
         norm_epsilon=hparams.get("layer_norm_epsilon", 1e-5),
     )
@@ -159,6 +162,7 @@ def _embedding_entries(config):
 def _softmax_entries(config, reverse_clusters):
     bins = config.bins
     tied = config.tie_weights
+    # With div_val 1 the original has one output layer of all words, else one a bin.
     starts = [0] if config.div_val == 1 else bins.edges[:-1]
     for b, (name, shape) in enumerate(bins.tables.items()):
         path = ("embedding" if tied else "softmax", name)
@@ -176,6 +180,8 @@ def _softmax_entries(config, reverse_clusters):
         else:
             yield Entry(name, ("softmax", f"projection_{b}"), ..., shape)
     if bins.n_tail:
+        # The PyTorch original reads bin b's cluster from column -b of the head, so its
+        # rows stand in reverse; Hugging Face reads them forward.
         order = slice(None, None, -1 if reverse_clusters else 1)
         for name, part, shape in (
             ("crit.cluster_weight", "cluster_kernel", (bins.n_tail, bins.d_embed)),
@@ -208,6 +214,8 @@ def _layer_entries(config, i):
             f"{attention}.qkv_net", ("attention", "qkv"), (D, 3, H, K), inputs=D
         )
     else:
+        # The original's attention with absolute positions has two nets where that with
+        # relative ones has one; the rows of kv_net are the keys, then the values.
         path, width = ("trunk", "layers", "attention", "qkv"), H * K
         for name, columns in (("q_net", slice(0, 1)), ("kv_net", slice(1, 3))):
             n = columns.stop - columns.start
@@ -216,6 +224,7 @@ def _layer_entries(config, i):
                 path,
                 (i, slice(None), columns),
                 (n * width, D),
+                # n as a default: a closure would see the last value of the loop.
                 lambda x, n=n: x.T.reshape(D, n, H, K),
                 lambda x, n=n: x.reshape(D, n * width).T,
             )
@@ -232,6 +241,7 @@ def _layer_entries(config, i):
         yield entry(f"{theirs}.layer_norm.weight", (ours, "scale"), (D,))
         yield entry(f"{theirs}.layer_norm.bias", (ours, "bias"), (D,))
     core = f"{feed_forward}.CoreNet"
+    # The original's Sequential is linear, ReLU, dropout, linear, dropout: 0 and 3.
     for j, part, inputs, outputs in ((0, "in", D, F), (3, "out", F, D)):
         path = ("feed_forward", f"{part}_kernel")
         yield linear(f"{core}.{j}", path, (inputs, outputs), inputs=inputs)
@@ -242,17 +252,20 @@ def _read(config, state, *, reverse_clusters):
     """Fills a tree of the model's shapes from the state's arrays."""
     state = {name: np.asarray(x) for name, x in state.items() if name not in BUFFERS}
     _check(config, state, reverse_clusters)
+    # float64 stays float64, for comparisons that rounding must not blur.
     dtype = np.result_type(*state.values())
     shapes = jax.eval_shape(models.build(config).init, jax.random.key(0))
     tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, dtype), shapes)
     for entry in _entries(config, reverse_clusters=reverse_clusters):
         if entry.name not in state:
-            continue  # A tied one: it has been filled already.
+            # Only tied ones may be missing (_check), and their leaf is filled already.
+            continue
         found = state[entry.name]
         leaf = tree
         for key in entry.path:
             leaf = leaf[key]
         turned = entry.turn(found)
+        # One of the two would be lost without a word.
         if entry.tied and not np.array_equal(leaf[entry.index], turned):
             raise UserError(
                 f"{entry.name} is tied in the hparams but differs in the file"

@@ -16,6 +16,7 @@ from xlformer.data.vocabulary import (
     split_words,
 )
 
+# All that Unicode has: U+10FFFF is the last.
 CODE_POINTS = 0x110000
 
 
@@ -29,6 +30,7 @@ def count_bytes(
     codes = (np.frombuffer(text, np.uint8) for text in texts)
     counts, first = _count(codes, 256)
     if newline == "drop":
+        # Where newlines are dropped, as in the original's enwik8, they have no id.
         counts[NEWLINE] = 0
     values = _by_frequency(counts, first)
     if every:
@@ -66,7 +68,10 @@ def count_words(
             counts.update(words)
     # most_common is stable: ties stay in the order of their first appearance.
     common = (w for w, n in counts.most_common() if n >= min_count)
+    # `<eos>` gets id 0 and words follow by frequency, as in the original: adaptive
+    # cutoffs rely on that order.
     symbols = [*specials, *(word for word in common if word not in specials)]
+    # Specials come first and count: a bound cuts words only.
     symbols = symbols[: max_size or None]
     ordered = [counts[symbol] for symbol in symbols]
     if left_out := counts.total() - sum(ordered):
@@ -76,6 +81,8 @@ def count_words(
 
 def _count(texts: Iterable[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
     """How often each code stands in texts, and its first position (-1: nowhere)."""
+    # Ties are broken by first appearance, as Python's Counter does for words; numpy's
+    # unique would sort the whole text to find it.
     counts, first, base = np.zeros(size, np.int64), np.full(size, -1), 0
     for codes in texts:
         here = np.bincount(codes)
@@ -84,6 +91,8 @@ def _count(texts: Iterable[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarr
         new = new[first[new] < 0]
         found = np.full(len(here), -1)
         for start in range(0, len(codes), 1 << 20):
+            # Most codes stand in the first block, so that the rest of a text is rarely
+            # looked at.
             if not (found[new] < 0).any():
                 break
             chunk = codes[start : start + (1 << 20)]
@@ -100,4 +109,5 @@ def _count(texts: Iterable[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarr
 def _by_frequency(counts: np.ndarray, first: np.ndarray) -> np.ndarray:
     """The codes that were seen, by how often; of equals the earlier one comes first."""
     codes = np.flatnonzero(counts)
+    # lexsort sorts by its last key first.
     return codes[np.lexsort((first[codes], -counts[codes]))]

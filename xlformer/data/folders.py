@@ -20,7 +20,8 @@ from etils import epath
 
 from xlformer.errors import UserError
 
-INCOMPLETE = ".incomplete-"  # Stands in the name of a folder that is not finished.
+# It stands in the name of a folder that is not finished, before the process id.
+INCOMPLETE = ".incomplete-"
 CARD = "card.json"
 
 
@@ -41,10 +42,13 @@ def complete(
         unfinished = folder.with_name(f"{folder.name}{INCOMPLETE}{os.getpid()}")
         if folder.is_dir():
             bad = "" if remote is None else damaged(folder)
-            if not bad:  # Another process was first.
+            # Another process was first: it had the lock while this one waited.
+            if not bad:
                 return folder
             line = f"{folder / bad} does not match its card: copying {remote} again"
             print(f"xlformer: {line}", file=sys.stderr, flush=True)
+            # Out of the way in one step, for `_sweep` to delete: half deleted in its
+            # place it would be a folder that looks complete.
             folder.rename(unfinished)
         _sweep(folder.parent)
         unfinished.mkdir()
@@ -53,6 +57,7 @@ def complete(
             unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+        # The rename itself is an entry of the parent directory.
         _sync(folder.parent)
     return folder
 
@@ -69,6 +74,8 @@ def _fill(folder: pathlib.Path, build, remote: epath.Path | None) -> None:
         build(folder)
         if remote is not None:
             _copy(folder, remote)
+    # Before the rename, which may reach the disk before the data do: after a loss of
+    # power a folder would be there whose files are empty.
     for path in [*folder.iterdir(), folder]:
         _sync(path)
 
@@ -78,6 +85,7 @@ def damaged(folder: pathlib.Path) -> str:
     try:
         splits = json.loads((folder / CARD).read_bytes()).get("splits", {})
         sums = {f"{split}.npy": about["sha256"] for split, about in splits.items()}
+    # A card that is damaged may hold any JSON, or none.
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return CARD
     for name, expected in sums.items():
@@ -106,6 +114,7 @@ def _copy(source, target) -> None:
 def _locked(root: pathlib.Path) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".lock", "w") as file:
+        # Of the open file, not of its name: a killed process leaves no lock behind.
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -23,14 +23,20 @@ from xlformer.data.sources import SPLITS, Text, check_not_empty
 from xlformer.data.vocabulary import SPACES, decode_utf8
 from xlformer.errors import UserError
 
-# Tests and generated tables would be a large part of it; site-packages is not its own.
+# Tests and generated tables would be a large part of the text, and site-packages is not
+# the library's own.
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
 LEFT_OUT |= {"site-packages"}
-LEAST = 11  # Units of a text: 10 leave nothing between 90 % and 95 %.
+# Units that a text needs: of 10 both cuts, at 90 % and at 95 %, fall behind the ninth,
+# and nothing is left between them.
+LEAST = 11
+# The line end of old Macintosh files. In \r\n the newline is there already.
 LONE_RETURN = re.compile(rb"\r(?!\n)")
+# These names are another file in each process, and in a resumed run.
 OF_A_PROCESS = ("/dev/stdin", "/dev/fd/", "/proc/")
 ONCE = "a pipe can be read only once: save the text as a file, and name that to resume"
-# How files begin that look like a text to people, and what makes one of them.
+# How files begin that look like a text to people, and what makes a text of them. UTF-32
+# comes first, because its little-endian mark begins with that of UTF-16.
 CONVERT = "iconv -f {0} -t UTF-8 converts it"
 KINDS = {
     codecs.BOM_UTF32_LE: ("UTF-32", CONVERT.format("UTF-32")),
@@ -81,11 +87,13 @@ def read_files(path: str, unit: str) -> Text:
         documents = [(name, read_once(name)) for name in paths]
     except UserError:
         raise
-    except Exception as error:  # Each library that reads gs:// has errors of its own.
+    # Libraries that read gs:// raise errors of their own, without a common class.
+    except Exception as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"config.data.path={path}: cannot be read: {why}") from error
     once = [name for name in paths if is_read_once(name)]
     texts = [plain_text(data, unit, name) for name, data in documents]
+    # An empty file would be a document without a token.
     texts = [text for text in texts if text]
     unit = "chars" if unit == "pieces" else unit
     starts = _unit_starts(texts, unit)
@@ -134,6 +142,8 @@ def plain_text(data: bytes, unit: str, where: str) -> bytes:
     zeros = data.count(0)
     if zeros:
         line = f"{where} has NUL bytes ({zeros}, the first at offset {data.index(0)})"
+    # A few stray NULs do not spoil a text. In UTF-16 every other byte of English is
+    # one, the first of each pair where the order is big-endian.
     if zeros * 100 > len(data):
         order = "BE" if 2 * data[::2].count(0) > zeros else "LE"
         raise UserError(
@@ -148,7 +158,7 @@ def plain_text(data: bytes, unit: str, where: str) -> bytes:
 
 
 def is_read_once(name: str) -> bool:
-    """Whether that is a pipe, or a name that is another file in each process."""
+    """Whether a name is that of a pipe, or of another file in each process."""
     if name == "-" or name.startswith(OF_A_PROCESS):
         return True
     return "://" not in name and os.path.exists(name) and not os.path.isfile(name)
@@ -159,6 +169,7 @@ def fingerprint(text: Text) -> str:
     digest = hashlib.sha256()
     for split in SPLITS:
         for document in text.splits[split]:
+            # With its length, so that a boundary that moves is another text.
             digest.update(len(document).to_bytes(8, "little") + document)
         digest.update(b"end of split")
     return digest.hexdigest()
@@ -166,6 +177,7 @@ def fingerprint(text: Text) -> str:
 
 def _expand(path: str) -> list[str]:
     found = []
+    # A file whose own name has a ';' in it is meant as it is.
     entries = [path] if os.path.exists(path) else path.split(";")
     for entry in filter(None, (part.strip() for part in entries)):
         name = os.fspath(storage.path(entry))
@@ -190,6 +202,7 @@ def _expand(path: str) -> list[str]:
         found += matches
     if not found:
         raise UserError("config.data.corpus=text needs config.data.path=FILE[;FILE...]")
+    # A file that two patterns match is read once.
     return list(dict.fromkeys(found))
 
 
@@ -199,17 +212,20 @@ def _unit_starts(texts: list[bytes], unit: str) -> np.ndarray:
     if unit == "bytes":
         return np.ones(len(data), bool)
     if unit == "chars":
+        # In UTF-8 every byte but the first of a character is 10xxxxxx.
         return (data & 0xC0) != 0x80
     inside = ~np.isin(data, SPACES)
     starts = inside.copy()
     starts[1:] &= ~inside[:-1]
     offsets = list(itertools.accumulate(map(len, texts), initial=0))[:-1]
-    starts[offsets] |= inside[offsets]  # No word runs on into the next file.
+    # A word does not run on from the end of a file into the next one.
+    starts[offsets] |= inside[offsets]
     return starts
 
 
 def _offset(starts: np.ndarray, number: int) -> int:
     """The position of the unit of that number, without listing all of them."""
+    # The positions of all bytes would take 8 bytes each: 800 MB for enwik8.
     block = 1 << 20
     counts = [
         np.count_nonzero(starts[i : i + block]) for i in range(0, len(starts), block)

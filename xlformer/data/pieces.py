@@ -24,7 +24,7 @@ from xlformer.data.vocabulary import (
 )
 from xlformer.errors import UserError
 
-SPACE = "\u2581"  # So SentencePiece writes a space.
+SPACE = "\u2581"  # SentencePiece writes a space as this character.
 
 
 class PieceVocabulary(Vocabulary):
@@ -42,10 +42,14 @@ class PieceVocabulary(Vocabulary):
         require(isinstance(model, str), "'model' is not a string")
         self.model, self.newline_id = model, newline_id
         try:
+            # The tokenizer's file within JSON; without `validate` other characters are
+            # skipped.
             data = base64.b64decode(model, validate=True)
         except binascii.Error as error:
             raise ValueError(f"'model' is not base64: {error}") from None
         self._backend = _backend(data)
+        # A stored vocabulary may come from a stranger: its ids must be those of its
+        # model.
         require(list(symbols) == self._backend.symbols(), "symbols are not the model's")
         if newline_id is not None:
             known = type(newline_id) is int and 0 <= newline_id < len(symbols)
@@ -74,7 +78,8 @@ class PieceVocabulary(Vocabulary):
             ends = [True] * (len(lines) - 1) + [
                 close_line and self._backend.closes_lines
             ]
-            if not lines[-1]:  # The block ended in a newline.
+            # After a newline at the block's end `split` leaves an empty line.
+            if not lines[-1]:
                 lines, ends = lines[:-1], ends[:-1]
             for ids in self._backend.encode(lines, ends):
                 parts.append(np.asarray(ids, self.dtype))
@@ -88,6 +93,7 @@ class PieceVocabulary(Vocabulary):
         found = set()
         for text in texts:
             found.update(decode_utf8(text, "text"))
+        # Tokenizers treat white space in many ways; line ends are asked of separately.
         visible = sorted(c for c in found if not c.isspace())
         return "".join(c for c in visible if not self.encode(c, close_line=False).size)
 
@@ -124,14 +130,17 @@ def load_tokenizer(path) -> PieceVocabulary:
 
 def _backend(data: bytes):
     try:
+        # A JSON object begins with a brace, a SentencePiece protocol buffer does not.
         return _HuggingFace(data) if data[:1] == b"{" else _SentencePiece(data)
     except ImportError as error:
         raise UserError(f"{error}: pip install 'xlformer[tokenizers]'") from None
 
 
 def _byte_level() -> dict[str, int]:
-    """The characters by which GPT-2 and its kin write bytes: printable ones as they
-    are, the others from code point 256 on."""
+    """The bytes that GPT-2 and its kin mean by a character of a piece.
+
+    Printable bytes stand as they are, the others from code point 256 on.
+    """
     same = [*range(33, 127), *range(161, 173), *range(174, 256)]
     byte_of = {chr(byte): byte for byte in same}
     others = (byte for byte in range(256) if byte not in same)
@@ -139,8 +148,9 @@ def _byte_level() -> dict[str, int]:
 
 
 class _SentencePiece:
-    closes_lines = True  # Also the last line of a file.
-    joined = True  # If that is not so, the count of a whole text shows it.
+    closes_lines = True  # The last line of a file ends too, newline or not.
+    # Assumed of every model: where it is not so, the count of a whole text shows it.
+    joined = True
 
     def __init__(self, data: bytes):
         import sentencepiece
@@ -208,7 +218,7 @@ class _SentencePiece:
 
 
 class _HuggingFace:
-    closes_lines = False  # Its newline would be part of the text.
+    closes_lines = False  # A newline that is added would be part of the text.
 
     def __init__(self, data: bytes):
         import tokenizers
@@ -217,6 +227,8 @@ class _HuggingFace:
             self.model = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
         except Exception as error:  # The library raises plain Exception.
             raise ValueError(f"not a tokenizers file: {error}") from None
+        # A tokenizer's file may ask for both: lines would be filled up, or cut, to a
+        # length that belongs to another model's batches.
         self.model.no_padding()
         self.model.no_truncation()
 
@@ -224,10 +236,11 @@ class _HuggingFace:
         require(False, "'newline_id' is of SentencePiece models")
 
     def find_newline(self) -> None:
-        """It is part of the text."""
+        """Returns None: the newline is part of the text that the tokenizer sees."""
 
     def keeps_line_ends(self) -> bool:
         """Whether a newline is more than nothing, a space or an unknown character."""
+        # U+E000 is for private use, so it stands for what no tokenizer knows.
         with_newline, *others = self.encode(["a\n", "a", "a ", "a\ue000"], [False] * 4)
         return with_newline not in others
 
@@ -258,8 +271,10 @@ class _HuggingFace:
 
     def encode(self, lines: list[str], ends: list[bool]) -> list[list[int]]:
         texts = [f"{a}\n" if end else a for a, end in zip(lines, ends, strict=True)]
+        # Special tokens, such as BERT's, would stand at the ends of every line.
         found = self.model.encode_batch(texts, add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: list[int]) -> str:
+        # What the model generates is shown, special or not.
         return self.model.decode(ids, skip_special_tokens=False)

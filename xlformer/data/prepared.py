@@ -14,7 +14,8 @@ from xlformer.data.sources import SPLITS
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError
 
-FORMAT = 1  # Of a prepared folder; another number prepares again.
+# The format of a prepared folder: another number prepares everything again.
+FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,8 @@ def load(directory) -> Prepared:
     for split in SPLITS:
         path = folder / f"{split}.npy"
         tokens[split] = _map(path, vocabulary.dtype, card["splits"][split]["tokens"])
+        # All tokens are looked at now, because an id beyond the embedding's rows is no
+        # error in JAX.
         top = int(tokens[split].max())
         if top >= vocabulary.size or int(tokens[split].min()) < 0:
             raise UserError(
@@ -70,6 +73,8 @@ def _read_card(path: pathlib.Path) -> dict:
 
 def _map(path: pathlib.Path, dtype: np.dtype, size: int | None = None) -> np.memmap:
     try:
+        # Mapped, so that several processes of a host share the pages. A pickle is
+        # refused: it could run code.
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: {error}; {_again(path.parent)}") from None

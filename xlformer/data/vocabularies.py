@@ -39,6 +39,9 @@ def from_json(text: str, where: str = "vocabulary") -> Vocabulary:
         require(found, f"unknown kind {name!r}")
         for key in ("symbols", "counts"):
             require(isinstance(fields.get(key), list), f"{key!r} is not a list")
+        # The constructors check every value; a name that is none of theirs is a
+        # TypeError.
         return found[0](**fields)
+    # JSON that is nested deeply enough ends in a RecursionError.
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: not a stored vocabulary: {error}") from None

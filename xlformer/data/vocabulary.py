@@ -18,12 +18,16 @@ from xlformer.errors import UserError
 
 FORMAT = "xlformer vocabulary 1"
 NEWLINE = 10
-SPACES = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)  # What bytes.split() cuts at.
-BLOCK = 1 << 22  # Bytes of whole lines that are split into words at a time.
+# What bytes.split() cuts at.
+SPACES = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
+# Bytes of whole lines that are split into words at a time: as Python strings words take
+# many times their size, and a whole corpus of them would not fit into memory.
+BLOCK = 1 << 22
 
 
 def token_dtype(size: int) -> np.dtype:
     """The smallest of uint8, uint16 and int32 that holds the ids of `size` symbols."""
+    # Token arrays are mapped and copied to hosts; enwik8 takes a quarter of int32.
     if size <= 1 << 8:
         return np.dtype(np.uint8)
     return np.dtype(np.uint16) if size <= 1 << 16 else np.dtype(np.int32)
@@ -50,6 +54,7 @@ class Vocabulary:
             len(set(symbols)) == len(symbols) > 0, "symbols are missing or repeated"
         )
         require(len(symbols) == len(counts), "symbols and counts differ in number")
+        # A longer number would be an OverflowError in numpy, and True is an int.
         require(all(type(c) is int and 0 <= c < 1 << 48 for c in counts), "a bad count")
         self.symbols = tuple(symbols)
         self.counts_V = np.array(counts, np.int64)
@@ -102,6 +107,7 @@ class Vocabulary:
 
     def _checked(self, ids) -> np.ndarray:
         ids = np.asarray(ids).ravel()
+        # numpy would take a negative id from the end.
         if ids.size and not (0 <= ids.min() and ids.max() < self.size):
             bad = ids.min() if ids.min() < 0 else ids.max()
             raise UserError(f"token id out of range: {bad} of {self.size} symbols")
@@ -116,7 +122,13 @@ class Vocabulary:
 
 
 class ByteVocabulary(Vocabulary):
-    """Byte values. newline='drop' leaves byte 10 out, as XL's data for enwik8 does."""
+    """Byte values; newline='drop' leaves byte 10 out, as the original does with enwik8.
+
+    Its script writes the bytes as numbers but byte 10 as a line end, and it reads lines
+    without putting one back: 204 symbols, not 205. Where newlines are kept about 0.02
+    bits per symbol less were reported (facebookresearch/adaptive-span, issue 5), so the
+    two do not compare.
+    """
 
     kind = "bytes"
 
@@ -160,6 +172,8 @@ class CharVocabulary(Vocabulary):
         require(one, "a symbol is not one character")
         super().__init__(symbols, counts, "chars")
         self._codes_V = np.array([ord(s) for s in self.symbols], np.uint32)
+        # Python strings may hold half a pair, UTF-8 cannot: generated text could not be
+        # written.
         surrogate = (self._codes_V >= 0xD800) & (self._codes_V < 0xE000)
         require(not surrogate.any(), "a symbol is half of a character")
         # One entry more than needed: the last stands for all that is beyond.
@@ -208,6 +222,8 @@ class WordVocabulary(Vocabulary):
         parts = [np.zeros(0, self.dtype)]
         for words in split_words(text, self.eos, self.lower, close_line, where):
             found = map(self._table.get, words, itertools.repeat(unknown))
+            # Mapped and filled in C: a list of Python numbers would be several times as
+            # large.
             ids = np.fromiter(found, np.int32, len(words))
             if ids.size and ids.min() < 0:
                 self._refuse((words[i] for i in np.flatnonzero(ids < 0)), where)
@@ -221,7 +237,7 @@ class WordVocabulary(Vocabulary):
 
 
 def as_bytes(text: str | bytes) -> bytes:
-    """UTF-8; half a surrogate pair, as a shell may pass it, keeps its own bytes."""
+    """A text in UTF-8; half a surrogate pair, as of a shell, keeps its own bytes."""
     return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
 
 
@@ -232,6 +248,8 @@ def decode_utf8(data: bytes, where: str, base: int = 0) -> str:
     except UnicodeDecodeError as error:
         other = "iconv -f LATIN1 -t UTF-8, or from whatever it is, converts the text"
         damaged = "iconv -c -f UTF-8 -t UTF-8 leaves out what is damaged"
+        # All ASCII so far: the file is most likely in an older encoding. After valid
+        # UTF-8 it is rather damaged.
         remedy = other if data[: error.start].isascii() else damaged
         raise UserError(
             f"{where}: byte {data[error.start]:#04x} at offset {base + error.start} is"
@@ -242,6 +260,7 @@ def decode_utf8(data: bytes, where: str, base: int = 0) -> str:
 def code_points(text: str | bytes, where: str) -> np.ndarray:
     """The characters of text as numbers."""
     text = text if isinstance(text, str) else decode_utf8(text, where)
+    # Four bytes a character, little-endian on any machine.
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
@@ -252,6 +271,7 @@ def line_blocks(data: bytes) -> Iterator[tuple[int, bytes]]:
         stop = len(data)
         if stop - start > BLOCK:
             stop = data.rfind(b"\n", start, start + BLOCK) + 1
+            # A line that is longer than a block stays whole.
             stop = stop or data.find(b"\n", start) + 1 or len(data)
         yield start, data[start:stop]
         progress.passed(stop - start)

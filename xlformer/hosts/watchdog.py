@@ -19,8 +19,9 @@ from etils import epath
 from xlformer import storage
 from xlformer.errors import HUNG
 
-# In timeouts. A live host writes its file every TICK; one whose file is the same for
-# more than STALE is not. LOOK_EARLY leaves time to look before the limit is over.
+# Shares of the timeout. A live host writes its file every TICK; one whose file has been
+# the same for more than STALE, one and a half of them, is not alive. LOOK_EARLY leaves
+# time for three looks before the limit is over.
 TICK, STALE, LOOK_EARLY = 0.25, 0.375, 0.75
 
 
@@ -80,14 +81,17 @@ class Watchdog:
     # The main thread -----------------------------------------------------------------
 
     def beat(self, phase: str, step: int, *, limit_s: float | None = None) -> None:
-        """It lives: `phase` begins, and ends with the next beat within the limit."""
+        """Says that the main thread lives and that `phase` begins.
+
+        The next beat must come within limit_s seconds.
+        """
         limit_s = self._timeout_s if limit_s is None else limit_s
         # One assignment: the other threads see all of it or nothing.
         self._last = Beat(phase, step, self._last.beats + 1, self._clock(), limit_s)
 
     @contextlib.contextmanager
     def allow(self, limit_s: float, phase: str):
-        """A long phase (compiling, saving, restoring): it has a limit of its own."""
+        """Gives a long phase (compiling, saving, restoring) a limit of its own."""
         before = self._last
         self.beat(phase, before.step, limit_s=limit_s)
         try:
@@ -109,7 +113,8 @@ class Watchdog:
     def __exit__(self, *error):
         self._closed.set()
         for thread in self._threads:
-            thread.join(self._timeout_s * TICK)  # It may hang in a file system.
+            # Not for ever, because it may hang in a file system.
+            thread.join(self._timeout_s * TICK)
         self._threads = []
 
     # The other threads ---------------------------------------------------------------
@@ -129,7 +134,8 @@ class Watchdog:
             else:
                 self._hosts.forget()
             self._told = now
-        except Exception:  # Full, gone, unreachable: `watch` says since when.
+        except Exception:
+            # The directory is full, gone or not to be reached: `watch` says since when.
             pass
 
     def watch(self) -> None:
@@ -140,11 +146,13 @@ class Watchdog:
         try:
             self._say(self._line(last, now))
         finally:
-            self._closed.set()  # Once is enough, should `leave` come back.
+            # One line is enough, should `leave` come back, as a test's does.
+            self._closed.set()
             self._leave(HUNG)
 
     def _line(self, last: Beat, now: float) -> str:
         quiet_s = now - last.time
+        # A directory that cannot be written makes every host look dead to the others.
         if now - self._told > self._timeout_s:
             silent_s = now - self._told
             why = f"{self._directory} cannot be written for {silent_s:.0f} s"
@@ -166,6 +174,8 @@ class _Hosts:
         self._directory, self._index, self._count = directory, index, count
         self._name, self._pid = socket.gethostname(), os.getpid()
         self._made = False
+        # Ages are measured by this host's clock, from when a content was first seen:
+        # clocks of hosts differ.
         self._seen = {}  # index -> (content or None, since when, last look)
 
     def _record(self, last: Beat, quiet_s: float) -> dict:
@@ -201,9 +211,10 @@ class _Hosts:
         self._seen = {}
 
     def _read(self, index: int) -> dict | None:
-        """None where there is no such file, or none that can be read."""
+        """What a host's file says; None where there is none that can be read."""
         try:
             found = json.loads((self._directory / f"{index}.json").read_text())
+            # A file may be half written, or of another release: it counts as not there.
             return {name: kind(found[name]) for name, kind in _FIELDS.items()}
         except Exception:
             return None
@@ -226,8 +237,11 @@ class _Hosts:
                 for i in dead
             )
         hosts[self._index] = self._record(last, quiet_s)
+        # All beat at the same events, so who hangs has the fewest; the others are one
+        # ahead.
         fewest = min(found["beats"] for found in hosts.values())
         behind = [i for i in sorted(hosts) if hosts[i]["beats"] == fewest]
+        # A collective that hangs by itself: no host is to blame, and none is named.
         if len(behind) == len(hosts):
             return f"all {len(hosts)} hosts stand in the same place, none is behind"
         return "; ".join(
@@ -254,7 +268,7 @@ def _host(index: int, found: dict) -> str:
 
 
 def _quiet(found: dict) -> float:
-    """By the host's own clock: those of two hosts may differ."""
+    """Seconds since its last beat by the host's own clock: clocks of hosts differ."""
     return found["time"] - found["beat_time"]
 
 

@@ -14,7 +14,10 @@ import numpy as np
 
 from xlformer.kernels.visibility import Visibility
 
-OUTPUT_NAME = "attention_output"  # for policies of rematerialisation
+# Policies of rematerialisation know the output of attention by this name.
+OUTPUT_NAME = "attention_output"
+# A field of every Call, so that a program with the tiles of a test is never taken for
+# one without.
 _TEST_TILES: tuple[int, int] | None = None
 
 
@@ -23,10 +26,12 @@ class Call:
     """Shapes and options; for equal calls the same program is compiled.
 
     Attributes:
-      K, V, R: widths of a key, of a value and of a distance's row (None without).
+      T, S: numbers of queries and of keys.
+      K, V, R: widths of a key, of a value and of a distance's row; R is None where
+        there are no distances.
       visibility: without the first visible keys, which are not known yet.
-      starts: whether there will be some.
-      rate: of dropout.
+      starts: whether queries will have a first visible key.
+      rate: the rate of dropout on the probabilities, 0 for none.
       test_tiles: queries and keys of a tile in a test; None lets the kernel choose.
     """
 
@@ -43,7 +48,7 @@ class Call:
 
     @classmethod
     def of(cls, qu_BTHK, k_BSHK, v_BSHK, r_SHK, visibility: Visibility, rate: float):
-        """From the arguments of the operation, or their shapes."""
+        """Makes a Call of the arguments of the operation, or of their shapes."""
         return cls(
             T=qu_BTHK.shape[1],
             S=k_BSHK.shape[1],
@@ -92,6 +97,8 @@ class Tiles:
         first, _ = call.visibility.key_range(queries, queries, call.T, call.S)
         first = jnp.asarray(first[None], jnp.int32)
         if start_BT is not None:
+            # First visible keys do not decrease in T, so a tile's first query has the
+            # least.
             first = jnp.maximum(first, start_BT[:, :: self.Q])
         # A tile of queries always has one of keys, whatever start_BT says.
         return jnp.minimum(first, (queries + call.M)[None]) // self.N
@@ -100,6 +107,7 @@ class Tiles:
         """Last tile of keys that tile i of queries sees."""
         query = i * self.Q + self.Q - 1
         last = self.call.visibility.last_key(query, self.call.M) // self.N
+        # The last tile of queries is padded, and its padding would look past the keys.
         return jnp.minimum(last, self.key_tiles - 1)
 
     def query_range(self, n):

@@ -34,11 +34,13 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     if key is None or not rate:
         return x
     keep = bernoulli(key, 1 - rate, x.shape)
+    # Rescaled in training, so that evaluation has nothing to do.
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 def bernoulli(key: jax.Array, p: float, shape: tuple[int, ...]) -> jax.Array:
     """True with probability p; key as in `dropout`."""
+    # Keys are jax.random.key arrays: one key has no dimension.
     if not key.ndim:
         return jax.random.bernoulli(key, p, shape)
     return jax.vmap(lambda one: jax.random.bernoulli(one, p, shape[1:]))(key)
@@ -78,13 +80,18 @@ def keep_pairs(seed_a, seed_b, queries, keys, rate: float):
     """
     x = _mix(queries ^ seed_a, 16, 0x7FEB352D) + keys
     x = _mix(_mix(x, 16, 0x7FEB352D) ^ seed_b, 15, 0x846CA68B)
-    top = _shift(x ^ _shift(x, 16), 1)  # 31 bits, so that the sign says nothing
+    # 31 bits, because int32 compares with its sign.
+    top = _shift(x ^ _shift(x, 16), 1)
+    # A rate near 0 would round to 2^31, which int32 does not have.
     return top < np.int32(min(round((1 - rate) * 2**31), 2**31 - 1))
 
 
 def _mix(x, shift, factor):
+    # By way of uint32: 0x846CA68B is above 2^31, and numpy raises where an integer does
+    # not fit its type.
     return (x ^ _shift(x, shift)) * np.uint32(factor).astype(np.int32)
 
 
 def _shift(x, bits):
+    # Not `>>`, which copies the sign of an int32 down; lax wants equal shapes.
     return lax.shift_right_logical(x, jnp.full_like(x, bits))

@@ -14,7 +14,7 @@ from xlformer import sharding
 
 
 def over_mesh(function, arrays: dict, names: dict, *, like: str):
-    """function(arrays), each device with its part of them, by sharding.RULES.
+    """Calls function(arrays) on each device, with its part of them by sharding.RULES.
 
     The gradient of an array that has no part of its own on some axis, as the distances
     have none on the rows, is summed over that axis.
@@ -29,6 +29,7 @@ def over_mesh(function, arrays: dict, names: dict, *, like: str):
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     # Axes of one device too: beside an axis left to the compiler no kernel may stand.
     free = {a: mesh.shape[a] for a, t in types.items() if t == AxisType.Auto}
+    # On one device there is nothing to split: the kernel is called as it is.
     if not free or math.prod(mesh.shape.values()) == 1:
         return function(arrays)
     specs = {k: sharding.spec(x.shape, names[k], free) for k, x in arrays.items()}
@@ -37,16 +38,19 @@ def over_mesh(function, arrays: dict, names: dict, *, like: str):
         in_specs=(specs,),
         out_specs=specs[like],
         axis_names=set(free),
-        check_vma=False,  # kernels do not say over which axes their results vary
+        # The check would need to know over which axes a kernel's results vary, which a
+        # pallas_call does not say.
+        check_vma=False,
     )(arrays)
 
 
 def attention_over_mesh(
     function, qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK, visibility, seeds_BH2
 ):
-    """function of a dict of qu, qw, k, v, r, start, seeds, without what is None.
+    """Calls `function` with a dict of qu, qw, k, v, r, start and seeds.
 
-    Rows and heads are split; all devices have the distances of their heads.
+    What is None is left out. Rows and heads are split; all devices have the distances
+    of their heads.
     """
     arrays = {
         "qu": qu_BTHK,
@@ -59,6 +63,8 @@ def attention_over_mesh(
     }
     split = ("batch", None, "heads", None)
     names = dict.fromkeys(("qu", "qw", "k", "v"), split) | {
+        # No axis of the batch: the gradient of the distances is summed over the rows'
+        # devices by shard_map's own transposition.
         "r": (None, "heads", None),
         "start": ("batch", None),
         "seeds": ("batch", "heads", None),

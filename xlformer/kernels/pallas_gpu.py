@@ -25,7 +25,8 @@ from xlformer.kernels.call import OUTPUT_NAME, Call
 from xlformer.kernels.over_mesh import attention_over_mesh
 from xlformer.kernels.pallas_gpu_tiles import STAGES, GPUTiles, cut
 
-TOLERANCE = 0.05  # of the largest number; bfloat16 alone comes to 0.01
+# A share of the largest number, of which rounding to bfloat16 alone takes 0.01.
+TOLERANCE = 0.05
 
 
 def attention(
@@ -92,6 +93,7 @@ def _forward(tiles, x):
 def _backward(tiles, saved, do):
     x, o, lse = saved
     (B, T, H, _), S = x["qu"].shape, x["k"].shape[1]
+    # 16 bytes of bfloat16, as for the rows of the inputs.
     pitch = -(-tiles.columns // 8) * 8
 
     def like(name):
@@ -99,6 +101,8 @@ def _backward(tiles, saved, do):
 
     out = {
         "dqu": like("qu"),
+        # Probabilities and gradients of scores stand in the dtype of the matrix
+        # products that read them.
         "p": jax.ShapeDtypeStruct((B, H, T, -(-S // 8) * 8), do.dtype),
         # Heads first: then the sum over rows and queries is one matrix product.
         "dscores": jax.ShapeDtypeStruct((H, B, T, pitch), x["k"].dtype),
@@ -111,6 +115,7 @@ def _backward(tiles, saved, do):
     given |= {name: y[name] for name in ("p", "dscores")}
     out = {"dk": like("k"), "dv": like("v")}
     dk_dv = _run(kernels.backward_keys, tiles, given, out)
+    # None is the gradient of what has none: first tiles, starts and seeds are integers.
     dx = dict.fromkeys(x)
     dx |= {"qu": y["dqu"], "k": dk_dv["dk"], "v": dk_dv["dv"]}
     if "r" in x:
@@ -145,6 +150,8 @@ def _ring(tiles, B, H):
 def _run(kernel, tiles, x, out):
     """One pallas_call over (tiles of queries or of keys, heads, rows)."""
     B, _, H, _ = x["qu"].shape
+    # Each program writes what is its own, queries or keys, so none adds to another's
+    # result: an atomic addition would round in another order each time.
     of_keys = kernel is kernels.backward_keys
     return pl.pallas_call(
         functools.partial(kernel, tiles=tiles),
@@ -213,7 +220,10 @@ def compare(call: Call) -> None:
         start = np.full((1, call.T), call.M // 2, np.int32)
         start[:, call.T // 2 :] = call.M + call.T // 2
     if call.rate:
+        # Any two words: both implementations drop by the same hash.
         seeds = jnp.asarray([[[7, 11]]], jnp.int32)
+    # With weights of 1 all queries would hand back the same gradient, and a mistaken
+    # row would not show.
     weights = array(1, call.T, 1, call.V)
 
     def run(implementation, arrays):
@@ -240,6 +250,7 @@ def compare(call: Call) -> None:
     ):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         off = np.abs(a - b).max() / np.abs(b).max()
+        # Written so that NaN is an error too.
         if not off < TOLERANCE:
             where = "values" if path[0].idx else f"gradient of {path[-1].key}"
             raise ValueError(f"{where} differ by {off:.1%} from those of 'xla'")

@@ -24,7 +24,8 @@ from jax.experimental.pallas import triton as plgpu
 from xlformer.kernels.dropout import keep_pairs
 from xlformer.kernels.pallas_gpu_tiles import GPUTiles, padded
 
-HIDDEN = -1e30  # Finite: a difference of two is 0, not NaN.
+# Finite: the difference of two hidden scores is 0, that of two infinities NaN.
+HIDDEN = -1e30
 
 
 class _Queries:
@@ -41,6 +42,8 @@ class _Queries:
         if self.call.R is not None:
             self.qw = rows(x["qw"], self.i)
         if self.call.starts:
+            # The last tile has queries past the last one; an index out of an array
+            # would read what lies behind it.
             seen = self.i < self.call.T
             self.start = plgpu.load(x["start"].at[self.i], mask=seen, other=0)
 
@@ -64,6 +67,8 @@ class _Queries:
             return
         raw = dot(self.qw, self.distances(n), 1, 1)
         i = lax.broadcasted_iota(jnp.int32, raw.shape, 0)
+        # Tiles of raw take the two places in turns: the older of the two is not needed
+        # any more.
         column = lax.broadcasted_iota(jnp.int32, raw.shape, 1) + n % 2 * self.N
         plgpu.store(self.ring.at[i, column], raw)
 
@@ -72,6 +77,9 @@ class _Queries:
         i, j = self.pairs(n)
         scores = dot(self.qu, k, 1, 1)
         if self.call.R is not None:
+            # Tile n of raw is there from the step before. Between writing and reading,
+            # and again before the next step overwrites what others may still read, all
+            # threads of the program wait for each other.
             self.push(n + 1)
             barrier(self.call)
             own = i - self.i0
@@ -98,9 +106,12 @@ def forward(x, y, *, tiles: GPUTiles):
     """Writes o, and the logarithm of each softmax's sum as `lse`."""
     call, V = tiles.call, padded(tiles.call.V)
     tile = _Queries(x, y.get("ring"), tiles)
+    # Each step makes the next tile of raw; only the first needs its own as well.
     tile.push(tile.first)
 
     def step(n, carry):
+        # The online softmax: the largest score so far, the sum and the output relative
+        # to it.
         before, total, o = carry
         k = rows(x["k"], tile.keys(n))
         v = rows(x["v"], tile.keys(n))
@@ -120,7 +131,8 @@ def forward(x, y, *, tiles: GPUTiles):
         jnp.zeros((tiles.Q, V), jnp.float32),
     )
     most, total, o = lax.fori_loop(tile.first, tile.last + 1, step, nothing)
-    total = jnp.where(total == 0.0, 1.0, total)  # of a query past the last
+    # A query past the last has seen no key: its sum is 0, and is not divided by.
+    total = jnp.where(total == 0.0, 1.0, total)
     store_rows(y["o"], o / total[:, None], tile.i)
     log_sum = most + jnp.log(total)
     plgpu.store(y["lse"].at[tile.i], log_sum, mask=tile.i < call.T)
@@ -135,9 +147,11 @@ def backward_queries(x, y, *, tiles: GPUTiles):
     tile = _Queries(x, y.get("ring"), tiles)
     do = rows(x["do"], tile.i)
     o = rows(x["o"], tile.i)
+    # Sum over keys of p times its gradient, which is o . do: no pass over the keys.
     delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(1)
     log_sum = plgpu.load(x["lse"].at[tile.i], mask=tile.i < call.T, other=0.0)
     if call.R is not None:
+        # The array comes uninitialised, and the product for r reads all of its columns.
         _clear(tile, y["dscores"])
     tile.push(tile.first)
 
@@ -151,8 +165,11 @@ def backward_queries(x, y, *, tiles: GPUTiles):
         if call.rate:
             kept = tile.kept(n)
             kept_p, dp = p * kept, dp * kept
+        # p before dropout and dp after it: dropout is applied to the probabilities, and
+        # delta, made of o, has it already.
         dscores = (p * (dp - delta[:, None])).astype(k.dtype)
         i, j = tile.pairs(n)
+        # Hidden pairs are written as well, as zeros: backward_keys reads whole tiles.
         inside = (i < call.T) & (j < call.S)
         plgpu.store(y["p"].at[i, j], kept_p.astype(y["p"].dtype), mask=inside)
         _store_shifted(y["dscores"], dscores, i, j, tiles)
@@ -189,6 +206,7 @@ def _position_gradient(tile, array):
         return dqw + dot(draw, tile.distances(n), 1, 0)
 
     dqw = jnp.zeros((tiles.Q, padded(tiles.call.R)), jnp.float32)
+    # One tile more than keys: their columns reach into the next tile of raw.
     return lax.fori_loop(tile.first, tile.last + 2, step, dqw)
 
 
@@ -252,6 +270,7 @@ def store_rows(array, values, indices):
 
 
 def _at(array, indices):
+    # Triton knows only arrays whose sizes are powers of 2: masks hide the rest.
     count, width = array.shape
     shape = (indices.shape[0], padded(width))
     row = lax.broadcast_in_dim(indices, shape, (0,))
@@ -261,7 +280,8 @@ def _at(array, indices):
 
 def barrier(call):
     """Makes all threads of the program write before any of them reads."""
-    if not call.interpret:  # where there is one thread, and no such operation
+    # Interpreted there is one thread, and JAX has no such operation for a CPU.
+    if not call.interpret:
         plgpu.debug_barrier()
 
 

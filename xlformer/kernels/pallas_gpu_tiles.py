@@ -16,8 +16,10 @@ from xlformer.kernels.call import Call, Tiles
 # programs share a processor and one computes while the other waits. Tiles of 128 need
 # 192 and 208 KiB and put 120 bytes of registers in memory; float32 does so from 64 on.
 SIZES = {"bfloat16": (64, 32, 16), "float32": (32, 16)}
-STAGES = 2  # Tiles of keys on their way at once.
-H100_SHARED = 232_448  # bytes that one block may have; used where no GPU is asked.
+# Tiles of keys that are on their way from memory at once: each costs shared memory.
+STAGES = 2
+# Bytes that one block may have on an H100, used where there is no GPU to be asked.
+H100_SHARED = 232_448
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,8 @@ def shared_bytes(call: Call, Q: int, N: int) -> int:
     """What the largest kernel, backward_queries, needs; less than this in float32."""
     size = 2 if call.dtype == "bfloat16" else 4
     widths = [call.K, call.V] + ([] if call.R is None else [call.R])
+    # Queries stay; keys, values and distances stream, STAGES tiles at once. Added is
+    # one tile of scores in float32.
     stays_and_streams = (Q + STAGES * N) * sum(map(padded, widths))
     return size * stays_and_streams + 4 * Q * N
 
@@ -58,6 +62,7 @@ def cut(call: Call) -> GPUTiles | None:
         return GPUTiles(call, *call.test_tiles, warps=4)
     limit = shared_memory()
     for size in SIZES[call.dtype]:
+        # At least half of such a tile would be padding; 16 is what a matrix unit takes.
         too_large = size > 16 and size >= 2 * call.T
         if not too_large and shared_bytes(call, size, size) <= limit:
             # With 4 warps a head size of 128 would put registers in memory.

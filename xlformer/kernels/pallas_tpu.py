@@ -58,6 +58,8 @@ def _inputs(tiles, arrays):
     call, B, x = tiles.call, arrays["qu"].shape[0], {}
     for name in ("qu", "qw", "k", "v"):
         if name in arrays:
+            # Heads in front of positions: the last two axes of a block, which lie in
+            # the registers' sublanes and lanes, are then those of a matrix.
             heads = jnp.swapaxes(arrays[name], 1, 2)
             more = tiles.Sp - call.S if name in "kv" else tiles.Tp - call.T
             x[name] = jnp.pad(heads, ((0, 0), (0, 0), (0, more), (0, 0)))
@@ -70,6 +72,7 @@ def _inputs(tiles, arrays):
     start_BT = arrays.get("start")
     if start_BT is not None:
         start_BT = start_BT.astype(jnp.int32)
+        # The edge is repeated, so that starts stay non-decreasing in the padding.
         edges = ((0, 0), (0, tiles.Tp - call.T))
         x["start"] = jnp.pad(start_BT, edges, mode="edge")[:, None]
     first = jnp.broadcast_to(tiles.first_tiles(start_BT), (B, tiles.query_tiles))
@@ -83,6 +86,8 @@ def _attend(tiles, x, first, seeds):
 
 
 def _forward(tiles, x, first, seeds):
+    # One number a query, repeated in all 128 lanes of a register: a column of width 1
+    # would take the same room.
     wide = (tiles.Q, kernels.LANES)
     scratch = {"max": wide, "sum": wide, "o": (tiles.Q, tiles.call.V)}
     y = _run(kernels.forward, tiles, x, first, seeds, scratch=scratch)
@@ -129,17 +134,21 @@ def _run(kernel, tiles, x, first, seeds, *, scratch):
         names = [name for name in ("qu", "qw", "k", "v") if name in x]
         out = {f"d{n}": jax.ShapeDtypeStruct(x[n].shape, x[n].dtype) for n in names}
         if call.R is not None:
+            # In float32, because it is summed over rows and tiles where it lies.
             out["dr"] = jax.ShapeDtypeStruct(x["r"].shape, jnp.float32)
     if call.R is not None:
         scratch = scratch | {"raw": (tiles.Q, tiles.Q + tiles.N)}
     scratch = {name: pltpu.VMEM(shape, jnp.float32) for name, shape in scratch.items()}
     if call.starts:
         scratch["start"] = pltpu.VMEM((tiles.Q, kernels.LANES), jnp.int32)
-    # In the backward kernel gradients of keys pile up over all but the heads.
+    # In the backward kernel the gradients of keys pile up over tiles of queries, those
+    # of the distances over rows too: only heads may run in any order, or on two cores.
     others = "parallel" if kernel is kernels.forward else "arbitrary"
     return pl.pallas_call(
         functools.partial(kernel, tiles=tiles),
         grid_spec=pltpu.PrefetchScalarGridSpec(
+            # First tiles and seeds: read before a step begins, to decide what is copied
+            # for it.
             num_scalar_prefetch=2,
             grid=(H, B, tiles.query_tiles, tiles.key_tiles),
             in_specs=[{name: _block(tiles, name, a.shape) for name, a in x.items()}],
@@ -157,6 +166,7 @@ def _run(kernel, tiles, x, first, seeds, *, scratch):
 
 def _block(tiles, name, shape):
     """Which part of an array a grid step sees."""
+    # Its place depends on the head alone: it stays on the chip over all rows and tiles.
     if name in ("r", "dr"):
         return pl.BlockSpec((1, *shape[1:]), lambda h, b, q, n, *_: (h, 0, 0))
     if name == "start":

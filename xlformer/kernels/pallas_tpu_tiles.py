@@ -39,12 +39,16 @@ class TPUTiles(Tiles):
         call = self.call
         size = 2 if call.dtype == "bfloat16" else 4
         K, V, R = (-(-(width or 0) // 128) * 128 for width in (call.K, call.V, call.R))
+        # Widths fill lanes of 128. In come qu, qw, o and do, out go dqu and dqw.
         queries = self.Q * (2 * K + 2 * V + 2 * R)
         keys = self.N * (K + V)
         whole = self.Sp * (K + V)
         distances = (self.Tp + self.Sp) * R
+        # Twice: Pallas copies one block while it works on another. dr is in float32.
         streams = 2 * size * (queries + keys + whole + distances) + 2 * 4 * distances
         scratch = 4 * (whole + self.Q * (K + R + 3 * 128))
+        # Tiles of scores in float32 that are alive at once, 8 of them with their
+        # shifted forms: an upper bound.
         work = 4 * self.Q * (self.Q + self.N) * 8
         return streams + scratch + work
 
@@ -59,6 +63,7 @@ def cut(call: Call) -> TPUTiles:
 
 def _tile(n, least, most):
     """The multiple of 128 that pads n least; the largest of equals."""
+    # From the largest down, because min keeps the first of equals.
     sizes = range(most, least - 1, -128)
     return min(sizes, key=lambda size: -(-n // size) * size)
 

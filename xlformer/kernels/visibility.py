@@ -27,7 +27,9 @@ class Visibility:
     """Which keys the queries of one call see: a pytree with key_start_BT as its leaf.
 
     Attributes:
-      window: largest visible distance, self being 0; None is everything.
+      window: largest visible distance, self being 0; None is everything. It is stated
+        and not derived from the memory, because the originals differ: with same_length
+        the one in TensorFlow shows M + 1 keys, the one in PyTorch M.
       key_start_BT: index in S of the first visible key of each query, non-decreasing in
         T and never past the query itself. It carries partly filled memory, resets and
         padding on the left; None hides nothing.
@@ -45,7 +47,7 @@ class Visibility:
         return dataclasses.replace(self, key_start_BT=None)
 
     def of_queries(self, start: int, stop: int) -> Visibility:
-        """That of the queries [start, stop), which keep their indices."""
+        """The visibility of the queries [start, stop), which keep their indices."""
         if self.key_start_BT is None:
             return self
         return dataclasses.replace(self, key_start_BT=self.key_start_BT[:, start:stop])
@@ -64,8 +66,11 @@ class Visibility:
         distance = query + M - key
         if not self.causal:
             distance = abs(distance)
+        # True throughout where it is not causal, but in the shape that both broadcast
+        # to.
         visible = distance >= 0
         if self.window is not None:
+            # `&` and not `and`: a tile inside of a kernel has no truth value.
             visible = visible & (distance <= self.window)
         return visible if start is None else visible & (key >= start)
 

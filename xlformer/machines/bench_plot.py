@@ -16,7 +16,8 @@ def plot(rows: list[dict], path) -> None:
 
     Call `check` first.
     """
-    import matplotlib  # of the extra [plot]
+    # Here and not above, because only --plot needs it: it belongs to the extra [plot].
+    import matplotlib
     from matplotlib.figure import Figure
 
     measured = [row for row in rows if not row.get("out_of_memory")]
@@ -33,6 +34,7 @@ def plot(rows: list[dict], path) -> None:
             ]
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
         axis.set(xlabel=field.rpartition(".")[2], ylabel=label)
+        # From 0, or a difference of a tenth looks like one of ten times.
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     if any(row["compared"] for row in measured):

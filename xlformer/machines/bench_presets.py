@@ -43,7 +43,7 @@ _TENSORFLOW = "A100 40GB, TensorFlow 1 with XLA, mixed precision"
 
 
 def _scored(size: str, rows: int, tokens_per_second: float, ms: float) -> Line:
-    """Segment, memory and clamp lengths are those of the config's own section eval."""
+    """A line of scoring, with the lengths of the config's own section eval."""
     return Line(
         f"{size}, {rows} rows",
         f"wt103_{size}_nvidia",

@@ -16,7 +16,8 @@ from xlformer.machines.bench_timing import Timing, measure, memory_may_end, repo
 from xlformer.machines.bench_workloads import WORKLOADS, matrix_products
 from xlformer.models import Model
 
-REHEARSED_VOCABULARY = 32  # more than the cutoffs of config.shrink
+# More than the largest cutoff of a shrunk model, or its softmax could not be built.
+REHEARSED_VOCABULARY = 32
 
 
 class Values(NamedTuple):
@@ -60,6 +61,7 @@ def bench(
     mesh = sharding.make_mesh(
         sizes or config.mesh, rows=config.train.batch_size, where=Argument("mesh")
     )
+    # All of them before the first is timed: a value that is refused says so at once.
     groups = [
         [
             _tried(config, model, {sweep.field: value, compare.field: other})
@@ -72,10 +74,13 @@ def bench(
             _trace(changed, built, mesh)
     found = []
     for value, group in zip(sweep.values, groups, strict=True):
-        timings = []  # and with it what the last value held on the device
+        # With the list goes what the last value held on the device.
+        timings = []
         for (changed, built), other in zip(group, compare.values, strict=True):
             swept = f"{sweep.field.rpartition('.')[2]}={value}" if sweep.field else ""
             name = " ".join(filter(None, (other, swept))) or mode
+            # It stands there before it is made: where memory ends while compiling, the
+            # row says so.
             timings.append(Timing(name))
             with memory_may_end(timings[-1]):
                 timings[-1] = WORKLOADS[mode](name, changed, built, mesh)
@@ -103,7 +108,7 @@ def _tried(config, model, changes: dict[str, str]) -> tuple[ConfigDict, Model]:
 
 
 def _trace(config, model: Model, mesh) -> None:
-    """What this machine cannot run says so before minutes go into compiling others."""
+    """Traces a model, as what cannot run here should say so before others compile."""
     shape = (sharding.padded(1, mesh), config.train.segment_length)
     tokens_BT = jax.ShapeDtypeStruct(shape, "int32")
     params = jax.eval_shape(model.init, jax.random.key(0))
@@ -113,7 +118,7 @@ def _trace(config, model: Model, mesh) -> None:
 
 
 def _products(model: Model, timings: list[Timing], mesh) -> list[Timing]:
-    """Matrix products to hold against; none where no width or nothing is known."""
+    """Matrix products to compare with; none where no width or nothing is known."""
     at_once = max(timing.at_once for timing in timings)
     if not at_once or model.width is None:
         return []

@@ -14,7 +14,9 @@ import numpy as np
 from xlformer.errors import reason
 from xlformer.machines import chips
 
-MOST_ROUNDS = 1000  # of one turn, however short a round is
+# Rounds of one turn. How many fill the seconds is taken from one round, and of a round
+# of microseconds that is mostly noise.
+MOST_ROUNDS = 1000
 
 
 @dataclasses.dataclass
@@ -52,28 +54,32 @@ class Timing:
         if compiled is None:
             return
         stats, cost = compiled.memory_analysis(), compiled.cost_analysis()
+        # Outputs that take the place of donated arguments are counted with those.
         new = stats.output_size_in_bytes - stats.alias_size_in_bytes
         self.memory = stats.argument_size_in_bytes + stats.temp_size_in_bytes
         self.memory += max(0, new)
+        # NVIDIA's compiler counts nothing.
         if cost and "bytes accessed" in cost:
             self.accessed = cost["bytes accessed"]
 
 
 def clocks() -> np.ndarray:
-    """Seconds, and those that this thread worked: it feeds the device."""
+    """Seconds that passed, and those that this thread worked: it feeds the device."""
     return np.array([time.perf_counter(), time.thread_time()])
 
 
 @contextlib.contextmanager
 def memory_may_end(timing: Timing):
-    """Running out of memory is a result of this timing alone: the others go on."""
+    """Makes running out of memory a result of this timing alone: the others go on."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
+        # JAX has no class of its own for it: the status stands in the message.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         timing.out_of_memory = reason(error)
-        timing.run = None  # and with it all that it holds on the device
+        # With it goes all that it holds on the device, which the others may need.
+        timing.run = None
 
 
 def measure(timings: list[Timing], *, repeats: int, seconds: float) -> None:
@@ -82,10 +88,13 @@ def measure(timings: list[Timing], *, repeats: int, seconds: float) -> None:
     for timing in timings:
         if not timing.out_of_memory:
             with memory_may_end(timing):
-                timing.run(1)  # The first run also loads the program onto the device.
+                # The first run also loads the program onto the device.
+                timing.run(1)
                 once, _ = timing.run(1)
+                # Each turn of a timing has as many rounds, or no median could be taken.
                 fitting = round(seconds / max(once, 1e-9))
                 rounds[id(timing)] = max(1, min(MOST_ROUNDS, fitting))
+    # Each once, then each again: what slows the machine for a while slows all of them.
     for _ in range(repeats):
         for timing in timings:
             if timing.out_of_memory:

@@ -42,7 +42,8 @@ def _gpu(source, kind, tflops, gb, bandwidth, link) -> Chip:
 _A100, _H100 = "datasheet of the A100", "datasheet of the H100 SXM"
 _GA102 = "whitepaper of the Ampere GA102 architecture"
 _ADA, _BLACKWELL = "whitepaper of the Ada architecture", "whitepaper of RTX Blackwell"
-_PCIE4, _PCIE5 = 32, 64  # 16 lanes, one way: what links cards that have no NVLink
+# GB/s of 16 lanes, one way: what links cards that have no NVLink.
+_PCIE4, _PCIE5 = 32, 64
 
 # Columns: source, kinds, 10^12 operations/s, memory, GB/s of it, GB/s of all links.
 # Google and NVIDIA state links in both directions together: half of that can be sent.

@@ -19,11 +19,13 @@ def vocab_size(spec: str, config) -> int:
     if config.model.vocab_size is not None:
         return config.model.vocab_size
     found = getattr(config_lib.module(spec.partition(":")[0]), "VOCAB_SIZE", None)
+    # VOCAB_SIZE is of the corpus as its field counts it.
     if found and not config.data.tokenizer and config.data.unit == "bytes":
         return config_lib.vocab_size(config, found)
     directory = config.data.directory
     if directory and storage.path(directory).exists():
-        from xlformer.data import preparing  # TFDS, which only this case needs
+        # Here and not above: it imports what reads texts, which only this case needs.
+        from xlformer.data import preparing
 
         symbols = preparing.prepare(config.data).vocabulary.size
         return config_lib.vocab_size(config, symbols)
@@ -42,6 +44,7 @@ def batch(config, model: Model) -> dict:
     train = config.train
     longest = train.segment_length + model.extended_length
     return Stream(
+        # Two segments a row, so that variable lengths have room for their longest.
         np.zeros(train.batch_size * (2 * longest + 2), np.int32),
         batch_size=train.batch_size,
         segment_length=train.segment_length,

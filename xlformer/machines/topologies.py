@@ -24,10 +24,13 @@ KNOWN = (
     "v5e:4x4, v6e:4x4, v5p:4x4x4 (any slice that exists), h100, h200:8 (up to 8, or "
     "hosts of 8), local"
 )
-HOST = 8  # GPUs of one host, joined by NVLink
+# GPUs of one host, joined by NVLink; hosts are joined by a network.
+HOST = 8
 
 # What XLA would ask the GPU itself. The counts are NVIDIA's of compute capability 9.0,
 # the sizes and rates those of each card.
+# With them XLA compiles machine code without a GPU: matrix products, Pallas kernels and
+# cuDNN attention were seen to (jax 0.10.2, CUDA 12).
 _HOPPER = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -79,10 +82,12 @@ def machine(topology: str, *, compiler: bool = True) -> Topology:
     counts = [int(n) for n in shape.split("x") if n.isdecimal()]
     if name in GPUS and not shape:
         counts, shape = [1], "1"
+    # What is not read above must not be dropped in silence: '4x', '4x04', '4x4x'.
     exact = "x".join(map(str, counts)) == shape
     if len(counts) != DIMENSIONS.get(name) or not exact or 0 in counts:
         raise UserError(named, f" is unknown; known: {KNOWN}")
     count = math.prod(counts)
+    # Beyond one host XLA is told of whole hosts.
     if name in GPUS and count > HOST and count % HOST:
         raise UserError(named, f": {count} GPUs are no hosts of {HOST}")
     if not compiler:
@@ -93,7 +98,8 @@ def machine(topology: str, *, compiler: bool = True) -> Topology:
     except jax.errors.JaxRuntimeError as error:
         line = reason(error)
         raise UserError(named, f": {line}; known: {KNOWN}") from error
-    except RuntimeError:  # JAX's NotImplementedError is one too.
+    # Without libtpu or CUDA: it may also be NotImplementedError, which is one of these.
+    except RuntimeError:
         note = f"the {what} compiler is not installed: pip install 'xlformer[{extra}]'"
         return Topology(name, count, None, note)
     return Topology(name, count, devices, None)

@@ -11,18 +11,26 @@ import jax
 
 from xlformer import sharding
 
+# The text of HLO, line by line. '%name (arguments) -> result {' begins a computation,
+# 'ENTRY' in front of it the program.
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+# ' = f32[8,16]{1,0} all-gather(': the shape of the result, then the operation; '-start'
+# if it is awaited by another line.
 _OPERATION = re.compile(
     r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
     r"(-start)?\("
 )
+# 'bf16[8,16]' or 'f8e4m3fn[4]': the first number of a dtype is its width in bits.
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
+# Computations that run once where they are named: fusions, sums, two branches.
 _CALLED = re.compile(
     r"(?:calls|to_apply|true_computation|false_computation)=%([\w.-]+)"
 )
 _LOOP = re.compile(r"condition=%([\w.-]+), body=%([\w.-]+)")
+# TPU: operations of one exchange share it.
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# In a loop's condition: what its counter is compared with.
 _CONSTANT = re.compile(r"= s\d+\[\]\S* constant\((\d+)\)")
 
 
@@ -98,11 +106,15 @@ def _trips(line: str, condition) -> int:
 
 def _measure(match, line: str, devices: int, *, scattered: bool):
     kind, size, n = match[2], _bytes(match[1]), _group(line, devices)
+    # Results of a '-start' are tuples: operand and result.
     if match[3] and kind == "all-gather":
-        size *= n / (n + 1)  # what goes in stands beside what comes out
+        # What goes in, a part of n, stands beside what comes out.
+        size *= n / (n + 1)
     elif match[3] and kind == "collective-permute":
         size /= 2
-    if scattered:  # a reduce-scatter, as a TPU's compiler writes it
+    # A TPU's compiler writes a reduce-scatter as a computation of this name, with an
+    # all-reduce in it of which each device keeps its part.
+    if scattered:
         kind, size = "reduce-scatter", size / n
     passed = {"all-reduce": _around_ring(n), "reduce-scatter": n - 1}
     passed["collective-permute"] = 1
@@ -119,6 +131,7 @@ def _bytes(shape: str) -> float:
 
 def _group(line: str, devices: int) -> int:
     """How many devices take part together."""
+    # HLO writes groups as lists, {{0,1},{2,3}}, or as [number of groups,size of each].
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(listed[1].split(","))
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
@@ -147,6 +160,8 @@ def least(
     for x, place in pairs:
         here = math.prod(place.shard_shape(x.shape))
         split = {axis for part in place.spec for axis in _axes(part)}
+        # Rows are split over these axes: each device has the gradient of its own rows
+        # only.
         for axis in sharding.RULES["batch"]:
             n = sizes[axis]
             if axis in split:
@@ -164,8 +179,10 @@ def least(
 
 
 def _around_ring(n: int) -> float:
-    """What each of n devices sends of an array to have the sum of all n: twice
-    (n - 1) / n, to sum each part in one place and to hand the sums around."""
+    """How much of an array each of n devices sends for all to have the sum.
+
+    Twice (n - 1) / n: to sum each part in one place, and to hand the sums around.
+    """
     return 2 * (n - 1) / n
 
 

@@ -15,6 +15,7 @@ from xlformer.kernels.visibility import Visibility
 from xlformer.layers import positions
 from xlformer.sharding import constrain
 
+# Types 0 to 3 are numbered as the original's attn_type; 4 is not in the original.
 RELATIVE, LEARNED_RELATIVE, SINUSOID, LEARNED_ABSOLUTE, ROTARY = range(5)
 # Logical axes of the parameters: see models.base.param_axes.
 PARAM_AXES = {
@@ -83,6 +84,8 @@ class Attention(nn.Module):
         probability_key, output_key = keys or (None, None)
         D, S = x_BTD.shape[-1], context_BSD.shape[1]
         heads = (self.n_head, self.d_head)
+        # One parameter for the three projections, in the order of the original's, and
+        # three products: queries are made of x alone, keys and values of the context.
         qkv_DCHK = self._kernel("qkv", (D, 3, *heads))
         out_HKD = self._kernel("output", (*heads, D))
         with jax.named_scope("qkv"):
@@ -118,11 +121,14 @@ class Attention(nn.Module):
         return dropout(y_BTD, self.dropout, output_key), kept
 
     def _kernel(self, name, shape):
+        # Parameters stay in the dtype they are stored in; the copy in use is cast.
         return self.param(name, self.kernel_init, shape).astype(self.dtype)
 
     def _position_terms(self, q_BTHK, biases, rows):
         """(qu_BTHK, qw_BTHK, r_SHK), the last only if `rows` = (r_SD, S) is given."""
         heads = (self.n_head, self.d_head)
+        # Queries are scaled and biased out here, so that no kernel knows of scales or
+        # biases: the gradients of u and v are sums that autodiff makes by itself.
         scale = self.d_head**-0.5
         if self.attn_type in (SINUSOID, LEARNED_ABSOLUTE, ROTARY):
             return q_BTHK * scale, None, None
@@ -141,6 +147,8 @@ class Attention(nn.Module):
             shape, zeros = (self.table_length, self.n_head), nn.initializers.zeros
             bias_NH = self.param("distance_bias", zeros, shape).astype(self.dtype)
             r_SHK = learned_rows(table_NHK, bias_NH, rows[1], self.clamp_length)
+        # q . E_d + b_d is one product with a row that is longer by the bias: the query
+        # has a 1 there, and the scale holds for both.
         ones = jnp.ones_like(q_BTHK[..., :1])
         qw_BTHK = jnp.concatenate([q_BTHK, ones], axis=-1) * scale
         return (q_BTHK + self._kernel("u", heads)[None, None]) * scale, qw_BTHK, r_SHK
@@ -163,6 +171,8 @@ def _save(context_BSD, kernel_DHK, fixed):
 
 def _backward(fixed, saved, d_BSHK):
     context_BSD, kernel_DHK = saved
+    # The memory takes no gradient, but the weights learn from it: the second product
+    # is over all S positions.
     dx_BTD = jnp.einsum("BTHK,DHK->BTD", d_BSHK[:, fixed:], kernel_DHK)
     dkernel_DHK = jnp.einsum("BSD,BSHK->DHK", context_BSD, d_BSHK)
     return jnp.pad(dx_BTD, ((0, 0), (fixed, 0), (0, 0))), dkernel_DHK

@@ -1,7 +1,9 @@
 """Transformer-XL's memory: slots of a fixed number, the newest last, some valid.
 
-Slots that are not valid are masked, so a cold memory equals no memory exactly (the
-TensorFlow original and Hugging Face attend to zeros instead: `attend_zero_memory`).
+Slots that are not valid are masked, so a cold memory equals no memory exactly. The
+PyTorch original begins without slots, which static shapes do not allow. The TensorFlow
+original and Hugging Face attend to zeros instead (`attend_zero_memory`): their keys
+score through the positions, and draw weight from what is there.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ def expand_resets(resets_BT: jax.Array | None, T: int) -> jax.Array | None:
 def key_start(length_B: jax.Array, resets_BT: jax.Array | None, *, M: int, T: int):
     """First visible key of each query, [B, T], counted in [memory; segment].
 
-    Without a reset that is the oldest valid slot, afterwards the last reset token.
+    Without a reset that is the oldest valid slot, afterwards the last reset token. It
+    never decreases from one query to the next, which Visibility relies on.
     """
     start_BT = jnp.broadcast_to(M - length_B[:, None], (length_B.shape[0], T))
     if resets_BT is None:
@@ -66,6 +69,8 @@ def append(memory: jax.Array, x: jax.Array, end, *, axis: int = 1) -> jax.Array:
     """
     M, take = memory.shape[axis], functools.partial(lax.slice_in_dim, axis=axis)
     x = x.astype(memory.dtype)
+    # Where the number is known when compiling, nothing is joined that is cut off again:
+    # a segment as long as the memory takes its place, and the old one is not read.
     if isinstance(end, int):
         if end >= M:
             return take(x, end - M, end)
@@ -85,6 +90,8 @@ def next_length(length_B, resets_BT, end, *, M: int) -> jax.Array:
     """
     length_B = length_B + end
     if resets_BT is not None:
+        # A reset beyond `end` lies in padding, or in the extended context of the next
+        # segment, which brings it again: it does not count here.
         T = resets_BT.shape[1]
         end_B = jnp.broadcast_to(jnp.asarray(end), length_B.shape)
         index_BT = jnp.broadcast_to(jnp.arange(T)[None], resets_BT.shape)
@@ -94,8 +101,9 @@ def next_length(length_B, resets_BT, end, *, M: int) -> jax.Array:
     return jnp.minimum(length_B, M).astype(jnp.int32)
 
 
-# Masks hide a number by giving it the weight 0, and 0 NaN is NaN: what is not finite is
-# taken out before attention, and put back where it is seen (Visibility.sees).
+# Masks hide a number by giving it the weight 0, and 0 NaN is NaN: after a reset, a row
+# would still see that an earlier text had overflowed. So what is not finite is taken
+# out before attention, and put back where it is seen (Visibility.sees).
 
 
 def valid_slots(state: Memory) -> Memory:

@@ -45,11 +45,13 @@ def compute_dtype(name: str, params=None):
     float32.
     """
     leaves = jax.tree.leaves(params)
+    # Whatever the config says: agreement with the originals and `check_model` are told
+    # in float64, of configs that say bfloat16 too.
     if any(leaf.dtype == jnp.float64 for leaf in leaves):
         return jnp.dtype("float64")
     if name != "auto":
         return jnp.dtype(name)
-    device = jax.devices()[0]
+    device = jax.devices()[0]  # All devices of a job are of one kind.
     native = device.platform == "tpu" or (
         device.platform == "gpu" and float(device.compute_capability) >= 8.0
     )
@@ -67,6 +69,7 @@ def param_axes(params, table: Mapping[str, tuple]):
     """
 
     def name(path, leaf):
+        # Two parts tell parameters apart; what is above them is a model's own affair.
         keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
         last = re.sub(r"_\d+$", "", "/".join(keys[-2:]))
         names = table.get(last, (None,) * (len(leaf.shape) - ("layers" in keys)))
@@ -240,7 +243,10 @@ class Model:
 
     @property
     def needs_rngs(self) -> bool:
-        """Whether train=True draws random numbers, so that it needs `rngs`."""
+        """Whether train=True draws random numbers, so that it needs `rngs`.
+
+        By default where the config has a dropout that is not 0.
+        """
         return bool(getattr(self.config, "dropout", 0))
 
     @property
@@ -250,7 +256,7 @@ class Model:
 
     @property
     def width(self) -> int | None:
-        """How long the vectors are that the trunk takes; None without a trunk."""
+        """How long the vectors that the trunk takes are; None without a trunk."""
         return None
 
     def dtype(self, params):

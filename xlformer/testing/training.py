@@ -109,7 +109,7 @@ def _check_mesh(case: Case) -> None:
 
 
 def _check_float64(case: Case) -> None:
-    """The nll in float64 is nearly that of float32 weights, in the model's own dtype."""
+    """The nll in float64 is nearly that of float32 weights in the model's own dtype."""
     inputs_BT, targets_BT = case.at(0)
     expected_BT, _ = case.plain(inputs_BT, targets_BT, case.fresh)
     with jax.enable_x64(False):

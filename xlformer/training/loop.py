@@ -89,6 +89,7 @@ class Loop:
             if hosts.is_first():
                 writing.describe(self.workdir, self.config, self.prepared)
             self._introduce()
+            # The validation too: compiled later, it would make a signal wait.
             with self._phase("compiling"):
                 self.validation.compile(self._scored())
                 if self.step < total:
@@ -197,12 +198,15 @@ class Loop:
         batch = self._batch(count)
         self.watchdog.beat("step", self.step)
         self.train_state, found = self._compiled(count)(self.train_state, batch)
-        self._read()  # Of the call before: a lag of one.
+        # Of the call before, so that the device never waits for the host. Without any
+        # wait 60 steps hung 8 virtual devices on 2 cores in 5 of 5 runs (jax 0.10.2).
+        self._read()
         self.step += count
         self.pending = (self.step, found)
         if not self.interrupt.armed:
+            # Until a first step has been made, a signal ends the process at once.
             self._read()
-            self.interrupt.armed = True  # From now on there is something to save.
+            self.interrupt.armed = True
         metric, last = None, self.step >= train.steps
         if _due(self.step, train.eval_every) or last:
             metric = self._validate()
@@ -219,7 +223,7 @@ class Loop:
         train = self.config.train
         left = [train.steps - self.step]
         for every in (train.eval_every, train.save_every):
-            if every:
+            if every:  # 0 is never
                 left.append(every - self.step % every)
         return train.segments_per_call if train.segments_per_call <= min(left) else 1
 

@@ -60,6 +60,8 @@ class TrainState(NamedTuple):
 def create(config, model, optimizer, key: jax.Array) -> TrainState:
     """A fresh state. Pure: call it under jit, or eval_shape for its shapes."""
     params = model.init(key)
+    # Counters are arrays and not Python's numbers: they are traced, donated and saved
+    # with the rest.
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,

@@ -16,6 +16,8 @@ from xlformer.errors import Argument, UserError
 from xlformer.fields import FREE, REFUSED, TAKEN, Rule
 from xlformer.runs.checkpoints import Checkpoints
 
+# Fields that the learning rate follows: where one of them changes, the line says which
+# rate comes next. The number of steps is one, as a cosine ends there.
 RATE = ("learning_rate", "schedule", "warmup_steps", "final_fraction")
 RATE = ("train.steps", *(f"optimizer.{name}" for name in RATE))
 
@@ -157,5 +159,7 @@ def _changes(old: ConfigDict, new: ConfigDict):
 
 
 def _refused(rule: Rule, was, wanted) -> bool:
+    # A switch may have another value, but not be turned on or off: something would be
+    # missing in the state, or too much (an average of the parameters, for example).
     switched = rule.switch and bool(was) != bool(wanted)
     return rule.resume == REFUSED or switched

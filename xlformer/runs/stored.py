@@ -26,6 +26,8 @@ from xlformer.errors import Argument, UserError
 from xlformer.runs import writing
 
 PATH = "config.data.path"
+# What decides which tokens a text becomes: prepared tokens that agree in these, and in
+# the checksum of each split, are the run's whatever their folder is called.
 SAME = ("payload_sha256", "unit", "newline", "documents")
 
 
@@ -98,6 +100,7 @@ def _card(path) -> dict | None:
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a field is no text")
         return card | {"splits": splits}
+    # A stranger's JSON may be nested deeply enough for a RecursionError.
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is unreadable: {error!r:.100}") from None
 
@@ -181,6 +184,8 @@ def _another(where: str | Argument, found: str, card: dict, remedy=()) -> UserEr
 
 
 def _payload(text: Text) -> str:
+    # Of the raw bytes, in the order in which preparation takes them: tokens would tell
+    # of one vocabulary, and not of the text.
     digest = hashlib.sha256()
     for split in SPLITS:
         for document in text.splits[split]:

@@ -95,6 +95,7 @@ def _cut(tokens, batch_size, segment_length, warmup, replay, memory_length) -> P
             " must be at least 1",
         )
     T = min(segment_length, tokens - 1)
+    # None is without limit. A memory of 0 is filled by 0 segments.
     replayed = {"exact": replay(T), "fill": memory_length and -(-memory_length // T)}
     if batch_size == 1:  # There is nothing before the row.
         replayed = {"exact": 0, "fill": 0}
@@ -112,6 +113,8 @@ def _cut(tokens, batch_size, segment_length, warmup, replay, memory_length) -> P
         start_B = np.arange(batch_size) * length
         steps = math.ceil((length - 1) / T)
         return Plan(T, steps, start_B, start_B, start_B + length - 1, "none")
+    # Rows begin where segments of the one-row stream do, or they would not carry what
+    # it carries. Whole segments in equal rows may need fewer rows than were asked for.
     segments = math.ceil((tokens - 1) / T)
     rows = min(batch_size, segments)
     each = math.ceil(segments / rows)
@@ -120,6 +123,8 @@ def _cut(tokens, batch_size, segment_length, warmup, replay, memory_length) -> P
         # More than a quarter of extra work is worth asking for.
         exact = 0 if rows == 1 else replayed["exact"]
         warmup = "exact" if exact is not None and 4 * exact < each else "fill"
+    # Not further than to the beginning of the text from the last row's place. Rows near
+    # the beginning start before it: those inputs are nothing, and reset.
     before = min(replayed[warmup], (rows - 1) * each)
     first_B = np.arange(rows) * each * T
     last_B = np.minimum(first_B + each * T, tokens - 1)

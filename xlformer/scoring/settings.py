@@ -7,6 +7,8 @@ import dataclasses
 from xlformer.errors import Argument, UserError, did_you_mean
 from xlformer.models import Model
 
+# What a model is read with in place of its own values (Model.for_reading), and how the
+# text is cut. The section eval of a config has a default for each.
 VISIBLE = ("memory_length", "clamp_length", "same_length")
 OF_ROWS = ("segment_length", "batch_size")
 

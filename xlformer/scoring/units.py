@@ -110,6 +110,8 @@ def _blocks(tokens, start, stop, documents) -> Iterator[tuple]:
 
 def _words(text: bytes, before: bytes) -> int:
     """Counts where words begin between white space, as preparation does."""
+    # By their beginnings, so that a word which goes on from a block into the next is
+    # counted once.
     codes = np.frombuffer(before[-1:] or b" ", np.uint8)
     space = np.isin(np.concatenate([codes, np.frombuffer(text, np.uint8)]), SPACES)
     return int(np.count_nonzero(space[:-1] & ~space[1:]))

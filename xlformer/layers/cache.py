@@ -122,8 +122,11 @@ class Ring(NamedTuple):
         return 1
 
     def scanned(self):
-        """As that of Cache. All slots of all layers go from layer to layer: so each
-        layer can write one slot in place, and nothing is stacked again."""
+        """What goes from layer to layer, and what each layer gets its own part of.
+
+        All slots of all layers go from layer to layer: so each layer can write one slot
+        in place, and nothing is stacked again.
+        """
         return (self.keys_LBHNK, self.values_LBHNK), self.r_LCHK
 
     def attend(
@@ -137,7 +140,7 @@ class Ring(NamedTuple):
         rotary,
         **options,
     ):
-        """As that of Cache; it writes one slot of this layer, and keeps them all."""
+        """What Attention calls, as in Cache: it writes one slot, and keeps them all."""
         # All of a single token enters the memory, and one query needs no kernel.
         del end, options
         N = self.keys_LBHNK.shape[3]
@@ -185,7 +188,10 @@ RING_AXES = Ring(_SLOTS, _SLOTS, _ROWS, ("batch",), ())
 
 
 def ring(cache: Cache) -> Ring:
-    """The same memory for single tokens; the cache must be one of M + 1 distances."""
+    """Turns a cache into a ring of the same memory, for single tokens.
+
+    Where there are position rows, the cache must have those of M + 1 distances.
+    """
     keys_LBHNK, values_LBHNK = (
         jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, 1), (0, 0)))
         for x in (cache.keys_LBHMK, cache.values_LBHMK)

@@ -191,7 +191,10 @@ class Model:
         return state
 
     def cache_axes(self, *, segment_length: int = 1):
-        """As state_axes, for what `to_cache` returns; a leaf may be of all rows."""
+        """Logical axis names of what `to_cache` returns, in the form of state_axes.
+
+        A leaf without 'batch' belongs to all rows.
+        """
         del segment_length
         return self.state_axes()
 
@@ -251,7 +254,7 @@ class Model:
 
     @property
     def trunk(self):
-        """The same machine without tokens (tokens.Trunk), or None."""
+        """The model without its tokens, vectors in and out (tokens.Trunk), or None."""
         return None
 
     @property
@@ -277,7 +280,7 @@ class Model:
         return None
 
     def for_reading(self, **fields) -> Model:
-        """The same model with other values of its config; -1 and None keep its own.
+        """Returns the model with other values in its config; -1 and None keep its own.
 
         Evaluation asks for another memory or visibility with it. Raises UserError for
         a field that the config does not have.

@@ -236,7 +236,7 @@ class Trunk:
         return self.model.init(key)["trunk"]
 
     def init_state(self, batch_size: int, dtype=None):
-        """As the model's."""
+        """The state before the first token, which is the model's own."""
         return self.model.init_state(batch_size, dtype)
 
     def apply(

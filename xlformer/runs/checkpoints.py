@@ -340,7 +340,7 @@ def _tops(sealed: Mapping) -> set[str]:
 
 
 def _how(config: Mapping) -> str:
-    """With which settings the metric of a checkpoint with this config was measured."""
+    """The settings with which a checkpoint's metric was measured, to be compared."""
     return json.dumps(config.get("eval"), sort_keys=True)
 
 

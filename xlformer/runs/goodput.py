@@ -78,7 +78,7 @@ class Clock:
 
     @contextlib.contextmanager
     def measure(self, category: str):
-        """Time inside of it is `category`'s, except for measures inside of it."""
+        """Counts the time inside of it as `category`'s, but for measures inside it."""
         if category not in CATEGORIES:
             raise ValueError(f"{category!r} is none of {CATEGORIES}")
         # The loop is measured once: what comes after it is no start-up any more.

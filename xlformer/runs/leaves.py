@@ -140,7 +140,10 @@ def _words(x):
 
 
 def numpy_digest(x: np.ndarray) -> int:
-    """The same number from numpy, whose bytes are little endian as those of XLA."""
+    """The digest of a numpy array: the number that `digest` gives for it on a device.
+
+    The order of bytes within a number is the same in both, little endian.
+    """
     size = min(x.dtype.itemsize, 4)
     x = np.ascontiguousarray(x).reshape(-1)
     words = x.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[size]).astype(np.uint32)

@@ -138,7 +138,7 @@ class _Parts:
         self._new = True
 
     def flush(self) -> None:
-        """After each line; only now and then is it an upload."""
+        """Uploads, if the last upload is FLUSH_S ago; it is called after each line."""
         if time.monotonic() - self._uploaded >= FLUSH_S:
             self.upload()
 

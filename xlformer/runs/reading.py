@@ -169,7 +169,7 @@ def read_sealed(workdir, checkpoint: str = "best") -> ConfigDict:
 
 
 def read_vocabulary(workdir, checkpoint: str = "best") -> Vocabulary:
-    """That of a run, without its weights; see `load`."""
+    """The vocabulary of a run, without its weights; see `load`."""
     config = read_sealed(workdir, checkpoint)
     return _vocabulary(storage.path(workdir), config)
 

@@ -113,7 +113,7 @@ def lines(
 
 
 def complete(old: ConfigDict, new: ConfigDict, step: int) -> str:
-    """That nothing is left to be done, and so nothing is changed either."""
+    """The line which says that nothing is left to do, and that nothing changed."""
     total = new.train.steps
     line = f"the run is complete: it has taken {step} steps"
     line += f", and config.train.steps={total} asks for no more" if total < step else ""

@@ -194,7 +194,7 @@ def _payload(text: Text) -> str:
 
 
 def _say_if_changed(data, card: dict, found) -> None:
-    """Where the text is still there, but is another one."""
+    """Says so where config.data.path has another text by now, which is not scored."""
     try:
         _text(data, card, PATH, advice=False)
     except UserError as error:

@@ -119,7 +119,10 @@ def _entry(path: epath.Path) -> dict | None:
 
 
 def _put(path: epath.Path, text: str) -> None:
-    """Whole or not at all, among processes that write the same name at once."""
+    """Writes a file whole or not at all, whoever writes the same name at once.
+
+    Each process has a temporary file of its own, and a rename replaces at once.
+    """
     if storage.is_remote(path):
         storage.write(path, text)
         return

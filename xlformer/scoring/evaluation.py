@@ -121,7 +121,7 @@ class Scorer:
         )
 
     def _how(self, run: runs.Run) -> dict:
-        """With which lengths and precision the text was read."""
+        """The lengths and the precision with which the text was read."""
         dtype = self._model.dtype(run.params)
         return {
             "segment_length": self._plan.segment_length,

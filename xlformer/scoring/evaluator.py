@@ -26,7 +26,7 @@ NEXT_TOKEN = objectives.NextToken()
 
 
 class Score(NamedTuple):
-    """Attributes: summed nll, in nats; the number of targets; seconds it took."""
+    """What scoring gives: the summed nll in nats, how many targets, and seconds."""
 
     nats: float
     targets: int
@@ -200,7 +200,7 @@ class Evaluator:
     # On the host ----------------------------------------------------------------------
 
     def _batches(self, plan: Plan, tokens, documents, step: int) -> Iterator[Mapping]:
-        """Of this process's rows."""
+        """Yields the inputs of one call after the other, of this process's rows."""
         mine = self._rows.mine
         plan = dataclasses.replace(
             plan,

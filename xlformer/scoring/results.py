@@ -67,7 +67,7 @@ class Tally:
 
 
 def bits(nats: float) -> float:
-    """The same in bits: of one symbol, bits per character."""
+    """Nats as bits; those of one symbol are bits per character."""
     return nats / math.log(2)
 
 

@@ -149,7 +149,7 @@ def whole_rows(batch_size: int, segment_length: int) -> Plan:
 
 
 def targets_at(plan: Plan, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row's segment: the inputs whose next token is a target, and which count.
+    """Says which inputs a step has targets for, in each row, and which of them count.
 
     Returns:
       index_BT: places in the text; before its beginning they are negative.

@@ -62,7 +62,7 @@ class EvalSettings:
                 raise UserError(Argument(name, value), line)
 
     def replaced(self, **fields) -> EvalSettings:
-        """The same with other values; UserError for a name that there is not."""
+        """Returns settings with other values; UserError for an unknown name."""
         known = [field.name for field in dataclasses.fields(self)]
         for name in fields:
             if name not in known:
@@ -72,7 +72,10 @@ class EvalSettings:
         return dataclasses.replace(self, **fields)
 
     def filled(self, defaults) -> EvalSettings:
-        """The same with nothing left open. defaults: the section eval of a config."""
+        """Returns settings in which nothing about rows and visibility is left open.
+
+        defaults: the section eval of a config.
+        """
         found = {name: getattr(self, name) for name in (*VISIBLE, *OF_ROWS)}
         found = {k: defaults[k] if v is None else v for k, v in found.items()}
         # The section has no None: its False is the model's own.

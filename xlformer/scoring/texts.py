@@ -43,7 +43,7 @@ def read(run: runs.Run, split: str, text: str | None, data_path: str | None = No
 
 
 def own_text(vocabulary: Vocabulary, path: str):
-    """As read, of a file; words are counted as preparation counts them."""
+    """What `read` returns, of a file; words are counted as preparation counts them."""
     content = read_text(vocabulary, path)
     tokens = vocabulary.encode(content, where=path)
     # Characters with spaces between them are words to that vocabulary; its '_' is the

@@ -42,7 +42,10 @@ class Case:
 
     @classmethod
     def make(cls, model: Model, params, key: jax.Array) -> Case:
-        """With float64 enabled; params as `init` gives them."""
+        """Makes the case of a model; params are what `init` gives.
+
+        float64 must be enabled while this runs, and while the case is used.
+        """
         random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         # Fresh weights are small and biases 0: what must not be seen would hardly move
         # anything. The noise of a square matrix is 1/sqrt(width), which keeps vectors

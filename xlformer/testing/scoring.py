@@ -233,7 +233,10 @@ def _check_replay(case: Case) -> None:
 
 
 def _check_single_tokens(case: Case) -> None:
-    """By the trunk where there is one: outputs that no softmax has made alike."""
+    """Single tokens give what one pass gives.
+
+    The trunk is compared where there is one: no softmax has made its outputs alike.
+    """
     model, shape = case.model, (ROWS, TOKENS, case.model.width or 0)
     x_BND = np.random.default_rng(0).normal(size=shape)
 
@@ -255,7 +258,7 @@ def _check_single_tokens(case: Case) -> None:
 
 def _check_gradient(case: Case) -> None:
     def both(state, params):
-        """Of a gradient to the state given, and one out of the state returned."""
+        """A sum that depends on the state given, and on the state returned."""
         nll_BT, _, aux = case.model.apply(case.params, *case.at(1), state, step=STEP)
         _, after, _ = case.model.apply(params, *case.at(1), case.warm, step=STEP)
         carried = sum(x.sum() for x in jax.tree.leaves(after) if is_float(x))

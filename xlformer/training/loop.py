@@ -124,7 +124,7 @@ class Loop:
         return found._replace(plateau=plateau), step
 
     def _begin(self):
-        """Before the first step: fresh parameters, or those of another run."""
+        """The state before the first step: fresh, or with another run's parameters."""
         create, placed = self.training_step.create, self.training_step.placed
         key = jax.random.key(self.config.seed)
         if self.source is None:
@@ -296,7 +296,7 @@ class Loop:
         return bool(due) and int(self.train_state.evaluated) != self.step
 
     def _scored(self):
-        """With an average of the parameters, that is what is meant to be used."""
+        """The parameters that are validated: their average, where the run keeps one."""
         return (
             self.train_state.params
             if self.train_state.ema is None

@@ -68,7 +68,7 @@ class Masked:
         return cls(train.mask_rate, vocab_size - 1)
 
     def examples(self, inputs_BT, targets_BT, keys, positions_BT):
-        """As NextToken.examples; a target is the symbol at its own place."""
+        """Hides inputs, and asks for the symbol at its own place; see NextToken."""
         inputs_BT, targets_BT, hidden_BT = masked(
             inputs_BT,
             keys,

@@ -33,7 +33,7 @@ class Progress:
 
     @contextlib.contextmanager
     def pause(self):
-        """Time inside of it is not training."""
+        """Leaves the time inside of it out of tokens/s and of what remains."""
         start = time.perf_counter()
         try:
             yield

@@ -27,7 +27,7 @@ from xlformer.runs.checkpoints import Checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where weights lie, and which of them.
+    """Names the checkpoint of a run whose weights another run starts from.
 
     Attributes:
       name: as the person wrote it.
@@ -138,7 +138,7 @@ def with_model(
 def from_weights(
     create: Callable, config: ConfigDict, model: models.Model, run: runs.Run
 ) -> Callable:
-    """Of `create(key)`, a fresh TrainState, one of (key, the parameters of `run`).
+    """Makes of create(key) -> TrainState one of (key, parameters), those of `run`.
 
     Raises UserError naming the field of config.model that asks for other shapes.
     """

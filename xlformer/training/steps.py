@@ -165,7 +165,7 @@ def _examples(objective, batch, key, *, half: bool) -> dict:
 
 
 def average_weight(decay: float, n) -> jax.Array:
-    """Of the parameters after the n-th step taken in their average, from n = 1 on.
+    """The weight of the parameters after the n-th step in their average; n from 1 on.
 
     (1 - d) / (1 - d^n): what is averaged are the steps, each d times as much as the
     next, and not the initial parameters, of which a weight of 1 - d would leave d^n (37

@@ -18,7 +18,10 @@ from xlformer.models.transformer_xl.config import TransformerXLConfig
 def to_cache(
     config: TransformerXLConfig, layers, state: Memory, segment_length: int, dtype
 ) -> Cache | Ring:
-    """See Model.to_cache; layers: their stacked parameters."""
+    """Projects the memory once for all segments that follow; see Model.to_cache.
+
+    layers: the stacked parameters of all layers.
+    """
     with jax.named_scope("to_cache"):
         # Slots that do not count may hold NaN, which a mask does not hide.
         hidden_LBMD = memory_lib.valid_slots(state).hidden_LBMD.astype(dtype)

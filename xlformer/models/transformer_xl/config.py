@@ -158,7 +158,7 @@ class TransformerXLConfig:
         )
 
     def tiny(self) -> TransformerXLConfig:
-        """The same options at sizes of a second on a CPU: what ':debug' trains.
+        """Returns a model with these options that a CPU trains in seconds: ':debug'.
 
         Every size is set here, so that models of one family have equal shapes. Sizes
         are primes where they may be: mixed-up axes then show.

@@ -16,7 +16,7 @@ from xlformer.models.transformer_xl.config import TransformerXLConfig
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Of one segment of all rows, forward.
+    """Forward FLOPs of one segment of all rows, by what they are spent on.
 
     Attributes:
       feed_forward, attention: of the layers; attention is its three products.

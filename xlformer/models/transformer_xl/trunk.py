@@ -139,7 +139,7 @@ class TrunkModule(nn.Module):
         return y_BTD, state._replace(hidden_LBMD=hidden_LBMD)
 
     def _cached_layers(self, x_BTD, state, segment: Segment):
-        """The same over projected keys and values: (output, the state's form)."""
+        """Runs the layers over cached keys and values: (output, the new cache)."""
         config, layer = self.config, Layer(self.config, self.dtype, parent=None)
         parameters = self._parameters(layer, x_BTD, segment.shared)
         state = cache_lib.after_resets(config, parameters[0], state, segment.resets_BT)

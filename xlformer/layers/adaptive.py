@@ -147,6 +147,7 @@ class AdaptiveEmbedding(nn.Module):
         for name, shape in bins.tables.items():
             setattr(self, name, self.param(name, self.table_init, shape))
         names = {bins.embedding_projection(b) for b in range(bins.n_tail + 1)} - {None}
+        # Sorted, because a set of strings has another order in every process.
         for name in sorted(names):
             shape = (bins.width(int(name.split("_")[1])), bins.d_model)
             setattr(self, name, self.param(name, self.projection_init, shape))
@@ -306,6 +307,7 @@ def _tail_nll(h_NE, table_VE, bias_V, rows_N, selected_N):
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     free = [a for a in RULES["batch"] if types.get(a) == AxisType.Auto]
     axes = tuple(a for a in free if mesh.shape[a] > 1)
+    # shard_map splits evenly or not at all; what does not divide is the compiler's.
     if not axes or rows_N.shape[0] % math.prod(mesh.shape[a] for a in axes):
         return selected_nll(h_NE, table_VE, bias_V, rows_N, selected_N)
     return jax.shard_map(

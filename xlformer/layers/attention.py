@@ -92,11 +92,14 @@ class Attention(nn.Module):
             q_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, qkv_DCHK[:, 0])
             k_BSHK = projected(context_BSD, qkv_DCHK[:, 1], fixed)
             v_BSHK = projected(context_BSD, qkv_DCHK[:, 2], fixed)
+            # Heads lie on `tensor`, so that each device attends with its own; only the
+            # output is summed over that axis.
             q_BTHK, k_BSHK, v_BSHK = (
                 constrain(x, "batch", None, "heads", None)
                 for x in (q_BTHK, k_BSHK, v_BSHK)
             )
         with jax.named_scope("positions"):
+            # A cached memory has projected its rows of the positions already.
             rows = None if attend else (r_SD, S)
             qu_BTHK, qw_BTHK, r_SHK = self._position_terms(q_BTHK, biases, rows)
         if attend:
@@ -134,6 +137,8 @@ class Attention(nn.Module):
             return q_BTHK * scale, None, None
         r_SHK = None
         if self.attn_type == RELATIVE:
+            # A pair of its own in each layer is the TensorFlow original's untie_r; the
+            # PyTorch original knows only one pair for all.
             if self.own_biases:
                 biases = self._kernel("u", heads), self._kernel("v", heads)
             u_HK, v_HK = (b.astype(self.dtype)[None, None] for b in biases)

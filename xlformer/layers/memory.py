@@ -75,6 +75,7 @@ def append(memory: jax.Array, x: jax.Array, end, *, axis: int = 1) -> jax.Array:
         if end >= M:
             return take(x, end - M, end)
         return jnp.concatenate([take(memory, end, None), take(x, 0, end)], axis)
+    # M + end positions of [memory; x] count, and the last M of them begin at `end`.
     both = jnp.concatenate([memory, x], axis)
     if end.ndim == 0:
         return lax.dynamic_slice_in_dim(both, end, M, axis)

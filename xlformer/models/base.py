@@ -264,6 +264,7 @@ class Model:
 
     def dtype(self, params):
         """The dtype of the computation with these parameters; None if not known."""
+        # Parameters may hold integers, which say nothing of it.
         leaves = [leaf.dtype for leaf in jax.tree.leaves(params)]
         found = [d for d in leaves if jnp.issubdtype(d, jnp.floating)]
         return jnp.result_type(*found) if found else None

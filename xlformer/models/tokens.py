@@ -257,6 +257,7 @@ class Trunk:
         """
         params = params.get("trunk", params)
         options = self.model._options(x_BTD, resets_BT, lengths_B, step, train, rngs)
+        # float32 vectors would pull a computation in bfloat16 up to theirs.
         x_BTD = x_BTD.astype(self.model.dtype(params))
         y_BTD, state, aux = self.model._run(
             {"trunk": params}, "run_trunk", x_BTD, state, **options

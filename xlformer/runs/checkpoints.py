@@ -164,6 +164,7 @@ class Checkpoints:
             raise ValueError("opened with read_only=True")
         if step == self._current and not replace:
             return False
+        # One save at a time: it goes on in a thread, beside the training.
         self.wait()
         # NaN would compare with nothing, and is no JSON.
         finite = metric is not None and math.isfinite(metric)
@@ -321,6 +322,8 @@ class Checkpoints:
         sealed = read_seal(path)
         if callable(abstract):
             abstract = abstract(_tops(sealed))
+        # Without any sharding Orbax reads only on as many devices as have saved
+        # ("Topology mismatch detected").
         default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placed = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(

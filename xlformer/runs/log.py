@@ -109,6 +109,7 @@ class Writer:
 
 def _open_for_append(workdir: epath.Path):
     path = workdir / FILE
+    # In bytes: a file that is cut off may end in the middle of a character.
     file = open(path, "ab+")
     if file.tell():
         file.seek(-1, os.SEEK_END)

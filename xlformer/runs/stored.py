@@ -118,7 +118,7 @@ def _search(data, card: dict) -> Iterator:
         try:
             folder = storage.path(root)
             paths = sorted(folder.glob(f"{data.corpus}-*/{folders.CARD}"))
-        except (OSError, UserError):
+        except (OSError, UserError):  # The run's directory may be of another machine.
             continue
         for path in paths:
             try:
@@ -162,6 +162,7 @@ def _text(data, card: dict, name: str | Argument, *, advice: bool) -> Text | Non
             raise UserError(f"{PATH}={data.path}: {local.ONCE}")
         text = recipes.raw_text(data)
     except UserError as error:
+        # Reading says config.data.path, whatever the person has given as the path.
         before, found, after = str(error).partition(PATH)
         raise UserError(before, name if found else "", after, *remedy) from None
     if text is not None and _payload(text) != card["payload_sha256"]:

@@ -79,12 +79,14 @@ def write(workdir, cards: list[dict]) -> None:
         _put(workdir / f"{runs.EVALUATION}{split}.txt", table(cards) + "\n")
         _archive(workdir / runs.EVALUATIONS, found)
     except (OSError, UserError) as error:
+        # The caller still prints the numbers, which may have taken hours.
         print(f"warning: the card was not written: {error}", file=sys.stderr)
 
 
 def _archive(folder: epath.Path, cards: list[dict]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for card in cards:
+        # Names sort by time; the id is for two processes in one microsecond.
         now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
         name = f"{now}-{card['split']}-{uuid.uuid4().hex[:8]}.json"
         _put(folder / name, json.dumps(card, indent=2) + "\n")

@@ -172,6 +172,8 @@ def batch(plan: Plan, tokens, documents, step: int, extended: int) -> dict:
     target_BT, _ = targets_at(plan, step)
     start_B = plan.start_B + step * T
     index_BT = start_B[:, None] + np.arange(-extended, T)[None]
+    # Places outside of the text are read as token 0. What it gives is not scored, and
+    # the resets hide it from what is.
     inside_BT = (index_BT >= 0) & (index_BT < N)
     inputs_BT = np.where(inside_BT, tokens[np.clip(index_BT, 0, N - 1)], 0)
     targets_BT = tokens[np.clip(target_BT + 1, 0, N - 1)]
@@ -179,6 +181,7 @@ def batch(plan: Plan, tokens, documents, step: int, extended: int) -> dict:
     # which comes again with as many segments as an extended length repeats.
     resets_BT = (index_BT == 0) | (index_BT == plan.start_B[:, None])
     if documents is not None:
+        # Documents ascend: where the next beginning is the place itself, one begins.
         found_BT = np.searchsorted(documents, index_BT)
         found_BT = np.minimum(found_BT, len(documents) - 1)
         resets_BT |= documents[found_BT] == index_BT

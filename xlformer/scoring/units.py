@@ -79,6 +79,8 @@ def scored(
     spare = 1 if documents is None or len(documents) < 2 else 0
 
     def settle(here, all_, first, whole):
+        # If the spelling of the whole split is right, so is that of its parts. If not,
+        # all but the first token is the one part that can be told: by a difference.
         if whole is not None and all_ is not None and abs(whole - all_) <= spare:
             # Preparation closes a last line that has no newline.
             return here + (whole - all_) * last_is_scored

@@ -152,12 +152,15 @@ class Loop:
     def _roll_back(self, spike: spikes.Spike):
         """To the last checkpoint, which has seen no spike, and around the segment."""
         index = spikes.data_index(spike.step - 1, self.skips)
+        # What is still in flight has learnt from the spike. Its steps are recorded as
+        # made first, so that the earlier step that follows makes them repeated ones.
         self.pending = None
         self.clock.record(spike.step)
         with self._phase("restoring"):
             self.checkpoints.wait()
             self.train_state, self.step = self._restored()
             self.writer.rewind(self.step)
+            # Also those that this process has left out since: see spikes.py.
             left_out = spikes.add(self.train_state.spikes, *self.skips, index)
             self.train_state = self.train_state._replace(spikes=left_out)
             self.skips = spikes.skipped(left_out)

@@ -121,6 +121,7 @@ def plateau_update(plateau: Plateau, loss, *, factor: float, patience: int) -> P
     """Multiplies scale by factor after patience + 1 evaluations in a row without a
     lower loss (PyTorch's ReduceLROnPlateau without its threshold). NaN is no lower."""
     loss = jnp.asarray(loss, jnp.float32)
+    # A comparison with NaN is false: such a loss counts as one without improvement.
     better = loss < plateau.best
     bad_count = jnp.where(better, 0, plateau.bad_count + 1)
     reduce = bad_count > patience
@@ -154,11 +155,13 @@ def _adam(config):
 
 
 def _adamw(config):
+    # Decay joins after the moments (Loshchilov & Hutter 2019); the rate scales both.
     decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
     return [_scale_by_adam(config), decay]
 
 
 def _lamb(config):
+    # The trust ratio is of the update with its decay (You et al. 2020).
     return [*_adamw(config), scale_by_layer_trust_ratio()]
 
 

@@ -182,6 +182,8 @@ class TransformerXLConfig:
             if not _matches(value, expected):
                 name = getattr(expected, "__name__", expected)
                 raise UserError(f"config.model.{field}={value!r} is not of type {name}")
+            # The way into a frozen dataclass. A list would make the config unhashable,
+            # and compiled functions are kept by it.
             object.__setattr__(self, field, value)
         for field, rule in RULES.items():
             rule.check(f"config.model.{field}", getattr(self, field))

@@ -125,6 +125,8 @@ class TrunkModule(nn.Module):
         def run_layer(x_BTD, part):
             (params, table_ND, index), memory_BMD = part
             x_BTD = self._add_positions(x_BTD, table_ND, segment.index_BT)
+            # The layer's key is folded by its number: scanned and unrolled layers drop
+            # the same units.
             y_BTD, _ = layer.apply(
                 {"params": params},
                 x_BTD,

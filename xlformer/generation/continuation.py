@@ -104,7 +104,7 @@ class Continuation:
         """Takes in tokens of each row, at least one; lengths may differ."""
         _check(prompts, self._vocab_size)
         prompts = [*prompts, *[prompts[-1]] * self._more]
-        # The last token of the turn before was held back: see below.
+        # The last token of the previous turn was held back: see below.
         if self._last_R is not None:
             prompts = [[x, *p] for x, p in zip(self._last_R, prompts, strict=True)]
         with jax.set_mesh(self._mesh):
@@ -114,8 +114,8 @@ class Continuation:
                 part = ids_RT, valid_R, self._step
                 state = self._programs.advance(self._params, state, *part)
         self._state = state
-        # The last token of each row is kept out of the state: what comes after it is
-        # drawn when `draw` reads it, which is when it enters the memory, once.
+        # The last token of each row is kept out of the state. `draw` reads it first,
+        # to draw what comes after it, and so it enters the memory exactly once.
         self._last_R = np.array([p[-1] for p in prompts], np.int32)
 
     def draw(
@@ -173,7 +173,7 @@ def _check(prompts, vocab_size: int) -> None:
 def _parts(prompts) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All but the last token of each prompt, in parts: ids_RT, how many are valid."""
     lengths_R = np.array([len(p) - 1 for p in prompts])
-    # Whole parts; a prompt of one token has none, and nothing is read of it here.
+    # Rounded up to whole parts. A prompt of one token has none: `draw` reads it.
     width = PREFILL * -(-int(lengths_R.max()) // PREFILL)
     ids_RT = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
@@ -229,8 +229,8 @@ class Programs:
         return state
 
     def _cached(self, params, state):
-        # `block` donates what comes of this, and a model may return its state itself.
-        # The state is read on in the next turn, so its arrays must not be the same.
+        # `block` donates the result, and a model may return its state unchanged. The
+        # next turn reads on from the state, so the two must not share arrays.
         state = jax.tree.map(jnp.copy, state)
         return self._model.to_cache(params, state, segment_length=1)
 
@@ -246,7 +246,7 @@ class Programs:
                 params, last_R[:, None], state, step=step
             )
             log_probs_RV = log_probs_R1V[:, 0]
-            # By the token's number, so that blocks of any size draw the same text.
+            # Keys go by the token's number: blocks of any size draw the same text.
             step_keys_R = jax.vmap(jax.random.fold_in, (0, None))(keys_R, index)
             next_R = jax.vmap(lambda k, p: sampling.draw(k, p[None])[0])(
                 step_keys_R, log_probs_RV

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# A whole text that is decoded anew for each token would cost the square of its length.
+# To decode the whole text again for each token would cost the square of its length.
 CONTEXT = 16  # tokens that are decoded again, for how the next ones look beside them
 BROKEN = "\ufffd"  # how a character looks that is not complete
 

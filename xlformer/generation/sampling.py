@@ -44,7 +44,8 @@ class Sampling:
 
     def draw(self, key: jax.Array, log_probs_RV: jax.Array) -> jax.Array:
         """Draws one token for each row, [R], with one key for all of them."""
-        # A temperature below the smallest normal float32 would become a division by 0.
+        # Below the smallest normal float32 a temperature may be flushed to 0, and the
+        # division would give NaN.
         if self.temperature < np.finfo(np.float32).tiny:
             return jnp.argmax(log_probs_RV, axis=-1)
         # With the largest at 0, a small temperature cannot send it to -inf as well.

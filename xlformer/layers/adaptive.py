@@ -147,7 +147,7 @@ class AdaptiveEmbedding(nn.Module):
         for name, shape in bins.tables.items():
             setattr(self, name, self.param(name, self.table_init, shape))
         names = {bins.embedding_projection(b) for b in range(bins.n_tail + 1)} - {None}
-        # Sorted, because a set of strings has another order in every process.
+        # Sorted, because the order of a set of strings differs between processes.
         for name in sorted(names):
             shape = (bins.width(int(name.split("_")[1])), bins.d_model)
             setattr(self, name, self.param(name, self.projection_init, shape))

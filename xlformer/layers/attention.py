@@ -137,8 +137,8 @@ class Attention(nn.Module):
             return q_BTHK * scale, None, None
         r_SHK = None
         if self.attn_type == RELATIVE:
-            # A pair of its own in each layer is the TensorFlow original's untie_r; the
-            # PyTorch original knows only one pair for all.
+            # The TensorFlow original has a pair in each layer with untie_r; the PyTorch
+            # original knows only one pair for all layers.
             if self.own_biases:
                 biases = self._kernel("u", heads), self._kernel("v", heads)
             u_HK, v_HK = (b.astype(self.dtype)[None, None] for b in biases)
@@ -152,8 +152,8 @@ class Attention(nn.Module):
             shape, zeros = (self.table_length, self.n_head), nn.initializers.zeros
             bias_NH = self.param("distance_bias", zeros, shape).astype(self.dtype)
             r_SHK = learned_rows(table_NHK, bias_NH, rows[1], self.clamp_length)
-        # q . E_d + b_d is one product with a row that is longer by the bias: the query
-        # has a 1 there, and the scale holds for both.
+        # q . E_d + b_d is a single product if b_d is appended to E_d and a 1 to q. The
+        # scale applies to both terms.
         ones = jnp.ones_like(q_BTHK[..., :1])
         qw_BTHK = jnp.concatenate([q_BTHK, ones], axis=-1) * scale
         return (q_BTHK + self._kernel("u", heads)[None, None]) * scale, qw_BTHK, r_SHK
@@ -176,8 +176,8 @@ def _save(context_BSD, kernel_DHK, fixed):
 
 def _backward(fixed, saved, d_BSHK):
     context_BSD, kernel_DHK = saved
-    # The memory takes no gradient, but the weights learn from it: the second product
-    # is over all S positions.
+    # The memory takes no gradient, but the weights do learn from it: only the first
+    # product leaves it out.
     dx_BTD = jnp.einsum("BTHK,DHK->BTD", d_BSHK[:, fixed:], kernel_DHK)
     dkernel_DHK = jnp.einsum("BSD,BSHK->DHK", context_BSD, d_BSHK)
     return jnp.pad(dx_BTD, ((0, 0), (fixed, 0), (0, 0))), dkernel_DHK

@@ -72,8 +72,8 @@ class Cache(NamedTuple):
                 jnp.where(bad_BHS[..., None], 0, x) for x in (k_BHSK, v_BHSK)
             )
             k_BSHK, v_BSHK = (jnp.swapaxes(x, 1, 2) for x in (k_BHSK, v_BHSK))
-            # Keys are cached unturned: their place in [memory; segment] moves with
-            # every segment.
+            # Keys are cached before they are turned, because their place in [memory;
+            # segment] changes with every segment.
             if rotary:
                 qu_BTHK, k_BSHK = positions.rotated(qu_BTHK, k_BSHK)
             y_BTHK = visible_attention(
@@ -141,7 +141,7 @@ class Ring(NamedTuple):
         **options,
     ):
         """What Attention calls, as in Cache: it writes one slot, and keeps them all."""
-        # All of a single token enters the memory, and one query needs no kernel.
+        # A single token always enters the memory, and one query needs no kernel.
         del end, options
         N = self.keys_LBHNK.shape[3]
         slot = (self.newest + 1) % N
@@ -151,8 +151,8 @@ class Ring(NamedTuple):
             0, N - 1 - distance_N[None], M=N - 1, start=visibility.key_start_BT
         )
         r_NHK = scanned
-        # In a table of all distances twice over, the rows of all slots lie one after
-        # the other, wherever the ring stands: one slice, and no gather.
+        # The table holds all distances twice, so that wherever the ring stands the rows
+        # of its slots are contiguous: one slice instead of a gather.
         if r_NHK is not None:
             r_NHK = lax.dynamic_slice_in_dim(scanned, N - 1 - slot, N)
 

@@ -28,7 +28,7 @@ def layer_norm(x: jax.Array, scale_D, bias_D, epsilon: float) -> jax.Array:
     """
     exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = exact.mean(-1, keepdims=True)
-    # The squares of differences: E[x^2] - E[x]^2 cancels where the mean is large.
+    # Squared differences, because E[x^2] - E[x]^2 cancels where the mean is large.
     variance = jnp.square(exact - mean).mean(-1, keepdims=True)
     normal = (exact - mean) * jax.lax.rsqrt(variance + epsilon)
     row = (1,) * (x.ndim - 1) + (-1,)

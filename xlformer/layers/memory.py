@@ -69,8 +69,8 @@ def append(memory: jax.Array, x: jax.Array, end, *, axis: int = 1) -> jax.Array:
     """
     M, take = memory.shape[axis], functools.partial(lax.slice_in_dim, axis=axis)
     x = x.astype(memory.dtype)
-    # Where the number is known when compiling, nothing is joined that is cut off again:
-    # a segment as long as the memory takes its place, and the old one is not read.
+    # Where `end` is known at compile time nothing is copied in vain: a segment at least
+    # as long as the memory replaces it, and the old memory is not even read.
     if isinstance(end, int):
         if end >= M:
             return take(x, end - M, end)
@@ -102,9 +102,9 @@ def next_length(length_B, resets_BT, end, *, M: int) -> jax.Array:
     return jnp.minimum(length_B, M).astype(jnp.int32)
 
 
-# Masks hide a number by giving it the weight 0, and 0 NaN is NaN: after a reset, a row
-# would still see that an earlier text had overflowed. So what is not finite is taken
-# out before attention, and put back where it is seen (Visibility.sees).
+# Masks hide a value by giving it the weight 0, but 0 * NaN is NaN: even after a reset
+# an overflow in an earlier text would spoil the row for ever. So what is not finite is
+# taken out before attention, and put back where it is seen (Visibility.sees).
 
 
 def valid_slots(state: Memory) -> Memory:

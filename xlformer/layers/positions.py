@@ -12,8 +12,8 @@ def sinusoid(positions: np.ndarray | jax.Array, d_model: int, dtype) -> jax.Arra
 
     The halves are concatenated, not interleaved; w_i = 10000^(-2i/d_model) (Dai et al.
     2019, as coded). Known positions are computed in float64 and rounded once: angles
-    of thousands of radians lose three digits in float32. bfloat16 comes last of all,
-    because in it not even the integers above 256 are exact.
+    of thousands of radians lose three digits in float32, and in bfloat16 not even the
+    integers above 256 are exact.
     """
     frequencies = 10000.0 ** (-np.arange(0, d_model, 2) / d_model)
     if isinstance(positions, np.ndarray):
@@ -43,7 +43,7 @@ def rotate(x_BSHK: jax.Array, table_SK: jax.Array) -> jax.Array:
 def rotated(q_BTHK: jax.Array, k_BSHK: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Queries and keys turned by their place in [memory; segment]."""
     S, K = k_BSHK.shape[1], k_BSHK.shape[-1]
-    # Angles of places, as of distances, need float32: see sinusoid.
+    # Angles need at least float32, whatever the keys are: see `sinusoid`.
     dtype = jnp.promote_types(k_BSHK.dtype, jnp.float32)
     table_SK = sinusoid(np.arange(S), K, dtype)
     return rotate(q_BTHK, table_SK[S - q_BTHK.shape[1] :]), rotate(k_BSHK, table_SK)
@@ -52,8 +52,8 @@ def rotated(q_BTHK: jax.Array, k_BSHK: jax.Array) -> tuple[jax.Array, jax.Array]
 def distances(S: int, clamp_length: int) -> np.ndarray:
     """The distances 0 to S-1, none of them beyond clamp_length unless that is 0.
 
-    The original clamps the distance before the sinusoid, and so what is farther than
-    clamp_length looks as far as that.
+    The original clamps distances before it takes the sinusoid: whatever is farther than
+    clamp_length looks as if it were at clamp_length.
     """
     return np.minimum(np.arange(S), clamp_length if clamp_length > 0 else S)
 

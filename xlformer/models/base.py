@@ -45,8 +45,8 @@ def compute_dtype(name: str, params=None):
     float32.
     """
     leaves = jax.tree.leaves(params)
-    # Whatever the config says: agreement with the originals and `check_model` are told
-    # in float64, of configs that say bfloat16 too.
+    # Whatever the config says: parity with the originals and `check_model` are tested
+    # in float64, also for configs that ask for bfloat16.
     if any(leaf.dtype == jnp.float64 for leaf in leaves):
         return jnp.dtype("float64")
     if name != "auto":
@@ -69,7 +69,8 @@ def param_axes(params, table: Mapping[str, tuple]):
     """
 
     def name(path, leaf):
-        # Two parts tell parameters apart; what is above them is a model's own affair.
+        # The last two parts of the path identify a parameter; a model may nest its
+        # modules as it likes above them.
         keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
         last = re.sub(r"_\d+$", "", "/".join(keys[-2:]))
         names = table.get(last, (None,) * (len(leaf.shape) - ("layers" in keys)))
@@ -264,7 +265,7 @@ class Model:
 
     def dtype(self, params):
         """The dtype of the computation with these parameters; None if not known."""
-        # Parameters may hold integers, which say nothing of it.
+        # Integers among the parameters say nothing about the dtype of computation.
         leaves = [leaf.dtype for leaf in jax.tree.leaves(params)]
         found = [d for d in leaves if jnp.issubdtype(d, jnp.floating)]
         return jnp.result_type(*found) if found else None

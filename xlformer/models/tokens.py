@@ -143,7 +143,7 @@ class TokenModel(Model):
 
     def init(self, key: jax.Array):
         """Fresh parameters: the bare tree, without Flax's 'params' level, float32."""
-        # No shape of a parameter depends on rows or tokens: one of each will do.
+        # No parameter's shape depends on the number of rows or tokens: one will do.
         ids_BT = jnp.zeros((1, 1), jnp.int32)
         state = self.init_state(1, dtype=jnp.float32)
         module = self._module(jnp.dtype(jnp.float32))
@@ -189,7 +189,7 @@ class TokenModel(Model):
     def _run(self, params, method, *arrays, **options):
         """A method of the module; its last array and its second result are states."""
         *arrays, state = arrays
-        # Parameters may be numpy's, which cannot be indexed by what is traced.
+        # numpy arrays, which parameters may be, cannot be indexed by traced values.
         params = jax.tree.map(jnp.asarray, params)
         # Gradients end at both sides of a segment, whatever the trunk does: into the
         # state that is given (Dai et al. 2019, SG), and out of the one that is returned
@@ -266,9 +266,9 @@ class Trunk:
 
 
 def _scalars(aux: Aux, dtype) -> Aux:
-    """Aux with its loss as an array: a trunk may say 0.0, which has no dtype.
+    """Makes the loss of a trunk, which may be the number 0.0, an array with a dtype.
 
-    In at least float32, as the mean nll that it is added to.
+    It is at least float32, like the mean nll that it is added to.
     """
     dtype = jnp.promote_types(dtype, jnp.float32)
     return aux._replace(loss=jnp.asarray(aux.loss, dtype))
@@ -279,8 +279,8 @@ def _keys(rngs: dict | None, B: int) -> Keys:
         raise ValueError("train=True with dropout needs rngs={'dropout': key}")
     key = rngs["dropout"]
     rows_B = rngs.get("rows")
-    # One call has all rows then; under a mesh or in micro-batches the training step
-    # brings the keys, or row 0 of every group would drop the same units.
+    # Right only where one call has all the rows. Under a mesh and in micro-batches the
+    # training step passes the keys, or row 0 of every group would drop the same units.
     if rows_B is None:
         rows_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     return Keys(key, rows_B)

@@ -68,8 +68,8 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         # Not max_to_keep with best_fn: that keeps the best ones and deletes the newest
         # (Orbax 0.12.8; after steps 1 to 7, with 3 to keep, latest_step() was 4).
-        # A kill leaves N.orbax-checkpoint-tmp, found at 36 of 54 restarts and there for
-        # good by default.
+        # A kill while saving leaves N.orbax-checkpoint-tmp (found at 36 of 54
+        # restarts), which by default nobody removes.
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True,
             preservation_policy=_LatestAndBest(self._keep, self._bests),
@@ -242,7 +242,7 @@ class Checkpoints:
                 found = self._restore_step(candidate, abstract)
             except Corrupt as error:
                 fault = str(error)
-            # Asked also where nothing is wrong here: all hosts make the same calls.
+            # Asked even where nothing is wrong here: all hosts make the same calls.
             if on_any_host(bool(fault)):
                 refused.append(candidate)
                 reasons.append(f"step {candidate}: {fault or 'refused elsewhere'}")

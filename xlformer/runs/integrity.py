@@ -1,9 +1,9 @@
 """One saved step: sealing it with digests, reading it back only if they agree.
 
-Orbax 0.12.8 restores a flipped bit in array data without a word: of floats in 48 of 48
-tries, in each of four formats. Hence the seal: a JSON item with a digest, shape and
+Orbax 0.12.8 restores a flipped bit in an array of floats without a word: in 48 of 48
+tries, 12 in each of four formats. Hence the seal: a JSON item with a digest, shape and
 dtype for each leaf, the metric, and checksums of the config and of the seal itself. It
-finds accidents; who wants to forge a checkpoint can forge its seal.
+detects accidents; whoever can forge a checkpoint can forge its seal too.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def read_seal(directory: epath.Path) -> dict:
     if not intact:
         raise Corrupt("the digest does not match its own checksum")
     written = item.pop("format", 1)
-    # A newer format is no damage: an older step must not be taken for it.
+    # A newer format is no damage, for which an older step would be taken instead.
     if type(written) is int and written > FORMAT:
         raise UserError(
             f"{directory}: the checkpoint has format {written}, this xlformer reads 1 "
             f"to {FORMAT}: use the release that wrote it, or a newer one"
         )
-    # A checksum says nothing of who made it: a stranger's file is checked for the types
-    # that the code below relies on.
+    # A checksum does not say who made it, so the types that the code below relies on
+    # are checked as well.
     kinds = {"leaves": dict, "layouts": dict, "metric": dict, "config": int}
     for name, kind in kinds.items():
         if not isinstance(item.get(name), kind):

@@ -81,7 +81,7 @@ def from_disk(value, like):
         return value
     if like.sharding is None:
         return np.zeros(like.shape, like.dtype)
-    # By jit, which also makes arrays of which other hosts have a part.
+    # By jit, which can also make an array that is spread over several hosts.
     zeros = functools.partial(jnp.zeros, like.shape, like.dtype)
     return jax.jit(zeros, out_shardings=like.sharding)()
 

@@ -72,7 +72,7 @@ class WorkdirLock:
             file = open(path, "a+b", buffering=0)  # a full disk shows in write
         except OSError as error:
             raise self._unwritable(error) from error
-        # At once or not at all: to wait for a run of days is never what is meant.
+        # Without waiting: nobody means to queue behind a run that may last for days.
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -149,7 +149,7 @@ class _Heartbeat:
 
         Judged by whether the file changes, not by its time: clocks differ.
         """
-        # The owner's clock is used for one thing only: not to wait for one of long ago.
+        # The owner's clock decides one thing only: whether it is worth waiting at all.
         age = time.time() - owner["time"]
         end = time.monotonic() + self._patience
         if age > ANCIENT * self._patience:

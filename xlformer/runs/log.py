@@ -34,9 +34,9 @@ from etils import epath
 from xlformer import storage
 
 FILE = "metrics.jsonl"
-# Each upload writes its part anew: more often would cost requests and traffic, more
-# seldom the lines of a run that nobody sees yet. Parts end, so that an upload does not
-# grow with the run.
+# Each upload writes its part again: more of them would cost requests and traffic, fewer
+# would keep lines from whoever watches the run. Parts are closed at some size, so that
+# an upload does not grow with the run.
 FLUSH_S = 30.0  # between two uploads of a part, unless the run asks for one
 PART_SIZE = 1 << 20  # characters; a longer part is not written again
 
@@ -58,7 +58,8 @@ class Writer:
 
     def rewind(self, step: int) -> None:
         """Says that the run goes on from `step`, whatever was written of later ones."""
-        # TensorBoard is told by the first event of a file: the next `write` opens one.
+        # TensorBoard learns of it from the first event of a file, so the next `write`
+        # opens a new one.
         events, self._events = self._events, None
         if events:
             events.close()

@@ -210,7 +210,7 @@ def _step(checkpoints: Checkpoints, which: str) -> int | None:
     if which in ("best", "latest"):
         best = checkpoints.best() if which == "best" else None
         return agreed(checkpoints.latest() if best is None else best)
-    # int() takes digits of any script, and Python refuses thousands of them.
+    # int() would take digits of any script, and fail on thousands of them.
     if not (which.isascii() and which.isdigit() and len(which) < 19):
         line = " is neither best, latest nor a step"
         raise UserError(Argument("checkpoint", which), line)
@@ -224,6 +224,6 @@ def agreed(step: int | None) -> int | None:
     """
     if jax.process_count() == 1:
         return step
-    # Only numbers can be broadcast, and no step is -1.
+    # None cannot be broadcast; -1, which is no step, stands for it.
     found = multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step))
     return None if int(found) == -1 else int(found)

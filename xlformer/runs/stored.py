@@ -185,8 +185,8 @@ def _another(where: str | Argument, found: str, card: dict, remedy=()) -> UserEr
 
 
 def _payload(text: Text) -> str:
-    # Of the raw bytes, in the order in which preparation takes them: tokens would tell
-    # of one vocabulary, and not of the text.
+    # Of the raw bytes, in the order of preparation: a checksum of tokens would depend
+    # on the vocabulary too.
     digest = hashlib.sha256()
     for split in SPLITS:
         for document in text.splits[split]:

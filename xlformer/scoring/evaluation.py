@@ -62,7 +62,7 @@ class Scorer:
 
     def card(self, run: runs.Run, progress=None) -> dict:
         """The card of one checkpoint; see `evaluate`."""
-        # Checkpoints of one run agree in both, unless it was called again with changes.
+        # Checkpoints of one run agree in both, unless it was resumed with changes.
         if self._prepared_for != (run.model, run.config):
             self._prepare(run)
             self._prepared_for = run.model, run.config

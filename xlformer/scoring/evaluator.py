@@ -114,10 +114,10 @@ class Evaluator:
           tally: is given what each call has scored, token by token.
         """
         start = time.perf_counter()
-        # Rows that score nothing make them divide by the devices.
+        # Rows that score nothing are added until all of them divide by the devices.
         padded = rows_lib.pad(plan, self._rows.batch_size)
-        # Waited for: what its making took is given back before the scan begins, or
-        # there would be no room for both.
+        # Waited for, so that the memory that making it took is free before the scan
+        # begins: there may be no room for both.
         state = jax.block_until_ready(self._init_state(params))
         tally = Tally() if tally is None else tally
         calls = math.ceil(plan.steps / self._steps)

@@ -105,8 +105,8 @@ def unigram_entropy(tokens: np.ndarray, vocab_size: int) -> float:
 
 def warning(card: dict, entropy: float) -> str | None:
     """What is wrong with a loss; entropy: of the text's own frequencies."""
-    # A model that knows nothing but how frequent each token is has the entropy: a worse
-    # one has the ids in another order, or has learned nothing.
+    # Who knows nothing but how frequent each token is reaches the entropy. A model that
+    # is worse has the ids in another order, or has learned nothing.
     loss = card["nats_per_token"]
     if not math.isfinite(loss):
         return (

@@ -113,8 +113,8 @@ def _cut(tokens, batch_size, segment_length, warmup, replay, memory_length) -> P
         start_B = np.arange(batch_size) * length
         steps = math.ceil((length - 1) / T)
         return Plan(T, steps, start_B, start_B, start_B + length - 1, "none")
-    # Rows begin where segments of the one-row stream do, or they would not carry what
-    # it carries. Whole segments in equal rows may need fewer rows than were asked for.
+    # Rows begin where segments of the one-row stream begin, or they could not carry
+    # what it carries. Rounding up to whole segments may leave fewer rows than asked.
     segments = math.ceil((tokens - 1) / T)
     rows = min(batch_size, segments)
     each = math.ceil(segments / rows)
@@ -123,8 +123,8 @@ def _cut(tokens, batch_size, segment_length, warmup, replay, memory_length) -> P
         # More than a quarter of extra work is worth asking for.
         exact = 0 if rows == 1 else replayed["exact"]
         warmup = "exact" if exact is not None and 4 * exact < each else "fill"
-    # Not further than to the beginning of the text from the last row's place. Rows near
-    # the beginning start before it: those inputs are nothing, and reset.
+    # The last row replays from the beginning of the text at most. Rows nearer to it
+    # start before it; those inputs are nothing, and end with a reset.
     before = min(replayed[warmup], (rows - 1) * each)
     first_B = np.arange(rows) * each * T
     last_B = np.minimum(first_B + each * T, tokens - 1)

@@ -35,8 +35,8 @@ def to_cache(
 def is_ring(config: TransformerXLConfig, segment_length: int) -> bool:
     """Whether a ring serves: for single tokens, all of which enter the memory.
 
-    With extended context a token would enter it later than it is read, and without a
-    memory there is nothing to go round in.
+    With extended context a token enters the memory later than it is read, and a memory
+    of no slots makes no ring.
     """
     return segment_length == 1 and config.memory_length > 0 == config.extended_length
 
@@ -71,8 +71,8 @@ def after_resets(config: TransformerXLConfig, layers, state, resets_BT):
     """The state of rows that are reset before the segment: as `to_cache` of zeros.
 
     With `attend_zero_memory` the keys and values of zeros are seen. Otherwise old ones
-    are masked, and a ring loses them here, so that no NaN stays behind a mask; a Cache
-    takes care of that where it reads them.
+    are masked, and those of a ring are overwritten here, so that no NaN stays behind a
+    mask; a Cache takes care of that where it reads them.
     """
     if resets_BT is None or not (config.attend_zero_memory or isinstance(state, Ring)):
         return state
@@ -89,8 +89,8 @@ def after_resets(config: TransformerXLConfig, layers, state, resets_BT):
 def _keys_values(config, layers, hidden_LBMD):
     """Keys and values of stored layer inputs, as Layer and Attention project them.
 
-    Outside of these modules, because all layers are projected in one product, and of
-    the memory alone.
+    It does not call those modules, because here all layers are projected at once, and
+    nothing but the memory.
     """
     dtype = hidden_LBMD.dtype
 
@@ -101,7 +101,7 @@ def _keys_values(config, layers, hidden_LBMD):
                 hidden_BMD, norm["scale"], norm["bias"], config.norm_epsilon
             )
         qkv_DCHK = params["attention"]["qkv"].astype(dtype)
-        # 1 and 2 are keys and values: the memory asks nothing.
+        # 1 and 2 are keys and values; the memory makes no queries.
         return tuple(
             jnp.einsum("BMD,DHK->BHMK", hidden_BMD, qkv_DCHK[:, c]) for c in (1, 2)
         )

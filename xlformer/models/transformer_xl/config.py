@@ -101,8 +101,8 @@ class TransformerXLConfig:
     proj_same_dim: bool = True  # project even where the widths agree (div_val > 1)
     norm_epsilon: float = 1e-5  # of PyTorch; the TensorFlow original has 1e-12
     init: str = "normal"
-    # TensorFlow's scripts of the large WikiText-103 and lm1b, which gave the published
-    # figures, have 0.005; their PyTorch twins leave 0.02.
+    # The TensorFlow scripts for large WikiText-103 and lm1b models, which produced the
+    # published figures, set 0.005; their PyTorch twins leave 0.02.
     init_std: float = 0.02
     init_range: float = 0.1  # of init='uniform'
     proj_init_std: float = 0.01
@@ -175,8 +175,8 @@ class TransformerXLConfig:
         return dataclasses.replace(self, **sizes)
 
     def __post_init__(self):
-        # Types are checked here, because fields come from JSON and from flags as well:
-        # a string for a number would else fail in the middle of tracing.
+        # Fields also come from JSON and from flags: a string where a number belongs
+        # would otherwise fail in the middle of tracing.
         for field, expected in typing.get_type_hints(type(self)).items():
             value = _normal(getattr(self, field), expected)
             if not _matches(value, expected):

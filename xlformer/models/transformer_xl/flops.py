@@ -2,7 +2,7 @@
 
 A multiplication and an addition are 2; only matrix products count. They are useful
 FLOPs: keys that a query may not see, what remat computes again, and padding do not
-count. So the MFU that comes of them does not rise with work that helps nobody.
+count, so that an MFU made of them does not rise with useless work.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Flops:
     def training(self) -> float:
         """Forward and backward: three times the forward, less what needs no gradient.
 
-        The gradient of a product is one product for each of its two arguments. Memory
-        and sinusoids take none, so that their projections have only the weights'.
+        The gradient of a product is one more product for each of its two arguments. The
+        memory and the sinusoids take none: their projections cost only the weights'.
         """
         leaves = self.memory + self.positions
         return 3 * (self.forward - leaves) + 2 * leaves

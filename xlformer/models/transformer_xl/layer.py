@@ -20,8 +20,8 @@ from xlformer.sharding import constrain
 def initializers(config: TransformerXLConfig) -> dict[str, Any]:
     """Initialisers by role, as in the PyTorch original or in the TensorFlow original.
 
-    They differ in two: gains of norms are N(1, init_std) in PyTorch and 1 in
-    TensorFlow, the softmax's entries of tail bins N(0, init_std) and 0.
+    They differ twice: the gains of norms are N(1, init_std) in PyTorch and 1 in
+    TensorFlow, and the softmax's vectors of tail bins are N(0, init_std) and 0.
     """
     normal = nn.initializers.normal
     if config.init == "uniform":
@@ -63,8 +63,8 @@ class Layer(nn.Module):
           attend: see Attention.
         """
         config, init = self.config, initializers(self.config)
-        # Of probabilities, attention's output, hidden units and their output. Another
-        # order would drop other units in the second half of a run that is resumed.
+        # For probabilities, attention's output, hidden units and their output. In
+        # another order a resumed run would drop other units than before.
         keys = [fold(key, i) for i in range(4)]
         norm = functools.partial(
             LayerNorm, epsilon=config.norm_epsilon, scale_init=init["norm_scale"]
@@ -117,12 +117,12 @@ class Layer(nn.Module):
             biases=biases,
             keys=keys[:2],
             attend=attend,
-            # The memory passes no gradient on, but a norm between the two learns from
-            # it: its scale and bias need what comes back from all S positions.
+            # The memory passes no gradient on, but with pre-norm there is a norm before
+            # the projection, whose scale and bias learn from all S positions.
             fixed=0 if config.pre_norm else M,
         )
         if not attend:
-            # Whoever sees what is not finite must show it, as without the mask.
+            # A query that does see such a vector gives NaN, as if nothing were hidden.
             seen_BT = visibility.sees(bad_BS, x_BTD.shape[1])
             more_BTD = jnp.where(seen_BT[..., None], jnp.nan, more_BTD)
         y_BTD = x_BTD + more_BTD

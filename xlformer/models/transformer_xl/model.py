@@ -105,7 +105,7 @@ class TransformerXL(TokenModel):
         cache = cache_lib.to_cache(
             self.config, layers, state, segment_length, self.dtype(params)
         )
-        # Made of parameters, it would pass gradients on that the memory does not.
+        # It is made of parameters and would pass gradients on; the memory does not.
         return jax.lax.stop_gradient(cache)
 
     def cache_axes(self, *, segment_length: int = 1):
@@ -123,8 +123,8 @@ class TransformerXL(TokenModel):
         """
         super().for_generation()
         M, window = self.memory_length, self.config.attention_window
-        # A wider one would let the later tokens of a prompt's part see more than the
-        # memory has room for.
+        # With a wider one the later tokens of a part of the prompt would see more than
+        # the memory has room for.
         window = M if window is None else min(window, M)
         return self.for_reading(window=window, extended_length=0)
 

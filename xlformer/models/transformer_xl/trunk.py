@@ -21,8 +21,8 @@ from xlformer.models.transformer_xl import cache as cache_lib
 from xlformer.models.transformer_xl.config import TransformerXLConfig
 from xlformer.models.transformer_xl.layer import Layer, initializers
 
-# Which number is folded into the dropout key for what. With other numbers a run that is
-# resumed would drop other units than one that was not interrupted.
+# Which number is folded into the dropout key for what. If they changed, a run resumed
+# with a new release would not drop what it would have dropped with the old one.
 INPUT_KEY, POSITION_KEY, OUTPUT_KEY, LAYERS_KEY = range(4)
 
 
@@ -84,8 +84,8 @@ class TrunkModule(nn.Module):
             x_BTD = jnp.where(_valid(x_BTD, lengths), x_BTD, 0)
         index_BT = _backward_index(B, T, lengths)
         x_BTD = self._add_sinusoid(x_BTD, index_BT)
-        # Dropout comes before the first layer: the memory caches what was dropped, as
-        # the original does. The sinusoids have one mask for all rows, which share them.
+        # Dropout comes before the first layer, so the memory caches vectors after
+        # dropout, as in the original. All rows share the sinusoids and their one mask.
         shared_key, key = (None, None) if keys is None else keys
         x_BTD = dropout(x_BTD, config.dropout, fold(key, INPUT_KEY))
         segment = Segment(
@@ -114,8 +114,8 @@ class TrunkModule(nn.Module):
 
     def _plain_layers(self, x_BTD, state: Memory, segment: Segment):
         """Each layer reads its memory and keeps its last inputs: (output, Memory)."""
-        # No submodule (parent=None): its parameters are stacked, and it is applied to
-        # one layer's at a time, so that stack.run may scan or unroll it.
+        # Not a submodule (parent=None): the parameters of all layers are stacked, and
+        # stack.run, which scans or unrolls, applies it to those of one at a time.
         config, layer = self.config, Layer(self.config, self.dtype, parent=None)
         parameters = self._parameters(layer, x_BTD, segment.shared)
         hidden_LBMD = state.hidden_LBMD.astype(self.dtype)
@@ -181,8 +181,8 @@ class TrunkModule(nn.Module):
     def _parameters(self, layer, x_BTD, shared):
         """(parameters, learned positions or None, number), stacked by layer."""
         config = self.config
-        # `param` would trace the whole initialisation to compare shapes, also where the
-        # parameters are there: a third of the time that tracing a model takes.
+        # Even where the parameters exist, `param` would trace the whole initialisation
+        # to compare shapes: a third of the time that tracing a model takes.
         params = self.get_variable("params", "layers")
         if params is None:
             params = self.param("layers", self._init_layers, layer, x_BTD, shared)
@@ -233,7 +233,7 @@ class TrunkModule(nn.Module):
             return None, None
         clamped = positions.distances(S, config.clamp_length)
         r_SD = positions.sinusoid(clamped, config.d_model, self.dtype)
-        # On the sinusoids and not on their projections: one mask, whatever the layer.
+        # On the sinusoids, before any projection: all layers share one mask.
         r_SD = dropout(r_SD, config.dropout, key)
         if config.untie_r:
             return r_SD, None

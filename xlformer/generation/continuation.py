@@ -19,7 +19,10 @@ from xlformer import models, sharding
 from xlformer.errors import Argument, UserError
 from xlformer.generation.sampling import Sampling
 
+# Prompts are read in parts of one shape, padded on the right: prompts of any lengths
+# share one compiled program, and a short one pays for no more than one part.
 PREFILL = 64  # prompt tokens in one compiled call
+# A block is one dispatch; after each of them `on_tokens` may print, and may end it.
 BLOCK = 16  # generated tokens in one compiled call
 MOST = (1 << 31) - BLOCK  # tokens, which int32 counts
 PLAIN = Sampling()
@@ -87,7 +90,7 @@ class Continuation:
         """Arguments as for `generate`."""
         model, mesh = for_generation(model), mesh or sharding.make_mesh({"data": 1})
         self._rows, self._vocab_size = rows, model.vocab_size
-        # Copies of the last row make the rows divide.
+        # Copies of the last row make the rows divide by the devices that share them.
         self._more = sharding.padded(rows, mesh) - rows
         self._programs = programs(model, mesh, rows + self._more)
         self._params, self._sampling, self._mesh = params, sampling, mesh
@@ -101,6 +104,7 @@ class Continuation:
         """Takes in tokens of each row, at least one; lengths may differ."""
         _check(prompts, self._vocab_size)
         prompts = [*prompts, *[prompts[-1]] * self._more]
+        # The last token of the previous turn was held back: see below.
         if self._last_R is not None:
             prompts = [[x, *p] for x, p in zip(self._last_R, prompts, strict=True)]
         with jax.set_mesh(self._mesh):
@@ -110,7 +114,8 @@ class Continuation:
                 part = ids_RT, valid_R, self._step
                 state = self._programs.advance(self._params, state, *part)
         self._state = state
-        # The next token is drawn after it, which is when it enters the memory.
+        # The last token of each row is kept out of the state. `draw` reads it first,
+        # to draw what comes after it, and so it enters the memory exactly once.
         self._last_R = np.array([p[-1] for p in prompts], np.int32)
 
     def draw(
@@ -168,6 +173,7 @@ def _check(prompts, vocab_size: int) -> None:
 def _parts(prompts) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All but the last token of each prompt, in parts: ids_RT, how many are valid."""
     lengths_R = np.array([len(p) - 1 for p in prompts])
+    # Rounded up to whole parts. A prompt of one token has none: `draw` reads it.
     width = PREFILL * -(-int(lengths_R.max()) // PREFILL)
     ids_RT = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
@@ -215,13 +221,16 @@ class Programs:
         return self._model.init_state(self._rows)
 
     def _advance(self, params, state, ids_RT, lengths_R, step):
+        # The targets are of no interest: without the nll in the result, the compiler
+        # leaves out the softmax that would make it.
         _, state, _ = self._model.apply(
             params, ids_RT, ids_RT, state, lengths_B=lengths_R, step=step
         )
         return state
 
     def _cached(self, params, state):
-        # Copied, as what comes of it is donated, and the state is read on later.
+        # `block` donates the result, and a model may return its state unchanged. The
+        # next turn reads on from the state, so the two must not share arrays.
         state = jax.tree.map(jnp.copy, state)
         return self._model.to_cache(params, state, segment_length=1)
 
@@ -237,6 +246,7 @@ class Programs:
                 params, last_R[:, None], state, step=step
             )
             log_probs_RV = log_probs_R1V[:, 0]
+            # Keys go by the token's number: blocks of any size draw the same text.
             step_keys_R = jax.vmap(jax.random.fold_in, (0, None))(keys_R, index)
             next_R = jax.vmap(lambda k, p: sampling.draw(k, p[None])[0])(
                 step_keys_R, log_probs_RV
@@ -250,9 +260,11 @@ class Programs:
         return carry, tokens_NR.T, chosen_NR.T
 
 
+# A model is hashed by its config: equal models share what was compiled. Programs hold
+# shapes and no parameters, so that keeping sixteen of them keeps no weights alive.
 @functools.lru_cache(maxsize=16)
 def programs(model: models.Model, mesh: jax.sharding.Mesh, rows: int) -> Programs:
-    """The programs of a model, kept for who asks again."""
+    """The programs of a model, kept for whoever asks for them again."""
     return Programs(model, mesh, rows)
 
 

@@ -23,12 +23,16 @@ def talk(continuation, vocabulary, *, num_tokens: int, stops=(), first="") -> No
       stops: texts that end an answer.
       first: a prompt that comes before those of standard input.
     """
-    if hasattr(sys.stdin, "reconfigure"):  # As text files are, whatever the locale is.
+    # Prompts are read as text files are, whatever the locale is; bytes that are no
+    # UTF-8 come through as they are (surrogateescape). A stand-in of a test, such as
+    # StringIO, has no encoding to set.
+    if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     before: list[int] = []  # generated, and not yet read
     try:
         for line in _lines(first):
             try:
+                # Not closed by <eos>: the answer goes on in the prompt's own line.
                 ids = vocabulary.encode(line, close_line=False, where="the prompt")
             except UserError as error:  # A slip at the keyboard ends nothing.
                 print(f"error: {error}", file=sys.stderr)
@@ -45,6 +49,7 @@ def _turn(continuation, vocabulary, ids, num_tokens: int, stops) -> list[int]:
         return []
     continuation.read([ids])
     row = printing.Row(vocabulary, ids, stops)
+    # The person has typed the prompt: it stands on the terminal already.
     printer = printing.Printer([row], shown="")
     tokens_RN, _ = continuation.draw(num_tokens, on_tokens=printer)
     printer.finish()
@@ -55,6 +60,7 @@ def _lines(first: str) -> Iterator[str]:
     if first:
         yield first
     while True:
+        # To standard error, so that a redirected output holds answers alone.
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+# To decode the whole text again for each token would cost the square of its length.
 CONTEXT = 16  # tokens that are decoded again, for how the next ones look beside them
 BROKEN = "\ufffd"  # how a character looks that is not complete
 
@@ -55,6 +56,8 @@ class Row:
             self.text, self._held = self.text + self._held, ""
 
     def _take(self, final: bool) -> None:
+        # What is new is the difference of two decoded texts: a token alone would lose
+        # the space before it, or be only some of the bytes of a character.
         old = decoded(self._vocabulary, self._context).rstrip(BROKEN)
         new = decoded(self._vocabulary, [*self._context, *self._waiting])
         if new.endswith(BROKEN) and not final:
@@ -67,6 +70,8 @@ class Row:
             self.stopped, keep = True, min(ends)
             self._held = ""
         else:
+            # An end that may become a stop text is not printed yet: it could not be
+            # taken back from a terminal.
             keep = len(text) - max(
                 (_overlap(text, stop) for stop in self._stops), default=0
             )

@@ -43,19 +43,23 @@ class Sampling:
             raise UserError(Argument("top_p", self.top_p), " must be in (0, 1]")
 
     def draw(self, key: jax.Array, log_probs_RV: jax.Array) -> jax.Array:
-        """One token a row."""
+        """Draws one token for each row, [R], with one key for all of them."""
+        # Below the smallest normal float32 a temperature may be flushed to 0, and the
+        # division would give NaN.
         if self.temperature < np.finfo(np.float32).tiny:
             return jnp.argmax(log_probs_RV, axis=-1)
-        # A small temperature must not send the largest one to -inf too.
+        # With the largest at 0, a small temperature cannot send it to -inf as well.
         logits_RV = log_probs_RV - log_probs_RV.max(axis=-1, keepdims=True)
         logits_RV /= self.temperature
         V = logits_RV.shape[-1]
+        # Nothing is cut off: the sort of V logits below is spared.
         if self.top_k in (0, V) and self.top_p == 1:
             return jax.random.categorical(key, logits_RV)
         # The most probable first; of equals those with the smaller id.
         logits_RK, ids_RK = jax.lax.top_k(logits_RV, min(self.top_k or V, V))
         p_RK = jax.nn.softmax(logits_RK)
-        # What lies beyond the first tokens that reach the mass is dropped.
+        # What lies beyond the first tokens that reach the mass is dropped: by the mass
+        # before a token, so that the most probable one is kept whatever top_p is.
         before_RK = jnp.cumsum(p_RK, axis=-1) - p_RK
         logits_RK = jnp.where(before_RK < self.top_p, logits_RK, -jnp.inf)
         chosen_R = jax.random.categorical(key, logits_RK)

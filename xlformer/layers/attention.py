@@ -15,6 +15,7 @@ from xlformer.kernels.visibility import Visibility
 from xlformer.layers import positions
 from xlformer.sharding import constrain
 
+# Types 0 to 3 are numbered as the original's attn_type; 4 is not in the original.
 RELATIVE, LEARNED_RELATIVE, SINUSOID, LEARNED_ABSOLUTE, ROTARY = range(5)
 # Logical axes of the parameters: see models.base.param_axes.
 PARAM_AXES = {
@@ -83,17 +84,22 @@ class Attention(nn.Module):
         probability_key, output_key = keys or (None, None)
         D, S = x_BTD.shape[-1], context_BSD.shape[1]
         heads = (self.n_head, self.d_head)
+        # One parameter for the three projections, in the order of the original's, and
+        # three products: queries are made of x alone, keys and values of the context.
         qkv_DCHK = self._kernel("qkv", (D, 3, *heads))
         out_HKD = self._kernel("output", (*heads, D))
         with jax.named_scope("qkv"):
             q_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, qkv_DCHK[:, 0])
             k_BSHK = projected(context_BSD, qkv_DCHK[:, 1], fixed)
             v_BSHK = projected(context_BSD, qkv_DCHK[:, 2], fixed)
+            # Heads lie on `tensor`, so that each device attends with its own; only the
+            # output is summed over that axis.
             q_BTHK, k_BSHK, v_BSHK = (
                 constrain(x, "batch", None, "heads", None)
                 for x in (q_BTHK, k_BSHK, v_BSHK)
             )
         with jax.named_scope("positions"):
+            # A cached memory has projected its rows of the positions already.
             rows = None if attend else (r_SD, S)
             qu_BTHK, qw_BTHK, r_SHK = self._position_terms(q_BTHK, biases, rows)
         if attend:
@@ -118,16 +124,21 @@ class Attention(nn.Module):
         return dropout(y_BTD, self.dropout, output_key), kept
 
     def _kernel(self, name, shape):
+        # Parameters stay in the dtype they are stored in; the copy in use is cast.
         return self.param(name, self.kernel_init, shape).astype(self.dtype)
 
     def _position_terms(self, q_BTHK, biases, rows):
         """(qu_BTHK, qw_BTHK, r_SHK), the last only if `rows` = (r_SD, S) is given."""
         heads = (self.n_head, self.d_head)
+        # Queries are scaled and biased out here, so that no kernel knows of scales or
+        # biases: the gradients of u and v are sums that autodiff makes by itself.
         scale = self.d_head**-0.5
         if self.attn_type in (SINUSOID, LEARNED_ABSOLUTE, ROTARY):
             return q_BTHK * scale, None, None
         r_SHK = None
         if self.attn_type == RELATIVE:
+            # The TensorFlow original has a pair in each layer with untie_r; the PyTorch
+            # original knows only one pair for all layers.
             if self.own_biases:
                 biases = self._kernel("u", heads), self._kernel("v", heads)
             u_HK, v_HK = (b.astype(self.dtype)[None, None] for b in biases)
@@ -141,6 +152,8 @@ class Attention(nn.Module):
             shape, zeros = (self.table_length, self.n_head), nn.initializers.zeros
             bias_NH = self.param("distance_bias", zeros, shape).astype(self.dtype)
             r_SHK = learned_rows(table_NHK, bias_NH, rows[1], self.clamp_length)
+        # q . E_d + b_d is a single product if b_d is appended to E_d and a 1 to q. The
+        # scale applies to both terms.
         ones = jnp.ones_like(q_BTHK[..., :1])
         qw_BTHK = jnp.concatenate([q_BTHK, ones], axis=-1) * scale
         return (q_BTHK + self._kernel("u", heads)[None, None]) * scale, qw_BTHK, r_SHK
@@ -163,6 +176,8 @@ def _save(context_BSD, kernel_DHK, fixed):
 
 def _backward(fixed, saved, d_BSHK):
     context_BSD, kernel_DHK = saved
+    # The memory takes no gradient, but the weights do learn from it: only the first
+    # product leaves it out.
     dx_BTD = jnp.einsum("BTHK,DHK->BTD", d_BSHK[:, fixed:], kernel_DHK)
     dkernel_DHK = jnp.einsum("BSD,BSHK->DHK", context_BSD, d_BSHK)
     return jnp.pad(dx_BTD, ((0, 0), (fixed, 0), (0, 0))), dkernel_DHK

@@ -1,7 +1,9 @@
 """Transformer-XL's memory: slots of a fixed number, the newest last, some valid.
 
-Slots that are not valid are masked, so a cold memory equals no memory exactly (the
-TensorFlow original and Hugging Face attend to zeros instead: `attend_zero_memory`).
+Slots that are not valid are masked, so a cold memory equals no memory exactly. The
+PyTorch original begins without slots, which static shapes do not allow. The TensorFlow
+original and Hugging Face attend to zeros instead (`attend_zero_memory`): their keys
+score through the positions, and draw weight from what is there.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ def expand_resets(resets_BT: jax.Array | None, T: int) -> jax.Array | None:
 def key_start(length_B: jax.Array, resets_BT: jax.Array | None, *, M: int, T: int):
     """First visible key of each query, [B, T], counted in [memory; segment].
 
-    Without a reset that is the oldest valid slot, afterwards the last reset token.
+    Without a reset that is the oldest valid slot, afterwards the last reset token. It
+    never decreases from one query to the next, which Visibility relies on.
     """
     start_BT = jnp.broadcast_to(M - length_B[:, None], (length_B.shape[0], T))
     if resets_BT is None:
@@ -66,10 +69,13 @@ def append(memory: jax.Array, x: jax.Array, end, *, axis: int = 1) -> jax.Array:
     """
     M, take = memory.shape[axis], functools.partial(lax.slice_in_dim, axis=axis)
     x = x.astype(memory.dtype)
+    # Where `end` is known at compile time nothing is copied in vain: a segment at least
+    # as long as the memory replaces it, and the old memory is not even read.
     if isinstance(end, int):
         if end >= M:
             return take(x, end - M, end)
         return jnp.concatenate([take(memory, end, None), take(x, 0, end)], axis)
+    # M + end positions of [memory; x] count, and the last M of them begin at `end`.
     both = jnp.concatenate([memory, x], axis)
     if end.ndim == 0:
         return lax.dynamic_slice_in_dim(both, end, M, axis)
@@ -85,6 +91,8 @@ def next_length(length_B, resets_BT, end, *, M: int) -> jax.Array:
     """
     length_B = length_B + end
     if resets_BT is not None:
+        # A reset beyond `end` lies in padding, or in the extended context of the next
+        # segment, which brings it again: it does not count here.
         T = resets_BT.shape[1]
         end_B = jnp.broadcast_to(jnp.asarray(end), length_B.shape)
         index_BT = jnp.broadcast_to(jnp.arange(T)[None], resets_BT.shape)
@@ -94,7 +102,8 @@ def next_length(length_B, resets_BT, end, *, M: int) -> jax.Array:
     return jnp.minimum(length_B, M).astype(jnp.int32)
 
 
-# Masks hide a number by giving it the weight 0, and 0 NaN is NaN: what is not finite is
+# Masks hide a value by giving it the weight 0, but 0 * NaN is NaN: even after a reset
+# an overflow in an earlier text would spoil the row for ever. So what is not finite is
 # taken out before attention, and put back where it is seen (Visibility.sees).
 
 

@@ -12,7 +12,8 @@ def sinusoid(positions: np.ndarray | jax.Array, d_model: int, dtype) -> jax.Arra
 
     The halves are concatenated, not interleaved; w_i = 10000^(-2i/d_model) (Dai et al.
     2019, as coded). Known positions are computed in float64 and rounded once: angles
-    of thousands of radians lose three digits in float32.
+    of thousands of radians lose three digits in float32, and in bfloat16 not even the
+    integers above 256 are exact.
     """
     frequencies = 10000.0 ** (-np.arange(0, d_model, 2) / d_model)
     if isinstance(positions, np.ndarray):
@@ -30,7 +31,8 @@ def rotate(x_BSHK: jax.Array, table_SK: jax.Array) -> jax.Array:
     """Turns pairs (i, i + K/2) by an angle for each position (rotary positions).
 
     Products of a query and a key that are both turned depend on their distance only (Su
-    et al. 2021, arXiv:2104.09864). table_SK is the sinusoid of each position.
+    et al. 2021, arXiv:2104.09864). table_SK is the sinusoid of each position. The paper
+    pairs neighbours (2i, 2i + 1): the same up to the order of a head's columns.
     """
     sin, cos = (part[None, :, None] for part in jnp.split(table_SK, 2, axis=-1))
     a, b = jnp.split(x_BSHK.astype(table_SK.dtype), 2, axis=-1)
@@ -41,13 +43,18 @@ def rotate(x_BSHK: jax.Array, table_SK: jax.Array) -> jax.Array:
 def rotated(q_BTHK: jax.Array, k_BSHK: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Queries and keys turned by their place in [memory; segment]."""
     S, K = k_BSHK.shape[1], k_BSHK.shape[-1]
+    # Angles need at least float32, whatever the keys are: see `sinusoid`.
     dtype = jnp.promote_types(k_BSHK.dtype, jnp.float32)
     table_SK = sinusoid(np.arange(S), K, dtype)
     return rotate(q_BTHK, table_SK[S - q_BTHK.shape[1] :]), rotate(k_BSHK, table_SK)
 
 
 def distances(S: int, clamp_length: int) -> np.ndarray:
-    """The distances 0 to S-1, none of them beyond clamp_length unless that is 0."""
+    """The distances 0 to S-1, none of them beyond clamp_length unless that is 0.
+
+    The original clamps distances before it takes the sinusoid: whatever is farther than
+    clamp_length looks as if it were at clamp_length.
+    """
     return np.minimum(np.arange(S), clamp_length if clamp_length > 0 else S)
 
 

@@ -69,10 +69,13 @@ def build(config: Mapping | Any, vocab_size: int | None = None) -> Model:
       UserError: an unknown name or field, an impossible combination, or a vocab_size
         that is missing or differs from the config's.
     """
-    made: Any = config  # ConfigDict is no Mapping.
+    # ConfigDict is no Mapping, so whatever is not a dataclass is treated as one.
+    made: Any = config
     if not dataclasses.is_dataclass(config):
         made = _from_fields(config)
     model_class = _class_of(made)
+    # Neither size may win over the other: a model of one would train on data of the
+    # other without a word, or look up ids that it does not have.
     if vocab_size is None and made.vocab_size is None:
         raise UserError("config.model.vocab_size is not set: pass vocab_size to build")
     if None not in (vocab_size, made.vocab_size) and vocab_size != made.vocab_size:

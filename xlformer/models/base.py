@@ -45,11 +45,13 @@ def compute_dtype(name: str, params=None):
     float32.
     """
     leaves = jax.tree.leaves(params)
+    # Whatever the config says: parity with the originals and `check_model` are tested
+    # in float64, also for configs that ask for bfloat16.
     if any(leaf.dtype == jnp.float64 for leaf in leaves):
         return jnp.dtype("float64")
     if name != "auto":
         return jnp.dtype(name)
-    device = jax.devices()[0]
+    device = jax.devices()[0]  # All devices of a job are of one kind.
     native = device.platform == "tpu" or (
         device.platform == "gpu" and float(device.compute_capability) >= 8.0
     )
@@ -67,6 +69,8 @@ def param_axes(params, table: Mapping[str, tuple]):
     """
 
     def name(path, leaf):
+        # The last two parts of the path identify a parameter; a model may nest its
+        # modules as it likes above them.
         keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
         last = re.sub(r"_\d+$", "", "/".join(keys[-2:]))
         names = table.get(last, (None,) * (len(leaf.shape) - ("layers" in keys)))
@@ -188,7 +192,10 @@ class Model:
         return state
 
     def cache_axes(self, *, segment_length: int = 1):
-        """As state_axes, for what `to_cache` returns; a leaf may be of all rows."""
+        """Logical axis names of what `to_cache` returns, in the form of state_axes.
+
+        A leaf without 'batch' belongs to all rows.
+        """
         del segment_length
         return self.state_axes()
 
@@ -240,21 +247,25 @@ class Model:
 
     @property
     def needs_rngs(self) -> bool:
-        """Whether train=True draws random numbers, so that it needs `rngs`."""
+        """Whether train=True draws random numbers, so that it needs `rngs`.
+
+        By default where the config has a dropout that is not 0.
+        """
         return bool(getattr(self.config, "dropout", 0))
 
     @property
     def trunk(self):
-        """The same machine without tokens (tokens.Trunk), or None."""
+        """The model without its tokens, vectors in and out (tokens.Trunk), or None."""
         return None
 
     @property
     def width(self) -> int | None:
-        """How long the vectors are that the trunk takes; None without a trunk."""
+        """How long the vectors that the trunk takes are; None without a trunk."""
         return None
 
     def dtype(self, params):
         """The dtype of the computation with these parameters; None if not known."""
+        # Integers among the parameters say nothing about the dtype of computation.
         leaves = [leaf.dtype for leaf in jax.tree.leaves(params)]
         found = [d for d in leaves if jnp.issubdtype(d, jnp.floating)]
         return jnp.result_type(*found) if found else None
@@ -271,7 +282,7 @@ class Model:
         return None
 
     def for_reading(self, **fields) -> Model:
-        """The same model with other values of its config; -1 and None keep its own.
+        """Returns the model with other values in its config; -1 and None keep its own.
 
         Evaluation asks for another memory or visibility with it. Raises UserError for
         a field that the config does not have.

@@ -35,7 +35,8 @@ class Tokens:
       scale: factor of the embeddings.
       tie_weights: whether the softmax uses the tables of the embedding.
       tie_projections: whether it uses its projections, one a bin; () ties none.
-      table_init, projection_init, cluster_init: how the parameters begin.
+      table_init, projection_init, cluster_init: how the parameters begin; by default
+        as in the PyTorch original (init_std 0.02, proj_init_std 0.01).
     """
 
     bins: Bins
@@ -70,12 +71,14 @@ class TokenModule(nn.Module):
     def __call__(self, ids_BT, targets_BT, state, *, lengths=None, **options):
         y_BTD, state, aux = self._forward(ids_BT, state, lengths=lengths, **options)
         B, T = targets_BT.shape
+        # Leading inputs beyond the targets are extended context, and are not scored.
         h_ND = y_BTD[:, -T:].reshape(B * T, -1)
         nll_N = self.softmax(h_ND, targets_BT.reshape(-1), self.embedding)
         nll_BT = nll_N.reshape(B, T)
         if lengths is not None:
             index_BT = jnp.arange(ids_BT.shape[1] - T, ids_BT.shape[1])[None]
             valid_BT = index_BT < jnp.broadcast_to(lengths, (B,))[:, None]
+            # Not a product with 0: what padding gives may be NaN.
             nll_BT = jnp.where(valid_BT, nll_BT, 0)
         return nll_BT, state, aux
 
@@ -139,12 +142,14 @@ class TokenModel(Model):
         return compute_dtype(getattr(self.config, "dtype", "auto"), params)
 
     def init(self, key: jax.Array):
-        """Fresh parameters, the bare tree, float32."""
+        """Fresh parameters: the bare tree, without Flax's 'params' level, float32."""
+        # No parameter's shape depends on the number of rows or tokens: one will do.
         ids_BT = jnp.zeros((1, 1), jnp.int32)
         state = self.init_state(1, dtype=jnp.float32)
         module = self._module(jnp.dtype(jnp.float32))
         params = module.init(key, ids_BT, ids_BT, state)["params"]
-        # Flax's initialisers follow jax_enable_x64.
+        # Flax's initialisers follow jax_enable_x64, and float64 parameters would turn
+        # the whole computation into one of float64.
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
     def apply(
@@ -184,8 +189,11 @@ class TokenModel(Model):
     def _run(self, params, method, *arrays, **options):
         """A method of the module; its last array and its second result are states."""
         *arrays, state = arrays
-        # Numpy's arrays cannot be indexed while tracing.
+        # numpy arrays, which parameters may be, cannot be indexed by traced values.
         params = jax.tree.map(jnp.asarray, params)
+        # Gradients end at both sides of a segment, whatever the trunk does: into the
+        # state that is given (Dai et al. 2019, SG), and out of the one that is returned
+        # where several segments are in one function.
         first, state, *rest = self._module(self.dtype(params)).apply(
             {"params": params},
             *arrays,
@@ -228,7 +236,7 @@ class Trunk:
         return self.model.init(key)["trunk"]
 
     def init_state(self, batch_size: int, dtype=None):
-        """As the model's."""
+        """The state before the first token, which is the model's own."""
         return self.model.init_state(batch_size, dtype)
 
     def apply(
@@ -249,6 +257,7 @@ class Trunk:
         """
         params = params.get("trunk", params)
         options = self.model._options(x_BTD, resets_BT, lengths_B, step, train, rngs)
+        # float32 vectors would pull a computation in bfloat16 up to theirs.
         x_BTD = x_BTD.astype(self.model.dtype(params))
         y_BTD, state, aux = self.model._run(
             {"trunk": params}, "run_trunk", x_BTD, state, **options
@@ -257,7 +266,10 @@ class Trunk:
 
 
 def _scalars(aux: Aux, dtype) -> Aux:
-    """A trunk may say 0.0: sums of losses of equal dtypes are wanted outside."""
+    """Makes the loss of a trunk, which may be the number 0.0, an array with a dtype.
+
+    It is at least float32, like the mean nll that it is added to.
+    """
     dtype = jnp.promote_types(dtype, jnp.float32)
     return aux._replace(loss=jnp.asarray(aux.loss, dtype))
 
@@ -267,6 +279,8 @@ def _keys(rngs: dict | None, B: int) -> Keys:
         raise ValueError("train=True with dropout needs rngs={'dropout': key}")
     key = rngs["dropout"]
     rows_B = rngs.get("rows")
+    # Right only where one call has all the rows. Under a mesh and in micro-batches the
+    # training step passes the keys, or row 0 of every group would drop the same units.
     if rows_B is None:
         rows_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     return Keys(key, rows_B)

@@ -36,6 +36,8 @@ def follow(
     """
     workdir = storage.path(workdir)
     checkpoints = Checkpoints(workdir / reading.CHECKPOINTS, read_only=True)
+    # `done` holds what was scored or given up, `doubtful` what was seen broken once: a
+    # checkpoint that is being deleted may be whole, half there or gone.
     done, doubtful = set(), set()
     while True:
         # Read anew: a run that is resumed may have got more steps to do.
@@ -43,6 +45,7 @@ def follow(
         steps = checkpoints.steps()
         done &= set(steps)  # A run that was set back comes to a step again.
         waiting = [step for step in steps if step not in done]
+        # All hosts do what the first one decides, or some would wait for ever.
         step = reading.agreed(waiting[0] if waiting else None)
         if step is None:
             if reading.agreed(max(done, default=0)) >= total:

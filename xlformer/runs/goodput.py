@@ -72,13 +72,16 @@ class Clock:
         self._since = time.monotonic() - (now - started)
         self._category = "start_up"
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
+        # Its start in nanoseconds, from which `summary` reads when it began, and a pid
+        # for two that began at once.
         self._attempt = f"{round(started * 1e9)}-{os.getpid()}"
 
     @contextlib.contextmanager
     def measure(self, category: str):
-        """Time inside of it is `category`'s, except for measures inside of it."""
+        """Counts the time inside of it as `category`'s, but for measures inside it."""
         if category not in CATEGORIES:
             raise ValueError(f"{category!r} is none of {CATEGORIES}")
+        # The loop is measured once: what comes after it is no start-up any more.
         outer = "other" if category == "steps" else self._category
         self._switch(category)
         try:
@@ -129,6 +132,8 @@ def summary(records: list[dict], *, now: float | None = None) -> dict[str, float
         steps_s = productive_s + repeated_s
         ratio = productive_s / wall_s
     """
+    # Records are running totals, so an attempt's last one has all of it, however it
+    # ended; the differences between them say how long which steps took.
     latest = {}  # attempt -> its last record
     survived = _Survived()
     for record in records:

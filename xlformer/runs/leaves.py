@@ -15,12 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-GOLDEN = 2654435761  # 2^32 / golden ratio: spreads neighbouring positions
+# 2^32 / golden ratio, the odd number of Knuth's multiplicative hashing: it spreads
+# neighbouring positions. Digests of saved checkpoints depend on it.
+GOLDEN = 2654435761
 
 
 def flatten(tree) -> dict[str, object]:
-    """Returns {path: leaf}; 'params/layers/w' whatever mixture of dicts, dataclasses
-    and tuples the tree is. None has no leaf."""
+    """Returns {path: leaf}, as 'params/layers/w', of any mixture of dicts, dataclasses
+    and tuples. None has no leaf.
+
+    Paths are what a checkpoint knows of a tree: no class of ours is written into it.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
 
@@ -52,9 +57,9 @@ def nest(flat: Mapping[str, object]) -> dict:
 
 
 def to_disk(flat: Mapping[str, object]) -> dict[str, object]:
-    """What is written: keys as their data, without empty arrays (Orbax refuses them).
+    """What is written: PRNG keys as their data, without empty arrays.
 
-    Takes arrays or jax.ShapeDtypeStructs.
+    Orbax refuses arrays of no elements. Takes arrays or jax.ShapeDtypeStructs.
     """
     return {k: _key_data(x) if is_key(x) else x for k, x in flat.items() if x.size}
 
@@ -76,6 +81,7 @@ def from_disk(value, like):
         return value
     if like.sharding is None:
         return np.zeros(like.shape, like.dtype)
+    # By jit, which can also make an array that is spread over several hosts.
     zeros = functools.partial(jnp.zeros, like.shape, like.dtype)
     return jax.jit(zeros, out_shardings=like.sharding)()
 
@@ -104,6 +110,8 @@ def digests(flat: Mapping[str, object]) -> dict[str, int]:
     return found
 
 
+# One program and one read for all leaves. Of a sharded leaf only a scalar crosses the
+# devices: the sum of their sums.
 @jax.jit
 def _stacked(leaves):
     return jnp.stack([digest(x) for x in leaves])
@@ -112,6 +120,7 @@ def _stacked(leaves):
 def digest(x) -> jax.Array:
     """The digest of one array, as a traced uint32."""
     words = _words(x)
+    # Row by row, from an index for each axis: to flatten a sharded array would move it.
     position = jnp.uint32(0)
     for axis, size in enumerate(words.shape):
         index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
@@ -131,7 +140,10 @@ def _words(x):
 
 
 def numpy_digest(x: np.ndarray) -> int:
-    """The same number from numpy, whose bytes are little endian as those of XLA."""
+    """The digest of a numpy array: the number that `digest` gives for it on a device.
+
+    The order of bytes within a number is the same in both, little endian.
+    """
     size = min(x.dtype.itemsize, 4)
     x = np.ascontiguousarray(x).reshape(-1)
     words = x.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[size]).astype(np.uint32)

@@ -21,10 +21,11 @@ from xlformer import storage
 from xlformer.errors import UserError
 
 FILE = "lock"
-# In periods: so long without a sign of life means dead. A save may keep the network
-# busy for some seconds, hence not two or three.
+# In periods: so long without a sign of life means dead, by default 30 s. A save may
+# keep the network busy for some seconds, hence not two or three.
 PATIENCE = 6
-# In patiences: so old a time means dead at once; no two clocks differ by minutes.
+# In patiences: so old a time means dead at once, after 5 minutes by default. Clocks of
+# two machines do differ, but not by minutes.
 ANCIENT = 10
 
 
@@ -71,6 +72,7 @@ class WorkdirLock:
             file = open(path, "a+b", buffering=0)  # a full disk shows in write
         except OSError as error:
             raise self._unwritable(error) from error
+        # Without waiting: nobody means to queue behind a run that may last for days.
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -103,7 +105,9 @@ class _Heartbeat:
 
     def __init__(self, path, period):
         self._path, self._period = path, period
-        self._me = _me() | {"id": uuid.uuid4().hex}  # in containers every pid is 1
+        # Host and pid are for people. In containers every pid is 1, so an id of its own
+        # tells this owner from all others.
+        self._me = _me() | {"id": uuid.uuid4().hex}
         self._patience = PATIENCE * period
         self._taken_by = None
         self._stop = threading.Event()
@@ -121,8 +125,10 @@ class _Heartbeat:
         self._thread.start()
 
     def check(self) -> None:
+        # This process was stopped, or the network was away, for so long that others may
+        # have taken it for dead: look now, before anything more is written.
         if time.monotonic() - self._seen > self._patience:
-            self._renew()  # This process was stopped, or the network was away.
+            self._renew()
         if self._taken_by:
             raise UserError(
                 f"{self._path.parent} was taken over by {_name(self._taken_by)}: "
@@ -143,6 +149,7 @@ class _Heartbeat:
 
         Judged by whether the file changes, not by its time: clocks differ.
         """
+        # The owner's clock decides one thing only: whether it is worth waiting at all.
         age = time.time() - owner["time"]
         end = time.monotonic() + self._patience
         if age > ANCIENT * self._patience:

@@ -34,13 +34,18 @@ from etils import epath
 from xlformer import storage
 
 FILE = "metrics.jsonl"
+# Each upload writes its part again: more of them would cost requests and traffic, fewer
+# would keep lines from whoever watches the run. Parts are closed at some size, so that
+# an upload does not grow with the run.
 FLUSH_S = 30.0  # between two uploads of a part, unless the run asks for one
 PART_SIZE = 1 << 20  # characters; a longer part is not written again
 
 
 class Writer:
-    """Appends metrics of one run; with enabled=False (hosts other than the first) it
-    does nothing at all."""
+    """Appends metrics of one run.
+
+    With enabled=False, as on all hosts but the first, it does nothing at all.
+    """
 
     def __init__(self, workdir, *, enabled: bool = True):
         self._workdir = storage.path(workdir)
@@ -53,6 +58,8 @@ class Writer:
 
     def rewind(self, step: int) -> None:
         """Says that the run goes on from `step`, whatever was written of later ones."""
+        # TensorBoard learns of it from the first event of a file, so the next `write`
+        # opens a new one.
         events, self._events = self._events, None
         if events:
             events.close()
@@ -103,6 +110,7 @@ class Writer:
 
 def _open_for_append(workdir: epath.Path):
     path = workdir / FILE
+    # In bytes: a file that is cut off may end in the middle of a character.
     file = open(path, "ab+")
     if file.tell():
         file.seek(-1, os.SEEK_END)
@@ -132,7 +140,7 @@ class _Parts:
         self._new = True
 
     def flush(self) -> None:
-        """After each line; only now and then is it an upload."""
+        """Uploads, if the last upload is FLUSH_S ago; it is called after each line."""
         if time.monotonic() - self._uploaded >= FLUSH_S:
             self.upload()
 
@@ -174,7 +182,8 @@ def _tensorboard(workdir: epath.Path, purge_step: int | None):
 def read(workdir, *, kind: str | None = None) -> list[dict]:
     """Returns the last record of every (step, kind) in order of steps.
 
-    Non-finite numbers come back as floats. A torn last line is skipped.
+    The last, because a step that was repeated after a kill is written again. Non-finite
+    numbers come back as floats. A torn last line is skipped.
     """
     records = {}
     for path in parts(storage.path(workdir)):
@@ -189,6 +198,7 @@ def read(workdir, *, kind: str | None = None) -> list[dict]:
     return [r for r in found if kind is None or r["kind"] == kind]
 
 
+# As strings: json.dumps would write NaN and Infinity, which are not JSON.
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 

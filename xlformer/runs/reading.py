@@ -62,6 +62,7 @@ def refuse_links(workdir, written: Iterable[str]) -> None:
 
     A link in a stranger's directory would have us write wherever it points to.
     """
+    # Object stores have no links.
     if storage.is_remote(workdir):
         return
     tops = [os.path.join(workdir, name) for name in sorted(written)]
@@ -115,6 +116,8 @@ def load(
     vocabulary = _vocabulary(workdir, config)
     model = _model(workdir, config, vocabulary, model)
     name = _params(config, params)
+    # Shapes alone: nothing is initialised to be written over. Of the checkpoint only
+    # the parameters are read, about a third of a training state with Adam.
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     mesh = mesh or sharding.make_mesh({"data": 1})
     placed = sharding.parameters(mesh, abstract, model.param_axes(abstract))
@@ -166,7 +169,7 @@ def read_sealed(workdir, checkpoint: str = "best") -> ConfigDict:
 
 
 def read_vocabulary(workdir, checkpoint: str = "best") -> Vocabulary:
-    """That of a run, without its weights; see `load`."""
+    """The vocabulary of a run, without its weights; see `load`."""
     config = read_sealed(workdir, checkpoint)
     return _vocabulary(storage.path(workdir), config)
 
@@ -207,6 +210,7 @@ def _step(checkpoints: Checkpoints, which: str) -> int | None:
     if which in ("best", "latest"):
         best = checkpoints.best() if which == "best" else None
         return agreed(checkpoints.latest() if best is None else best)
+    # int() would take digits of any script, and fail on thousands of them.
     if not (which.isascii() and which.isdigit() and len(which) < 19):
         line = " is neither best, latest nor a step"
         raise UserError(Argument("checkpoint", which), line)
@@ -220,5 +224,6 @@ def agreed(step: int | None) -> int | None:
     """
     if jax.process_count() == 1:
         return step
+    # None cannot be broadcast; -1, which is no step, stands for it.
     found = multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step))
     return None if int(found) == -1 else int(found)

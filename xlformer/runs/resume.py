@@ -16,6 +16,8 @@ from xlformer.errors import Argument, UserError
 from xlformer.fields import FREE, REFUSED, TAKEN, Rule
 from xlformer.runs.checkpoints import Checkpoints
 
+# Fields that the learning rate depends on: where one of them changes, the line says
+# which rate comes next. The number of steps is one of them, since a cosine ends there.
 RATE = ("learning_rate", "schedule", "warmup_steps", "final_fraction")
 RATE = ("train.steps", *(f"optimizer.{name}" for name in RATE))
 
@@ -111,7 +113,7 @@ def lines(
 
 
 def complete(old: ConfigDict, new: ConfigDict, step: int) -> str:
-    """That nothing is left to be done, and so nothing is changed either."""
+    """The line that says that nothing is left to do, so that nothing has changed."""
     total = new.train.steps
     line = f"the run is complete: it has taken {step} steps"
     line += f", and config.train.steps={total} asks for no more" if total < step else ""
@@ -157,5 +159,7 @@ def _changes(old: ConfigDict, new: ConfigDict):
 
 
 def _refused(rule: Rule, was, wanted) -> bool:
+    # A switch may have another value, but not be turned on or off: something would be
+    # missing in the state, or too much (an average of the parameters, for example).
     switched = rule.switch and bool(was) != bool(wanted)
     return rule.resume == REFUSED or switched

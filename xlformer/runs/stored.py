@@ -26,6 +26,8 @@ from xlformer.errors import Argument, UserError
 from xlformer.runs import writing
 
 PATH = "config.data.path"
+# What decides which tokens a text becomes: prepared tokens that agree in these, and in
+# the checksum of each split, are the run's whatever their folder is called.
 SAME = ("payload_sha256", "unit", "newline", "documents")
 
 
@@ -98,6 +100,7 @@ def _card(path) -> dict | None:
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a field is no text")
         return card | {"splits": splits}
+    # A stranger's JSON may be nested deeply enough for a RecursionError.
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is unreadable: {error!r:.100}") from None
 
@@ -115,7 +118,7 @@ def _search(data, card: dict) -> Iterator:
         try:
             folder = storage.path(root)
             paths = sorted(folder.glob(f"{data.corpus}-*/{folders.CARD}"))
-        except (OSError, UserError):
+        except (OSError, UserError):  # The run's directory may be of another machine.
             continue
         for path in paths:
             try:
@@ -159,6 +162,7 @@ def _text(data, card: dict, name: str | Argument, *, advice: bool) -> Text | Non
             raise UserError(f"{PATH}={data.path}: {local.ONCE}")
         text = recipes.raw_text(data)
     except UserError as error:
+        # Reading says config.data.path, whatever the person has given as the path.
         before, found, after = str(error).partition(PATH)
         raise UserError(before, name if found else "", after, *remedy) from None
     if text is not None and _payload(text) != card["payload_sha256"]:
@@ -181,6 +185,8 @@ def _another(where: str | Argument, found: str, card: dict, remedy=()) -> UserEr
 
 
 def _payload(text: Text) -> str:
+    # Of the raw bytes, in the order of preparation: a checksum of tokens would depend
+    # on the vocabulary too.
     digest = hashlib.sha256()
     for split in SPLITS:
         for document in text.splits[split]:
@@ -189,7 +195,7 @@ def _payload(text: Text) -> str:
 
 
 def _say_if_changed(data, card: dict, found) -> None:
-    """Where the text is still there, but is another one."""
+    """Says so where config.data.path has another text by now, which is not scored."""
     try:
         _text(data, card, PATH, advice=False)
     except UserError as error:

@@ -41,6 +41,7 @@ def refuse_foreign(workdir: epath.Path) -> None:
         raise UserError(Argument("workdir", workdir), " is not a directory")
     names = {path.name for path in workdir.iterdir()}
     ours = {n for n in names if n.startswith((PART, runs.EVALUATION))} | (names & OWN)
+    # Before anything is read or written through one of these names.
     runs.refuse_links(workdir, ours)
     config = workdir / runs.CONFIG
     if runs.CONFIG in names and _sections(config) >= {"model", "train"}:
@@ -71,6 +72,7 @@ def _sections(path: epath.Path) -> set[str]:
 
 def describe(workdir: epath.Path, config, prepared: Prepared) -> None:
     """Writes what the run is: its config, vocabulary and data."""
+    # The config comes last: a directory that has one has the other two as well.
     storage.write(workdir / runs.VOCABULARY, prepared.vocabulary.to_json())
     storage.write(workdir / DATA, json.dumps(prepared.card, indent=2) + "\n")
     storage.write(workdir / runs.CONFIG, config_lib.to_json(config))

@@ -79,12 +79,14 @@ def write(workdir, cards: list[dict]) -> None:
         _put(workdir / f"{runs.EVALUATION}{split}.txt", table(cards) + "\n")
         _archive(workdir / runs.EVALUATIONS, found)
     except (OSError, UserError) as error:
+        # The caller still prints the numbers, which may have taken hours.
         print(f"warning: the card was not written: {error}", file=sys.stderr)
 
 
 def _archive(folder: epath.Path, cards: list[dict]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for card in cards:
+        # Names sort by time; the id is for two processes in one microsecond.
         now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
         name = f"{now}-{card['split']}-{uuid.uuid4().hex[:8]}.json"
         _put(folder / name, json.dumps(card, indent=2) + "\n")
@@ -119,7 +121,10 @@ def _entry(path: epath.Path) -> dict | None:
 
 
 def _put(path: epath.Path, text: str) -> None:
-    """Whole or not at all, among processes that write the same name at once."""
+    """Writes a file whole or not at all, whoever writes the same name at once.
+
+    Each process has a temporary file of its own, and a rename replaces at once.
+    """
     if storage.is_remote(path):
         storage.write(path, text)
         return

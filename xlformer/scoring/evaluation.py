@@ -62,6 +62,7 @@ class Scorer:
 
     def card(self, run: runs.Run, progress=None) -> dict:
         """The card of one checkpoint; see `evaluate`."""
+        # Checkpoints of one run agree in both, unless it was resumed with changes.
         if self._prepared_for != (run.model, run.config):
             self._prepare(run)
             self._prepared_for = run.model, run.config
@@ -91,6 +92,8 @@ class Scorer:
         entropy = results.unigram_entropy(self._tokens, run.vocabulary.size)
         if wrong := results.warning(card, entropy):
             card["warning"] = wrong
+        # Rows of such a model start without the past that one row would carry, and no
+        # warm-up can bring all of it.
         if self._model.memory_length is None:
             card["note"] = "unlimited reach: equal only for an equal number of rows"
         return card
@@ -102,6 +105,8 @@ class Scorer:
         self._everything, self._documents, self._data = texts.read(
             run, settings.split or "validation", settings.text, settings.data_path
         )
+        # All tokens are kept beside those that are scored: what words and bytes these
+        # stand for is known only by comparing the whole split with its card.
         self._tokens = self._everything[: settings.max_tokens or None]
         self._plan = cut_rows_for(
             self._model,
@@ -116,7 +121,7 @@ class Scorer:
         )
 
     def _how(self, run: runs.Run) -> dict:
-        """With which lengths and precision the text was read."""
+        """The lengths and the precision with which the text was read."""
         dtype = self._model.dtype(run.params)
         return {
             "segment_length": self._plan.segment_length,

@@ -26,7 +26,7 @@ NEXT_TOKEN = objectives.NextToken()
 
 
 class Score(NamedTuple):
-    """Attributes: summed nll, in nats; the number of targets; seconds it took."""
+    """What scoring gives: the summed nll in nats, how many targets, and seconds."""
 
     nats: float
     targets: int
@@ -60,14 +60,17 @@ class Evaluator:
         at_most = max(1, TOKENS_PER_CALL // (batch_size * segment_length))
         self._steps = min(at_most, steps or at_most)
         self._inputs = segment_length + model.extended_length
-        # Padding comes after all that is scored; only such a model must know of it.
-        # (A segment of one token has none.)
+        # Padding comes after all that is scored, so only a model whose positions count
+        # from the end must know of it. (A segment of one token has no padding.) Without
+        # lengths a memory is cut at places that are known when compiling.
         self._tells_lengths = model.positions_from_end and self._inputs > 1
         params = jax.eval_shape(model.init, jax.random.key(0))
         axes = model.cache_axes(segment_length=self._inputs)
         abstract = jax.eval_shape(self._cold_state, params)
         placed = sharding.model_state(self._mesh, abstract, axes)
         self._begin = jax.jit(self._cold_state, out_shardings=placed)
+        # The state is donated, as in training: there may be no room for a second cache
+        # of keys and values.
         self._scan = jax.jit(
             self._score_segments,
             donate_argnums=1,
@@ -111,8 +114,11 @@ class Evaluator:
           tally: is given what each call has scored, token by token.
         """
         start = time.perf_counter()
+        # Rows that score nothing are added until all of them divide by the devices.
         padded = rows_lib.pad(plan, self._rows.batch_size)
-        state = jax.block_until_ready(self._init_state(params))  # or there is no room
+        # Waited for, so that the memory that making it took is free before the scan
+        # begins: there may be no room for both.
+        state = jax.block_until_ready(self._init_state(params))
         tally = Tally() if tally is None else tally
         calls = math.ceil(plan.steps / self._steps)
         pending: tuple = ()
@@ -162,6 +168,7 @@ class Evaluator:
             return self._begin(params)
 
     def _score_segments(self, params, state, batches):
+        # One key for all rows: what is drawn for a token follows its place in the text.
         key = jax.random.key(objectives.EVALUATION_SEED)
 
         def body(state, batch):
@@ -193,7 +200,7 @@ class Evaluator:
     # On the host ----------------------------------------------------------------------
 
     def _batches(self, plan: Plan, tokens, documents, step: int) -> Iterator[Mapping]:
-        """Of this process's rows."""
+        """Yields the inputs of one call after the other, of this process's rows."""
         mine = self._rows.mine
         plan = dataclasses.replace(
             plan,
@@ -211,7 +218,9 @@ class Evaluator:
                 del batch["lengths_B"]
             if self._objective.causal:  # nothing is drawn
                 del batch["index_BT"]
-            # The same shape with documents and without: one compiled function.
+            # The same shape with documents and without: one compiled function. A model
+            # whose resets cannot lie inside a segment gets one column without
+            # documents, and says itself that it cannot have them.
             only_before = not self._model.resets_in_segment
             if only_before and documents is None and not self._model.extended_length:
                 batch["resets_BT"] = batch["resets_BT"][:, :, :1]
@@ -223,9 +232,13 @@ class Evaluator:
         steps = range(first, first + self._steps)
         found = [rows_lib.targets_at(plan, step) for step in steps]
         scored_NBT = np.stack([scored_BT for _, scored_BT in found])
+        # Of a masked model only what was hidden counts; it saw all else.
         if weights_NBT is not None:
             scored_NBT &= np.asarray(weights_NBT) > 0
         index_N = np.stack([index_BT for index_BT, _ in found])[scored_NBT]
+        # The place of the target: the next token, or the hidden one itself.
         index_N = index_N + 1 if self._objective.causal else index_N
+        # float64 before anything is summed: from 2^26 on a float32 has steps of 8, more
+        # nats than most tokens have.
         nll_N = np.asarray(nll_NBT)[scored_NBT].astype(np.float64)
         return Scored(index_N, np.asarray(tokens[index_N]), nll_N)

@@ -67,12 +67,17 @@ class Tally:
 
 
 def bits(nats: float) -> float:
-    """The same in bits: of one symbol, bits per character."""
+    """Nats as bits; those of one symbol are bits per character."""
     return nats / math.log(2)
 
 
 def perplexity(nats: float) -> float | None:
-    """Of so many nats a token or a word; None where a float64 cannot hold it."""
+    """exp(nats), of a token or a word; None where a float64 cannot hold it.
+
+    Of the mean, as the PyTorch original has it: the TPU code of the TensorFlow original
+    averages exp(loss) over batches, which is never less.
+    """
+    # math.exp raises OverflowError from 709.8 on. NaN is not more than 700, and stays.
     return math.exp(nats) if not nats > 700 else None
 
 
@@ -91,6 +96,7 @@ def headline(nats_per_token: float, unit: str) -> tuple[str, float]:
 def unigram_entropy(tokens: np.ndarray, vocab_size: int) -> float:
     """Entropy in nats of the tokens' own frequencies: what no model may exceed."""
     counts = np.zeros(vocab_size, np.int64)
+    # In blocks: bincount makes int64 of all it is given, eight bytes a token.
     for start in range(0, len(tokens), BLOCK):
         counts += np.bincount(tokens[start : start + BLOCK], minlength=vocab_size)
     p = counts[counts > 0] / len(tokens)
@@ -99,6 +105,8 @@ def unigram_entropy(tokens: np.ndarray, vocab_size: int) -> float:
 
 def warning(card: dict, entropy: float) -> str | None:
     """What is wrong with a loss; entropy: of the text's own frequencies."""
+    # Who knows nothing but how frequent each token is reaches the entropy. A model that
+    # is worse has the ids in another order, or has learned nothing.
     loss = card["nats_per_token"]
     if not math.isfinite(loss):
         return (

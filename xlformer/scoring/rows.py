@@ -95,6 +95,7 @@ def _cut(tokens, batch_size, segment_length, warmup, replay, memory_length) -> P
             " must be at least 1",
         )
     T = min(segment_length, tokens - 1)
+    # None is without limit. A memory of 0 is filled by 0 segments.
     replayed = {"exact": replay(T), "fill": memory_length and -(-memory_length // T)}
     if batch_size == 1:  # There is nothing before the row.
         replayed = {"exact": 0, "fill": 0}
@@ -112,6 +113,8 @@ def _cut(tokens, batch_size, segment_length, warmup, replay, memory_length) -> P
         start_B = np.arange(batch_size) * length
         steps = math.ceil((length - 1) / T)
         return Plan(T, steps, start_B, start_B, start_B + length - 1, "none")
+    # Rows begin where segments of the one-row stream begin, or they could not carry
+    # what it carries. Rounding up to whole segments may leave fewer rows than asked.
     segments = math.ceil((tokens - 1) / T)
     rows = min(batch_size, segments)
     each = math.ceil(segments / rows)
@@ -120,6 +123,8 @@ def _cut(tokens, batch_size, segment_length, warmup, replay, memory_length) -> P
         # More than a quarter of extra work is worth asking for.
         exact = 0 if rows == 1 else replayed["exact"]
         warmup = "exact" if exact is not None and 4 * exact < each else "fill"
+    # The last row replays from the beginning of the text at most. Rows nearer to it
+    # start before it; those inputs are nothing, and end with a reset.
     before = min(replayed[warmup], (rows - 1) * each)
     first_B = np.arange(rows) * each * T
     last_B = np.minimum(first_B + each * T, tokens - 1)
@@ -144,7 +149,7 @@ def whole_rows(batch_size: int, segment_length: int) -> Plan:
 
 
 def targets_at(plan: Plan, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row's segment: the inputs whose next token is a target, and which count.
+    """Says which inputs a step has targets for, in each row, and which of them count.
 
     Returns:
       index_BT: places in the text; before its beginning they are negative.
@@ -167,6 +172,8 @@ def batch(plan: Plan, tokens, documents, step: int, extended: int) -> dict:
     target_BT, _ = targets_at(plan, step)
     start_B = plan.start_B + step * T
     index_BT = start_B[:, None] + np.arange(-extended, T)[None]
+    # Places outside of the text are read as token 0. What it gives is not scored, and
+    # the resets hide it from what is.
     inside_BT = (index_BT >= 0) & (index_BT < N)
     inputs_BT = np.where(inside_BT, tokens[np.clip(index_BT, 0, N - 1)], 0)
     targets_BT = tokens[np.clip(target_BT + 1, 0, N - 1)]
@@ -174,6 +181,7 @@ def batch(plan: Plan, tokens, documents, step: int, extended: int) -> dict:
     # which comes again with as many segments as an extended length repeats.
     resets_BT = (index_BT == 0) | (index_BT == plan.start_B[:, None])
     if documents is not None:
+        # Documents ascend: where the next beginning is the place itself, one begins.
         found_BT = np.searchsorted(documents, index_BT)
         found_BT = np.minimum(found_BT, len(documents) - 1)
         resets_BT |= documents[found_BT] == index_BT

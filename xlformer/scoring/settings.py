@@ -7,6 +7,8 @@ import dataclasses
 from xlformer.errors import Argument, UserError, did_you_mean
 from xlformer.models import Model
 
+# What a model is read with in place of its own values (Model.for_reading), and how the
+# text is cut. The section eval of a config has a default for each.
 VISIBLE = ("memory_length", "clamp_length", "same_length")
 OF_ROWS = ("segment_length", "batch_size")
 
@@ -60,7 +62,7 @@ class EvalSettings:
                 raise UserError(Argument(name, value), line)
 
     def replaced(self, **fields) -> EvalSettings:
-        """The same with other values; UserError for a name that there is not."""
+        """Returns settings with other values; UserError for an unknown name."""
         known = [field.name for field in dataclasses.fields(self)]
         for name in fields:
             if name not in known:
@@ -70,7 +72,10 @@ class EvalSettings:
         return dataclasses.replace(self, **fields)
 
     def filled(self, defaults) -> EvalSettings:
-        """The same with nothing left open. defaults: the section eval of a config."""
+        """Returns settings in which nothing about rows and visibility is left open.
+
+        defaults: the section eval of a config.
+        """
         found = {name: getattr(self, name) for name in (*VISIBLE, *OF_ROWS)}
         found = {k: defaults[k] if v is None else v for k, v in found.items()}
         # The section has no None: its False is the model's own.

@@ -43,9 +43,11 @@ def read(run: runs.Run, split: str, text: str | None, data_path: str | None = No
 
 
 def own_text(vocabulary: Vocabulary, path: str):
-    """As read, of a file; words are counted as preparation counts them."""
+    """What `read` returns, of a file; words are counted as preparation counts them."""
     content = read_text(vocabulary, path)
     tokens = vocabulary.encode(content, where=path)
+    # Characters with spaces between them are words to that vocabulary; its '_' is the
+    # text's own space, as in text8 prepared by the original's script.
     spaced = isinstance(vocabulary, WordVocabulary) and vocabulary.unit == "chars"
     lines = vocabulary.line_ends
     text = content.replace(b" ", b"").replace(b"_", b" ") if spaced else content

@@ -79,6 +79,8 @@ def scored(
     spare = 1 if documents is None or len(documents) < 2 else 0
 
     def settle(here, all_, first, whole):
+        # If the spelling of the whole split is right, so is that of its parts. If not,
+        # all but the first token is the one part that can be told: by a difference.
         if whole is not None and all_ is not None and abs(whole - all_) <= spare:
             # Preparation closes a last line that has no newline.
             return here + (whole - all_) * last_is_scored
@@ -110,6 +112,8 @@ def _blocks(tokens, start, stop, documents) -> Iterator[tuple]:
 
 def _words(text: bytes, before: bytes) -> int:
     """Counts where words begin between white space, as preparation does."""
+    # By their beginnings, so that a word which goes on from a block into the next is
+    # counted once.
     codes = np.frombuffer(before[-1:] or b" ", np.uint8)
     space = np.isin(np.concatenate([codes, np.frombuffer(text, np.uint8)]), SPACES)
     return int(np.count_nonzero(space[:-1] & ~space[1:]))

@@ -25,6 +25,7 @@ class Validation:
         self._unit = prepared.vocabulary.unit
         settings = EvalSettings().filled(config.eval)
         model = settings.model(model)
+        # Cut as `evaluate` cuts it by default, so that the two numbers compare.
         self._plan = cut_rows_for(
             model,
             len(self._tokens),
@@ -35,7 +36,7 @@ class Validation:
         self._evaluator = Evaluator.of(model, self._plan, mesh, objective)
 
     def compile(self, params) -> None:
-        """Before training starts: later a signal would have to wait for it."""
+        """Compiles before training starts: later a signal would have to wait for it."""
         self._evaluator.compile(params)
 
     def loss(self, params, interrupted, *, step: int = 0) -> float | None:
@@ -54,5 +55,5 @@ class Validation:
         return None if score is None else score.nats / score.targets
 
     def score(self, nats: float) -> tuple[str, float]:
-        """The number that people compare, and its name; see results.headline."""
+        """The name of the number that people compare, and it; see results.headline."""
         return results.headline(nats, self._unit)

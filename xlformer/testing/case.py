@@ -12,8 +12,13 @@ import numpy as np
 
 from xlformer.models.base import Model
 
+# Rows and tokens are different primes, so that swapped axes have no shape that fits. A
+# stream is four segments long: far enough for a small memory to forget its first slots.
 ROWS, TOKENS, SHORT, SEGMENTS = 5, 7, 2, 4
+# Of int32 as in training, and not 0: a step that is lost on its way shall show.
 STEP = np.int32(11)
+# Absolute, in nats and for states: float64 leaves room for other orders of summation,
+# and with the weights of `Case.make` one key too many moves results by more.
 TOLERANCE = 1e-9
 
 
@@ -37,9 +42,14 @@ class Case:
 
     @classmethod
     def make(cls, model: Model, params, key: jax.Array) -> Case:
-        """With float64 enabled; params as `init` gives them."""
+        """Makes the case of a model; params are what `init` gives.
+
+        float64 must be enabled while this runs, and while the case is used.
+        """
         random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-        # Of a square matrix this is 1/sqrt(width).
+        # Fresh weights are small and biases 0: what must not be seen would hardly move
+        # anything. The noise of a square matrix is 1/sqrt(width), which keeps vectors
+        # about as long as they are.
         noisy = jax.tree.map(
             lambda x: x + random.normal(size=x.shape) * max(x.size, 1) ** -0.25, params
         )
@@ -48,6 +58,8 @@ class Case:
         inputs_BN, targets_BN = tokens_BN[:, :-1], tokens_BN[:, 1:]
         apply = functools.partial(model.apply, noisy)
 
+        # Weights are constants of the three programs, which are compiled once each; the
+        # step is an argument, so that a model must take one that is traced.
         @jax.jit
         def full(step, inputs_BT, targets_BT, state, resets_BT, lengths_B):
             options = dict(resets_BT=resets_BT, lengths_B=lengths_B, step=step)
@@ -75,7 +87,7 @@ class Case:
         return self.inputs_BN[:, here], self.targets_BN[:, here]
 
     def rows(self, state, rows):
-        """Some rows of a state."""
+        """Some rows of a state, along the axis that the model calls 'batch'."""
         axes = self.model.state_axes()
         return jax.tree.map(
             lambda x, names: np.take(np.asarray(x), rows, names.index("batch")),
@@ -95,7 +107,10 @@ class Case:
 
 
 def _on_host(compiled):
-    """With STEP, and with the nll in numpy: every slice of it would be compiled."""
+    """Calls `compiled` with STEP and returns the nll in numpy.
+
+    JAX would compile each slice of it that a check looks at.
+    """
 
     def call(*arguments):
         nll_BT, *rest = compiled(STEP, *arguments)
@@ -105,13 +120,13 @@ def _on_host(compiled):
 
 
 def require(holds, message: str) -> None:
-    """Unlike `assert`, whatever Python is told to leave out."""
+    """An assertion that holds under `python -O` too, which leaves out `assert`."""
     if not holds:
         raise AssertionError(message)
 
 
 def lost(state):
-    """The same with NaN for all numbers: what a reset hides may be that too."""
+    """The same state with NaN for all its floats: a reset has to hide that too."""
     return jax.tree.map(lambda x: x * jnp.nan if is_float(x) else x, state)
 
 
@@ -126,6 +141,7 @@ def close(name: str, actual, expected, tolerance: float = TOLERANCE) -> None:
     pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     for x, y in pairs:
         x, y = np.asarray(x), np.asarray(y)
+        # Before the subtraction, which would broadcast [B, 1] against [B, T].
         require(x.shape == y.shape, f"{name}: shapes {x.shape} and {y.shape}")
         difference = np.abs(x.astype(float) - y).max(initial=0)
         message = f"{name}: differs by {difference:.3g}, allowed {tolerance:.3g}"

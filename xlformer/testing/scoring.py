@@ -27,7 +27,8 @@ from xlformer.testing.case import (
 
 
 def check_shapes(model: Model) -> None:
-    """By eval_shape, in the model's own dtype."""
+    """State, nll and aux have the promised shapes; by eval_shape, in the own dtype."""
+    # Nothing is compiled, so what cannot work is said before seconds have gone by.
     ids_BT = jax.ShapeDtypeStruct((ROWS, TOKENS), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0))
     state = jax.eval_shape(lambda: model.init_state(ROWS))
@@ -58,7 +59,8 @@ def check_shapes(model: Model) -> None:
 
 
 def _check_causal(case: Case) -> None:
-    """Row b has another token at places[b]."""
+    """Outputs before a changed token stay; row b has another one at places[b]."""
+    # One call tries five places, since rows do not depend on each other (_check_rows).
     inputs_BT, targets_BT = case.at(1)
     other_BT, places = inputs_BT.copy(), (0, 2, 3, 5, 6)
     for b, t in enumerate(places):
@@ -73,7 +75,9 @@ def _check_causal(case: Case) -> None:
         return
     for b, t in enumerate(places):
         name = f"causal: outputs before a changed token {t}"
+        # Bit for bit: a hidden key has the weight 0, and not one near 0.
         same(name, after_BT[b, :t], before_BT[b, :t])
+        # Else a model that reads nothing would pass.
         changed = (after_BT[b, t:] != before_BT[b, t:]).any()
         require(changed, f"causal: no output from token {t} on depends on it")
 
@@ -101,6 +105,8 @@ def _two_segments(case: Case, state, start_B, resets_BN=None):
     end = 2 * TOKENS
     again_B = np.maximum(start_B, end - case.model.extended_length)
     nll_BN, rows_B1 = np.zeros(case.inputs_BN.shape), np.arange(ROWS)[:, None]
+    # Each row begins where start_B says, so segments are of one shape and unequal
+    # lengths: with padding the program of `full` serves for all of them.
     for begin_B, length_B in ((start_B, end - start_B), (again_B, None)):
         index_BT = begin_B[:, None] + np.arange(TOKENS)[None]
         resets_BT = None if resets_BN is None else resets_BN[rows_B1, index_BT]
@@ -112,7 +118,10 @@ def _two_segments(case: Case, state, start_B, resets_BN=None):
 
 
 def _check_resets(case: Case) -> None:
-    """Resets at the beginning, inside, at the last token, two in one segment."""
+    """From a reset on a row is a fresh row, and the other rows do not move.
+
+    Resets lie at the beginning, inside, at the last token, two in one segment.
+    """
     places = [[], [0], [3], [TOKENS - 1], [2, 5]]
     if not case.model.resets_in_segment:
         places = [[], [0], [], [0], [0]]
@@ -138,6 +147,7 @@ def _check_resets(case: Case) -> None:
             ("of the next segment", two_BN, slice(max(last, 2 * TOKENS), None)),
         ):
             close(f"{name} {where}", reset_BN[b, here], expected_BN[b, here])
+    # Weights of 0 do not hide NaN: a state of it shows what is read and only masked.
     nan_BN = _two_segments(case, lost(case.warm), start_B, resets_BN)
     for b, row in enumerate(places):
         if row:
@@ -147,6 +157,7 @@ def _check_resets(case: Case) -> None:
 
 def _check_padding(case: Case) -> None:
     inputs_BT, targets_BT = case.at(1)
+    # A row may be whole, or have nothing at all: its state then stays what it was.
     lengths_B = np.array([SHORT, TOKENS, SHORT, 0, SHORT])
     padded = case.score(inputs_BT, targets_BT, case.warm, None, lengths_B)
     whole = case.score(inputs_BT, targets_BT, case.warm)
@@ -171,9 +182,10 @@ def _check_padding(case: Case) -> None:
 
 
 def _segments(case: Case, sizes, apply):
-    """What `apply(first, start, end, state) -> y, state` gives for each segment.
+    """Outputs of segments one after the other, and of one pass over all of them.
 
-    One after the other, and for all at once. Only as many of the sizes as start within
+    apply(first, start, end, state) -> (y of [start, end), state) reads from `first` on,
+    where extended context begins. Only as many of the sizes are taken as start within
     the memory; None where nothing is promised.
     """
     model = case.model
@@ -203,6 +215,7 @@ def _check_segments(case: Case) -> None:
 def _check_replay(case: Case) -> None:
     """Extended context leads the first segment too, as in the middle of a text."""
     E, n = case.model.extended_length, case.model.replay(TOKENS)
+    # A wrong rule shows in few segments; more of them would only take time.
     if n is None or n > 12:
         return
     shape = ROWS, E + (n + 2) * TOKENS + 1
@@ -220,7 +233,10 @@ def _check_replay(case: Case) -> None:
 
 
 def _check_single_tokens(case: Case) -> None:
-    """By the trunk where there is one: outputs that no softmax has made alike."""
+    """Single tokens give what one pass gives.
+
+    The trunk is compared where there is one: no softmax has made its outputs alike.
+    """
     model, shape = case.model, (ROWS, TOKENS, case.model.width or 0)
     x_BND = np.random.default_rng(0).normal(size=shape)
 
@@ -242,7 +258,7 @@ def _check_single_tokens(case: Case) -> None:
 
 def _check_gradient(case: Case) -> None:
     def both(state, params):
-        """Of a gradient to the state given, and one out of the state returned."""
+        """A sum that depends on the state given, and on the state returned."""
         nll_BT, _, aux = case.model.apply(case.params, *case.at(1), state, step=STEP)
         _, after, _ = case.model.apply(params, *case.at(1), case.warm, step=STEP)
         carried = sum(x.sum() for x in jax.tree.leaves(after) if is_float(x))
@@ -262,7 +278,8 @@ def _check_loops(case: Case) -> None:
     eager = apply(inputs_BT, targets_BT, case.warm, step=int(STEP))[:2]
     close("loops: without jit", eager, (nll_BT, state))
     next_BT, last = case.plain(*case.at(2), state)
-    # Two loops in one program, because compiling is what a check costs.
+    # Two loops in one program, because compiling is what a check costs: layers the
+    # other way inside of segments by lax.scan.
     name, other = "loops: lax.scan over segments", model
     if hasattr(model.config, "scan_layers"):
         flipped = not model.config.scan_layers
@@ -293,7 +310,10 @@ def _check_log_probs(case: Case) -> None:
 
 
 def _check_cache(case: Case) -> None:
-    """Far enough for every slot to be written and to be forgotten."""
+    """The cached state scores as the plain one, in segments and in single tokens.
+
+    Both go on for three segments, so that slots are written and forgotten again.
+    """
     if type(case.model).to_cache is Model.to_cache:  # the state itself
         return
     to_cache = jax.jit(

@@ -21,7 +21,9 @@ from xlformer.testing.case import (
     same,
 )
 
-GROUP = np.array([3, 1])  # rows that are computed without the others
+# Rows that are computed without the others: not the first, and not in their order, so
+# that a key which is made of a row's place in the call shows.
+GROUP = np.array([3, 1])
 
 
 def _rngs(seed: int, rows=slice(None)) -> dict:
@@ -30,7 +32,7 @@ def _rngs(seed: int, rows=slice(None)) -> dict:
 
 
 def _rows(case: Case, rows):
-    """Arguments of case.train for some rows."""
+    """Arguments of case.train for some rows, each with the key it has in the batch."""
     inputs_BT, targets_BT = case.at(1)
     state = case.rows(case.warm, rows)
     return inputs_BT[rows], targets_BT[rows], state, _rngs(1, rows)
@@ -68,8 +70,9 @@ def _check_groups(case: Case) -> None:
     group_BT, after, both = case.train(*_rows(case, GROUP))
     expected = nll_BT[GROUP], case.rows(state, GROUP)
     close("groups: two rows alone", (group_BT, after), expected)
-    # A row beside itself: a mean of two equal numbers. Of five it is the same, where a
-    # sum would not be.
+    # A row beside itself gives the mean of two equal numbers, so aux of one row is
+    # known without a program of another shape. Of five equal rows a mean is the same,
+    # and a sum is not.
     one, other = (case.train(*_rows(case, np.repeat(row, 2)))[2] for row in GROUP)
     mean = jax.tree.map(lambda x, y: (x + y) / 2, one, other)
     close("groups: aux of two rows, and the mean of each alone", both, mean)
@@ -81,6 +84,8 @@ def _check_mesh(case: Case) -> None:
     """Rows and, where param_axes says so, parameters are split over two devices."""
     if jax.device_count() < 2:
         return
+    # fsdp splits rows and parameters at once. Two rows of different keys on two devices
+    # show keys that are made of a device's own rows.
     model, mesh = case.model, sharding.make_mesh({"fsdp": 2})
     model.check_mesh(mesh)
     params = sharding.parameters(mesh, case.params, model.param_axes(case.params))
@@ -104,7 +109,7 @@ def _check_mesh(case: Case) -> None:
 
 
 def _check_float64(case: Case) -> None:
-    """Every number rounded to float32, and the whole computed in it (or in less)."""
+    """The nll in float64 is nearly that of float32 weights in the model's own dtype."""
     inputs_BT, targets_BT = case.at(0)
     expected_BT, _ = case.plain(inputs_BT, targets_BT, case.fresh)
     with jax.enable_x64(False):
@@ -114,6 +119,7 @@ def _check_float64(case: Case) -> None:
         state = jax.jit(case.model.init_state, static_argnums=0)(ROWS)
         score = jax.jit(case.model.apply)
         nll_BT, *_ = score(params, inputs_BT, targets_BT, state, step=STEP)
+    # bfloat16 keeps 8 bits of a number, so that only what is grossly wrong can show.
     allowed = 0.3 if case.model.dtype(params) == jnp.bfloat16 else 1e-3
     close("float64: nll, and that of float32", nll_BT, expected_BT, allowed)
 

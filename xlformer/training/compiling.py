@@ -27,6 +27,7 @@ class TrainingStep:
     """
 
     def __init__(self, config, model: Model, mesh: Mesh):
+        # Nothing is allocated here: `plan` makes this for slices that are not there.
         optimizer = optimizers.build(config.optimizer)
         schedule = optimizers.learning_rate(config.optimizer, config.train.steps)
         self._mesh, self._batch_size = mesh, config.train.batch_size
@@ -55,11 +56,16 @@ class TrainingStep:
         """
         function = self._function if segments == 1 else steps.make_steps(self._function)
         rows = sharding.Rows(self._mesh, self._batch_size)
+        # The state is donated, or parameters and moments would be there twice. Its
+        # shardings are the same on both sides, so that the next call takes what this
+        # one gives; metrics are whole everywhere, since any host may read them.
         jitted = jax.jit(
             function,
             donate_argnums=0,
             in_shardings=(self.placed, rows.shardings(batch, axis=int(segments > 1))),
             out_shardings=(self.placed, sharding.replicated(self._mesh)),
         )
-        with jax.set_mesh(self._mesh):  # It says for what kind of device.
+        # The mesh says for what kind of device: kernels and shard_map ask for it. Ahead
+        # of time, so that compiling is accounted by itself and not as a slow step.
+        with jax.set_mesh(self._mesh):
             return jitted.lower(self.abstract, batch).compile()

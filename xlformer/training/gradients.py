@@ -49,17 +49,21 @@ def make_gradients(loss_fn, *, micro_batches: int, state_axes):
 
         def local(*arguments):
             grads, (carried, metrics) = of_rows(*arguments)
+            # The mean of means is that of all rows: devices have equally many.
             return lax.pmean(grads, DATA), (carried, lax.pmean(metrics, DATA))
 
         rows = {name: P(DATA) if jnp.ndim(x) else P() for name, x in batch.items()}
         axes = batch_axis(carried, state_axes)
         states = jax.tree.map(lambda axis: P(*(None,) * axis, DATA), axes)
+        # Manual over `data` alone: fsdp and tensor stay the compiler's to split. With
+        # check_vma JAX would sum the gradient of each use of a parameter by itself,
+        # which is what this function is there to avoid.
         return jax.shard_map(
             local,
             in_specs=(P(), states, rows, P(DATA), P()),
             out_specs=(P(), (states, P())),
             axis_names={DATA},
-            check_vma=False,  # it would sum each use of a parameter by itself
+            check_vma=False,
         )(*arguments)
 
     return gradients
@@ -91,10 +95,13 @@ def _over_micro_batches(one, params, carried, split, axes, n):
 
     def join(x, axis):
         x = jnp.moveaxis(x, 0, axis + 1)
-        rows = x.shape[axis] * n  # not -1: without memory there is no element
+        # Not -1, which reshape cannot tell where a model without memory has a state of
+        # no elements.
+        rows = x.shape[axis] * n
         return x.reshape(*x.shape[:axis], rows, *x.shape[axis + 2 :])
 
     batch_axes = batch_axis(carried, axes)
+    # What has no rows (length, step, the weight of a row) is the same for every group.
     scalars = {k: x for k, x in split["batch"].items() if not jnp.ndim(x)}
     rows = {k: x for k, x in split["batch"].items() if jnp.ndim(x)}
     rows = jax.tree.map(lambda x: part(x, 0), {"batch": rows, "rows": split["rows"]})
@@ -105,6 +112,8 @@ def _over_micro_batches(one, params, carried, split, axes, n):
         more, out = one(carried, {"batch": batch, "rows": rows["rows"]})
         return jax.tree.map(jnp.add, grads, more), out
 
+    # The sum is carried in the dtype of the parameters, float32: a scan keeps one
+    # gradient and the activations of one group, however many groups there are.
     grads, (carried, metrics) = lax.scan(
         body,
         jax.tree.map(jnp.zeros_like, params),

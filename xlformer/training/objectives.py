@@ -15,9 +15,11 @@ import jax.numpy as jnp
 
 # Folded into the key of a step before the row, so that what is hidden has nothing to do
 # with what is dropped, whose keys have the row folded in at once. No batch has as many
-# rows.
+# rows. The number is 'mask' in ASCII.
 STREAM = 0x6D61736B
-EVALUATION_SEED = 20  # of the masks of every evaluation, so that scores compare
+# Of the masks of every evaluation, because scores of different masks do not compare. It
+# stands on the cards; with another number new cards would not compare with old ones.
+EVALUATION_SEED = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +63,12 @@ class Masked:
 
     @classmethod
     def of(cls, train, vocab_size: int) -> Masked:
+        # The mask is one id more than the data has, at the end: no text contains it,
+        # and no other id moves.
         return cls(train.mask_rate, vocab_size - 1)
 
     def examples(self, inputs_BT, targets_BT, keys, positions_BT):
-        """As NextToken.examples; a target is the symbol at its own place."""
+        """Hides inputs, and asks for the symbol at its own place; see NextToken."""
         inputs_BT, targets_BT, hidden_BT = masked(
             inputs_BT,
             keys,
@@ -89,11 +93,15 @@ def masked(inputs_BT, keys, positions_BT, *, rate: float, mask_id: int):
     Returns (the inputs with mask_id at the hidden ones, the last inputs as they were,
     which of these are hidden).
     """
+    # Leading inputs without a target are extended context, which stays in sight.
     first = inputs_BT.shape[1] - positions_BT.shape[1]
     targets_BT = inputs_BT[:, first:]
 
+    # A key for each position, and not one draw for the shape: however a text is cut
+    # into rows and segments, the same tokens of it are hidden.
     def hides(key, position):
         key = jax.random.fold_in(key, position)
+        # float32 also where float64 is enabled: the bits decide, and must be the same.
         return jax.random.uniform(key, dtype=jnp.float32) < rate
 
     keys_B = jnp.broadcast_to(keys, inputs_BT.shape[:1])

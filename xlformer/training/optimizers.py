@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import optax
 
 STACKED = "layers"  # every leaf below a key of this name has a leading layer axis
-# How names of biases end; u and v are Transformer-XL's, of a layer or of all.
+# How names of biases end, which weight decay spares. u and v are Transformer-XL's, of a
+# layer or of all: matrices [H, K] that are biases all the same.
 BIASES = ("bias", "attention/u", "attention/v", "trunk/u", "trunk/v")
 
 
@@ -48,9 +49,11 @@ def learning_rate(config, total_steps: int) -> Callable[..., jax.Array]:
         config.warmup_steps,
         config.final_fraction,
     )
+    # lr * step / warmup^1.5 meets lr / sqrt(step) where step is warmup.
     ramp_to = peak * (warmup**-0.5 if warmup and decay is _inverse_sqrt else 1.0)
 
     def schedule(step, scale=1.0) -> jax.Array:
+        # float32 counts steps exactly up to 2^24, four times the longest schedule here.
         step = jnp.asarray(step, jnp.float32)
         after = peak * decay(step, warmup=warmup, total=total_steps, floor=floor)
         rate = jnp.where(step < warmup, ramp_to * step / max(warmup, 1), after)
@@ -84,6 +87,7 @@ def _half_cosine(progress, floor):
 
 def _inverse_sqrt(step, *, warmup, total, floor):
     del warmup, total, floor
+    # Step 0 without a warm-up has the rate of step 1, and no division by 0.
     return jax.lax.rsqrt(jnp.maximum(step, 1.0))
 
 
@@ -117,6 +121,7 @@ def plateau_update(plateau: Plateau, loss, *, factor: float, patience: int) -> P
     """Multiplies scale by factor after patience + 1 evaluations in a row without a
     lower loss (PyTorch's ReduceLROnPlateau without its threshold). NaN is no lower."""
     loss = jnp.asarray(loss, jnp.float32)
+    # A comparison with NaN is false: such a loss counts as one without improvement.
     better = loss < plateau.best
     bad_count = jnp.where(better, 0, plateau.bad_count + 1)
     reduce = bad_count > patience
@@ -136,6 +141,7 @@ def build(config) -> optax.GradientTransformation:
     Its updates point uphill: the caller adds -rate * updates.
     """
     make = OPTIMIZERS[config.name]
+    # Clipping comes first, by the norm over all parameters, as in the originals (0.25).
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return optax.chain(*clip, *make(config))
 
@@ -149,18 +155,23 @@ def _adam(config):
 
 
 def _adamw(config):
+    # Decay joins after the moments (Loshchilov & Hutter 2019); the rate scales both.
     decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
     return [_scale_by_adam(config), decay]
 
 
 def _lamb(config):
+    # The trust ratio is of the update with its decay (You et al. 2020).
     return [*_adamw(config), scale_by_layer_trust_ratio()]
 
 
 def _lamb_sha_rnn(config):
-    """The fork of LAMB that SHA-RNN was trained with: moments are not
-    corrected for their start at zero, min(|p|, 10) / |update| is floored at 0.25, and
-    weight decay spares nothing. Its epsilon was 1e-6."""
+    """The fork of LAMB that SHA-RNN was trained with (Merity 2019).
+
+    Moments are not corrected for their start at zero, min(|p|, 10) / |update| is
+    floored at 0.25, and weight decay spares nothing. Its epsilon was 1e-6, its weight
+    decay 1.2e-6.
+    """
     return [
         _scale_by_uncorrected_adam(b1=config.b1, b2=config.b2, epsilon=config.epsilon),
         optax.add_decayed_weights(config.weight_decay),
@@ -212,6 +223,7 @@ def scale_by_layer_trust_ratio(
         p = jnp.minimum(_norm(param, axes), max_norm)
         u = _norm(update, axes)
         degenerate = (p == 0) | (u == 0)
+        # The inner `where` keeps 0 / 0 out: what is not chosen is computed as well.
         trust = jnp.where(degenerate, 1.0, p / jnp.where(degenerate, 1.0, u))
         return update * jnp.maximum(trust, min_trust).astype(update.dtype)
 
@@ -228,6 +240,8 @@ def _norm(x, axes):
 
 
 class UncorrectedAdamState(NamedTuple):
+    """First and second moments of each parameter; no count, as nothing is corrected."""
+
     mu: optax.Updates
     nu: optax.Updates
 

@@ -26,6 +26,7 @@ class Profiler:
             return ""
         if self._running:
             return self.stop()
+        # With steps in flight the trace would begin with those of before it.
         jax.profiler.start_trace(str(self._directory))
         self._running = True
         return ""

@@ -27,13 +27,13 @@ class Progress:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets everything; the clock runs from here."""
+        """Forgets losses and time, and lets the clock run from here."""
         self._losses, self._steps = [], 0
         self._start = time.perf_counter()
 
     @contextlib.contextmanager
     def pause(self):
-        """Time inside of it is not training."""
+        """Leaves the time inside of it out of tokens/s and of what remains."""
         start = time.perf_counter()
         try:
             yield
@@ -41,13 +41,15 @@ class Progress:
             self._start += time.perf_counter() - start
 
     def add(self, losses: np.ndarray, finite: np.ndarray) -> None:
-        """The losses of one call; those of dropped steps enter no mean."""
+        """Takes in the losses of one call; those of dropped steps enter no mean."""
+        # Dropped steps count as steps all the same: their tokens took their time.
         self._losses += losses[finite].tolist()
         self._steps += len(losses)
 
     def log(self, step: int, values: dict) -> None:
         """Writes a record and a line, and starts anew."""
         loss = float(np.mean(self._losses)) if self._losses else float("nan")
+        # Pauses do not count, so the clock may not have moved at all.
         seconds = max(time.perf_counter() - self._start, 1e-9)
         rate = self._steps * self._per_step / seconds
         unit, score = self._score(loss)

@@ -30,6 +30,8 @@ from xlformer.runs.locks import WorkdirLock
 from xlformer.training import start
 from xlformer.training.loop import Loop
 
+# What is no defect of the program but of the place: one line says so. Other errors of
+# the operating system keep their traceback.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -61,6 +63,8 @@ def train(
       UserError: bad input, a full disk, or a loss that is not finite.
     """
     workdir = storage.path(workdir)
+    # What can be refused is refused before what costs time: the config, the directory,
+    # the mesh, and only then is a corpus prepared and anything compiled.
     with faults.Interrupt(**_signals()) as interrupt:
         config = _sealing(config, model)
         outline = model or config_lib.outline(config)
@@ -99,10 +103,13 @@ def _held(loop: Loop, config, workdir, prepared, started) -> dict:
     """Runs the loop while this process holds the directory and is watched."""
     with contextlib.ExitStack() as stack:
         first = hosts.is_first()
+        # The lock is taken first and given back last, around all that writes.
         lock = stack.enter_context(WorkdirLock(workdir)) if first else None
         writer = stack.enter_context(log.Writer(workdir, enabled=first))
         watchdog = stack.enter_context(_watchdog(config, workdir))
         clock = goodput.Clock(writer.write, started=started)
+        # Hosts with another config or text would train something that nobody asked for,
+        # or wait for each other in a collective that only some of them reach.
         with watchdog.allow(config.hosts.phase_limit, "agreeing"):
             hosts.agree(
                 workdir,
@@ -129,6 +136,8 @@ def _sealing(config: ConfigDict, model: models.Model | None) -> ConfigDict:
             "config is of a run with a model of one's own, which train(config, "
             "workdir, model=...) must get again"
         )
+    # A copy, since the caller's config stays as it is; locked again, so that a misspelt
+    # field is an error and not a new one.
     config = ConfigDict(config.to_dict())
     config.own_model = name
     if model is not None and not name:
@@ -199,7 +208,12 @@ def _fitting(model: models.Model | None, config, symbols: int) -> models.Model:
 
 
 def _signals() -> dict:
-    """Among several hosts JAX's preemption service has SIGTERM, and stops them all."""
+    """Which signals this process handles itself.
+
+    Among several hosts JAX's preemption service has SIGTERM: whichever host gets it,
+    all of them save at the same step, about a second later. It is there only with
+    jax.distributed, and without it SIGTERM would kill a process that has saved nothing.
+    """
     if jax.process_count() == 1:
         return {}
     return {"signals": [signal.SIGINT], "instead": signal.SIGTERM}

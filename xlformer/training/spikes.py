@@ -24,9 +24,12 @@ import numpy as np
 
 from xlformer.errors import UserError
 
-MOST = 16  # segments that a run may leave out
+# Segments that a run may leave out. The list is a part of the state, so its size is
+# fixed: another one would be another layout, and old checkpoints would be refused.
+MOST = 16
 WARMUP = 100  # losses before the first that can be a spike
-WEIGHT = 0.01  # of a new loss in the average
+WEIGHT = 0.01  # of a new loss in the average: the last hundred, more or less
+# Greater than any index, so that a sorted list ends with the places that are unused.
 _UNUSED = np.iinfo(np.int32).max
 
 
@@ -60,6 +63,7 @@ class Spike(Exception):
 
 def check(first_step: int, ratios: np.ndarray, factor: float) -> None:
     """Raises Spike for the first of the losses of consecutive steps that is one."""
+    # Not `ratios > factor`, which is false of NaN.
     too_large = np.flatnonzero(~(ratios <= factor))
     if too_large.size:
         bad = int(too_large[0])
@@ -81,6 +85,7 @@ def ratio(spikes: Spikes, loss, *, warmup: int = WARMUP, dropped=False) -> jax.A
     skip_nonfinite goes on from there, not back.
     """
     loss = jnp.asarray(loss, jnp.float32)
+    # The average is 0 before the first loss: what is divided by it is not used then.
     tiny = jnp.finfo(jnp.float32).tiny
     found = loss / jnp.maximum(spikes.average, tiny)
     found = jnp.where(jnp.isfinite(loss), found, jnp.inf)
@@ -148,5 +153,6 @@ def add(spikes: Spikes, *indices: int) -> Spikes:
         )
     filled = np.full(MOST, _UNUSED, np.int32)
     filled[: len(skips)] = skips
+    # Where the restored one lies: the compiled step takes no other placement.
     sharding = getattr(spikes.skips, "sharding", None)
     return spikes._replace(skips=jax.device_put(filled, sharding))

@@ -27,7 +27,7 @@ from xlformer.runs.checkpoints import Checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where weights lie, and which of them.
+    """Names the checkpoint of a run whose weights another run starts from.
 
     Attributes:
       name: as the person wrote it.
@@ -42,9 +42,12 @@ class Source:
     @classmethod
     def parse(cls, name: str, own_workdir) -> Source:
         """'DIR' is DIR:best; a suffix is one only if it is best, latest or a number."""
+        # From the right, because a path may have colons, as gs://bucket/run has. Other
+        # scripts' digits are none here, and 18 of them fit into 64 bits.
         workdir, colon, which = name.rpartition(":")
         number = which.isascii() and which.isdigit() and len(which) < 19
         if not colon or not (number or which in ("best", "latest")):
+            # What stands before the colon is a run, so the rest is a typo and no name.
             if workdir and (storage.path(workdir) / runs.CONFIG).exists():
                 raise UserError(
                     Argument("init_from", name),
@@ -53,6 +56,8 @@ class Source:
             workdir, which = name, "best"
         if not workdir:
             raise UserError(Argument("init_from", name), " names no directory")
+        # One directory may have many names: links and .. are followed where the file
+        # system is local.
         here, own = storage.path(workdir), storage.path(own_workdir)
         same = os.fspath(here) == os.fspath(own)
         if not same and not storage.is_remote(here) and not storage.is_remote(own):
@@ -133,7 +138,7 @@ def with_model(
 def from_weights(
     create: Callable, config: ConfigDict, model: models.Model, run: runs.Run
 ) -> Callable:
-    """Of `create(key)`, a fresh TrainState, one of (key, the parameters of `run`).
+    """Makes of create(key) -> TrainState one of (key, parameters), those of `run`.
 
     Raises UserError naming the field of config.model that asks for other shapes.
     """
@@ -147,7 +152,8 @@ def from_weights(
 
     def created(key, params):
         fresh = create(key)
-        # Copies, because the state is donated, and an average is not its parameters.
+        # Two copies: the state is donated, which would delete the arrays of `run`, and
+        # parameters and their average must not share a buffer that is donated once.
         params, ema = (jax.tree.map(_copy, params) for _ in range(2))
         return fresh._replace(params=params, ema=None if fresh.ema is None else ema)
 

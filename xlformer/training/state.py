@@ -17,7 +17,7 @@ LATER: tuple[str, ...] = ()
 
 
 class Place(NamedTuple):
-    """Where in the stream the last batch lay.
+    """The place of the last batch in the stream, which a resumed run compares.
 
     Attributes:
       epoch, offset, length: of that batch in each row, in tokens; zeros before step 1.
@@ -60,6 +60,8 @@ class TrainState(NamedTuple):
 def create(config, model, optimizer, key: jax.Array) -> TrainState:
     """A fresh state. Pure: call it under jit, or eval_shape for its shapes."""
     params = model.init(key)
+    # Counters are arrays and not Python's numbers: they are traced, donated and saved
+    # with the rest.
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
@@ -99,8 +101,11 @@ def completed(found: TrainState, create: Callable, placed: TrainState, key):
 def resumed_plateau(
     found: optimizers.Plateau, old: ConfigDict, new: ConfigDict
 ) -> optimizers.Plateau:
-    """Of a restored state; anew where its best loss was measured with other settings,
-    but for the scale that it has come to."""
+    """The plateau that a restored run goes on with.
+
+    Where its best loss was measured with other settings it begins anew, except for the
+    scale that the learning rate has come to.
+    """
     if old.eval.to_dict() == new.eval.to_dict():
         return found
     anew = optimizers.plateau_init()._replace(scale=found.scale)

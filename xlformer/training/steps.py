@@ -42,7 +42,9 @@ def make_step(config, model, optimizer, schedule):
             train=True,
             rngs=rngs,
         )
-        # Not by the weights of these rows: another group may have more of them.
+        # The mean divides by what rows weigh on average, not by what these weigh: where
+        # another group has more of the hidden tokens, the mean of two means would not
+        # be the mean of all.
         weight = batch["row_weight"] * nll_BT.shape[0]
         mean = (nll_BT * batch["weights_BT"]).sum() / weight
         own = _own_metrics(model, aux.metrics)
@@ -61,18 +63,23 @@ def make_step(config, model, optimizer, schedule):
                 old.params, old.carried, examples, key
             )
         with jax.named_scope("update"):
+            # The norm before clipping. A loss may be finite where its gradient is not.
             norm = optax.tree.norm(grads)
             finite = jnp.isfinite(metrics["train/loss_nats"]) & jnp.isfinite(norm)
             rate = schedule(old.step, old.plateau.scale)
             new = _moved(old, optimizer, grads, rate, ema_decay=train.ema_decay)
             new = new._replace(carried=carried)
             if train.skip_nonfinite:
-                # What follows a dropped segment must not see past its resets either.
+                # A dropped step leaves everything as it was, the memory too, which may
+                # hold NaN now. But what follows the segment must not see past its
+                # resets: a row that had one begins anew.
                 rows_B = batch["resets_BT"].any(axis=1)
                 fresh = reset_rows(model, old.carried, rows_B)
                 kept = old._replace(carried=fresh)
                 new = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, kept)
             guard, ratio = _guarded(train, old, metrics["train/loss_nats"], finite)
+            # The step counts also where it was dropped: the batch is a function of it,
+            # and the run would read the same segment for ever.
             new = new._replace(
                 step=old.step + 1,
                 data=Place(batch["epoch"], batch["offset"], batch["length"]),
@@ -94,7 +101,10 @@ def make_step(config, model, optimizer, schedule):
 
 
 def make_steps(step_fn):
-    """Several steps in one call: batch leaves get a leading axis, metrics too."""
+    """Several steps in one call, which a host dispatches and reads as one.
+
+    Leaves of the batch and of the metrics have the steps as their first axis.
+    """
 
     def steps_fn(train_state, batches):
         return lax.scan(step_fn, train_state, batches)
@@ -121,7 +131,10 @@ def make_evaluated(optimizer):
 
 
 def loss_weights(shape, length, *, half: bool) -> jax.Array:
-    """1 for targets that count: before `length`, and with `half` in its later half."""
+    """1 for targets that count: before `length`, and with `half` in its later half.
+
+    The half loss is that of the paper's ablation (Dai et al. 2019, table 6).
+    """
     index_BT = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
     counts_BT = index_BT < length
     if half:
@@ -133,6 +146,8 @@ def _examples(objective, batch, key, *, half: bool) -> dict:
     """The batch as the objective has it, what each of its losses counts, and the mean
     over rows of how much they count together."""
     B, T = batch["targets_BT"].shape
+    # Drawn for the whole batch before it is cut into groups of rows, so that its weight
+    # is known to all of them.
     counts_1T = loss_weights((1, T), batch["length"], half=half)
     key = jax.random.fold_in(key, objectives.STREAM)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
@@ -150,19 +165,19 @@ def _examples(objective, batch, key, *, half: bool) -> dict:
 
 
 def average_weight(decay: float, n) -> jax.Array:
-    """Of the parameters after the n-th step taken in their average, from n = 1 on.
+    """The weight of the parameters after the n-th step in their average; n from 1 on.
 
     (1 - d) / (1 - d^n): what is averaged are the steps, each d times as much as the
     next, and not the initial parameters, of which a weight of 1 - d would leave d^n (37
     % after 1,000 steps with 0.999).
     """
     n = jnp.asarray(n, jnp.float32)
-    # 1 - d^n would lose its digits in float32 where d^n is near 1.
+    # 1 - d^n would lose its digits in float32 where d^n is near 1: hence expm1.
     return jnp.where(n == 1, 1, (1 - decay) / -jnp.expm1(n * math.log(decay)))
 
 
 def reset_rows(model, carried, rows_B):
-    """A model's state with rows as they are before the first token."""
+    """A model's state with some rows as they are before the first token."""
     fresh = model.init_state(rows_B.shape[0])
 
     def reset(old, new, axis):
@@ -191,13 +206,16 @@ def _own_metrics(model, metrics):
 
 
 def _moved(old: TrainState, optimizer, grads, rate, *, ema_decay) -> TrainState:
-    """After one step of the optimizer: parameters, its own arrays, their average."""
+    """`old` after one step of the optimizer: parameters, its arrays, their average."""
     updates, opt_state = optimizer.update(grads, old.opt_state, old.params)
+    # The rate multiplies here and not in the optimizer: it depends on a plateau, which
+    # lies in the state, and optax's chains know nothing of that.
     params = jax.tree.map(
         lambda p, u: p - (rate * u).astype(p.dtype), old.params, updates
     )
     ema = old.ema
     if ema_decay:
+        # By the steps that were taken: a dropped one has added nothing to the average.
         w = average_weight(ema_decay, old.step - old.skipped + 1)
         ema = jax.tree.map(
             lambda a, p: ((1 - w) * a + w * p).astype(a.dtype), ema, params

@@ -18,8 +18,12 @@ from xlformer.models.transformer_xl.config import TransformerXLConfig
 def to_cache(
     config: TransformerXLConfig, layers, state: Memory, segment_length: int, dtype
 ) -> Cache | Ring:
-    """See Model.to_cache; layers: their stacked parameters."""
+    """Projects the memory once for all segments that follow; see Model.to_cache.
+
+    layers: the stacked parameters of all layers.
+    """
     with jax.named_scope("to_cache"):
+        # Slots that do not count may hold NaN, which a mask does not hide.
         hidden_LBMD = memory_lib.valid_slots(state).hidden_LBMD.astype(dtype)
         keys_LBHMK, values_LBHMK = _keys_values(config, layers, hidden_LBMD)
         S = config.memory_length + segment_length
@@ -29,7 +33,11 @@ def to_cache(
 
 
 def is_ring(config: TransformerXLConfig, segment_length: int) -> bool:
-    """Single tokens, all of which enter the memory."""
+    """Whether a ring serves: for single tokens, all of which enter the memory.
+
+    With extended context a token enters the memory later than it is read, and a memory
+    of no slots makes no ring.
+    """
     return segment_length == 1 and config.memory_length > 0 == config.extended_length
 
 
@@ -60,10 +68,11 @@ def check_call(state: Cache | Ring, T: int, lengths, train: bool) -> None:
 
 
 def after_resets(config: TransformerXLConfig, layers, state, resets_BT):
-    """What is seen after a reset, or at least hides no NaN: as `to_cache` of zeros.
+    """The state of rows that are reset before the segment: as `to_cache` of zeros.
 
-    `attend_zero_memory` sees the keys and values of zeros. Else they are masked; a
-    Cache takes care of them where it reads them.
+    With `attend_zero_memory` the keys and values of zeros are seen. Otherwise old ones
+    are masked, and those of a ring are overwritten here, so that no NaN stays behind a
+    mask; a Cache takes care of that where it reads them.
     """
     if resets_BT is None or not (config.attend_zero_memory or isinstance(state, Ring)):
         return state
@@ -72,12 +81,17 @@ def after_resets(config: TransformerXLConfig, layers, state, resets_BT):
         zeros_LBMD = jnp.zeros((config.n_layer, 1, 1, config.d_model), state[0].dtype)
         fresh = _keys_values(config, layers, zeros_LBMD)
     reset_LBHMK = resets_BT[None, :, :1, None, None]
+    # Keys and values are the first two fields of both forms; the others stay.
     kept = [jnp.where(reset_LBHMK, *x) for x in zip(fresh, state, strict=False)]
     return type(state)(*kept, *state[2:])
 
 
 def _keys_values(config, layers, hidden_LBMD):
-    """Of stored layer inputs: as Layer and Attention project them."""
+    """Keys and values of stored layer inputs, as Layer and Attention project them.
+
+    It does not call those modules, because here all layers are projected at once, and
+    nothing but the memory.
+    """
     dtype = hidden_LBMD.dtype
 
     def one(params, hidden_BMD):
@@ -87,6 +101,7 @@ def _keys_values(config, layers, hidden_LBMD):
                 hidden_BMD, norm["scale"], norm["bias"], config.norm_epsilon
             )
         qkv_DCHK = params["attention"]["qkv"].astype(dtype)
+        # 1 and 2 are keys and values; the memory makes no queries.
         return tuple(
             jnp.einsum("BMD,DHK->BHMK", hidden_BMD, qkv_DCHK[:, c]) for c in (1, 2)
         )

@@ -68,7 +68,8 @@ RULES = {
 class TransformerXLConfig:
     """Shapes and options of one Transformer-XL; the names of the original in comments.
 
-    Raises UserError for a wrong type or an impossible combination.
+    The defaults are the sizes of the original's enwik8_base, 41,055,436 parameters with
+    204 symbols. Raises UserError for a wrong type or an impossible combination.
     """
 
     vocab_size: int | None = None  # token ids; None: the data decides
@@ -98,8 +99,10 @@ class TransformerXLConfig:
     tie_weights: bool = True
     tie_projections: tuple[bool, ...] = ()  # tie_projs, one a bin; () ties none
     proj_same_dim: bool = True  # project even where the widths agree (div_val > 1)
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = 1e-5  # of PyTorch; the TensorFlow original has 1e-12
     init: str = "normal"
+    # The TensorFlow scripts for large WikiText-103 and lm1b models, which produced the
+    # published figures, set 0.005; their PyTorch twins leave 0.02.
     init_std: float = 0.02
     init_range: float = 0.1  # of init='uniform'
     proj_init_std: float = 0.01
@@ -133,6 +136,7 @@ class TransformerXLConfig:
         The PyTorch original and Hugging Face show memory_length keys, self included;
         the TensorFlow original one more (set window=memory_length for it).
         """
+        # Distance 0 is the token itself, so the largest of M keys is M - 1.
         if self.window is None and self.same_length:
             return self.memory_length - 1
         return self.window
@@ -154,7 +158,7 @@ class TransformerXLConfig:
         )
 
     def tiny(self) -> TransformerXLConfig:
-        """The same options at sizes of a second on a CPU: what ':debug' trains.
+        """Returns a model with these options that a CPU trains in seconds: ':debug'.
 
         Every size is set here, so that models of one family have equal shapes. Sizes
         are primes where they may be: mixed-up axes then show.
@@ -171,11 +175,15 @@ class TransformerXLConfig:
         return dataclasses.replace(self, **sizes)
 
     def __post_init__(self):
+        # Fields also come from JSON and from flags: a string where a number belongs
+        # would otherwise fail in the middle of tracing.
         for field, expected in typing.get_type_hints(type(self)).items():
             value = _normal(getattr(self, field), expected)
             if not _matches(value, expected):
                 name = getattr(expected, "__name__", expected)
                 raise UserError(f"config.model.{field}={value!r} is not of type {name}")
+            # The way into a frozen dataclass. A list would make the config unhashable,
+            # and compiled functions are kept by it.
             object.__setattr__(self, field, value)
         for field, rule in RULES.items():
             rule.check(f"config.model.{field}", getattr(self, field))
@@ -209,6 +217,8 @@ class TransformerXLConfig:
                 f"config.model.table_length=0 with attn_type={self.attn_type}: set it "
                 "to segment_length + extended_length + memory_length"
             )
+        # The original adds the position vectors in place to the memory, where they pile
+        # up segment after segment; its paper uses these types without memory only.
         incoherent = (
             self.attn_type in (SINUSOID, LEARNED_ABSOLUTE) and self.memory_length
         )
@@ -266,6 +276,7 @@ class TransformerXLConfig:
 
 
 def _normal(value, expected):
+    # People write 1 for 1.0, and JSON has lists where a config has tuples.
     if expected is float and type(value) is int:
         return float(value)
     return tuple(value) if isinstance(value, list) else value

@@ -1,7 +1,8 @@
 """How many FLOPs Transformer-XL needs: arithmetic on its configuration.
 
-A multiplication and an addition are 2; only matrix products count. Useful FLOPs: keys
-that a query may not see, what remat computes again, and padding do not count.
+A multiplication and an addition are 2; only matrix products count. They are useful
+FLOPs: keys that a query may not see, what remat computes again, and padding do not
+count, so that an MFU made of them does not rise with useless work.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from xlformer.models.transformer_xl.config import TransformerXLConfig
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Of one segment of all rows, forward.
+    """Forward FLOPs of one segment of all rows, by what they are spent on.
 
     Attributes:
       feed_forward, attention: of the layers; attention is its three products.
@@ -38,7 +39,11 @@ class Flops:
 
     @property
     def training(self) -> float:
-        """Backward is twice the forward; memory and distances take no gradient."""
+        """Forward and backward: three times the forward, less what needs no gradient.
+
+        The gradient of a product is one more product for each of its two arguments. The
+        memory and the sinusoids take none: their projections cost only the weights'.
+        """
         leaves = self.memory + self.positions
         return 3 * (self.forward - leaves) + 2 * leaves
 
@@ -62,6 +67,9 @@ def segment(
     seen_T = config.visibility().keys_seen(T, S)
     relative = config.encoding in (RELATIVE, LEARNED_RELATIVE)
     projected = config.encoding == RELATIVE and not cached
+    # 2 FLOPs times the number of matrices: two of the feed-forward network, four of the
+    # segment's projections (queries, keys, values, output), two of the memory's, and
+    # three products of relative attention (content, positions, values), or two.
     return Flops(
         feed_forward=4.0 * L * B * T * d * config.d_inner,
         projections=8.0 * L * B * T * d * W,

@@ -11,7 +11,10 @@ PER_WIDTH, PER_INNER = 13, 8
 
 
 def kept_for_backward(config: TransformerXLConfig) -> float:
-    """With remat='full' a layer keeps its input, and one layer at a time the rest."""
+    """Numbers a token: what all layers keep, and one layer more for its backward pass.
+
+    With remat='full' each layer keeps its input alone, and one at a time all the rest.
+    """
     layer = PER_WIDTH * config.d_model + PER_INNER * config.d_inner
     kept = config.d_model if config.remat == "full" else layer
     return config.n_layer * kept + layer

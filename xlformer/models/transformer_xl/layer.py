@@ -18,7 +18,11 @@ from xlformer.sharding import constrain
 
 
 def initializers(config: TransformerXLConfig) -> dict[str, Any]:
-    """Initialisers by role: the PyTorch original's table, or TensorFlow's."""
+    """Initialisers by role, as in the PyTorch original or in the TensorFlow original.
+
+    They differ twice: the gains of norms are N(1, init_std) in PyTorch and 1 in
+    TensorFlow, and the softmax's vectors of tail bins are N(0, init_std) and 0.
+    """
     normal = nn.initializers.normal
     if config.init == "uniform":
         low, high = -config.init_range, config.init_range
@@ -59,6 +63,8 @@ class Layer(nn.Module):
           attend: see Attention.
         """
         config, init = self.config, initializers(self.config)
+        # For probabilities, attention's output, hidden units and their output. In
+        # another order a resumed run would drop other units than before.
         keys = [fold(key, i) for i in range(4)]
         norm = functools.partial(
             LayerNorm, epsilon=config.norm_epsilon, scale_init=init["norm_scale"]
@@ -95,10 +101,12 @@ class Layer(nn.Module):
                 memory_BMD.shape[1],
                 jnp.concatenate([memory_BMD, x_BTD], 1),
             )
+            # A masked NaN would still spoil the sum over values: see layers/memory.py.
             context_BSD, bad_BS = memory_lib.finite(context_BSD)
         queries_BTD = context_BSD[:, M:]
         if config.pre_norm:
-            # Memory is stored as it was and normalised at use, by the same norm.
+            # Memory is stored as it was and normalised at use, by the same norm, as in
+            # the original (pre_lnorm).
             context_BSD = attention_norm(context_BSD)
             queries_BTD = context_BSD[:, M:]
         more_BTD, kept = attention(
@@ -109,10 +117,12 @@ class Layer(nn.Module):
             biases=biases,
             keys=keys[:2],
             attend=attend,
-            # A norm learns from the memory too.
+            # The memory passes no gradient on, but with pre-norm there is a norm before
+            # the projection, whose scale and bias learn from all S positions.
             fixed=0 if config.pre_norm else M,
         )
         if not attend:
+            # A query that does see such a vector gives NaN, as if nothing were hidden.
             seen_BT = visibility.sees(bad_BS, x_BTD.shape[1])
             more_BTD = jnp.where(seen_BT[..., None], jnp.nan, more_BTD)
         y_BTD = x_BTD + more_BTD

@@ -37,6 +37,7 @@ class TransformerXL(TokenModel):
         config, init = self.config, initializers(self.config)
         return Tokens(
             config.bins,
+            # After the projection to d_model, as in the originals.
             scale=config.d_model**0.5,
             tie_weights=config.tie_weights,
             tie_projections=config.tie_projections,
@@ -68,9 +69,11 @@ class TransformerXL(TokenModel):
         return self.config.encoding in (SINUSOID, LEARNED_ABSOLUTE)
 
     def replay(self, segment_length: int) -> int:
-        """Each layer's memory was made with the memories below it.
+        """Segments that bring an empty state to what it is in the middle of a text.
 
-        Only the first of them lies behind the extended context of the row's start.
+        Each layer's memory was made with the memory of the layer below, so n_layer of
+        them follow each other. In a model of three layers, filling the memory once was
+        0.3 nats off. Only the first lies behind the extended context of a row's start.
         """
         M, E = self.memory_length, self.extended_length
         above = (self.config.n_layer - 1) * -(-M // segment_length)
@@ -102,6 +105,7 @@ class TransformerXL(TokenModel):
         cache = cache_lib.to_cache(
             self.config, layers, state, segment_length, self.dtype(params)
         )
+        # It is made of parameters and would pass gradients on; the memory does not.
         return jax.lax.stop_gradient(cache)
 
     def cache_axes(self, *, segment_length: int = 1):
@@ -119,6 +123,8 @@ class TransformerXL(TokenModel):
         """
         super().for_generation()
         M, window = self.memory_length, self.config.attention_window
+        # With a wider one the later tokens of a part of the prompt would see more than
+        # the memory has room for.
         window = M if window is None else min(window, M)
         return self.for_reading(window=window, extended_length=0)
 

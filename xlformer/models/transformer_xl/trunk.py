@@ -21,7 +21,8 @@ from xlformer.models.transformer_xl import cache as cache_lib
 from xlformer.models.transformer_xl.config import TransformerXLConfig
 from xlformer.models.transformer_xl.layer import Layer, initializers
 
-# Which number is folded into the dropout key for what.
+# Which number is folded into the dropout key for what. If they changed, a run resumed
+# with a new release would not drop what it would have dropped with the old one.
 INPUT_KEY, POSITION_KEY, OUTPUT_KEY, LAYERS_KEY = range(4)
 
 
@@ -69,10 +70,13 @@ class TrunkModule(nn.Module):
         cached = not isinstance(state, Memory)
         if cached:
             cache_lib.check_call(state, T, lengths, train)
+        # None where no key can be hidden: then the mask is a constant of the program.
         key_start_BT = None
         if not config.attend_zero_memory and (M or resets_BT is not None):
             key_start_BT = memory_lib.key_start(state.length_B, resets_BT, M=M, T=T)
-        # The last extended_length inputs come again with the next segment.
+        # The last extended_length inputs come again with the next segment, so they stay
+        # out of the memory. The original swaps two arguments there (its issues 59, 96
+        # and 118), and keeps the wrong positions where ext_len is not 0.
         if lengths is None:
             end = max(0, T - config.extended_length)
         else:
@@ -80,6 +84,8 @@ class TrunkModule(nn.Module):
             x_BTD = jnp.where(_valid(x_BTD, lengths), x_BTD, 0)
         index_BT = _backward_index(B, T, lengths)
         x_BTD = self._add_sinusoid(x_BTD, index_BT)
+        # Dropout comes before the first layer, so the memory caches vectors after
+        # dropout, as in the original. All rows share the sinusoids and their one mask.
         shared_key, key = (None, None) if keys is None else keys
         x_BTD = dropout(x_BTD, config.dropout, fold(key, INPUT_KEY))
         segment = Segment(
@@ -92,6 +98,7 @@ class TrunkModule(nn.Module):
         )
         layers = self._cached_layers if cached else self._plain_layers
         y_BTD, state = layers(x_BTD, state, segment)
+        # The original's pre-norm lacks this one, and so does the default.
         if config.final_norm:
             scale_init = initializers(config)["norm_scale"]
             norm = LayerNorm(config.norm_epsilon, scale_init, name="final_norm")
@@ -107,6 +114,8 @@ class TrunkModule(nn.Module):
 
     def _plain_layers(self, x_BTD, state: Memory, segment: Segment):
         """Each layer reads its memory and keeps its last inputs: (output, Memory)."""
+        # Not a submodule (parent=None): the parameters of all layers are stacked, and
+        # stack.run, which scans or unrolls, applies it to those of one at a time.
         config, layer = self.config, Layer(self.config, self.dtype, parent=None)
         parameters = self._parameters(layer, x_BTD, segment.shared)
         hidden_LBMD = state.hidden_LBMD.astype(self.dtype)
@@ -116,6 +125,8 @@ class TrunkModule(nn.Module):
         def run_layer(x_BTD, part):
             (params, table_ND, index), memory_BMD = part
             x_BTD = self._add_positions(x_BTD, table_ND, segment.index_BT)
+            # The layer's key is folded by its number: scanned and unrolled layers drop
+            # the same units.
             y_BTD, _ = layer.apply(
                 {"params": params},
                 x_BTD,
@@ -130,7 +141,7 @@ class TrunkModule(nn.Module):
         return y_BTD, state._replace(hidden_LBMD=hidden_LBMD)
 
     def _cached_layers(self, x_BTD, state, segment: Segment):
-        """The same over projected keys and values: (output, the state's form)."""
+        """Runs the layers over cached keys and values: (output, the new cache)."""
         config, layer = self.config, Layer(self.config, self.dtype, parent=None)
         parameters = self._parameters(layer, x_BTD, segment.shared)
         state = cache_lib.after_resets(config, parameters[0], state, segment.resets_BT)
@@ -170,7 +181,8 @@ class TrunkModule(nn.Module):
     def _parameters(self, layer, x_BTD, shared):
         """(parameters, learned positions or None, number), stacked by layer."""
         config = self.config
-        # Asked for parameters that are there, `param` traces all of this for a shape.
+        # Even where the parameters exist, `param` would trace the whole initialisation
+        # to compare shapes: a third of the time that tracing a model takes.
         params = self.get_variable("params", "layers")
         if params is None:
             params = self.param("layers", self._init_layers, layer, x_BTD, shared)
@@ -183,6 +195,7 @@ class TrunkModule(nn.Module):
     def _init_layers(self, key, layer, x_BTD, shared):
         """One layer's initialisation, mapped over the layers' keys."""
         r_SD, biases = shared
+        # One token without memory: shapes of parameters depend on neither.
         one_BTD = x_BTD[:1, :1]
         shared = (None if r_SD is None else r_SD[:1], biases)
 
@@ -220,6 +233,7 @@ class TrunkModule(nn.Module):
             return None, None
         clamped = positions.distances(S, config.clamp_length)
         r_SD = positions.sinusoid(clamped, config.d_model, self.dtype)
+        # On the sinusoids, before any projection: all layers share one mask.
         r_SD = dropout(r_SD, config.dropout, key)
         if config.untie_r:
             return r_SD, None

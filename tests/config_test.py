@@ -86,6 +86,10 @@ def test_arguments_take_the_type_of_their_default():
     assert parsed == {"debug": True, "batch": 4, "path": "7", "rate": 1.0}
     assert type(parsed["rate"]) is float
     assert "expected int" in message(fields.parse_pairs, "batch=x", defaults, named)
+    for alone in ("batch", "debug,path"):
+        line = message(fields.parse_pairs, alone, defaults, named)
+        name = alone.split(",")[-1]
+        assert line == f"config: {name!r} needs a value: {name}=VALUE"
     text = message(fields.parse_pairs, "bath=4", defaults, named)
     assert "unknown argument 'bath', did you mean 'batch'?" in text
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from xlformer import config, fields
+from xlformer import config, fields, models
 from xlformer.errors import Argument, UserError
 
 
@@ -116,6 +116,15 @@ def test_config_from_a_file(tmp_path):
     )
     text = message(config.load, str(path))
     assert text.startswith("config.train.step: there is no such field, did you mean 't")
+
+
+def test_another_model_is_for_a_config_file(monkeypatch):
+    """Its fields are others: the line named one of them that nobody had typed."""
+    monkeypatch.setitem(models.MODELS, "leaky", models.TransformerXL)
+    line = message(load, "model.name=leaky")
+    assert "config.model.name='leaky': another model has other fields; a con" in line
+    assert load("model.name=transformer_xl").model.name == "transformer_xl"
+    assert "config.model.name='x'; known: " in message(load, "model.name=x")
 
 
 def test_unknown_model_field():

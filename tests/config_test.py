@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from xlformer import config, fields
+from xlformer import config, fields, models
 from xlformer.errors import Argument, UserError
 
 
@@ -86,6 +86,10 @@ def test_arguments_take_the_type_of_their_default():
     assert parsed == {"debug": True, "batch": 4, "path": "7", "rate": 1.0}
     assert type(parsed["rate"]) is float
     assert "expected int" in message(fields.parse_pairs, "batch=x", defaults, named)
+    for alone in ("batch", "debug,path"):
+        line = message(fields.parse_pairs, alone, defaults, named)
+        name = alone.split(",")[-1]
+        assert line == f"config: {name!r} needs a value: {name}=VALUE"
     text = message(fields.parse_pairs, "bath=4", defaults, named)
     assert "unknown argument 'bath', did you mean 'batch'?" in text
 
@@ -112,6 +116,15 @@ def test_config_from_a_file(tmp_path):
     )
     text = message(config.load, str(path))
     assert text.startswith("config.train.step: there is no such field, did you mean 't")
+
+
+def test_another_model_is_for_a_config_file(monkeypatch):
+    """Its fields are others: the line named one of them that nobody had typed."""
+    monkeypatch.setitem(models.MODELS, "leaky", models.TransformerXL)
+    line = message(load, "model.name=leaky")
+    assert "config.model.name='leaky': another model has other fields; a con" in line
+    assert load("model.name=transformer_xl").model.name == "transformer_xl"
+    assert "config.model.name='x'; known: " in message(load, "model.name=x")
 
 
 def test_unknown_model_field():

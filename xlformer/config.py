@@ -229,6 +229,9 @@ def set_field(config: ConfigDict, field: str, text: str) -> None:
         line = " is a section; name one of its fields"
         raise UserError(Argument(f"config.{field}"), line)
     named = Argument(f"config.{field}", text)
+    if field == "model.name" and text != config.model.name and text in models.MODELS:
+        line = ": another model has other fields; a config file says which, with "
+        raise UserError(named, f"{line}default_config({text!r})")
     value = fields_lib.parse(text, node[parts[-1]], named)
     # ml_collections would refuse None for a number that has a default, and the reverse.
     with node.ignore_type():

@@ -51,11 +51,13 @@ def _parser() -> command.Parser:
 
 def _main(argv) -> int:
     args = _parser().parse(argv)
-    settings = _settings(args)
     if args.follow and args.checkpoint is not None:
         raise UserError(
             f"--checkpoint={args.checkpoint} with --follow, which scores every one"
         )
+    if args.checkpoint is None:
+        args.checkpoint = "best"
+    settings = _settings(args)
     compiled.keep()
     with hosts.reading(args, args.workdir):
         mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh), where="--mesh")
@@ -79,7 +81,6 @@ def _settings(args) -> list[EvalSettings]:
     same_length = _parsed("same_length", args.same_length, False)
     # The flags are named as the fields of EvalSettings are.
     given = vars(args) | {"same_length": same_length}
-    given["checkpoint"] = args.checkpoint or "best"
     names = {field.name for field in dataclasses.fields(EvalSettings)}
     given = {k: v for k, v in given.items() if k in names}
     settings = [EvalSettings(**given | {"memory_length": n}) for n in lengths]
@@ -98,7 +99,7 @@ def _runs(args, mesh) -> Iterable[runs.Run]:
     options = {"params": args.params, "mesh": mesh}
     if args.follow:
         return following.follow(args.workdir, **options)
-    return [runs.load(args.workdir, checkpoint=args.checkpoint or "best", **options)]
+    return [runs.load(args.workdir, checkpoint=args.checkpoint, **options)]
 
 
 def _progress(number: int, count: int) -> Progress | None:

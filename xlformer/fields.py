@@ -282,6 +282,8 @@ def parse_pairs(text: str, defaults: Mapping, named: Argument) -> dict:
         if key not in defaults:
             near = did_you_mean(key, defaults)
             raise UserError(named, f": unknown argument {key!r}{near}")
+        if not equals and not isinstance(defaults[key], bool | None):
+            raise UserError(named, f": {key!r} needs a value: {key}=VALUE")
         value = value if equals else "True"
         values[key] = parse(value, defaults[key], named, f" argument {key!r}={value}")
     return values

@@ -255,6 +255,9 @@ def test_library_refuses(made):
         ([[-1]], 5, "token id out of range: -1"),
         ([[]], 5, "empty"),
         ([], 5, "empty"),
+        ([3, 5], 5, "prompts are rows of token ids, .* not 3"),
+        (["the"], 5, "prompts are rows of token ids, .* not 'the'"),
+        ([[0.5]], 5, "prompts are rows of token ids"),
         ([[3]], 0, "num_tokens=0 must be at least 1"),
         ([[3]], 1 << 31, "num_tokens=2147483648 must be at least 1 and at most"),
     ):

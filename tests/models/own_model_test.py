@@ -11,6 +11,7 @@ import pytest
 
 from xlformer import models, testing
 from xlformer.errors import UserError
+from xlformer.models import own
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 MODEL = own_model.Gated(own_model.Config(vocab_size=19, width=3, dropout=0.1))
@@ -19,8 +20,8 @@ DEFINED = {"init", "init_state", "state_axes", "apply", "log_probs", "_forward"}
 
 def test_it_keeps_the_contract_and_defines_five_functions():
     testing.check_model(MODEL)
-    own = {n for n, x in vars(own_model.Gated).items() if callable(x)}
-    assert {name for name in own if not name.startswith("__")} == DEFINED
+    found = {n for n, x in vars(own_model.Gated).items() if callable(x)}
+    assert {name for name in found if not name.startswith("__")} == DEFINED
 
 
 def test_the_page_about_it_shows_all_of_it():
@@ -61,6 +62,45 @@ def test_what_cannot_generate_says_so():
         Silent(MODEL.config).log_probs({}, np.zeros((1, 1), int), None)
     with pytest.raises(UserError, match="a memory of 0 carries nothing from token"):
         Forgetful(MODEL.config).for_generation()
+
+
+def changed(config=MODEL.config, **defined):
+    return type("Other", (own_model.Gated,), defined)(config)
+
+
+@dataclasses.dataclass
+class Thawed:
+    vocab_size: int = 19
+    width: int = 3
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        (own_model.Gated, "model is the class Gated, not an object of a subclass of"),
+        (MODEL.config, "model is Config(vocab_size=19, "),
+        (changed(apply=models.Model.apply), "Other does not define apply, which"),
+        (changed(init=models.Model.init), "Other does not define init, which"),
+        (changed(Thawed()), "Other has a config that is not hashable: "),
+        (changed(("a tuple",)), "no frozen dataclass but a tuple"),
+        (changed(own_model.Config(None)), "Other has vocab_size=None, not a number"),
+        (changed(state_axes=lambda _: None), "state_axes() says None of an array"),
+        (changed(state_axes=lambda _: {"h": ()}), "state_axes() says {'h': ()} of"),
+        (changed(state_axes=lambda _: ("batch",)), "says ('batch',) of an array that"),
+        (changed(state_axes=lambda _: (None, "batch")), "that of the rows is 'batch'"),
+        (changed(init_state=lambda *_: {"h": 0.0}), "where init_state gives PyTreeDef"),
+    ],
+)
+def test_what_is_no_whole_model_is_said_before_anything_is_compiled(model, line):
+    with pytest.raises(UserError) as raised:
+        own.check(model)
+    assert line in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_whole_model_is_not_objected_to():
+    own.check(MODEL)
+    own.check(changed(init_state=lambda *_: (), state_axes=lambda _: ()))
 
 
 def test_its_config_alone_builds_nothing():

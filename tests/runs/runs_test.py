@@ -49,7 +49,7 @@ def test_best_latest_and_steps(workdir):
     assert runs.load(workdir).step in (1, 2)
     assert runs.load(workdir, checkpoint="best").step == checkpoints.best()
     assert runs.load(workdir, checkpoint="latest").step == 3
-    assert runs.load(workdir, checkpoint="1").step == 1
+    assert runs.load(workdir, checkpoint=1).step == 1
 
 
 def test_average_is_what_a_run_that_keeps_one_is_scored_with(base):

@@ -387,6 +387,8 @@ class Talkative(Bag):
         ("spike/ratio", 0.0, "of the loop's own"),
         ("step", 0.0, "of the loop's own"),
         ("my/rows", np.zeros(2), "of shape (2,)"),
+        ("my/list", [1.0, 2.0], "of type list: each is one number"),
+        ("my/part", {"a": 1.0}, "of type dict: each is one number"),
     ],
 )
 def test_a_model_overwrites_nothing_that_the_loop_logs(name, value, fragment):
@@ -395,6 +397,29 @@ def test_a_model_overwrites_nothing_that_the_loop_logs(name, value, fragment):
     fresh = jax.eval_shape(make, jax.random.key(0))
     line = refusal(jax.eval_shape, run.function, fresh, run.stream.at(0))
     assert f"Talkative returns aux.metrics['{name}']" in line and fragment in line
+
+
+@pytest.mark.parametrize(
+    ("given", "fragment"),
+    [
+        (lambda nll_BT: (nll_BT.mean(1), Aux(0.0, {})), "an nll of shape (2,)"),
+        (lambda nll_BT: (nll_BT, {}), "{} where Aux(loss, metrics) has its place"),
+        (lambda nll_BT: (nll_BT, Aux(0.0, None)), "where Aux(loss, metrics)"),
+        (lambda nll_BT: (nll_BT, Aux(nll_BT[0], {})), "aux.loss of shape (7,)"),
+    ],
+)
+def test_what_apply_returns_is_what_a_step_can_use(given, fragment):
+    class Odd(Bag):
+        def apply(self, *args, **kwargs):
+            nll_BT, carried, _ = super().apply(*args, **kwargs)
+            nll_BT, aux = given(nll_BT)
+            return nll_BT, carried, aux
+
+    run = Run(small_config(), Odd(BagConfig()))
+    make = functools.partial(state.create, run.config, run.model, run.optimizer)
+    fresh = jax.eval_shape(make, jax.random.key(0))
+    line = refusal(jax.eval_shape, run.function, fresh, run.stream.at(0))
+    assert line.startswith("Odd returns ") and fragment in line
 
 
 # For people who hold on to pmap -------------------------------------------------------

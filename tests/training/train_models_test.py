@@ -244,7 +244,9 @@ def test_these_configs_are_small_alike(name):
 @pytest.mark.parametrize("name", sorted(set(config_lib.names()) - set(ALIKE)))
 def test_every_config_trains_two_steps(name, corpora, tmp_path, monkeypatch):
     config = config_lib.load(f"{name}:debug")
-    config.model.scan_layers, config.mesh.data = True, 1  # compiles faster
+    config.mesh.data = 1
+    if "scan_layers" in config.model:  # compiles faster
+        config.model.scan_layers = True
     words = config.data.corpus in ("wikitext103", "lm1b", "penn")
     prepared = corpora["words" if words else "bytes"]
     monkeypatch.setattr(

@@ -26,6 +26,7 @@ PREFILL = 64  # prompt tokens in one compiled call
 BLOCK = 16  # generated tokens in one compiled call
 MOST = (1 << 31) - BLOCK  # tokens, which int32 counts
 PLAIN = Sampling()
+EMPTY = " is empty: at least one token is needed to continue"
 
 
 def generate(
@@ -161,12 +162,19 @@ def for_generation(model: models.Model) -> models.Model:
 
 
 def _check(prompts, vocab_size: int) -> None:
-    if not len(prompts) or not all(len(p) for p in prompts):
-        line = " is empty: at least one token is needed to continue"
-        raise UserError(Argument("prompt"), line)
+    if not len(prompts):
+        raise UserError(Argument("prompt"), EMPTY)
     for prompt in prompts:
-        bad = [i for i in map(int, prompt) if not 0 <= i < vocab_size]
-        if bad:
+        ids = np.asarray(prompt)
+        if ids.ndim == 1 and not ids.size:
+            raise UserError(Argument("prompt"), EMPTY)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise UserError(
+                f"prompts are rows of token ids, as vocabulary.encode gives them, not "
+                f"{prompt!r:.50}"
+            )
+        bad = ids[(ids < 0) | (ids >= vocab_size)]
+        if bad.size:
             raise UserError(f"token id out of range: {bad[0]} of {vocab_size} symbols")
 
 

@@ -6,8 +6,8 @@ bounds of chunks and tiles, and counts of visible keys are all asked from here.
 
 Another rule is one more static field and a condition in `allows`. If it lets fewer keys
 through at either end, first_key and its three companions may say so too: then chunks
-and tiles are skipped; if it lets more through, they must. Only `sees` relies on the
-visible keys of a query having no gaps.
+and tiles are skipped; if it lets more through, they must. Only `sees` relies on exact
+bounds, and on the visible keys of a query having no gaps.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def refuse_links(workdir, written: Iterable[str]) -> None:
 def load(
     workdir,
     *,
-    checkpoint: str = "best",
+    checkpoint: str | int = "best",
     params: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     model: models.Model | None = None,
@@ -206,7 +206,8 @@ def names_data(config: ConfigDict) -> bool:
     return config.data.corpus != "text" or bool(config.data.path)
 
 
-def _step(checkpoints: Checkpoints, which: str) -> int | None:
+def _step(checkpoints: Checkpoints, which: str | int) -> int | None:
+    which = str(which)
     if which in ("best", "latest"):
         best = checkpoints.best() if which == "best" else None
         return agreed(checkpoints.latest() if best is None else best)

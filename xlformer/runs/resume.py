@@ -14,6 +14,7 @@ from xlformer import config as config_lib
 from xlformer import models
 from xlformer.errors import Argument, UserError
 from xlformer.fields import FREE, REFUSED, TAKEN, Rule
+from xlformer.models import own
 from xlformer.runs.checkpoints import Checkpoints
 
 # Fields that the learning rate depends on: where one of them changes, the line says
@@ -25,10 +26,13 @@ RATE = ("train.steps", *(f"optimizer.{name}" for name in RATE))
 def own_name(model: models.Model | None) -> str:
     """config.own_model: the class of a model of one's own, '' for one of models.MODELS.
 
-    The fields of config.model mean nothing for such a model.
+    The fields of config.model mean nothing for such a model. Raises UserError for what
+    is no model.
     """
-    ours = model is None or type(model) in models.MODELS.values()
-    return "" if ours else type(model).__qualname__
+    if model is None or type(model) in models.MODELS.values():
+        return ""
+    own.check(model)
+    return type(model).__qualname__
 
 
 def sealed(workdir, checkpoints: Checkpoints) -> ConfigDict | None:

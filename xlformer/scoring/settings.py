@@ -37,7 +37,7 @@ class EvalSettings:
     split: str | None = None
     text: str | None = None
     data_path: str | None = None
-    checkpoint: str = "best"
+    checkpoint: str | int = "best"
     params: str | None = None
     segment_length: int | None = None
     memory_length: int | None = None

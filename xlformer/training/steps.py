@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from xlformer.errors import UserError
+from xlformer.models import Aux
 from xlformer.training import objectives, optimizers, spikes
 from xlformer.training.gradients import batch_axis, make_gradients
 from xlformer.training.state import Place, TrainState
@@ -42,13 +45,13 @@ def make_step(config, model, optimizer, schedule):
             train=True,
             rngs=rngs,
         )
+        _check_given(model, nll_BT, batch["targets_BT"], aux)
         # The mean divides by what rows weigh on average, not by what these weigh: where
         # another group has more of the hidden tokens, the mean of two means would not
         # be the mean of all.
         weight = batch["row_weight"] * nll_BT.shape[0]
         mean = (nll_BT * batch["weights_BT"]).sum() / weight
-        own = _own_metrics(model, aux.metrics)
-        return mean + aux.loss, (carried, {"train/loss_nats": mean, **own})
+        return mean + aux.loss, (carried, {"train/loss_nats": mean, **aux.metrics})
 
     gradients = make_gradients(
         loss_fn, micro_batches=train.micro_batches, state_axes=model.state_axes()
@@ -189,20 +192,34 @@ def reset_rows(model, carried, rows_B):
     return jax.tree.map(reset, carried, fresh, axes)
 
 
-def _own_metrics(model, metrics):
-    """What a model logs, under names that the loop does not write itself."""
-    for name, value in metrics.items():
-        if name.partition("/")[0] in RESERVED:
+def _check_given(model, nll_BT, targets_BT, aux) -> None:
+    """Raises UserError where a model of one's own gives what no step can use.
+
+    What it logs has names that the loop does not write itself.
+    """
+    who = f"{type(model).__name__} returns"
+    if jnp.shape(nll_BT) != targets_BT.shape:
+        shapes = f"{jnp.shape(nll_BT)} for targets of shape {targets_BT.shape}"
+        raise UserError(f"{who} an nll of shape {shapes}")
+    if not (isinstance(aux, Aux) and isinstance(aux.metrics, Mapping)):
+        raise UserError(f"{who} {aux!r:.99} where Aux(loss, metrics) has its place")
+    _check_number(f"{who} aux.loss", aux.loss)
+    for name, value in aux.metrics.items():
+        shown = f"{who} aux.metrics[{name!r}]"
+        if str(name).partition("/")[0] in RESERVED:
             raise UserError(
-                f"{type(model).__name__} returns aux.metrics[{name!r}], a name of the "
-                f"loop's own: a model's begin with none of {', '.join(RESERVED)}"
+                f"{shown}, a name of the loop's own: a model's begin with none of "
+                f"{', '.join(RESERVED)}"
             )
-        if jnp.ndim(value):
-            raise UserError(
-                f"{type(model).__name__} returns aux.metrics[{name!r}] of shape "
-                f"{jnp.shape(value)}: each is one number, the mean over rows"
-            )
-    return metrics
+        _check_number(shown, value)
+
+
+def _check_number(shown: str, value) -> None:
+    is_array = isinstance(value, jax.Array | np.ndarray)
+    if is_array and not value.shape or isinstance(value, float | int | np.generic):
+        return
+    what = f"shape {value.shape}" if is_array else f"type {type(value).__name__}"
+    raise UserError(f"{shown} of {what}: each is one number, the mean over rows")
 
 
 def _moved(old: TrainState, optimizer, grads, rate, *, ema_decay) -> TrainState:

@@ -290,6 +290,19 @@ def test_a_tokenizer_whose_line_ends_are_lost_is_known(which):
         assert pieces.PieceVocabulary(symbols, [0] * 4, text).line_ends
 
 
+@pytest.mark.parametrize("scheme", ["always", "never"])
+def test_a_space_before_a_line_is_seen_from_what_the_tokenizer_does(scheme, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    known = {s: i for i, s in enumerate(["<unk>", "\u2581the", "the", "\u2581cat"])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, "<unk>"))
+    metaspace = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    model.pre_tokenizer = metaspace
+    model.decoder = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
+    model.save(str(tmp_path / "tokenizer.json"))
+    found = pieces.load_tokenizer(tmp_path / "tokenizer.json")
+    assert found.joined is (scheme == "always")
+
+
 def test_characters_that_leave_no_token_are_known(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     model = tokenizers.Tokenizer(tokenizers.models.BPE({"c": 0, "a": 1}, []))

@@ -107,6 +107,27 @@ def test_collectives_count_by_kind_round_and_chain():
     assert found["all-reduce"] == (1, 34, 34 * 2 * 7 / 8)
 
 
+BRANCHES = """HloModule step
+
+%few.1 (p: f32[8]) -> f32[8] {
+  %one = f32[8]{0} all-reduce(%p), replica_groups={{0,1}}
+}
+
+%many.1 (p: f32[8]) -> f32[8] {
+  %one = f32[8]{0} all-reduce(%p), replica_groups={{0,1}}
+  %two = f32[8]{0} all-reduce(%one), replica_groups={{0,1}}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %c = f32[8]{0} conditional(%i, %p, %p), branch_computations={%few.1, %many.1}
+}
+"""
+
+
+def test_of_a_conditional_the_branch_that_sends_most_counts():
+    assert traffic.collectives(BRANCHES, 2)["all-reduce"] == (2, 64, 64)
+
+
 def debug(**model):
     config = config_lib.load("quickstart:debug")
     config.model.update(scan_layers=True, n_layer=3, vocab_size=256, **model)

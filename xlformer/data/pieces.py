@@ -250,9 +250,15 @@ class _HuggingFace:
         require(None not in found, "the tokenizer's ids have gaps")
         return found
 
-    @property
+    @functools.cached_property
     def joined(self) -> bool:
-        return '"add_prefix_space":true' in self.model.to_str()
+        # Seen from what it does: ByteLevel calls it add_prefix_space, Metaspace a
+        # prepend_scheme, and a normalizer may do it too. A word that it knows with a
+        # space in front is not taken for an unknown one.
+        spaced = [s for s in self.symbols() if s[:1] in (SPACE, "\u0120") and s[1:]]
+        word = next((s[1:] for s in spaced if s[1:].isalpha()), "a")
+        first = self.model.encode(word, add_special_tokens=False).tokens[:1]
+        return bool(first) and first[0][:1] in (SPACE, "\u0120")
 
     def spelled(self) -> list[bytes]:
         of_bytes = (json.loads(self.model.to_str())["decoder"] or {}).get("type")

@@ -22,10 +22,10 @@ _OPERATION = re.compile(
 )
 # 'bf16[8,16]' or 'f8e4m3fn[4]': the first number of a dtype is its width in bits.
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
-# Computations that run once where they are named: fusions, sums, two branches.
-_CALLED = re.compile(
-    r"(?:calls|to_apply|true_computation|false_computation)=%([\w.-]+)"
-)
+# Computations that run once where they are named: fusions and sums.
+_CALLED = re.compile(r"(?:calls|to_apply)=%([\w.-]+)")
+# Of these one runs: lax.cond and lax.switch are written the same way (jaxlib 0.10.2).
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _LOOP = re.compile(r"condition=%([\w.-]+), body=%([\w.-]+)")
 # TPU: operations of one exchange share it.
 _CHAIN = re.compile(r'chain_id="(\d+)"')
@@ -51,22 +51,29 @@ class Collective(NamedTuple):
 def collectives(text: str, devices: int) -> dict[str, Collective]:
     """Reads the exchanges from Compiled.as_text(), by kind.
 
-    One in a loop counts once a round. A TPU's compiler spreads one exchange over
-    several operations of a chain, which count once together.
+    One in a loop counts once a round, and of a conditional the branch that sends the
+    most. A TPU's compiler spreads one exchange over several operations of a chain,
+    which count once together.
 
     Args:
       devices: how many take part where the text does not say so.
     """
     bodies, entry = _computations(text)
-    found: dict[str, Collective] = {}
     chains = set()
 
-    def visit(name, times):
+    def visit(name) -> dict[str, Collective]:
+        found: dict[str, Collective] = {}
         for line in bodies.get(name, ()):
             if loop := _LOOP.search(line):
-                visit(loop[2], times * _trips(line, bodies.get(loop[1], ())))
+                trips = _trips(line, bodies.get(loop[1], ()))
+                _add(found, visit(loop[2]), times=trips)
             for called in _CALLED.findall(line):
-                visit(called, times)
+                _add(found, visit(called))
+            if branches := _BRANCHES.search(line):
+                each = [visit(b.strip().lstrip("%")) for b in branches[1].split(",")]
+                _add(
+                    found, max(each, key=lambda one: sum(x.sent for x in one.values()))
+                )
             if not (match := _OPERATION.search(line)):
                 continue
             if chain := _CHAIN.search(line):
@@ -75,12 +82,17 @@ def collectives(text: str, devices: int) -> dict[str, Collective]:
                 chains.add(chain[1])
             scattered = name.startswith("all-reduce-scatter")
             kind, size, sent = _measure(match, line, devices, scattered=scattered)
-            before = found.get(kind, Collective(0, 0, 0))
-            add = (times, times * size, times * sent)
-            found[kind] = Collective(*(a + b for a, b in zip(before, add, strict=True)))
+            _add(found, {kind: Collective(1, size, sent)})
+        return found
 
-    visit(entry, 1)
-    return found
+    return visit(entry)
+
+
+def _add(found: dict, more: dict, times: int = 1) -> None:
+    for kind, one in more.items():
+        before = found.get(kind, Collective(0, 0, 0))
+        sums = (a + times * b for a, b in zip(before, one, strict=True))
+        found[kind] = Collective(*sums)
 
 
 def _computations(text: str):

@@ -177,7 +177,7 @@ def choose(call: Call, platform: str) -> str:
         if call.T < FEW_QUERIES:
             refused = f"{call.T} queries are too few for a tile"
         if platform == "gpu" and call.dtype == "float32":
-            refused = "its float32 tiles need more registers than there are"
+            refused = "in float32 only tiles of 32 fit the registers"
         if refused:
             why += f"; not {fused}: {refused}"
         elif _works(fused, call):

@@ -114,6 +114,7 @@ class Bins:
         total = 0.0
         for b, share in enumerate(self.shares() if shares is None else shares):
             words = self.edges[b + 1] - self.edges[b] + (self.n_tail if b == 0 else 0)
+            # Every target is scored in the head, and in a tail those that lie in it.
             scored = targets * (1.0 if b == 0 else share)
             total += 2.0 * scored * self.width(b) * words
             if self.projects(b):

@@ -198,7 +198,10 @@ class _Survived:
         self._step = step
 
     def _cut(self, step: int) -> None:
-        """What lies beyond `step` is done again."""
+        """Takes away what lies beyond `step`, because it is done again.
+
+        Within a span all steps are taken to be equally long.
+        """
         while self._spans and self._spans[-1][1] > step:
             first, last, seconds = self._spans.pop()
             kept = max(step - first, 0)

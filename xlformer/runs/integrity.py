@@ -39,6 +39,8 @@ FORMAT = 2  # of a seal; 0.1.0 wrote none, and called nats per token "bpc"
 
 def seal(tree, *, config: Mapping, metric: Mapping) -> tuple[dict, dict]:
     """Returns (the nested dict of arrays to write, its seal)."""
+    # Digests of what lies on the devices, before Orbax copies and writes it: whatever
+    # happens to it on the way shows when it is read.
     flat = leaves.flatten(tree)
     arrays = leaves.to_disk(flat)
     item = {
@@ -197,6 +199,7 @@ def _refuse_forbidden(path: epath.Path, error: Exception) -> None:
 
 
 def _crc(item) -> int:
+    # With sorted keys, because their order may change on the way through a file.
     return zlib.crc32(json.dumps(item, sort_keys=True).encode())
 
 

@@ -126,6 +126,7 @@ class _Parts:
         self._workdir = workdir
         # Should two runs write at once after all, neither overwrites the other's parts.
         self._id = uuid.uuid4().hex[:8]
+        # Numbers go on from those of earlier attempts, so that names sort by time.
         names = [path.name for path in parts(workdir)]
         self._number = max([int(n.split("-")[1]) for n in names if "-" in n], default=0)
         self._next()

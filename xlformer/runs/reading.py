@@ -108,6 +108,7 @@ def load(
     """
     workdir = storage.path(workdir)
     latest = read_config(workdir)
+    # Scoring writes into these, so that they are looked at before it begins.
     results = [p.name for p in workdir.iterdir() if p.name.startswith(EVALUATION)]
     refuse_links(workdir, [*results, EVALUATIONS])
     checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)

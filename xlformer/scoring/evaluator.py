@@ -224,6 +224,7 @@ class Evaluator:
             only_before = not self._model.resets_in_segment
             if only_before and documents is None and not self._model.extended_length:
                 batch["resets_BT"] = batch["resets_BT"][:, :, :1]
+            # An array, so that another checkpoint's step needs no other program.
             batch["step"] = np.full(self._steps, step, np.int32)
             yield self._rows.put(batch, axis=1)
 

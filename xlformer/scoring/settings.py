@@ -84,5 +84,5 @@ class EvalSettings:
         return dataclasses.replace(self, **found)
 
     def model(self, model: Model) -> Model:
-        """The model as it is read with these settings."""
+        """Returns the model that reads with these settings."""
         return model.for_reading(**{name: getattr(self, name) for name in VISIBLE})

@@ -172,7 +172,8 @@ def _check_padding(case: Case) -> None:
     other_BT = np.where(valid_BT, inputs_BT, 0)
     other = case.score(other_BT, targets_BT, case.warm, None, lengths_B)
     same("padding: what is written there", other, padded)
-    # One number for all rows, and the short form of a reset.
+    # Training gives one number for all rows, evaluation the short form of a reset: they
+    # must mean what the arrays mean.
     resets_BT = np.zeros((ROWS, TOKENS), bool)
     resets_BT[::2, 0] = True
     lengths_B = np.full(ROWS, SHORT)

@@ -42,7 +42,7 @@ def _check_train(case: Case) -> None:
     everyone, others = np.arange(ROWS), np.arange(1, ROWS)
     arrays = _rows(case, everyone)
     nll_BT, state, _ = case.train(*arrays)
-    # Row 0 gets another token and another key.
+    # Row 0 gets another token and another key: neither may reach any other row.
     inputs_BT, targets_BT, warm, rngs = arrays
     inputs_BT = inputs_BT.copy()
     inputs_BT[0] = (inputs_BT[0] + 1) % case.model.vocab_size

@@ -257,6 +257,7 @@ def _scale_by_uncorrected_adam(
 
     def update_fn(updates, state, params=None):
         del params
+        # epsilon outside of the square root, as in Adam and in the fork.
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment(updates, state.nu, b2, 2)
         steps = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), mu, nu)

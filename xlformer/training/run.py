@@ -70,6 +70,7 @@ def train(
         outline = model or config_lib.outline(config)
         config_lib.check(config, outline)
         config, begun = _gone_on(config, workdir)
+        # The devices share the rows of one micro-batch: data=-1 takes no more of them.
         rows = config.train.batch_size // config.train.micro_batches
         mesh = sharding.make_mesh(config.mesh, rows=rows)
         sharding.check(config, mesh)
@@ -154,6 +155,7 @@ def _gone_on(config: ConfigDict, workdir: epath.Path) -> tuple[ConfigDict, bool]
 
     Raises UserError where `config` would make something else of the run.
     """
+    # Only read: a manager would clean up, and the lock is not held yet.
     checkpoints = Checkpoints(workdir / runs.CHECKPOINTS, read_only=True)
     old = resume.sealed(workdir, checkpoints)
     if old is not None:
@@ -178,6 +180,7 @@ def _data(config, workdir, mesh, model, begun: bool):
     prepared: Prepared = preparing.prepare(config.data)
     if not config.init_from:
         return prepared, None
+    # What the run began from may have moved or changed since: its own copy counts.
     if begun:
         own = vocabularies.load(workdir / runs.VOCABULARY)
         where = Argument("workdir", workdir)

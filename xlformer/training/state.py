@@ -79,7 +79,7 @@ def create(config, model, optimizer, key: jax.Array) -> TrainState:
 
 
 def as_stored(wanted: TrainState, names: Set[str]) -> TrainState:
-    """`wanted` without what a checkpoint that has these entries is too old to have."""
+    """`wanted` without entries for which a checkpoint with these names is too old."""
     missing: dict[str, Any] = {name: None for name in LATER if name not in names}
     return wanted._replace(**missing)
 

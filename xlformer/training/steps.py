@@ -40,6 +40,8 @@ def make_step(config, model, optimizer, schedule):
             batch["targets_BT"],
             carried,
             resets_BT=batch["resets_BT"],
+            # Only where lengths vary: without them the memory is cut at a place that
+            # is known at compile time.
             lengths_B=batch["length"] if train.variable_length else None,
             step=batch["step"],
             train=True,

@@ -111,6 +111,7 @@ def _keys_values(config, layers, hidden_LBMD):
 
 
 def _position_rows(config, attention, S: int, dtype):
+    # Without dropout, which the sinusoids have in training: a cache knows none.
     if config.encoding == RELATIVE:
         clamped = positions.distances(S, config.clamp_length)
         r_SD = positions.sinusoid(clamped, config.d_model, dtype)

@@ -26,6 +26,7 @@ def _class(name: str) -> type[Model]:
 
 def rules(name: str) -> dict[str, Rule]:
     """What each field of a model's configuration may be, and who may change it."""
+    # Under another name the checkpoint's parameters would belong to no model.
     return {"name": Rule(REFUSED), **_class(name).Config.RULES}
 
 
@@ -53,6 +54,7 @@ def _from_fields(config: Mapping):
     """The dataclass that the fields of `config.model` describe."""
     if "name" not in config:
         raise UserError(f"config.model.name is missing; known: {', '.join(MODELS)}")
+    # Defaults fill what an earlier release did not know yet.
     fields = default_config(**config)
     return _class(fields.pop("name")).Config(**fields)
 

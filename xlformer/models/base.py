@@ -88,7 +88,8 @@ class Model:
     """
 
     config: Any
-    Config: ClassVar[Any]  # its class; only a model that has a name in MODELS needs it
+    # The class of `config`; only a model that has a name in MODELS needs it.
+    Config: ClassVar[Any]
 
     # What every model has to define ---------------------------------------------------
 
@@ -161,6 +162,8 @@ class Model:
 
         Raises UserError where a model cannot continue a text.
         """
+        # Either would give text, and no error: of a model that was never trained to
+        # say what comes next, or of one that forgets each token at once.
         if not self.causal:
             raise UserError(
                 f"{type(self).__name__} sees what comes after a token (causal=False): "

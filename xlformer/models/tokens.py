@@ -111,6 +111,8 @@ class TokenModule(nn.Module):
 
     def _forward(self, ids_BT, state, **options):
         x_BTD = self.embedding(ids_BT) * self.tokens.scale
+        # Rows stay where they are; the width is whole on every device, because each
+        # layer reads all of it.
         return self.run_trunk(constrain(x_BTD, "batch", None, None), state, **options)
 
 

@@ -109,6 +109,7 @@ def _card(path) -> dict | None:
 
 
 def _roots(data) -> list[str]:
+    # Where the run had its tokens, and where preparing on this machine puts them.
     return [*filter(None, [data.directory]), storage.cache()]
 
 

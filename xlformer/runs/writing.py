@@ -44,6 +44,8 @@ def refuse_foreign(workdir: epath.Path) -> None:
     # Before anything is read or written through one of these names.
     runs.refuse_links(workdir, ours)
     config = workdir / runs.CONFIG
+    # A directory of our own tells by its config. Anything else must be empty but for
+    # what a run leaves: a person's files are never mixed with a run's.
     if runs.CONFIG in names and _sections(config) >= {"model", "train"}:
         return
     if {runs.CONFIG, runs.CHECKPOINTS} <= names:
@@ -82,6 +84,8 @@ def check_same_data(workdir: epath.Path, prepared: Prepared) -> None:
     """Raises UserError if the run's checkpoints come from another text."""
     if (workdir / DATA).exists():  # converted weights have no text yet
         _check_same_text(workdir, prepared.card["payload_sha256"])
+    # The same text may get other ids by other settings: each row of the embedding would
+    # then mean another symbol.
     if (workdir / runs.VOCABULARY).exists():
         old = vocabularies.load(workdir / runs.VOCABULARY).symbols
         new = prepared.vocabulary.symbols

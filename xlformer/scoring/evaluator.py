@@ -189,6 +189,8 @@ class Evaluator:
         return jax.lax.scan(body, state, batches)
 
     def _get(self, params, state, batch):
+        # Compiled by hand and kept by shapes, so that `compile` can come before a text
+        # is there, and no call compiles without being noticed.
         key = tuple((name, x.shape) for name, x in batch.items())
         if key not in self._compiled:
             placed = self._rows.shardings(batch, axis=1)

@@ -71,6 +71,7 @@ def scored(
                 words += lines * text.count(b"\n")
         return Count(bytes_ if known else None, words)
 
+    # The whole split is spelled too, to compare it with what preparation counted.
     here, all_, first = count(spans), count([(0, size)]), count([(0, 1)])
     last_is_scored = any(stop == size for _, stop in spans)
     but_the_first = sum(stop - start for start, stop in spans) == size - 1
@@ -146,6 +147,8 @@ def _spelling(vocabulary: Vocabulary) -> Callable:
         table = [spaces.get(s, s).encode("utf-8") for s in vocabulary.symbols]
         joined = False
     else:
+        # How words were separated is lost: one space each is as good as any, where the
+        # comparison with the raw text holds.
         table = [f" {symbol}".encode() for symbol in vocabulary.symbols]
         table[vocabulary.eos_id] = b"\n"
         joined = True

@@ -97,6 +97,7 @@ class Case:
 
     def score(self, inputs_BT, targets_BT, state, resets_BT=None, lengths_B=None):
         """`full` with defaults, so that one compiled program serves them all."""
+        # No reset and whole rows, said by arrays: None would be another program.
         if resets_BT is None:
             resets_BT = np.zeros(inputs_BT.shape, bool)
         if not self.model.resets_in_segment:

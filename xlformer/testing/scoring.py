@@ -83,6 +83,7 @@ def _check_causal(case: Case) -> None:
 
 
 def _check_rows(case: Case) -> None:
+    """No row depends on another one, nor on its place among them."""
     inputs_BT, targets_BT = case.at(1)
     nll_BT, state = case.score(inputs_BT, targets_BT, case.warm)
     other_BT, others = inputs_BT.copy(), range(1, ROWS)
@@ -156,6 +157,7 @@ def _check_resets(case: Case) -> None:
 
 
 def _check_padding(case: Case) -> None:
+    """lengths_B changes nothing before it, and what follows has no effect at all."""
     inputs_BT, targets_BT = case.at(1)
     # A row may be whole, or have nothing at all: its state then stays what it was.
     lengths_B = np.array([SHORT, TOKENS, SHORT, 0, SHORT])
@@ -258,6 +260,8 @@ def _check_single_tokens(case: Case) -> None:
 
 
 def _check_gradient(case: Case) -> None:
+    """No gradient enters a segment through its state, and none leaves it that way."""
+
     def both(state, params):
         """A sum that depends on the state given, and on the state returned."""
         nll_BT, _, aux = case.model.apply(case.params, *case.at(1), state, step=STEP)
@@ -273,6 +277,7 @@ def _check_gradient(case: Case) -> None:
 
 
 def _check_loops(case: Case) -> None:
+    """Python or lax.scan, jit or not, layers scanned or not: the same numbers."""
     model, apply = case.model, functools.partial(case.model.apply, case.params)
     inputs_BT, targets_BT = case.at(1)
     nll_BT, state = case.plain(inputs_BT, targets_BT, case.warm)
@@ -298,6 +303,7 @@ def _check_loops(case: Case) -> None:
 
 
 def _check_log_probs(case: Case) -> None:
+    """log_probs at the targets are -nll, and leave the same state behind."""
     if not case.model.causal or type(case.model).log_probs is Model.log_probs:
         return
     inputs_BT, targets_BT = case.at(1)

@@ -39,6 +39,7 @@ def _rows(case: Case, rows):
 
 
 def _check_train(case: Case) -> None:
+    """A row draws from its own key only; needs_rngs says whether it draws at all."""
     everyone, others = np.arange(ROWS), np.arange(1, ROWS)
     arrays = _rows(case, everyone)
     nll_BT, state, _ = case.train(*arrays)
@@ -66,6 +67,7 @@ def _check_train(case: Case) -> None:
 
 
 def _check_groups(case: Case) -> None:
+    """Rows in a group give what they give in the batch, and aux is a mean over rows."""
     nll_BT, state, _ = case.train(*_rows(case, np.arange(ROWS)))
     group_BT, after, both = case.train(*_rows(case, GROUP))
     expected = nll_BT[GROUP], case.rows(state, GROUP)

@@ -129,6 +129,7 @@ def with_model(
     config = ConfigDict(config.to_dict())
     config.model, config.init_from = found.model, name
     config.lock()
+    # The flags that were applied to the config came before its model was replaced.
     of_model = [override for override in overrides if override.startswith("model.")]
     config_lib.set_fields(config, of_model)
     config_lib.check(config)

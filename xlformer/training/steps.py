@@ -17,7 +17,8 @@ from xlformer.training import objectives, optimizers, spikes
 from xlformer.training.gradients import batch_axis, make_gradients
 from xlformer.training.state import Place, TrainState
 
-# Of the names that the loop logs under, and of the parts of them before a slash.
+# The names that the loop logs under, or their parts before a slash. A model that logged
+# one of them would write over the loop's own numbers in the same record.
 RESERVED = ("train", "eval", "norm", "spike", "perf", "goodput", "step", "kind", "time")
 
 
@@ -148,8 +149,11 @@ def loss_weights(shape, length, *, half: bool) -> jax.Array:
 
 
 def _examples(objective, batch, key, *, half: bool) -> dict:
-    """The batch as the objective has it, what each of its losses counts, and the mean
-    over rows of how much they count together."""
+    """The batch as the objective has it, with weights of its losses.
+
+    weights_BT says how much each loss counts, row_weight how much those of a row count
+    together, in the mean over all rows of the batch.
+    """
     B, T = batch["targets_BT"].shape
     # Drawn for the whole batch before it is cut into groups of rows, so that its weight
     # is known to all of them.

@@ -10,7 +10,7 @@ import pytest
 
 from xlformer import models
 from xlformer.errors import UserError
-from xlformer.models import TransformerXLConfig
+from xlformer.models import TransformerXLConfig, base
 
 V = 23
 SMALL = dict(
@@ -199,3 +199,27 @@ def test_unknown_names_are_met_with_the_nearest():
         models.build(dict(name="transformer"), V)
     with pytest.raises(UserError, match="name is missing; known: .*transformer_xl"):
         models.build(dict(n_layer=3), V)
+
+
+def test_rotary_turns_pairs_of_a_head_whatever_the_width_of_the_model():
+    fields = SMALL | dict(d_model=9, n_head=3, d_head=4, positions="rotary")
+    assert TransformerXLConfig(**fields).d_model == 9
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "expected"),
+    [
+        ("tpu", None, "bfloat16"),
+        ("gpu", "8.0", "bfloat16"),
+        ("gpu", "12.0", "bfloat16"),
+        ("gpu", "7.5", "float32"),
+        ("gpu", "gfx90a", "float32"),  # not known of AMD's
+        ("cpu", None, "float32"),
+    ],
+)
+def test_auto_is_bfloat16_where_that_is_native(
+    platform, capability, expected, monkeypatch
+):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert base.compute_dtype("auto").name == expected

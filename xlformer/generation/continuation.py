@@ -127,9 +127,8 @@ class Continuation:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens that may follow what was read; arguments and result as `generate`."""
         if not 1 <= num_tokens <= MOST:
-            raise UserError(
-                f"num_tokens={num_tokens} must be at least 1 and at most {MOST}"
-            )
+            line = f" must be at least 1 and at most {MOST}"
+            raise UserError(Argument("num_tokens", num_tokens), line)
         with jax.set_mesh(self._mesh):
             state = self._programs.cached(self._params, self._state)
             # Where a block leaves them: else the second call would compile anew.

@@ -52,9 +52,11 @@ def compute_dtype(name: str, params=None):
     if name != "auto":
         return jnp.dtype(name)
     device = jax.devices()[0]  # All devices of a job are of one kind.
-    native = device.platform == "tpu" or (
-        device.platform == "gpu" and float(device.compute_capability) >= 8.0
-    )
+    native = device.platform == "tpu"
+    if device.platform == "gpu":
+        # NVIDIA's is a number; AMD's, such as gfx90a, says nothing of bfloat16.
+        major, _, _ = str(device.compute_capability).partition(".")
+        native = major.isdecimal() and int(major) >= 8
     return jnp.dtype(jnp.bfloat16 if native else jnp.float32)
 
 

@@ -58,7 +58,7 @@ def scored(
     """
     size = len(tokens)
     spell = _spelling(vocabulary)
-    unk_id = _unknown(vocabulary)
+    unk_id = getattr(vocabulary, "unk_id", None)
 
     def count(spans) -> Count:
         bytes_, words, known = 0, 0, True
@@ -125,13 +125,6 @@ def _is_exact(vocabulary: Vocabulary) -> bool:
     return isinstance(vocabulary, ByteVocabulary | CharVocabulary) or (
         isinstance(vocabulary, WordVocabulary) and vocabulary.unit == "chars"
     )
-
-
-def _unknown(vocabulary: Vocabulary) -> int | None:
-    """The id that stands for any word or piece that is not in the vocabulary."""
-    if isinstance(vocabulary, PieceVocabulary):
-        return vocabulary.unk_id
-    return getattr(vocabulary, "unk_id", None)
 
 
 def _spelling(vocabulary: Vocabulary) -> Callable:

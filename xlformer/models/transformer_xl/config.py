@@ -13,6 +13,7 @@ from xlformer.layers.adaptive import Bins
 from xlformer.layers.attention import (
     LEARNED_ABSOLUTE,
     LEARNED_RELATIVE,
+    RELATIVE,
     ROTARY,
     SINUSOID,
 )
@@ -199,7 +200,7 @@ class TransformerXLConfig:
                 f"config.model.n_head={self.n_head} does not divide "
                 f"config.model.d_model={self.d_model}; set d_head"
             )
-        if self.d_model % 2 and self.attn_type in (0, SINUSOID):
+        if self.d_model % 2 and self.encoding in (RELATIVE, SINUSOID):
             raise UserError(
                 f"config.model.d_model={self.d_model} must be even: half sines, half "
                 "cosines"

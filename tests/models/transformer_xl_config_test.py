@@ -1,35 +1,17 @@
 """Configurations of Transformer-XL: parameter counts, checks, building."""
 
 import dataclasses
-import functools
 import math
 import types
 
 import jax
 import pytest
+import small_transformer as small
+from small_transformer import V
 
 from xlformer import models
 from xlformer.errors import UserError
 from xlformer.models import TransformerXLConfig, base
-
-V = 23
-SMALL = dict(
-    vocab_size=V,
-    n_layer=2,
-    d_model=8,
-    n_head=2,
-    d_inner=11,
-    memory_length=13,
-    dropout=0.0,
-    scan_layers=True,
-    norm_epsilon=1e-3,
-)
-
-
-@functools.cache
-def _build(**fields):
-    return models.build(TransformerXLConfig(**SMALL | fields))
-
 
 WT103 = (20000, 40000, 200000)
 LM1B = (60000, 100000, 640000)
@@ -71,7 +53,7 @@ NVIDIA = dict(cutoffs=(19997, 39997, 199997), n_head=8, d_model=512, d_head=64)
     ],
 )
 def test_parameters_are_those_of_the_originals(fields, expected):
-    params = jax.eval_shape(_build(**fields).init, jax.random.key(0))
+    params = jax.eval_shape(small.build(**fields).init, jax.random.key(0))
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(params)) == expected
 
 
@@ -121,22 +103,22 @@ def test_parameters_are_those_of_the_originals(fields, expected):
 )
 def test_impossible_configurations_name_the_field_and_the_values(fields, message):
     with pytest.raises(UserError, match=f"config.model.*{message}"):
-        TransformerXLConfig(**SMALL | fields)
+        TransformerXLConfig(**small.FIELDS | fields)
 
 
 def test_whole_numbers_and_lists_are_taken_as_meant():
-    config = TransformerXLConfig(**SMALL | dict(dropout=0, cutoffs=[5, 7]))
+    config = TransformerXLConfig(**small.FIELDS | dict(dropout=0, cutoffs=[5, 7]))
     assert config.dropout == 0.0 and type(config.dropout) is float
     assert config.cutoffs == (5, 7)
 
 
 def test_the_vocabulary_comes_from_the_config_or_the_caller():
-    open_config = dict(name="transformer_xl", **SMALL) | dict(vocab_size=None)
+    open_config = dict(name="transformer_xl", **small.FIELDS) | dict(vocab_size=None)
     closed = open_config | dict(vocab_size=V)
     assert (
         models.build(open_config, V) == models.build(closed) == models.build(closed, V)
     )
-    assert models.build(TransformerXLConfig(**SMALL)).vocab_size == V
+    assert models.build(TransformerXLConfig(**small.FIELDS)).vocab_size == V
     with pytest.raises(UserError, match="vocab_size is not set"):
         models.build(open_config)
     with pytest.raises(UserError, match="vocab_size=23 but the data has 29"):
@@ -146,33 +128,33 @@ def test_the_vocabulary_comes_from_the_config_or_the_caller():
 
 
 def test_what_others_ask_of_the_model():
-    model = _build(clamp_length=5, same_length=True, extended_length=3)
+    model = small.build(clamp_length=5, same_length=True, extended_length=3)
     card = {"memory_length": 13, "extended_length": 3, "clamp_length": 5, "window": 12}
     assert model.card() == card
     assert model.width == 8 and not model.needs_rngs and model.causal
-    assert _build(attention_dropout=0.1).needs_rngs
-    assert _build(dtype="bfloat16").dtype() == "bfloat16"
+    assert small.build(attention_dropout=0.1).needs_rngs
+    assert small.build(dtype="bfloat16").dtype() == "bfloat16"
     model.check_mesh(types.SimpleNamespace(shape={"tensor": 2}))
     with pytest.raises(UserError, match="n_head=2 is not divisible by .*tensor=3"):
         model.check_mesh(types.SimpleNamespace(shape={"tensor": 3}))
 
 
 def test_reading_and_generating_move_what_is_visible():
-    model = _build(same_length=True, extended_length=3)
+    model = small.build(same_length=True, extended_length=3)
     assert model.for_reading(memory_length=5).config.attention_window == 4
     explicit = model.for_reading(memory_length=5, window=9, same_length=None)
     assert explicit.config.attention_window == 9
     generating = model.for_generation()
     assert generating.extended_length == 0 and generating.config.window == 12
-    assert _build().for_generation().config.window == 13
-    assert _build(window=99).for_generation().config.window == 13
+    assert small.build().for_generation().config.window == 13
+    assert small.build(window=99).for_generation().config.window == 13
 
 
 def test_the_tiny_form_keeps_the_character():
     large = {"n_layer": 16, "d_model": 410, "n_head": 10, "d_head": 41, "div_val": 4}
     large |= {"cutoffs": (20, 21, 22), "memory_length": 7, "same_length": True}
     config = TransformerXLConfig(
-        **SMALL | large, tie_projections=(False,) + (True,) * 3
+        **small.FIELDS | large, tie_projections=(False,) + (True,) * 3
     )
     tiny = config.tiny()
     assert (tiny.n_layer, tiny.d_model, tiny.head_width) == (2, 16, 8)
@@ -187,7 +169,7 @@ def test_the_tiny_form_keeps_the_character():
 
 
 def test_rotary_positions_have_no_parameters():
-    shapes = jax.eval_shape(_build(positions="rotary").init, jax.random.key(0))
+    shapes = jax.eval_shape(small.build(positions="rotary").init, jax.random.key(0))
     assert set(shapes["trunk"]) == {"layers"}
     assert set(shapes["trunk"]["layers"]["attention"]) == {"qkv", "output"}
 

@@ -6,7 +6,6 @@ weights_test.py (other programs' weights) and runs_test.py (configs and vocabula
 
 import ast
 import base64
-import gc
 import json
 import os
 import pathlib
@@ -27,23 +26,10 @@ from xlformer.runs import integrity
 from xlformer.runs.checkpoints import Checkpoints
 
 PACKAGE = pathlib.Path(xlformer.__file__).parent
-# Orbax abandons coroutines when one of several reads fails; each then complains.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
-
-
-@pytest.fixture(autouse=True)
-def complaints_stay_here():
-    gc.freeze()  # or each time is 0.3 to 2 s: all that was there before
-    yield
-    gc.collect()
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    return tmp_path_factory.getbasetemp()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("complaints_stay_here"),
+]
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Damaged checkpoints: refused, loudly, and the previous one used; digests."""
 
-import gc
 import json
 import logging
 import shutil
@@ -23,18 +22,10 @@ from xlformer.errors import UserError
 from xlformer.runs import leaves
 from xlformer.runs.checkpoints import Checkpoints
 
-# Orbax abandons coroutines when one of several reads fails; each then complains.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
-
-
-@pytest.fixture(autouse=True)
-def complaints_stay_here():
-    gc.freeze()  # or each time is 0.3 to 2 s: all that was there before
-    yield
-    gc.collect()
-    gc.unfreeze()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("complaints_stay_here"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,6 @@ from xlformer.errors import UserError
 from xlformer.runs.checkpoints import Checkpoints
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    return tmp_path_factory.getbasetemp()
-
-
 @pytest.fixture
 def workdir(base, tmp_path):
     return trained_run.copy(base, tmp_path / "run")

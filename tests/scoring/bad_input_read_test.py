@@ -17,11 +17,6 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 PROMPT = "--prompt=the"
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    return tmp_path_factory.getbasetemp()
-
-
 @pytest.fixture
 def workdir(base, tmp_path):
     return trained_run.copy(base, tmp_path / "run")

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlformer import config as config_lib
+from xlformer.data.stream import Stream
 from xlformer.errors import UserError
 from xlformer.kernels.dropout import bernoulli
 from xlformer.layers.memory import expand_resets
 from xlformer.models import Aux, Model
 from xlformer.runs.checkpoints import Checkpoints
-from xlformer.training import optimizers, state
+from xlformer.training import optimizers, state, steps
 
 PERIOD = "the cat sat on"  # 14 characters, 9 symbols: learnt in a few steps
 SYMBOLS = len(set(PERIOD))
@@ -145,6 +146,47 @@ def small_config(**train):
     config.optimizer.update(name="sgd", learning_rate=0.1, schedule="constant")
     config.optimizer.update(warmup_steps=0, clip_norm=0.0)
     return config
+
+
+TOKENS = np.random.default_rng(3).integers(0, 13, 601).astype(np.uint8)
+
+
+class StepRun:
+    """A config's step, compiled, and the states that it goes through."""
+
+    def __init__(self, config, model=None):
+        self.config, self.model = config, model or bag()
+        self.optimizer = optimizers.build(config.optimizer)
+        self.schedule = optimizers.learning_rate(config.optimizer, config.train.steps)
+        self.function = steps.make_step(
+            config, self.model, self.optimizer, self.schedule
+        )
+        self.traced = 0
+        self.step = jax.jit(self._count)
+        self.stream = Stream(
+            TOKENS,
+            batch_size=config.train.batch_size,
+            segment_length=config.train.segment_length,
+            variable_length=config.train.variable_length,
+            seed=config.seed,
+        )
+
+    def _count(self, state, batch):
+        self.traced += 1
+        return self.function(state, batch)
+
+    def create(self):
+        make = functools.partial(state.create, self.config, self.model, self.optimizer)
+        return jax.jit(make)(jax.random.key(5))
+
+    def states(self, n, start=None):
+        """Fresh or given state, then the one after each of n steps; and the metrics."""
+        found, logged = [start or self.create()], []
+        for k in range(n):
+            after, values = self.step(found[-1], self.stream.at(k))
+            found.append(after)
+            logged.append(values)
+        return found, logged
 
 
 def write_text(path, repeats=61):

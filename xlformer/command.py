@@ -15,7 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 
 from xlformer import __version__, storage, streams
-from xlformer.errors import BAD_INPUT, UserError, did_you_mean, reason
+from xlformer.errors import (
+    BAD_INPUT,
+    UserError,
+    did_you_mean,
+    is_out_of_memory,
+    reason,
+)
 
 OVERRIDE = "--config."
 # What a directory or a disk may answer whoever asks: it becomes one line. Any other
@@ -130,8 +136,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv=None) -> int:
     except MemoryError as error:
         message = f"out of memory: {reason(error)}"
     except jax.errors.JaxRuntimeError as error:
-        # JAX has no class of its own for it: the status stands in the message.
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         message = f"out of memory on the device: {reason(error)}"
     except (RuntimeError, AssertionError):

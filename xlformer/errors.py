@@ -85,6 +85,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of JAX says that the memory of a device does not suffice."""
+    # JAX has no class of its own for it: the status stands in the message.
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def reason(error: Exception) -> str:
     """The beginning of a message that may be pages long, on one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__

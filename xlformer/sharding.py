@@ -198,17 +198,24 @@ def spec(
     return PartitionSpec(*parts)
 
 
+def free_axes() -> dict[str, int]:
+    """The axes of the mesh around this that are the compiler's to split; their sizes.
+
+    Others are split already: `data` is, where gradients are computed.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {axis: mesh.shape[axis] for axis, kind in types if kind == AxisType.Auto}
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Tells the compiler how an intermediate value is split; outside a mesh, nothing.
 
     Without it the compiler may split the model's width by `fsdp`, as the parameters
     are, and sum activations where it should have gathered weights.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    # An axis may be split already: `data` is, where gradients are computed.
-    free = {a: mesh.shape[a] for a in MESH_AXES if types.get(a) == AxisType.Auto}
-    if math.prod(free.values()) == 1:
+    free = free_axes()
+    if math.prod(free.get(axis, 1) for axis in MESH_AXES) == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(x.shape, names, free))
 

@@ -9,7 +9,7 @@ import sys
 
 from etils import epath
 
-from xlformer.errors import Argument, UserError
+from xlformer.errors import Argument, UserError, reason
 
 # The ending of a file that is being written, before it is renamed.
 TEMPORARY = ".tmp"
@@ -93,7 +93,6 @@ def write(file: epath.Path, text: str) -> None:
         os.replace(temporary, file)
     # Errors of the network and of credentials have no common class.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        if not isinstance(error, OSError):
-            reason = f"{type(error).__name__}: {reason}"
-        raise UserError(f"{file}: cannot be written: {reason}") from error
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        line = f"{file}: cannot be written: {kind}{reason(error)}"
+        raise UserError(line) from error

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 
 import numpy as np
 import pytest
@@ -85,15 +84,6 @@ def test_wrong_utf8_is_found_by_file_and_offset(monkeypatch):
         found.encode(b"ab\ncd\nab \xff", where="f.txt")
     with pytest.raises(UserError, match="f.txt: byte 0xc3 at offset 2 is not valid"):
         counting.count_chars([b"ab\xc3"], where="f.txt")
-
-
-def test_unigram_entropy_is_that_of_the_counts():
-    found = counting.count_words([b"a a b\n"])
-    expected = 0.5 * math.log(2) + 2 * 0.25 * math.log(4)
-    assert found.unigram_entropy() == pytest.approx(expected)
-    np.testing.assert_allclose(found.frequencies_V, [0.25, 0.5, 0.25])
-    uniform = counting.count_bytes([bytes(range(256))])
-    assert uniform.unigram_entropy() == pytest.approx(math.log(256))
 
 
 def test_dtype_is_the_smallest():

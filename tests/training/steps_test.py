@@ -11,6 +11,7 @@ import pytest
 from training_runs import (
     Bag,
     BagConfig,
+    StepRun,
     assert_close,
     assert_same,
     bag,
@@ -19,50 +20,9 @@ from training_runs import (
 )
 
 from xlformer import models
-from xlformer.data.stream import Stream
 from xlformer.models import Aux
 from xlformer.training import optimizers, state, steps
 from xlformer.training.gradients import make_gradients
-
-TOKENS = np.random.default_rng(3).integers(0, 13, 601).astype(np.uint8)
-
-
-class Run:
-    """A config's step, compiled, and the states that it goes through."""
-
-    def __init__(self, config, model=None):
-        self.config, self.model = config, model or bag()
-        self.optimizer = optimizers.build(config.optimizer)
-        self.schedule = optimizers.learning_rate(config.optimizer, config.train.steps)
-        self.function = steps.make_step(
-            config, self.model, self.optimizer, self.schedule
-        )
-        self.traced = 0
-        self.step = jax.jit(self._count)
-        self.stream = Stream(
-            TOKENS,
-            batch_size=config.train.batch_size,
-            segment_length=config.train.segment_length,
-            variable_length=config.train.variable_length,
-            seed=config.seed,
-        )
-
-    def _count(self, state, batch):
-        self.traced += 1
-        return self.function(state, batch)
-
-    def create(self):
-        make = functools.partial(state.create, self.config, self.model, self.optimizer)
-        return jax.jit(make)(jax.random.key(5))
-
-    def states(self, n, start=None):
-        """Fresh or given state, then the one after each of n steps; and the metrics."""
-        found, logged = [start or self.create()], []
-        for k in range(n):
-            after, values = self.step(found[-1], self.stream.at(k))
-            found.append(after)
-            logged.append(values)
-        return found, logged
 
 
 @functools.cache
@@ -76,7 +36,7 @@ def transformer(dropout=0.0):
 
 @pytest.mark.parametrize("make", [bag, transformer], ids=["bag", "transformer"])
 def test_three_segments_in_one_call_are_three_calls(make):
-    run = Run(small_config(ema_decay=0.5), make(dropout=0.3))
+    run = StepRun(small_config(ema_decay=0.5), make(dropout=0.3))
     one_by_one, logged = run.states(3)
     batches = [run.stream.at(k) for k in range(3)]
     batches = {name: np.stack([b[name] for b in batches]) for name in batches[0]}
@@ -93,8 +53,8 @@ def test_three_segments_in_one_call_are_three_calls(make):
 
 @pytest.mark.parametrize("make", [bag, transformer], ids=["bag", "transformer"])
 def test_micro_batches_with_a_memory_each_are_the_whole_batch(make):
-    whole = Run(small_config(batch_size=6), make())
-    parts = Run(small_config(batch_size=6, micro_batches=2), make())
+    whole = StepRun(small_config(batch_size=6), make())
+    parts = StepRun(small_config(batch_size=6, micro_batches=2), make())
     start = whole.create()
     (_, _, a), logged = whole.states(2, start)
     (_, _, b), parts_logged = parts.states(2, start)
@@ -125,8 +85,8 @@ def test_micro_batches_without_memory_keep_its_shape():
 @pytest.mark.parametrize("make", [bag, transformer], ids=["bag", "transformer"])
 def test_micro_batches_drop_what_the_whole_batch_drops(make):
     model = make(dropout=0.5)
-    whole = Run(small_config(batch_size=6), model)
-    parts = Run(small_config(batch_size=6, micro_batches=3), model)
+    whole = StepRun(small_config(batch_size=6), model)
+    parts = StepRun(small_config(batch_size=6, micro_batches=3), model)
     (start, a), logged = whole.states(1)
     (_, b), parts_logged = parts.states(1, start)
     assert_close(b.params, a.params)
@@ -137,12 +97,12 @@ def test_micro_batches_drop_what_the_whole_batch_drops(make):
 
 
 def test_equal_rows_drop_different_units():
-    run = Run(small_config(batch_size=2), bag(dropout=0.5))
+    run = StepRun(small_config(batch_size=2), bag(dropout=0.5))
     start, batch = run.create(), run.stream.at(0)
     batch["inputs_BT"][1] = batch["inputs_BT"][0]
     batch["targets_BT"][1] = batch["targets_BT"][0]
     after, _ = run.step(start, batch)
-    single = Run(small_config(batch_size=1), run.model)
+    single = StepRun(small_config(batch_size=1), run.model)
     one = {name: x[:1] if x.ndim else x for name, x in batch.items()}
     alone, _ = single.step(single.create(), one)
     moved, alone = (
@@ -156,11 +116,11 @@ def test_equal_rows_drop_different_units():
 
 
 def test_variable_lengths_are_the_unpadded_segments_in_one_compiled_step():
-    run = Run(small_config(segment_length=13, variable_length=True))
+    run = StepRun(small_config(segment_length=13, variable_length=True))
     n = 4
     (start, *_, last), logged = run.states(n)
     assert run.traced == 1
-    by_hand = Run(small_config())
+    by_hand = StepRun(small_config())
     found, lengths = start, []
     for k in range(n):
         batch = run.stream.at(k)
@@ -194,7 +154,7 @@ def test_weights_count_the_valid_targets_and_with_half_the_later_ones():
 
 
 def test_half_loss_learns_from_the_later_half_of_each_segment():
-    run = Run(small_config(half_loss=True))
+    run = StepRun(small_config(half_loss=True))
     (start, after), (values,) = run.states(1)
     batch = run.stream.at(0)
     nll_BT, carried, _ = run.model.apply(
@@ -209,7 +169,7 @@ def test_half_loss_learns_from_the_later_half_of_each_segment():
 
 
 def test_a_new_epoch_begins_without_a_memory():
-    run = Run(small_config(segment_length=100))  # 2 rows of 300: 2 segments
+    run = StepRun(small_config(segment_length=100))  # 2 rows of 300: 2 segments
     assert run.stream.steps_per_epoch == 2
     found, _ = run.states(3)
     seen = [np.asarray(s.carried["seen_VB"]).sum(axis=0).tolist() for s in found]
@@ -223,7 +183,7 @@ def test_a_new_epoch_begins_without_a_memory():
 def test_sgd_goes_downhill_by_the_rate_of_the_schedule():
     config = small_config()
     config.optimizer.update(schedule="cosine", warmup_steps=2)
-    run = Run(config)
+    run = StepRun(config)
     found, logged = run.states(4)
     for k, values in enumerate(logged):
         assert values["train/learning_rate"] == run.schedule(k)
@@ -248,7 +208,7 @@ def test_sgd_goes_downhill_by_the_rate_of_the_schedule():
 def test_gradients_are_clipped_by_their_norm_and_logged_before():
     config = small_config()
     config.optimizer.update(clip_norm=0.03, learning_rate=1.0)
-    (start, after), (values,) = Run(config).states(1)
+    (start, after), (values,) = StepRun(config).states(1)
     moved = jax.tree.map(lambda a, b: a - b, after.params, start.params)
     norm = np.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(moved)))
     assert norm == pytest.approx(0.03, rel=1e-4)
@@ -259,7 +219,7 @@ def test_the_plateau_scales_only_its_own_schedule():
     for name, expected in (("plateau", 0.025), ("constant", 0.1)):
         config = small_config()
         config.optimizer.schedule = name
-        run = Run(config)
+        run = StepRun(config)
         start = run.create()
         quarter = start.plateau._replace(scale=jnp.float32(0.25))
         _, values = run.step(start._replace(plateau=quarter), run.stream.at(0))
@@ -281,7 +241,7 @@ def test_validations_without_progress_lower_the_scale():
 def test_the_average_is_of_the_steps_taken():
     """Not of the initial parameters; nor does a dropped step count as one."""
     config = small_config(ema_decay=0.75, skip_nonfinite=True)
-    (start, *after), _ = Run(config, bag(nan_steps=(0, 3))).states(5)
+    (start, *after), _ = StepRun(config, bag(nan_steps=(0, 3))).states(5)
     assert_same(start.ema, start.params)
     assert_same(after[0].ema, start.params)
     assert_same(after[1].ema, after[1].params)
@@ -297,7 +257,7 @@ def test_the_average_is_of_the_steps_taken():
         )
         assert_close(after[k].ema, expected)
     assert_same(after[3].ema, after[2].ema)
-    none, _ = Run(small_config()).states(1)
+    none, _ = StepRun(small_config()).states(1)
     assert none[1].ema is None
 
 
@@ -313,7 +273,7 @@ def test_weights_of_the_average_keep_their_digits(decay):
 def test_a_step_that_is_not_finite_is_dropped_and_counted():
     config = small_config(skip_nonfinite=True, ema_decay=0.5)
     config.optimizer.name = "adam"
-    run = Run(config, bag(nan_steps=(1, 2, 4)))
+    run = StepRun(config, bag(nan_steps=(1, 2, 4)))
     found, logged = run.states(5)
     assert [bool(v["train/finite"]) for v in logged] == [
         True,
@@ -337,7 +297,7 @@ def test_a_step_that_is_not_finite_is_dropped_and_counted():
 
 def test_a_dropped_segment_leaves_its_resets_to_the_next():
     """Of the rows that have one, before it or inside; the others go on."""
-    run = Run(small_config(skip_nonfinite=True), bag(nan_steps=(1,)))
+    run = StepRun(small_config(skip_nonfinite=True), bag(nan_steps=(1,)))
     batches = [run.stream.at(k) for k in range(3)]
     for batch in batches:
         batch["resets_BT"] = np.zeros(batch["inputs_BT"].shape, bool)
@@ -351,16 +311,16 @@ def test_a_dropped_segment_leaves_its_resets_to_the_next():
 
 def test_what_is_dropped_already_is_no_spike():
     config = small_config(skip_nonfinite=True, spike_factor=1.5, spike_after=1)
-    found, logged = Run(config, bag(nan_steps=(2,), inf_steps=(3,))).states(4)
+    found, logged = StepRun(config, bag(nan_steps=(2,), inf_steps=(3,))).states(4)
     assert [float(v["spike/ratio"]) for v in logged[2:]] == [1, 1]
     assert [int(s.spikes.count) for s in found] == [0, 1, 2, 2, 2]
     config.train.skip_nonfinite = False
-    _, logged = Run(config, bag(nan_steps=(2,))).states(3)
+    _, logged = StepRun(config, bag(nan_steps=(2,))).states(3)
     assert np.isinf(logged[2]["spike/ratio"])
 
 
 def test_without_skipping_the_loss_is_said_to_be_not_finite():
-    found, logged = Run(small_config(), bag(nan_steps=(1,))).states(2)
+    found, logged = StepRun(small_config(), bag(nan_steps=(1,))).states(2)
     assert [bool(v["train/finite"]) for v in logged] == [True, False]
     assert np.isnan(found[2].params["table_VV"]).any()
 
@@ -392,7 +352,7 @@ class Talkative(Bag):
     ],
 )
 def test_a_model_overwrites_nothing_that_the_loop_logs(name, value, fragment):
-    run = Run(small_config(), Talkative(BagConfig(), metrics=((name, value),)))
+    run = StepRun(small_config(), Talkative(BagConfig(), metrics=((name, value),)))
     make = functools.partial(state.create, run.config, run.model, run.optimizer)
     fresh = jax.eval_shape(make, jax.random.key(0))
     line = refusal(jax.eval_shape, run.function, fresh, run.stream.at(0))
@@ -415,7 +375,7 @@ def test_what_apply_returns_is_what_a_step_can_use(given, fragment):
             nll_BT, aux = given(nll_BT)
             return nll_BT, carried, aux
 
-    run = Run(small_config(), Odd(BagConfig()))
+    run = StepRun(small_config(), Odd(BagConfig()))
     make = functools.partial(state.create, run.config, run.model, run.optimizer)
     fresh = jax.eval_shape(make, jax.random.key(0))
     line = refusal(jax.eval_shape, run.function, fresh, run.stream.at(0))
@@ -426,7 +386,7 @@ def test_what_apply_returns_is_what_a_step_can_use(given, fragment):
 
 
 def test_pmap_of_the_pure_step_is_the_step_on_each_device():
-    run = Run(small_config())
+    run = StepRun(small_config())
     start, batches = run.create(), [run.stream.at(k) for k in (0, 3)]
     both = jax.tree.map(lambda *x: np.stack(x), start, start)
     batch = {name: np.stack([b[name] for b in batches]) for name in batches[0]}

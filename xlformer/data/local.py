@@ -21,7 +21,7 @@ import numpy as np
 from xlformer import storage
 from xlformer.data.sources import SPLITS, Text, check_not_empty
 from xlformer.data.vocabulary import SPACES, decode_utf8
-from xlformer.errors import UserError
+from xlformer.errors import UserError, reason
 
 # Tests and generated tables would be a large part of the text, and site-packages is not
 # the library's own.
@@ -89,8 +89,8 @@ def read_files(path: str, unit: str) -> Text:
         raise
     # Libraries that read gs:// raise errors of their own, without a common class.
     except Exception as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"config.data.path={path}: cannot be read: {why}") from error
+        line = f"config.data.path={path}: cannot be read: {reason(error)}"
+        raise UserError(line) from error
     once = [name for name in paths if is_read_once(name)]
     texts = [plain_text(data, unit, name) for name, data in documents]
     # An empty file would be a document without a token.

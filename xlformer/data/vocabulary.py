@@ -66,19 +66,9 @@ class Vocabulary:
         return len(self.symbols)
 
     @property
-    def frequencies_V(self) -> np.ndarray:
-        """The share of each symbol in the counted text."""
-        return self.counts_V / max(int(self.counts_V.sum()), 1)
-
-    @property
     def line_ends(self) -> bool:
         """Whether the end of a line is a token, and counts as a word."""
         return False
-
-    def unigram_entropy(self) -> float:
-        """Nats per token of the best model that ignores all context."""
-        p = self.frequencies_V[self.counts_V > 0]
-        return float(-(p * np.log(p)).sum())
 
     def encode(
         self, text: str | bytes, *, close_line: bool = True, where: str = "text"

@@ -8,6 +8,7 @@ import socket
 import threading
 
 from xlformer.errors import INTERRUPTED
+from xlformer.hosts.job import say
 
 # Steps in a row that are not finite and that train.skip_nonfinite forgives. Bad batches
 # are rare; where ten follow each other the parameters themselves are lost.
@@ -96,25 +97,16 @@ class Interrupt:
             self._leave(f"{name}, for the third time: stopping without saving")
         if self.requested is None:
             self.requested = name
-            _say(f"{name}: saving after this step; a third signal stops at once")
+            say(f"{name}: saving after this step; a third signal stops at once")
         else:
-            _say(f"{name} again: still saving; once more stops at once")
+            say(f"{name} again: still saving; once more stops at once")
 
     @staticmethod
     def _leave(line: str) -> None:
-        _say(line)
+        say(line)
         # sys.exit would end this thread only, and the main thread, which may be inside
         # of a compiler, may not come back for minutes.
         os._exit(INTERRUPTED)
-
-
-def _say(line: str) -> None:
-    """Writes straight to the descriptor: the main thread may hold sys.stderr's lock."""
-    try:
-        os.write(2, f"xlformer: {line}\n".encode())
-    except OSError:
-        # Nobody reads any more, and the save matters more than the line.
-        pass
 
 
 def nonfinite_message(

@@ -155,6 +155,7 @@ def is_first() -> bool:
 
 def say(line: str) -> None:
     """Writes a line straight to the descriptor, whatever lock the main thread holds."""
+    # Where nobody reads any more, a save that is under way matters more than the line.
     with contextlib.suppress(OSError):
         os.write(2, f"xlformer: {line}\n".encode())
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import jax
-from jax.sharding import AxisType
 
 from xlformer import sharding
 
@@ -26,9 +25,8 @@ def over_mesh(function, arrays: dict, names: dict, *, like: str):
       like: the array that the result is split like.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     # Axes of one device too: beside an axis left to the compiler no kernel may stand.
-    free = {a: mesh.shape[a] for a, t in types.items() if t == AxisType.Auto}
+    free = sharding.free_axes()
     # On one device there is nothing to split: the kernel is called as it is.
     if not free or math.prod(mesh.shape.values()) == 1:
         return function(arrays)

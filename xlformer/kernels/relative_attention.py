@@ -188,8 +188,8 @@ def choose(call: Call, platform: str) -> str:
     return name
 
 
-@functools.cache
 # Each layer of each program that is traced asks again; the log has one line.
+@functools.cache
 def _say(name: str, why: str) -> None:
     _log.info("attention=auto is %r for %s", name, why)
 

@@ -17,11 +17,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from xlformer.kernels.cross_entropy import selected_nll, softmax_nll
-from xlformer.sharding import RULES, constrain
+from xlformer.sharding import RULES, constrain, free_axes
 
 # Logical axes of the parameters: see models.base.param_axes.
 PARAM_AXES = {
@@ -89,9 +88,9 @@ class Bins:
 
     def embedding_projection(self, b: int) -> str | None:
         """Name of the projection on the input side; with div_val 1 bins share it."""
-        return (
-            f"projection_{0 if self.div_val == 1 else b}" if self.projects(b) else None
-        )
+        if not self.projects(b):
+            return None
+        return f"projection_{0 if self.div_val == 1 else b}"
 
     def shares(self, probabilities_V: np.ndarray | None = None) -> list[float]:
         """How much of the text lies in each bin; by default by Zipf's law."""
@@ -304,12 +303,10 @@ def _tail_nll(h_NE, table_VE, bias_V, rows_N, selected_N):
     Left to the compiler, tokens would be moved together across devices: a gather of all
     of them. The `data` axis is split already where gradients are computed.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    free = [a for a in RULES["batch"] if types.get(a) == AxisType.Auto]
-    axes = tuple(a for a in free if mesh.shape[a] > 1)
+    free = free_axes()
+    axes = tuple(a for a in RULES["batch"] if free.get(a, 1) > 1)
     # shard_map splits evenly or not at all; what does not divide is the compiler's.
-    if not axes or rows_N.shape[0] % math.prod(mesh.shape[a] for a in axes):
+    if not axes or rows_N.shape[0] % math.prod(free[a] for a in axes):
         return selected_nll(h_NE, table_VE, bias_V, rows_N, selected_N)
     return jax.shard_map(
         selected_nll,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from xlformer.errors import reason
+from xlformer.errors import is_out_of_memory, reason
 from xlformer.machines import chips
 
 # Rounds of one turn. How many fill the seconds is taken from one round, and of a round
@@ -74,8 +74,7 @@ def memory_may_end(timing: Timing):
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        # JAX has no class of its own for it: the status stands in the message.
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         timing.out_of_memory = reason(error)
         # With it goes all that it holds on the device, which the others may need.

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from xlformer import models, sharding
-from xlformer.errors import Argument, reason
+from xlformer.errors import Argument, is_out_of_memory, reason
 from xlformer.machines import chips, rehearsal, topologies, traffic
 from xlformer.models import Model
 from xlformer.training.compiling import TrainingStep
@@ -131,7 +131,7 @@ def _compile(found: dict, step: TrainingStep, batch: dict) -> bool:
     try:
         compiled = step.compile(batch)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         found["refused"] = reason(error)
         return False

@@ -59,7 +59,7 @@ class Clock:
     several threads.
 
     Args:
-      write: (step, values, kind=KIND), as metrics.Writer.write.
+      write: (step, values, kind=KIND), as log.Writer.write.
       started: when the attempt began, in seconds since 1970. None is now: right where
         training is only a part of the process, as in a notebook.
     """
@@ -105,7 +105,7 @@ class Clock:
 def read(workdir) -> list[dict]:
     """All records of all attempts in the order of writing; torn lines are skipped.
 
-    Unlike metrics.read it keeps those of steps that were repeated later.
+    Unlike log.read it keeps those of steps that were repeated later.
     """
     found = []
     for path in log.parts(storage.path(workdir)):
@@ -120,7 +120,7 @@ def read(workdir) -> list[dict]:
 
 
 def summary(records: list[dict], *, now: float | None = None) -> dict[str, float]:
-    """What became of the wall clock, by name; ready for metrics.Writer.write.
+    """What became of the wall clock, by name; ready for log.Writer.write.
 
     From the start of the first attempt to its end: `now`, or the last record. Steps of
     an attempt beyond the step where the next one began are repeated; what lies between

@@ -18,7 +18,7 @@ import time
 import uuid
 
 from xlformer import storage
-from xlformer.errors import UserError
+from xlformer.errors import UserError, reason
 
 FILE = "lock"
 # In periods: so long without a sign of life means dead, by default 30 s. A save may
@@ -198,8 +198,8 @@ class _Heartbeat:
         except FileNotFoundError:
             return None
         except Exception as error:  # Of the network, of credentials: no common class.
-            text = " ".join(str(error).split())[:200]
-            raise UserError(f"{self._path}: cannot be read: {text}") from error
+            line = f"{self._path}: cannot be read: {reason(error)}"
+            raise UserError(line) from error
 
     def _write(self) -> None:
         text = _to_json(self._me | {"time": time.time()}).decode()

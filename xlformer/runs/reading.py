@@ -212,11 +212,17 @@ def _step(checkpoints: Checkpoints, which: str | int) -> int | None:
     if which in ("best", "latest"):
         best = checkpoints.best() if which == "best" else None
         return agreed(checkpoints.latest() if best is None else best)
-    # int() would take digits of any script, and fail on thousands of them.
-    if not (which.isascii() and which.isdigit() and len(which) < 19):
+    if not is_step(which):
         line = " is neither best, latest nor a step"
         raise UserError(Argument("checkpoint", which), line)
     return int(which)
+
+
+def is_step(which: str) -> bool:
+    """Whether a text is the number of a step."""
+    # int() would take digits of any script, and fail on thousands of them; 18 digits
+    # fit into 64 bits.
+    return which.isascii() and which.isdigit() and len(which) < 19
 
 
 def agreed(step: int | None) -> int | None:

@@ -19,8 +19,13 @@ from xlformer.runs.checkpoints import Checkpoints
 
 # Fields that the learning rate depends on: where one of them changes, the line says
 # which rate comes next. The number of steps is one of them, since a cosine ends there.
-RATE = ("learning_rate", "schedule", "warmup_steps", "final_fraction")
-RATE = ("train.steps", *(f"optimizer.{name}" for name in RATE))
+RATE = (
+    "train.steps",
+    "optimizer.learning_rate",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "optimizer.final_fraction",
+)
 
 
 def own_name(model: models.Model | None) -> str:

@@ -20,15 +20,15 @@ from xlformer import runs, storage
 from xlformer.data import vocabularies
 from xlformer.data.prepared import Prepared
 from xlformer.errors import Argument, UserError
-from xlformer.runs import log
+from xlformer.runs import locks, log
 
 DATA, PROFILE, COMPILED = "data.json", "profile", "compilation_cache"
 NONCE, HEARTBEATS = "nonce", "hosts"  # see hosts/job.py and hosts/watchdog.py
 WRITTEN = (runs.CONFIG, runs.VOCABULARY, DATA)
 # What a run that was killed in its first seconds can have left behind.
-OWN = {"lock", "metrics.jsonl", "tensorboard", PROFILE, runs.CHECKPOINTS, *WRITTEN}
+OWN = {locks.FILE, log.FILE, "tensorboard", PROFILE, runs.CHECKPOINTS, *WRITTEN}
 OWN |= {COMPILED, NONCE, HEARTBEATS, runs.EVALUATIONS}
-OWN |= {name + storage.TEMPORARY for name in (*WRITTEN, "lock", NONCE)}
+OWN |= {name + storage.TEMPORARY for name in (*WRITTEN, locks.FILE, NONCE)}
 PART = "metrics-"
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+
+from xlformer import sharding
 
 DATA = "data"
 
@@ -27,15 +28,12 @@ def make_gradients(loss_fn, *, micro_batches: int, state_axes):
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
     def of_rows(params, carried, batch, rows_B, key):
-        rngs = {
-            "dropout": key,
-            "rows": jax.vmap(jax.random.fold_in, (None, 0))(key, rows_B),
-        }
-        split = {"batch": batch, "rows": rngs.pop("rows")}
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, rows_B)
+        split = {"batch": batch, "rows": keys_B}
 
         def one(carried, split):
-            found = {**rngs, "rows": split["rows"]}
-            return grad_fn(params, carried, split["batch"], found)
+            rngs = {"dropout": key, "rows": split["rows"]}
+            return grad_fn(params, carried, split["batch"], rngs)
 
         return _over_micro_batches(
             one, params, carried, split, state_axes, micro_batches
@@ -44,7 +42,8 @@ def make_gradients(loss_fn, *, micro_batches: int, state_axes):
     def gradients(params, carried, batch, key):
         B = batch["inputs_BT"].shape[0]
         arguments = (params, carried, batch, jnp.arange(B), key)
-        if not _data_is_split():
+        # Without a mesh, with one device on the axis, or inside a pmap.
+        if sharding.free_axes().get(DATA, 1) == 1:
             return of_rows(*arguments)
 
         def local(*arguments):
@@ -74,13 +73,6 @@ def batch_axis(carried, axes):
     structure = jax.tree.structure(carried)
     names = structure.flatten_up_to(axes)
     return structure.unflatten([n.index("batch") for n in names])
-
-
-def _data_is_split() -> bool:
-    """Inside a mesh whose data axis is the compiler's to split (not inside a pmap)."""
-    mesh = jax.sharding.get_abstract_mesh()
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return types.get(DATA) == AxisType.Auto and mesh.shape[DATA] > 1
 
 
 def _over_micro_batches(one, params, carried, split, axes, n):

@@ -42,11 +42,9 @@ class Source:
     @classmethod
     def parse(cls, name: str, own_workdir) -> Source:
         """'DIR' is DIR:best; a suffix is one only if it is best, latest or a number."""
-        # From the right, because a path may have colons, as gs://bucket/run has. Other
-        # scripts' digits are none here, and 18 of them fit into 64 bits.
+        # From the right, because a path may have colons, as gs://bucket/run has.
         workdir, colon, which = name.rpartition(":")
-        number = which.isascii() and which.isdigit() and len(which) < 19
-        if not colon or not (number or which in ("best", "latest")):
+        if not colon or not (runs.is_step(which) or which in ("best", "latest")):
             # What stands before the colon is a run, so the rest is a typo and no name.
             if workdir and (storage.path(workdir) / runs.CONFIG).exists():
                 raise UserError(

@@ -85,6 +85,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
 
+def some(names: Iterable[str]) -> str:
+    """The first eight of many, as a line lists them."""
+    names = list(names)
+    return ", ".join(names[:8]) + ", ..." * (len(names) > 8)
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error of JAX says that the memory of a device does not suffice."""
     # JAX has no class of its own for it: the status stands in the message.

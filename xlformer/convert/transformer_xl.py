@@ -19,7 +19,7 @@ import numpy as np
 from xlformer import models
 from xlformer.convert import hparams as hparams_lib
 from xlformer.convert.files import read_json, read_state
-from xlformer.errors import UserError
+from xlformer.errors import UserError, some
 from xlformer.layers.attention import LEARNED_ABSOLUTE, LEARNED_RELATIVE, RELATIVE
 from xlformer.models import TransformerXLConfig
 
@@ -295,5 +295,4 @@ def _check(config, state, reverse_clusters) -> None:
             raise UserError(f"{entry.name} holds {found.dtype}, expected floats")
     unexpected = sorted(set(state) - known)
     if unexpected:
-        shown = ", ".join(unexpected[:8]) + ", ..." * (len(unexpected) > 8)
-        raise UserError(f"the state dict has unexpected names: {shown}")
+        raise UserError(f"the state dict has unexpected names: {some(unexpected)}")

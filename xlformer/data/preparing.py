@@ -21,7 +21,7 @@ from xlformer.data.folders import CARD, complete
 from xlformer.data.prepared import FORMAT, Prepared, load
 from xlformer.data.recipes import Recipe
 from xlformer.data.vocabulary import SPACES, Vocabulary
-from xlformer.errors import UserError
+from xlformer.errors import UserError, some
 
 # Bytes in which words are counted at a time, which bounds what the masks take.
 BLOCK = 1 << 24
@@ -81,12 +81,8 @@ def _encode(folder: pathlib.Path, recipe: Recipe, builder, texts) -> None:
     vocabulary = _count(recipe, texts)
     if recipe.tokenizer:
         _say_what_is_lost(recipe.tokenizer, texts)
-    # The checksum of the text as it was read, by which a run finds it again and a
-    # result says what it was measured on.
-    payload, splits = hashlib.sha256(), {}
+    splits = {}
     for split, documents in texts.items():
-        for document in documents:
-            payload.update(document)
         where = f"{recipe.name} {split}"
         parts = [vocabulary.encode(document, where=where) for document in documents]
         tokens = np.concatenate(parts)
@@ -120,8 +116,8 @@ def _encode(folder: pathlib.Path, recipe: Recipe, builder, texts) -> None:
         "newline": recipe.newline,
         "documents": recipe.documents,
         "vocabulary_size": vocabulary.size,
-        "payload_sha256": payload.hexdigest(),
-        "words_are": "between white space" + ", and <eos> of each line" * recipe.lines,
+        "payload_sha256": payload(texts),
+        "words_are": words_are(recipe.lines),
         **dict(builder.info.metadata),
         **(bounds if recipe.own_words else {}),
         "splits": splits,
@@ -130,12 +126,25 @@ def _encode(folder: pathlib.Path, recipe: Recipe, builder, texts) -> None:
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
 
 
+def payload(texts: Mapping[str, list[bytes]]) -> str:
+    """The sha256 of a text, given by splits.
+
+    A run finds its text again by it, and a result says what it was measured on.
+    """
+    # Of the raw bytes: a checksum of tokens would depend on the vocabulary too.
+    digest = hashlib.sha256()
+    for split in sources.SPLITS:
+        for document in texts[split]:
+            digest.update(document)
+    return digest.hexdigest()
+
+
 def _say_what_is_lost(tokenizer, texts: Mapping[str, list[bytes]]) -> None:
     lines = []
     if not tokenizer.line_ends:
         lines.append("does not keep line ends: newlines are lost")
     if lost := tokenizer.dropped(itertools.chain(*texts.values())):
-        shown = ", ".join(map(repr, lost[:8])) + (", ..." if len(lost) > 8 else "")
+        shown = some(map(repr, lost))
         lines.append(f"makes no token of {len(lost)} characters of the text: {shown}")
     for line in lines:
         line = f"config.data.tokenizer {line}"
@@ -175,12 +184,30 @@ def _count(recipe: Recipe, texts: Mapping[str, list[bytes]]) -> Vocabulary:
 
 
 def _words(recipe: Recipe, documents: list[bytes], tokens: int) -> int:
-    """Words by which a per-word perplexity divides, whatever the unit is."""
     if recipe.unit == "words":
         return tokens
+    spaced = bool(recipe.corpus and recipe.corpus.spaced)
+    return words(documents, spaced=spaced, lines=recipe.lines)
+
+
+def words_are(lines: bool) -> str:
+    """What `words` counts, as cards say it."""
+    return "between white space" + ", and <eos> of each line" * lines
+
+
+def words(documents: list[bytes], *, spaced: bool, lines: bool) -> int:
+    """Words by which a per-word perplexity divides, whatever the unit is.
+
+    Args:
+      documents: of a text.
+      spaced: whether its characters stand between spaces.
+      lines: whether the end of each line is a word.
+    """
     total = 0
     for document in documents:
-        if recipe.corpus and recipe.corpus.spaced:
+        if lines:
+            total += document.count(b"\n") + (not document.endswith(b"\n"))
+        if spaced:
             # Penn's characters stand between spaces, and '_' is the space of the text.
             document = document.replace(b" ", b"").replace(b"_", b" ")
         # Whether the byte before the block is a space: words go on across blocks.
@@ -191,8 +218,6 @@ def _words(recipe: Recipe, documents: list[bytes], tokens: int) -> int:
             total += np.count_nonzero(space[:-1] & ~space[1:])
             total += int(outside and not space[0])
             outside = bool(space[-1])
-        if recipe.lines:
-            total += document.count(b"\n") + (not document.endswith(b"\n"))
     return int(total)
 
 

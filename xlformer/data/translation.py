@@ -8,7 +8,7 @@ import numpy as np
 
 from xlformer.data.prepared import Prepared
 from xlformer.data.vocabulary import Vocabulary, WordVocabulary
-from xlformer.errors import Argument, UserError
+from xlformer.errors import Argument, UserError, some
 
 
 def translated(
@@ -52,11 +52,11 @@ def translated(
             used |= np.bincount(tokens, minlength=ours.size) > 0
         lacks = [ours.symbols[i] for i in missing if used[i]]
         if lacks:
-            shown = ", ".join(map(repr, lacks[:8])) + ", ..." * (len(lacks) > 8)
             raise UserError(
                 where,
                 f" has a vocabulary of {vocabulary.size} {vocabulary.unit} without "
-                f"{len(lacks)} of those in the text of config.data: {shown}",
+                f"{len(lacks)} of those in the text of config.data: "
+                f"{some(map(repr, lacks))}",
             )
     # Where nothing is unknown, these symbols do not occur: any id will do.
     ids[missing] = 0 if unknown is None else unknown

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from xlformer import progress
-from xlformer.errors import UserError
+from xlformer.errors import UserError, some
 
 FORMAT = "xlformer vocabulary 1"
 NEWLINE = 10
@@ -104,8 +104,7 @@ class Vocabulary:
         return ids.astype(np.int64)
 
     def _refuse(self, found: Iterable[str], where: str):
-        names = list(dict.fromkeys(found))
-        shown = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
+        shown = some(map(repr, dict.fromkeys(found)))
         raise UserError(
             f"{where}: not in the vocabulary of {self.size} {self.unit}: {shown}"
         )

@@ -9,7 +9,6 @@ never. The run may be a stranger's, so nothing is made where its config says.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -166,13 +165,13 @@ def _text(data, card: dict, name: str | Argument, *, advice: bool) -> Text | Non
         # Reading says config.data.path, whatever the person has given as the path.
         before, found, after = str(error).partition(PATH)
         raise UserError(before, name if found else "", after, *remedy) from None
-    if text is not None and _payload(text) != card["payload_sha256"]:
+    if text is not None and preparing.payload(text.splits) != card["payload_sha256"]:
         where = f"config.data.corpus={data.corpus}"
         if data.path:
             where = f"{PATH}={data.path}"
             if isinstance(name, Argument):
                 where = dataclasses.replace(name, value=data.path)
-        raise _another(where, _payload(text), card, remedy)
+        raise _another(where, preparing.payload(text.splits), card, remedy)
     return text
 
 
@@ -183,16 +182,6 @@ def _another(where: str | Argument, found: str, card: dict, remedy=()) -> UserEr
         f"run has {card['payload_sha256'][:12]}",
         *remedy,
     )
-
-
-def _payload(text: Text) -> str:
-    # Of the raw bytes, in the order of preparation: a checksum of tokens would depend
-    # on the vocabulary too.
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        for document in text.splits[split]:
-            digest.update(document)
-    return digest.hexdigest()
 
 
 def _say_if_changed(data, card: dict, found) -> None:

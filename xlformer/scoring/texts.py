@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from xlformer import runs
-from xlformer.data import translation
+from xlformer.data import preparing, translation
 from xlformer.data.prepared import read_text
 from xlformer.data.vocabulary import Vocabulary, WordVocabulary
 from xlformer.errors import Argument, UserError
@@ -46,14 +46,10 @@ def own_text(vocabulary: Vocabulary, path: str):
     """What `read` returns, of a file; words are counted as preparation counts them."""
     content = read_text(vocabulary, path)
     tokens = vocabulary.encode(content, where=path)
-    # Characters with spaces between them are words to that vocabulary; its '_' is the
-    # text's own space, as in text8 prepared by the original's script.
+    # Characters with spaces between them are words to that vocabulary.
     spaced = isinstance(vocabulary, WordVocabulary) and vocabulary.unit == "chars"
     lines = vocabulary.line_ends
-    text = content.replace(b" ", b"").replace(b"_", b" ") if spaced else content
-    words = len(text.split())
-    if lines:
-        words += content.count(b"\n") + (not content.endswith(b"\n"))
+    words = preparing.words([content], spaced=spaced, lines=lines)
     facts = {
         "corpus": path,
         "unit": vocabulary.unit,
@@ -62,6 +58,6 @@ def own_text(vocabulary: Vocabulary, path: str):
         "payload_sha256": hashlib.sha256(content).hexdigest(),
         "bytes": len(content),
         "words": len(tokens) if vocabulary.unit == "words" else words,
-        "words_are": "between white space" + ", and <eos> of each line" * lines,
+        "words_are": preparing.words_are(lines),
     }
     return tokens, None, facts

@@ -85,12 +85,14 @@ def _settings(args) -> list[EvalSettings]:
     given = {k: v for k, v in given.items() if k in names}
     settings = [EvalSettings(**given | {"memory_length": n}) for n in lengths]
     if args.text and is_read_once(args.text):
-        several = f"--memory_length names {len(lengths)}" * (len(lengths) > 1)
-        if several or args.follow:
-            several = several or "--follow scores it again and again"
+        again = ""
+        if len(lengths) > 1:
+            again = f"--memory_length names {len(lengths)}"
+        elif args.follow:
+            again = "--follow scores it again and again"
+        if again:
             raise UserError(
-                f"--text={args.text} can be read only once, {several}: save it as a "
-                "file"
+                f"--text={args.text} can be read only once, {again}: save it as a file"
             )
     return settings
 
@@ -105,7 +107,7 @@ def _runs(args, mesh) -> Iterable[runs.Run]:
 def _progress(number: int, count: int) -> Progress | None:
     if not hosts.is_first():
         return None
-    return Progress("evaluating" + f" {number} of {count}:" * (count > 1))
+    return Progress("evaluating" if count == 1 else f"evaluating {number} of {count}:")
 
 
 def _report(workdir, found: list[dict]) -> None:

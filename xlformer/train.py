@@ -17,7 +17,7 @@ import jax
 
 from xlformer import command, hosts, storage
 from xlformer import config as config_lib
-from xlformer.hosts import faults
+from xlformer.errors import INTERRUPTED
 from xlformer.runs import goodput, writing
 from xlformer.training import start
 from xlformer.training.run import train
@@ -65,7 +65,7 @@ def _main(argv) -> int:
         result = train(config, workdir, started=goodput.process_start())
     if hosts.is_first():
         print(json.dumps(result))
-    return faults.INTERRUPTED if result["interrupted"] else 0
+    return INTERRUPTED if result["interrupted"] else 0
 
 
 def _keep_compiled(workdir) -> None:

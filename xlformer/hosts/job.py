@@ -24,8 +24,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from xlformer import command, storage
-from xlformer.errors import BAD_INPUT, Argument, UserError, WorthAnotherTry
-from xlformer.hosts.watchdog import HUNG, Watchdog
+from xlformer.errors import BAD_INPUT, HUNG, Argument, UserError, WorthAnotherTry
+from xlformer.hosts.watchdog import Watchdog
 from xlformer.runs import writing
 
 # A shared directory may show a new file that much later: NFS keeps what it knows of a

@@ -51,7 +51,8 @@ def _seen(workdir) -> str:
     """The config of a run, or the reason why there is none.
 
     A host that does not see the directory would end alone, and leave the others
-    waiting."""
+    waiting.
+    """
     try:
         return config_lib.to_json(runs.read_config(workdir))
     except UserError as error:

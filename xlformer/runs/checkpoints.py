@@ -98,8 +98,10 @@ class Checkpoints:
     # Which steps there are -----------------------------------------------------------
 
     def steps(self) -> list[int]:
-        """Steps in ascending order, the one being saved included; [] if there are
-        none, or no such directory."""
+        """Steps in ascending order, the one being saved included.
+
+        [] where there are none, or no such directory.
+        """
         if self._manager:
             return sorted(self._manager.all_steps())
         if not self.directory.is_dir():
@@ -119,7 +121,8 @@ class Checkpoints:
         """The best step of each way of measuring, that of the newest metric first.
 
         Not Orbax's BestN: it reads metrics at start-up, where one damaged file of
-        metrics would make every checkpoint unreachable."""
+        metrics would make every checkpoint unreachable.
+        """
         for step in set(steps) - set(self._metrics):
             try:
                 self._metrics[step] = self._measured(step)

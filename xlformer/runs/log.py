@@ -66,8 +66,11 @@ class Writer:
         self._purge_step = step + 1 if step else 0
 
     def write(self, step: int, values: Mapping[str, object], *, kind="train") -> None:
-        """Writes one line. values: scalars or strings; arrays of one element count as
-        scalars, so read them from the device before."""
+        """Writes one line.
+
+        values: scalars or strings; arrays of one element count as scalars, so read them
+        from the device before.
+        """
         if not self._enabled:
             return
         record = {"step": int(step), "kind": kind, "time": time.time()}

@@ -118,8 +118,11 @@ def plateau_init() -> Plateau:
 
 
 def plateau_update(plateau: Plateau, loss, *, factor: float, patience: int) -> Plateau:
-    """Multiplies scale by factor after patience + 1 evaluations in a row without a
-    lower loss (PyTorch's ReduceLROnPlateau without its threshold). NaN is no lower."""
+    """Multiplies scale by factor after patience + 1 evaluations without a lower loss.
+
+    They are in a row; NaN is no lower. It is PyTorch's ReduceLROnPlateau without its
+    threshold.
+    """
     loss = jnp.asarray(loss, jnp.float32)
     # A comparison with NaN is false: such a loss counts as one without improvement.
     better = loss < plateau.best

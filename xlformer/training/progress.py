@@ -89,8 +89,10 @@ def format_progress(
 def introduction(
     train, model: Model, train_state, mesh, prepared: Prepared, *, segments: int
 ) -> Iterator[str]:
-    """Lines about machine, model and data. train: the section of a config; segments: of
-    an epoch."""
+    """Lines about machine, model and data.
+
+    train: the section of a config; segments: of an epoch.
+    """
     device, devices = jax.devices()[0], jax.device_count()
     shown = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     yield (

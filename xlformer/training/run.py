@@ -88,16 +88,23 @@ def train(
             interrupt=interrupt,
             source=source,
         )
-        try:
+        with _saying_what_is_left(workdir):
             return _held(loop, config, workdir, prepared, started)
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            left = Checkpoints(workdir / runs.CHECKPOINTS, read_only=True).latest()
-            raise UserError(
-                f"{workdir}: cannot be written: {error}; the latest checkpoint is "
-                f"{'none' if left is None else f'step {left}'}"
-            ) from error
+
+
+@contextlib.contextmanager
+def _saying_what_is_left(workdir: epath.Path):
+    """Raises UserError where a disk is full, with the step that is safe on it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        left = Checkpoints(workdir / runs.CHECKPOINTS, read_only=True).latest()
+        raise UserError(
+            f"{workdir}: cannot be written: {error}; the latest checkpoint is "
+            f"{'none' if left is None else f'step {left}'}"
+        ) from error
 
 
 def _held(loop: Loop, config, workdir, prepared, started) -> dict:

@@ -33,31 +33,10 @@ def make_step(config, model, optimizer, schedule):
     train = config.train
     objective = objectives.build(train, model)
     base_key = jax.random.key(config.seed)
-
-    def loss_fn(params, carried, batch, rngs):
-        nll_BT, carried, aux = model.apply(
-            params,
-            batch["inputs_BT"],
-            batch["targets_BT"],
-            carried,
-            resets_BT=batch["resets_BT"],
-            # Only where lengths vary: without them the memory is cut at a place that
-            # is known at compile time.
-            lengths_B=batch["length"] if train.variable_length else None,
-            step=batch["step"],
-            train=True,
-            rngs=rngs,
-        )
-        _check_given(model, nll_BT, batch["targets_BT"], aux)
-        # The mean divides by what rows weigh on average, not by what these weigh: where
-        # another group has more of the hidden tokens, the mean of two means would not
-        # be the mean of all.
-        weight = batch["row_weight"] * nll_BT.shape[0]
-        mean = (nll_BT * batch["weights_BT"]).sum() / weight
-        return mean + aux.loss, (carried, {"train/loss_nats": mean, **aux.metrics})
-
     gradients = make_gradients(
-        loss_fn, micro_batches=train.micro_batches, state_axes=model.state_axes()
+        _loss(train, model),
+        micro_batches=train.micro_batches,
+        state_axes=model.state_axes(),
     )
 
     def step_fn(old: TrainState, batch) -> tuple[TrainState, dict]:
@@ -104,6 +83,34 @@ def make_step(config, model, optimizer, schedule):
         }
 
     return step_fn
+
+
+def _loss(train, model):
+    """loss_fn of make_gradients; train: the section of a config."""
+
+    def loss_fn(params, carried, batch, rngs):
+        nll_BT, carried, aux = model.apply(
+            params,
+            batch["inputs_BT"],
+            batch["targets_BT"],
+            carried,
+            resets_BT=batch["resets_BT"],
+            # Only where lengths vary: without them the memory is cut at a place that
+            # is known at compile time.
+            lengths_B=batch["length"] if train.variable_length else None,
+            step=batch["step"],
+            train=True,
+            rngs=rngs,
+        )
+        _check_given(model, nll_BT, batch["targets_BT"], aux)
+        # The mean divides by what rows weigh on average, not by what these weigh: where
+        # another group has more of the hidden tokens, the mean of two means would not
+        # be the mean of all.
+        weight = batch["row_weight"] * nll_BT.shape[0]
+        mean = (nll_BT * batch["weights_BT"]).sum() / weight
+        return mean + aux.loss, (carried, {"train/loss_nats": mean, **aux.metrics})
+
+    return loss_fn
 
 
 def make_steps(step_fn):

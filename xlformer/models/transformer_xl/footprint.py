@@ -21,6 +21,9 @@ def kept_for_backward(config: TransformerXLConfig) -> float:
 
 
 def summed_activations(config: TransformerXLConfig) -> float:
-    """The outputs of attention and of feed-forward, forward, and backward their inputs'
-    gradients: four sums of the width in each layer (Shoeybi et al. 2019, section 3)."""
+    """Four sums of the width in each layer (Shoeybi et al. 2019, section 3).
+
+    They are of the outputs of attention and of feed-forward, and backward of their
+    inputs' gradients.
+    """
     return 4.0 * config.n_layer * config.d_model

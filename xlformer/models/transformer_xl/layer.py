@@ -62,45 +62,16 @@ class Layer(nn.Module):
           key: of dropout.
           attend: see Attention.
         """
-        config, init = self.config, initializers(self.config)
+        config = self.config
         # For probabilities, attention's output, hidden units and their output. In
         # another order a resumed run would drop other units than before.
         keys = [fold(key, i) for i in range(4)]
-        norm = functools.partial(
-            LayerNorm, epsilon=config.norm_epsilon, scale_init=init["norm_scale"]
-        )
-        attention_norm, feed_forward_norm = (
-            norm(name="attention_norm"),
-            norm(name="norm"),
-        )
-        attention = Attention(
-            n_head=config.n_head,
-            d_head=config.head_width,
-            attn_type=config.encoding,
-            own_biases=config.untie_r,
-            table_length=config.table_length,
-            clamp_length=config.clamp_length,
-            dropout=config.dropout,
-            attention_dropout=config.attention_dropout,
-            kernel_init=init["kernel"],
-            dtype=self.dtype,
-            implementation=config.attention,
-            name="attention",
-        )
-        network = FeedForward(
-            d_inner=config.d_inner,
-            dropout=config.dropout,
-            kernel_init=init["kernel"],
-            dtype=self.dtype,
-            name="feed_forward",
-        )
+        attention, network, attention_norm, feed_forward_norm = self._modules()
         r_SD, biases = shared
         M, context_BSD = 0, x_BTD
         if not attend:
-            M, context_BSD = (
-                memory_BMD.shape[1],
-                jnp.concatenate([memory_BMD, x_BTD], 1),
-            )
+            M = memory_BMD.shape[1]
+            context_BSD = jnp.concatenate([memory_BMD, x_BTD], 1)
             # A masked NaN would still spoil the sum over values: see layers/memory.py.
             context_BSD, bad_BS = memory_lib.finite(context_BSD)
         queries_BTD = context_BSD[:, M:]
@@ -132,3 +103,32 @@ class Layer(nn.Module):
             y_BTD = attention_norm(y_BTD)
             y_BTD = feed_forward_norm(y_BTD + network(y_BTD, keys[2:]))
         return constrain(y_BTD, "batch", None, None), kept
+
+    def _modules(self):
+        """Attention, the feed-forward network, and the norm of each."""
+        config, init = self.config, initializers(self.config)
+        attention = Attention(
+            n_head=config.n_head,
+            d_head=config.head_width,
+            attn_type=config.encoding,
+            own_biases=config.untie_r,
+            table_length=config.table_length,
+            clamp_length=config.clamp_length,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+            kernel_init=init["kernel"],
+            dtype=self.dtype,
+            implementation=config.attention,
+            name="attention",
+        )
+        network = FeedForward(
+            d_inner=config.d_inner,
+            dropout=config.dropout,
+            kernel_init=init["kernel"],
+            dtype=self.dtype,
+            name="feed_forward",
+        )
+        norm = functools.partial(
+            LayerNorm, epsilon=config.norm_epsilon, scale_init=init["norm_scale"]
+        )
+        return attention, network, norm(name="attention_norm"), norm(name="norm")

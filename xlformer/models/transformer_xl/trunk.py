@@ -237,10 +237,8 @@ class TrunkModule(nn.Module):
         r_SD = dropout(r_SD, config.dropout, key)
         if config.untie_r:
             return r_SD, None
-        shape, kernel = (
-            (config.n_head, config.head_width),
-            initializers(config)["kernel"],
-        )
+        shape = config.n_head, config.head_width
+        kernel = initializers(config)["kernel"]
         return r_SD, tuple(self.param(name, kernel, shape) for name in "uv")
 
 

@@ -184,7 +184,7 @@ def test_unknown_names_are_met_with_the_nearest():
 
 
 def test_rotary_turns_pairs_of_a_head_whatever_the_width_of_the_model():
-    fields = SMALL | dict(d_model=9, n_head=3, d_head=4, positions="rotary")
+    fields = small.FIELDS | dict(d_model=9, n_head=3, d_head=4, positions="rotary")
     assert TransformerXLConfig(**fields).d_model == 9
 
 

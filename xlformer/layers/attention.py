@@ -83,21 +83,8 @@ class Attention(nn.Module):
         """
         probability_key, output_key = keys or (None, None)
         D, S = x_BTD.shape[-1], context_BSD.shape[1]
-        heads = (self.n_head, self.d_head)
-        # One parameter for the three projections, in the order of the original's, and
-        # three products: queries are made of x alone, keys and values of the context.
-        qkv_DCHK = self._kernel("qkv", (D, 3, *heads))
-        out_HKD = self._kernel("output", (*heads, D))
-        with jax.named_scope("qkv"):
-            q_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, qkv_DCHK[:, 0])
-            k_BSHK = projected(context_BSD, qkv_DCHK[:, 1], fixed)
-            v_BSHK = projected(context_BSD, qkv_DCHK[:, 2], fixed)
-            # Heads lie on `tensor`, so that each device attends with its own; only the
-            # output is summed over that axis.
-            q_BTHK, k_BSHK, v_BSHK = (
-                constrain(x, "batch", None, "heads", None)
-                for x in (q_BTHK, k_BSHK, v_BSHK)
-            )
+        q_BTHK, k_BSHK, v_BSHK = self._heads(x_BTD, context_BSD, fixed)
+        out_HKD = self._kernel("output", (self.n_head, self.d_head, D))
         with jax.named_scope("positions"):
             # A cached memory has projected its rows of the positions already.
             rows = None if attend else (r_SD, S)
@@ -126,6 +113,23 @@ class Attention(nn.Module):
     def _kernel(self, name, shape):
         # Parameters stay in the dtype they are stored in; the copy in use is cast.
         return self.param(name, self.kernel_init, shape).astype(self.dtype)
+
+    def _heads(self, x_BTD, context_BSD, fixed):
+        """Queries of x, keys and values of the context."""
+        # One parameter for the three projections, in the order of the original's, and
+        # three products: queries are made of x alone, keys and values of the context.
+        shape = (x_BTD.shape[-1], 3, self.n_head, self.d_head)
+        qkv_DCHK = self._kernel("qkv", shape)
+        with jax.named_scope("qkv"):
+            q_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, qkv_DCHK[:, 0])
+            k_BSHK = projected(context_BSD, qkv_DCHK[:, 1], fixed)
+            v_BSHK = projected(context_BSD, qkv_DCHK[:, 2], fixed)
+            # Heads lie on `tensor`, so that each device attends with its own; only the
+            # output is summed over that axis.
+            return tuple(
+                constrain(x, "batch", None, "heads", None)
+                for x in (q_BTHK, k_BSHK, v_BSHK)
+            )
 
     def _position_terms(self, q_BTHK, biases, rows):
         """(qu_BTHK, qw_BTHK, r_SHK), the last only if `rows` = (r_SD, S) is given."""

@@ -24,13 +24,13 @@ PAGES = {
 every_page = pytest.mark.parametrize("page", PAGES)
 
 
-def test_the_ten_lines_of_python_run(tmp_path, tmp_path_factory, monkeypatch, capsys):
+def test_the_ten_lines_of_python_run(base, tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     # The tiny run knows the characters of its own text only.
     text = "the na"
     code = re.sub(r'encode\(".*?" \* 40\)', f'encode("{text}" * 40)', code)
     assert text in code
-    trained_run.copy(tmp_path_factory.getbasetemp(), tmp_path / "runs" / "quickstart")
+    trained_run.copy(base, tmp_path / "runs" / "quickstart")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()

@@ -231,13 +231,13 @@ def assert_same(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=where)
 
 
-def assert_close(a, b, atol=1e-6):
+def assert_close(a, b, atol=1e-6, rtol=0.0):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
     ):
         where = jax.tree_util.keystr(path)
-        np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=where)
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol, err_msg=where)
 
 
 def refusal(call, *args, **kwargs) -> str:

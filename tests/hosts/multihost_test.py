@@ -5,11 +5,16 @@ import re
 import signal
 import time
 
-import jax
-import numpy as np
 import pytest
 from cluster import Cluster
-from training_runs import SYMBOLS, bag, final_state, text_config, write_text
+from training_runs import (
+    SYMBOLS,
+    assert_close,
+    bag,
+    final_state,
+    text_config,
+    write_text,
+)
 
 from xlformer import evaluate, generate, models
 from xlformer import train as train_lib
@@ -53,13 +58,7 @@ def assert_same_end(text, model, workdir, reference):
     step, found, _ = final_state(workdir, config, model)
     expected_step, expected, _ = final_state(reference, config, model)
     assert step == expected_step
-    for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(found),
-        jax.tree.leaves(expected),
-        strict=True,
-    ):
-        where = jax.tree_util.keystr(path)
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6, err_msg=where)
+    assert_close(found, expected, rtol=1e-4)
 
 
 PROMPT = ["--prompt=the cat", "--num_samples=3", "--num_tokens=21"]
@@ -80,9 +79,8 @@ def test_two_hosts_give_the_numbers_of_one(
         found = json.loads(trained.splitlines()[-1])
         assert re.search(r"host 1 of 2: \S+, pid \d+, 2 x cpu", cluster.text(1))
         assert "mesh data 4 x fsdp 1 x tensor 1" in cluster.text(0)
-        assert "mesh" not in cluster.text(
-            1
-        )  # after its first line only process 0 talks
+        # After its first line only process 0 talks.
+        assert "mesh" not in cluster.text(1)
     assert found["step"] == STEPS
     assert found["train/loss_nats"] == pytest.approx(
         expected["train/loss_nats"], rel=1e-4

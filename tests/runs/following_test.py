@@ -104,9 +104,9 @@ def test_one_on_its_way_out_is_looked_at_again(workdir, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_damaged_one_is_said_and_passed_over(tmp_path_factory, tmp_path, capsys):
+def test_a_damaged_one_is_said_and_passed_over(base, tmp_path, capsys):
     """A real one."""
-    workdir = trained_run.copy(tmp_path_factory.getbasetemp(), tmp_path / "run")
+    workdir = trained_run.copy(base, tmp_path / "run")
     remove(workdir, 1, "state")
     assert list(follow(workdir, lambda: None)) == [2]
     line = capsys.readouterr().err

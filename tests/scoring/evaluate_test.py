@@ -31,9 +31,8 @@ FIELDS = {
 
 
 @pytest.fixture(scope="session")
-def workdir(tmp_path_factory):
+def workdir(base):
     """A directory of one's own, whose cards nobody else writes."""
-    base = tmp_path_factory.getbasetemp()
     return trained_run.copy(base, base / "evaluated")
 
 

@@ -73,9 +73,9 @@ def test_commands_send_to_python(main, workdir, capsys):
     assert "with a model of one's own, Gated: read it in Python" in line
 
 
-def test_a_run_of_ours_is_no_run_of_ones_own(model, tmp_path_factory):
-    workdir = trained_run.trained(tmp_path_factory.getbasetemp())
+def test_a_run_of_ours_is_no_run_of_ones_own(model, base):
+    workdir = trained_run.trained(base)
     line = refusal(runs.load, workdir, model=model)
     assert "config.model.name='transformer_xl', model is of Gated" in line
-    own = trained_run.loaded(tmp_path_factory.getbasetemp()).model
+    own = trained_run.loaded(base).model
     assert runs.load(workdir, model=own).model == own

@@ -3,7 +3,6 @@
 The commands that only read a run have theirs in bad_input_read_test.py.
 """
 
-import gc
 import pathlib
 import resource
 import zipfile
@@ -16,7 +15,6 @@ from xlformer.runs import checkpoints, log, writing
 from xlformer.runs.checkpoints import Checkpoints
 from xlformer.train import main
 
-# Orbax abandons coroutines when one of several reads fails; each then complains.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )
@@ -37,13 +35,9 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def run(tmp_path, data_directory):
+def run(base, tmp_path, complaints_stay_here):
     """A finished run of two steps, with checkpoints 1 and 2, to be damaged."""
-    copied = trained_run.copy(data_directory.parent, tmp_path / "run")
-    gc.freeze()  # or it takes a second: all that was there before
-    yield copied
-    gc.collect()  # Not in a test of another file.
-    gc.unfreeze()
+    return trained_run.copy(base, tmp_path / "run")
 
 
 def call(argv, capsys) -> list[str]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from training_runs import bag, blanks, refusal
+from training_runs import assert_close, bag, blanks, refusal
 
 from xlformer import config as config_lib
 from xlformer import models, sharding
@@ -95,13 +95,7 @@ def trainer(name, micro_batches, mesh):
 def test_any_mesh_gives_the_numbers_of_one_device(name, micro_batches, mesh):
     found = trainer(name, micro_batches, mesh).after
     expected = trainer(name, 1, "one").after
-    for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(found),
-        jax.tree.leaves(expected),
-        strict=True,
-    ):
-        where = jax.tree_util.keystr(path)
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6, err_msg=where)
+    assert_close(found, expected, rtol=1e-5, atol=2e-6)
 
 
 # Traffic ------------------------------------------------------------------------------

@@ -32,10 +32,10 @@ from xlformer import storage
 from xlformer.errors import UserError, WorthAnotherTry
 from xlformer.runs.integrity import (
     Corrupt,
+    cause,
     read_config,
     read_seal,
     read_state,
-    reason,
     seal,
 )
 
@@ -218,7 +218,7 @@ class Checkpoints:
         # Among several hosts the death of another looks the same.
         kind = WorthAnotherTry if jax.process_count() > 1 else UserError
         raise kind(
-            f"{self.directory}: saving failed ({reason(error)}); "
+            f"{self.directory}: saving failed ({cause(error)}); "
             f"the latest checkpoint is {'none' if left is None else f'step {left}'}"
         ) from error
 
@@ -270,7 +270,7 @@ class Checkpoints:
                 try:
                     _log.error("step %d is set aside: %s", step, self._rename(step))
                 except Exception as error:  # Of a network, or there is no right to.
-                    _log.error("step %d stays: %s", step, reason(error))
+                    _log.error("step %d stays: %s", step, cause(error))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("refused steps are set aside")
         self._manager.reload()

@@ -59,7 +59,7 @@ def read_seal(directory: epath.Path) -> dict:
         checksum = item.pop("checksum")
         intact = checksum == _crc(item)
     except Exception as error:
-        raise Corrupt(f"the digest is unreadable ({reason(error)})") from error
+        raise Corrupt(f"the digest is unreadable ({cause(error)})") from error
     if not intact:
         raise Corrupt("the digest does not match its own checksum")
     written = item.pop("format", 1)
@@ -114,7 +114,7 @@ def read_state(directory: epath.Path, sealed: Mapping, abstract, *, whole: bool)
         sums = leaves.digests(values)
     except Exception as error:
         _refuse_forbidden(directory, error)
-        raise Corrupt(f"state: {reason(error)}") from error
+        raise Corrupt(f"state: {cause(error)}") from error
     # The digests are of what was stored, so they are compared before anything is cast.
     for path in stored:
         if sums[path] != sealed["leaves"].get(path):
@@ -186,7 +186,7 @@ def _read_json(path: epath.Path):
         return ocp.JsonCheckpointHandler().restore(path)
     except Exception as error:  # JSONDecodeError, FileNotFoundError, and others
         _refuse_forbidden(path, error)
-        raise Corrupt(f"{path.name}: {reason(error)}") from error
+        raise Corrupt(f"{path.name}: {cause(error)}") from error
 
 
 def _refuse_forbidden(path: epath.Path, error: Exception) -> None:
@@ -195,7 +195,7 @@ def _refuse_forbidden(path: epath.Path, error: Exception) -> None:
     tensorstore says so in a ValueError.
     """
     if isinstance(error, PermissionError) or "Permission denied" in str(error):
-        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+        raise UserError(f"{path} cannot be read: {cause(error)}") from error
 
 
 def _crc(item) -> int:
@@ -203,7 +203,7 @@ def _crc(item) -> int:
     return zlib.crc32(json.dumps(item, sort_keys=True).encode())
 
 
-def reason(error: Exception) -> str:
+def cause(error: Exception) -> str:
     """The type and the ends of a message that may be pages long.
 
     tensorstore names the cause last, behind its paths; then come notes in brackets.

@@ -175,8 +175,12 @@ def _text(data, card: dict, name: str | Argument, *, advice: bool) -> Text | Non
     return text
 
 
-def _another(where: str | Argument, found: str, card: dict, remedy=()) -> UserError:
-    return UserError(
+class _AnotherText(UserError):
+    """What lies in a place is not what the run was trained on."""
+
+
+def _another(where: str | Argument, found: str, card: dict, remedy=()) -> _AnotherText:
+    return _AnotherText(
         where,
         f" holds another text than the run was trained on: sha256 {found[:12]}, the "
         f"run has {card['payload_sha256'][:12]}",
@@ -188,10 +192,11 @@ def _say_if_changed(data, card: dict, found) -> None:
     """Says so where config.data.path has another text by now, which is not scored."""
     try:
         _text(data, card, PATH, advice=False)
-    except UserError as error:
-        if "holds another text" in str(error):
-            line = f"{error}: scoring the prepared text of the run, in {found}"
-            print(f"xlformer: {line}", file=sys.stderr, flush=True)
+    except _AnotherText as error:
+        line = f"{error}: scoring the prepared text of the run, in {found}"
+        print(f"xlformer: {line}", file=sys.stderr, flush=True)
+    except UserError:
+        pass  # Nothing can be read there any more, and nothing has to be.
 
 
 def _is_read_once(path: str) -> bool:

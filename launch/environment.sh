@@ -26,7 +26,7 @@ bad() {
 
 # number FLAG VALUE LEAST: refuses what is not a whole number of at least LEAST (0 or 1).
 number() {
-    [[ $2 =~ ^[0-9]+$ && $2 -ge $3 ]] || bad "--$1=$2: not a number from $3"
+    [[ $2 =~ ^(0|[1-9][0-9]*)$ && $2 -ge $3 ]] || bad "--$1=$2: not a number from $3"
 }
 
 # Whether a word is a command of xlformer that several hosts run together. Every launcher
@@ -34,6 +34,12 @@ number() {
 # `python -m xlformer COMMAND ARGUMENTS`.
 is_command() {
     case ${1:-} in train | evaluate | generate) ;; *) return 1 ;; esac
+}
+
+# Refuses a first word that is neither a command nor a flag: training would refuse it too,
+# but after the installation, or in a queue's turn.
+no_other_word() {
+    [[ -z $1 || $1 == -* ]] || bad "$1: none of train, evaluate, generate (see --help)"
 }
 
 # quoted WORD...: the words as one line that a shell reads back as the same words.

@@ -34,7 +34,9 @@ END
 parse() {
     local flag="" argument
     ! is_command "${1:-}" || { COMMAND=$1 && shift; }
+    no_other_word "${1:-}"
     for argument in "$@"; do
+        [[ -z $flag || $argument != --* ]] || bad "${flag%=} needs a value"
         argument="$flag$argument" # '--config X' becomes '--config=X'
         flag=""
         case $argument in

@@ -86,7 +86,7 @@ def check(config: ConfigDict, model: models.Model | None = None) -> None:
     _check_together(config)
     if model is not None:
         _check_objective(config.train.objective, model)
-    if model is not None or not config.own_model:
+    if model is not None or config.own_model in ("", fields_lib.UNSAID):
         _check_segments(config, model or outline(config))
 
 
@@ -278,6 +278,7 @@ def from_dict(found: Mapping, *, where: str = "config.json") -> ConfigDict:
     for field, value in BEFORE.items() if written == 1 else ():
         section, _, name = field.rpartition(".")
         config[section][name] = value
+    config.own_model = fields_lib.UNSAID
     _update(config, found, "config", where)
     config.lock()
     try:

@@ -111,6 +111,8 @@ class Objective(NamedTuple):
 
 OBJECTIVES = {"next_token": Objective(True), "masked": Objective(False, symbols=1)}
 
+# config.own_model of a run that an earlier release sealed, which did not say it.
+UNSAID = "?"
 SCHEDULES = ("cosine", "cosine_after_warmup", "inverse_sqrt", "constant", "plateau")
 
 # Section -> name -> what it may be. '' is the top of the tree.

@@ -81,11 +81,12 @@ def parameter_table(params) -> str:
     embedding = sum(row[-1] for row in rows if is_embedding(row[0]))
     cells = [("parameter", "shape", "dtype", "count")]
     cells += [(path, shape, dtype, f"{n:,}") for path, shape, dtype, n in rows]
-    cells += [
-        ("total", "", "", f"{total:,}"),
-        ("  embedding and softmax", "", "", f"{embedding:,}"),
-        ("  non-embedding", "", "", f"{total - embedding:,}"),
-    ]
+    cells.append(("total", "", "", f"{total:,}"))
+    if embedding:  # A model of one's own may call it anything.
+        cells += [
+            ("  embedding and softmax", "", "", f"{embedding:,}"),
+            ("  non-embedding", "", "", f"{total - embedding:,}"),
+        ]
     return "\n".join(aligned(cells, left=3))
 
 

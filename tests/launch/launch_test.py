@@ -202,7 +202,11 @@ def test_logs_of_the_hosts_of_a_run_in_a_bucket_lie_here(checkout, environment):
     [
         (["--processes=0"], "--processes=0"),
         (["--processes=2", "--max_restarts=some"], "--max_restarts=some"),
+        (["--processes=08"], "--processes=08: not a number from 1"),
         (["--processes"], "--processes needs a value"),
+        (["--config", "--dry-run"], "--config needs a value"),
+        (["trian", "--config=penn"], "trian: none of train, evaluate, generate"),
+        (["evaluate", "penn"], "penn: none of train, evaluate, generate"),
         (["--dryrun"], "unknown argument --dryrun"),
     ],
 )

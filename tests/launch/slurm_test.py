@@ -104,6 +104,7 @@ def test_dry_run_and_wrong_usage_call_nothing(bench):
     assert shlex.split(bench.output())[-5:] == ["-m", "xlformer", "train", *ARGS]
     for args, more, words in [
         (ARGS[1:], {}, "--workdir=DIR is missing"),
+        (["bench", *ARGS], {}, "bench: none of train, evaluate, generate"),
         ([*ARGS, "--max_restarts=x"], {}, "--max_restarts=x"),
         (ARGS, {"SLURM_JOB_ID": ""}, "this is a job: sbatch"),
         (ARGS, {"PYTHON": "/no/python"}, "no /no/python"),

@@ -159,6 +159,9 @@ def test_the_table_of_parameters_counts_embeddings_apart():
         ["trunk/layers/kernel", "3x5x7", "bfloat16", "105"],
     ]
     assert [row[-1] for row in rows[4:]] == ["171", "66", "105"]
+    # Of a model of one's own that calls its embedding something else it knows nothing.
+    last = tables.parameter_table(PARAMS["trunk"]).splitlines()[-1]
+    assert last.split() == ["total", "105"]
 
 
 def test_the_estimate_of_memory_adds_up():

@@ -9,10 +9,11 @@ from training_runs import SYMBOLS, bag, final_state, text_config, write_text
 
 from xlformer import config as config_lib
 from xlformer import models, train
+from xlformer.data.vocabulary import CharVocabulary
 from xlformer.errors import UserError
 from xlformer.fields import FREE, REFUSED, TAKEN
-from xlformer.runs import resume
-from xlformer.training import optimizers
+from xlformer.runs import reading, resume
+from xlformer.training import optimizers, run
 from xlformer.training.state import resumed_plateau
 
 # Another valid value, where one more or "not" is none.
@@ -202,3 +203,24 @@ def test_a_model_of_ones_own_does_not_read_config_model():
     resume.check("DIR", old, config(own_model="Bag", **{"model.d_model": 48}))
     assert "config.own_model='Bag', now it is ''" in refusal(old, config())
     assert "train(config, workdir, model=...)" in refusal(config(), old)
+
+
+def test_what_0_2_0_sealed_without_a_word_of_its_model_goes_on_with_any():
+    """Whether the weights are this model's their shapes say, when they are read."""
+    adam = {"optimizer.weight_decay": 0.0, "optimizer.momentum": 0.0}
+    valid = functools.partial(config, **adam)
+    said = config_lib.to_dict(valid())
+    del said["own_model"]
+    old = config_lib.from_dict(said)
+    for own_model in ("", "Bag"):
+        resume.check("DIR", old, valid(own_model=own_model))
+        assert resume.differences(old, valid(own_model=own_model)) == []
+    resume.check("DIR", old, valid(own_model="Bag", **{"model.d_model": 48}))
+    assert "config.model.d_model=512, now it is 48" in refusal(
+        old, valid(**{"model.d_model": 48})
+    )
+    assert run._sealing(old, None).own_model == ""
+    assert run._sealing(old, bag()).own_model == "Bag"
+    vocabulary = CharVocabulary("abc", (1, 1, 1))
+    assert reading._model("DIR", old, vocabulary, bag()) == bag()
+    assert reading._model("DIR", old, vocabulary, None).config.d_model == 512

@@ -291,6 +291,10 @@ def test_settings_by_name_or_as_one_object(workdir):
         evaluate.evaluate(workdir, splt="test")
     with pytest.raises(UserError, match="text='a' with split='test'"):
         evaluate.evaluate(workdir, text="a", split="test")
+    for name, value in (("segment_length", "5"), ("batch_size", 2.5)):
+        with pytest.raises(UserError, match=f"{name}={value!r} is not a whole number"):
+            evaluate.EvalSettings(**{name: value})
+    assert evaluate.EvalSettings(batch_size=np.int64(3)).batch_size == 3
 
 
 def test_beginning_of_a_text(workdir):

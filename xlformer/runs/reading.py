@@ -20,6 +20,7 @@ from xlformer import models, sharding, storage
 from xlformer.data import preparing, vocabularies
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import Argument, UserError
+from xlformer.fields import UNSAID
 from xlformer.runs import resume
 from xlformer.runs.checkpoints import Checkpoints
 
@@ -131,14 +132,14 @@ def _model(workdir, config, vocabulary: Vocabulary, own: models.Model | None):
     """What the run was trained with; `own` where that is no model of this package."""
     name, size = config.own_model, config_lib.vocab_size(config, vocabulary.size)
     if own is None:
-        if name:
+        if name not in ("", UNSAID):
             raise UserError(
                 Argument("workdir", workdir),
                 f" was trained with a model of one's own, {name}: read it in Python, "
                 "with model=...",
             )
         return models.build(config.model, vocab_size=size)
-    if resume.own_name(own) != name:
+    if name not in (UNSAID, resume.own_name(own)):
         built = name or f"config.model.name={config.model.name!r}"
         raise UserError(
             Argument("workdir", workdir),

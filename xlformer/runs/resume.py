@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from xlformer import config as config_lib
 from xlformer import models
 from xlformer.errors import Argument, UserError
-from xlformer.fields import FREE, REFUSED, TAKEN, Rule
+from xlformer.fields import FREE, REFUSED, TAKEN, UNSAID, Rule
 from xlformer.models import own
 from xlformer.runs.checkpoints import Checkpoints
 
@@ -155,13 +155,16 @@ def with_free_fields(old: ConfigDict, new: ConfigDict) -> ConfigDict:
 def _changes(old: ConfigDict, new: ConfigDict):
     """(name, rule, old value, new value) of each field that differs."""
     before, after = config_lib.flat(old), config_lib.flat(new)
-    own = old.own_model or new.own_model  # It does not read config.model.
+    # A model of one's own does not read config.model.
+    own = new.own_model or old.own_model not in ("", UNSAID)
     if old.model.name != new.model.name and not own:
         yield "model.name", Rule(REFUSED), old.model.name, new.model.name
         return
     rules: Mapping[str, Rule] = config_lib.rules(new)
     for name, rule in rules.items():
         if own and name.startswith("model."):
+            continue
+        if name == "own_model" and before[name] == UNSAID:
             continue
         if before[name] != after[name]:
             yield name, rule, before[name], after[name]

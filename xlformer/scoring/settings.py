@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from xlformer.errors import Argument, UserError, did_you_mean
 from xlformer.models import Model
 
@@ -11,6 +13,7 @@ from xlformer.models import Model
 # text is cut. The section eval of a config has a default for each.
 VISIBLE = ("memory_length", "clamp_length", "same_length")
 OF_ROWS = ("segment_length", "batch_size")
+NUMBERS = ("memory_length", "clamp_length", *OF_ROWS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,11 @@ class EvalSettings:
                 Argument("split", self.split),
                 ": a file of one's own has no splits",
             )
+        for name in (*NUMBERS, "max_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer | None):
+                line = " is not a whole number"
+                raise UserError(Argument(name, value), line)
         for name in ("memory_length", "clamp_length"):  # The others see rows.py.
             value = getattr(self, name)
             if value is not None and value < -1:

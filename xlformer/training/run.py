@@ -22,6 +22,7 @@ from xlformer import hosts, models, runs, sharding, storage
 from xlformer.data import preparing, translation, vocabularies
 from xlformer.data.prepared import Prepared
 from xlformer.errors import Argument, UserError
+from xlformer.fields import UNSAID
 from xlformer.hosts import faults
 from xlformer.hosts.watchdog import Watchdog
 from xlformer.runs import goodput, log, resume, writing
@@ -137,7 +138,7 @@ def _sealing(config: ConfigDict, model: models.Model | None) -> ConfigDict:
     run builds another; one of ours that was passed puts its fields into config.model.
     """
     name = resume.own_name(model)
-    if config.own_model not in ("", name):
+    if config.own_model not in ("", UNSAID, name):
         raise UserError(
             f"config.own_model={config.own_model!r}, but model= is "
             f"{'not given' if model is None else type(model).__qualname__}: this "

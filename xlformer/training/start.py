@@ -21,6 +21,7 @@ from xlformer import models, runs, storage
 from xlformer.data.prepared import Prepared
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import Argument, UserError
+from xlformer.fields import UNSAID
 from xlformer.runs import leaves, resume
 from xlformer.runs.checkpoints import Checkpoints
 
@@ -86,7 +87,8 @@ class Source:
         self, mesh: jax.sharding.Mesh, model: models.Model | None = None
     ) -> runs.Run:
         """model: needed where the weights are those of a model of one's own."""
-        own = {"model": model} if self.config().own_model else {}
+        is_own = self.config().own_model not in ("", UNSAID)
+        own = {"model": model} if is_own else {}
         with self._named():
             return runs.load(self.workdir, checkpoint=self.checkpoint, mesh=mesh, **own)
 

@@ -120,6 +120,13 @@ class Sack(Bag):
     """Another class of the same shapes."""
 
 
+@pytest.mark.parametrize("given", ["quickstart", {"train": {"steps": 3}}])
+def test_a_name_is_no_config(given, tmp_path):
+    line = refusal(train, given, tmp_path / "run")
+    assert line.endswith("not what xlformer.config.load returns")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_starts_from_weights_of_a_model_of_ones_own(
     own, config, tmp_path, capsys
 ):

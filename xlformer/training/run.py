@@ -137,6 +137,9 @@ def _sealing(config: ConfigDict, model: models.Model | None) -> ConfigDict:
     Of a model of one's own it has the name of the class, so that nobody who reads the
     run builds another; one of ours that was passed puts its fields into config.model.
     """
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise UserError(f"config is a {kind}, not what xlformer.config.load returns")
     name = resume.own_name(model)
     if config.own_model not in ("", UNSAID, name):
         raise UserError(

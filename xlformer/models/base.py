@@ -240,8 +240,8 @@ class Model:
     def positions_from_end(self) -> bool:
         """Whether an output depends on how many inputs of its segment follow.
 
-        So it does where absolute positions count backwards. Where True, scoring says
-        with lengths_B where the text ends; else it need not.
+        So it does where absolute positions count backwards. Where True, and where
+        `causal` is False, scoring says with lengths_B where the text ends.
         """
         return True
 

@@ -232,9 +232,10 @@ class Model:
 
         That is promised as long as no segment starts later than memory_length; from
         there on a bounded memory has lost what one pass still sees. False for absolute
-        positions, which count anew in each segment.
+        positions, which count anew in each segment, and where a token sees what comes
+        after it, of its own segment.
         """
-        return True
+        return self.causal
 
     @property
     def positions_from_end(self) -> bool:

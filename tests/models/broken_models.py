@@ -204,6 +204,13 @@ class ComputesInFloat32(Broken):
         return nll_BT.astype(jnp.float32), after
 
 
+class BeginsInHalf(Broken):
+    """Its optimizer would be in it too."""
+
+    def init(self, key):
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), super().init(key))
+
+
 class ChangesTheDtypeOfItsState(Broken):
     def change(self, inputs_BT, before, nll_BT, after):
         return nll_BT, after.astype(jnp.float16)
@@ -418,6 +425,7 @@ BROKEN = {
     DiffersWithoutJit: "loops: without jit: differs by",
     DiffersUnrolled: "loops: .*, layers with scan_layers=False: differs by",
     ComputesInFloat32: "state: float64 became float32",
+    BeginsInHalf: "state: init gives .*bfloat16.*, not float32",
     ChangesTheDtypeOfItsState: "state: .*float32.* became .*float16",
     NamesTheWrongAxis: "state: state_axes gives",
     BoastsOfItsReplay: "replay: of 1 segments of 7: differs by",

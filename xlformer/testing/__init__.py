@@ -22,7 +22,8 @@ CHECKS = (*scoring.CHECKS, *training.CHECKS)
 def check_model(model: Model, *, key: jax.Array | None = None) -> None:
     """Raises AssertionError, naming the property and the difference, unless all hold:
 
-    - state: init_state, what apply returns and state_axes agree; float64 stays float64;
+    - state: init gives float32; init_state, what apply returns and state_axes agree;
+      float64 stays float64;
     - step: apply takes one, traced or not, and aux holds scalars;
     - rows: no row depends on another, and their order does not matter;
     - causal: no output depends on a later input, bit for bit (some do if the model says

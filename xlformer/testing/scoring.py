@@ -32,6 +32,8 @@ def check_shapes(model: Model) -> None:
     # Nothing is compiled, so what cannot work is said before seconds have gone by.
     ids_BT = jax.ShapeDtypeStruct((ROWS, TOKENS), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0))
+    for leaf in jax.tree.leaves(params):
+        require(leaf.dtype == jnp.float32, f"state: init gives {leaf}, not float32")
     state = jax.eval_shape(lambda: model.init_state(ROWS))
     arrays = params, ids_BT, ids_BT, state
     nll_BT, after, aux = jax.eval_shape(model.apply, *arrays)

@@ -108,7 +108,6 @@ class Blanks(Model):
 
     causal = False
     memory_length = 0
-    segments_equal_one_pass = False
 
     def init(self, key):
         shape = (self.vocab_size, self.vocab_size)

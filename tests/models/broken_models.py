@@ -204,6 +204,13 @@ class ComputesInFloat32(Broken):
         return nll_BT.astype(jnp.float32), after
 
 
+class BeginsInHalf(Broken):
+    """Its optimizer would be in it too."""
+
+    def init(self, key):
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), super().init(key))
+
+
 class ChangesTheDtypeOfItsState(Broken):
     def change(self, inputs_BT, before, nll_BT, after):
         return nll_BT, after.astype(jnp.float16)
@@ -242,6 +249,23 @@ class BoastsOfItsReplay(Broken):
         return 1
 
 
+class CountsSegmentsNotTokens(Broken):
+    """Sees five tokens back: one segment of seven is enough, one of two is not."""
+
+    def init_state(self, batch_size, dtype=None):
+        return jnp.zeros((batch_size, 5), jnp.int32)
+
+    def apply(self, params, inputs_BT, targets_BT, state, **options):
+        inputs_BT = jnp.concatenate([state, inputs_BT], 1).astype(state.dtype)
+        targets_BT = jnp.concatenate([state, targets_BT], 1)
+        h_BD = super().init_state(len(state), params["table_VD"].dtype)
+        nll_BT, _, aux = super().apply(params, inputs_BT, targets_BT, h_BD, **options)
+        return nll_BT[:, 5:], inputs_BT[:, -5:], aux
+
+    def replay(self, segment_length):
+        return 1
+
+
 class SaysItLooksAhead(Broken):
     causal = False
 
@@ -275,6 +299,27 @@ class DropsTheSame(Broken):
 
 class DropsInSecret(Broken):
     needs_rngs = False
+
+
+class IgnoresResetsInTraining(Broken):
+    def options(self, options):
+        return options | (dict(resets_BT=None) if options.get("train") else {})
+
+
+class ScoresPaddingInTraining(Broken):
+    def options(self, options):
+        return options | (dict(lengths_B=None) if options.get("train") else {})
+
+
+class ReadsPaddingInTraining(Broken):
+    """Into the memory; the nll is masked."""
+
+    def apply(self, *arrays, train=False, **options):
+        nll_BT, after, aux = super().apply(*arrays, train=train, **options)
+        if train:
+            options = options | dict(lengths_B=None)
+            _, after, _ = super().apply(*arrays, train=train, **options)
+        return nll_BT, after, aux
 
 
 class DropsByOneKey(Broken):
@@ -327,6 +372,32 @@ class KnowsItsMesh(Broken):
         return nll_BT + 1e-7 * (size > 1), after
 
 
+class AddsUpOverItsMesh(Broken):
+    """An aux that is computed where nobody else looks."""
+
+    def apply(self, *arrays, **options):
+        nll_BT, after, _ = super().apply(*arrays, **options)
+        size = jax.sharding.get_abstract_mesh().size
+        return nll_BT, after, Aux(nll_BT.mean() * max(size, 1), {})
+
+
+class RoundsItsTable(Broken):
+    """To float32, and goes on in float64."""
+
+    rounded = jnp.float32
+
+    def _forward(self, params, *arrays):
+        table_VD = params["table_VD"]
+        rounded_VD = table_VD.astype(self.rounded).astype(table_VD.dtype)
+        return super()._forward(params | {"table_VD": rounded_VD}, *arrays)
+
+
+class RoundsItsTableToLess(RoundsItsTable):
+    """So float32 and float64 give nearly the same."""
+
+    rounded = jnp.bfloat16
+
+
 class DiffersInFloat32(Broken):
     def change(self, inputs_BT, before, nll_BT, after):
         return nll_BT * (1.01 if nll_BT.dtype == jnp.float32 else 1), after
@@ -354,15 +425,20 @@ BROKEN = {
     DiffersWithoutJit: "loops: without jit: differs by",
     DiffersUnrolled: "loops: .*, layers with scan_layers=False: differs by",
     ComputesInFloat32: "state: float64 became float32",
+    BeginsInHalf: "state: init gives .*bfloat16.*, not float32",
     ChangesTheDtypeOfItsState: "state: .*float32.* became .*float16",
     NamesTheWrongAxis: "state: state_axes gives",
-    BoastsOfItsReplay: "replay: of 1 segments: differs by",
+    BoastsOfItsReplay: "replay: of 1 segments of 7: differs by",
+    CountsSegmentsNotTokens: "replay: of 1 segments of 2: differs by",
     SaysItLooksAhead: "causal: False, but no output depends on a later",
     WantsANumber: "step: apply takes none that is traced",
     TakesNoStep: "step: apply takes none that is traced",
     DropsNothing: "train: needs_rngs is True, but scoring gives the same",
     DropsTheSame: "train: needs_rngs is True, but another key gives the same",
     DropsInSecret: "train: needs_rngs is False, and another key: differs by",
+    IgnoresResetsInTraining: "hidden: resets .* nll: differs by",
+    ScoresPaddingInTraining: "hidden: padding: nll, 0 where padded: diff",
+    ReadsPaddingInTraining: "hidden: what padding says: differs by",
     DropsByOneKey: "train: rows in another order: differs by",
     DropsByTheFirstKey: "train: others, when row 0 changes: differs by",
     DrawsWhenTraced: "groups: two rows alone: differs by",
@@ -370,6 +446,9 @@ BROKEN = {
     SumsItsAux: "groups: aux of five equal rows, and of two: differs by",
     LogsItsFirstRow: "groups: aux of two rows, and the mean of each alone: differs",
     KnowsItsMesh: "mesh: of two devices, and one: differs by",
+    AddsUpOverItsMesh: "mesh: of two devices, and one: differs by",
+    RoundsItsTable: "float64: rounded on its way: .* differs by",
+    RoundsItsTableToLess: "float64: rounded on its way: .* differs by",
     DiffersInFloat32: "float64: nll, and that of float32: differs by",
     HasVectorMetrics: "state: aux must hold scalars",
     HasUnnormalisedLogProbs: "log_probs: at the targets, and -nll: differs by",

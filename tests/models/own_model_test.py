@@ -18,6 +18,10 @@ MODEL = own_model.Gated(own_model.Config(vocab_size=19, width=3, dropout=0.1))
 DEFINED = {"init", "init_state", "state_axes", "apply", "log_probs", "_forward"}
 
 
+class Ahead(models.Model):
+    causal = False
+
+
 def test_it_keeps_the_contract_and_defines_five_functions():
     testing.check_model(MODEL)
     found = {n for n, x in vars(own_model.Gated).items() if callable(x)}
@@ -35,6 +39,7 @@ def test_what_others_ask_has_a_default():
     assert MODEL.memory_length is MODEL.replay(7) is MODEL.trunk is MODEL.width is None
     assert MODEL.flops(batch_size=2, segment_length=3) is None
     assert MODEL.card() == {"memory_length": None, "extended_length": 0}
+    assert MODEL.segments_equal_one_pass and not Ahead(None).segments_equal_one_pass
     assert MODEL.for_generation() is MODEL
     assert MODEL.check_mesh(types.SimpleNamespace(shape={"tensor": 7})) is None
     params = jax.eval_shape(MODEL.init, jax.random.key(0))

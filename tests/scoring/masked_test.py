@@ -3,7 +3,15 @@
 import jax
 import numpy as np
 import pytest
-from training_runs import SYMBOLS, blanks, refusal, text_config, write_text
+from training_runs import (
+    SYMBOLS,
+    BagConfig,
+    Blanks,
+    blanks,
+    refusal,
+    text_config,
+    write_text,
+)
 
 from xlformer import evaluate, generate, runs, scoring
 from xlformer.train import train
@@ -72,6 +80,40 @@ def test_each_hidden_token_is_told_where_it_stands(workdir):
     assert not hidden(1).any()
     scorer = scoring.Evaluator.of(model, few, None, objective)
     assert "none of 1 tokens is scored" in refusal(scorer.score, params, ids[:2], few)
+
+
+def test_a_model_that_sees_ahead_is_told_where_a_row_ends():
+    """Whatever it says of positions: what follows is the next row's text."""
+
+    class Told(Blanks):
+        positions_from_end = False
+
+        def apply(self, params, inputs_BT, *arrays, lengths_B=None, **options):
+            valid_BT = jax.numpy.arange(inputs_BT.shape[1])[None] < lengths_B[:, None]
+            inputs_BT = jax.numpy.where(valid_BT, inputs_BT, SYMBOLS)
+            return super().apply(params, inputs_BT, *arrays, **options)
+
+    model = Told(BagConfig(SYMBOLS + 1))
+    params, ids = model.init(jax.random.key(3)), np.arange(41) % SYMBOLS
+    plan = scoring.cut_rows_for(
+        model, 41, batch_size=3, segment_length=T, warmup="none"
+    )
+    scorer = scoring.Evaluator.of(model, plan, None, objectives.Masked(RATE, SYMBOLS))
+    score = scorer.score(params, ids, plan)
+    expected = 0.0
+    for start in range(0, 39, 13):  # Three rows of 13, of which each ends after 12.
+        for first in range(start, start + 12, T):
+            index = np.arange(first, min(first + T, start + 12))
+            mask = hidden(39)[index]
+            shown = np.pad(np.where(mask, SYMBOLS, ids[index]), (0, 1))
+            shown[len(index)] = SYMBOLS
+            before = params["before_VV"][np.roll(shown, 1)[: len(index)]]
+            before = np.where(np.arange(len(index))[:, None] > 0, before, 0)
+            after = params["after_VV"][shown[1:]]
+            after = np.where(np.arange(len(index))[:, None] < T - 1, after, 0)
+            log_p = jax.nn.log_softmax(before + after)
+            expected -= float(log_p[np.arange(len(index)), ids[index]][mask].sum())
+    assert score.nats == pytest.approx(expected, rel=1e-5)
 
 
 def test_it_does_not_continue_texts(workdir):

@@ -202,6 +202,11 @@ def test_what_decays():
     assert not decayed[True] & decayed[False] and {"qkv", "table"} < decayed[True]
     # A matrix of another model that has such a name is a weight.
     assert optimizers.decay_mask({"cell": {"u": jnp.ones((2, 2))}})["cell"]["u"]
+    # In a list of layers none has an axis of layers.
+    layers = [{"kernel": jnp.ones((3, 2)), "scale": jnp.ones(2)}]
+    assert optimizers.decay_mask({"layers": layers}) == {
+        "layers": [{"kernel": True, "scale": False}]
+    }
 
 
 def test_weight_decay_is_decoupled_and_spares_biases_and_norms():

@@ -382,6 +382,18 @@ def test_what_apply_returns_is_what_a_step_can_use(given, fragment):
     assert line.startswith("Odd returns ") and fragment in line
 
 
+def test_a_model_logs_float32_whatever_its_numbers_are():
+    """As their means over micro-batches and devices are."""
+    metrics = {"my/flag": True, "my/count": np.int8(100), "my/half": np.float16(2)}
+    run = StepRun(
+        small_config(), Talkative(BagConfig(), metrics=tuple(metrics.items()))
+    )
+    make = functools.partial(state.create, run.config, run.model, run.optimizer)
+    fresh = jax.eval_shape(make, jax.random.key(0))
+    _, found = jax.eval_shape(run.function, fresh, run.stream.at(0))
+    assert [found[name].dtype for name in metrics] == [np.float32] * 3
+
+
 # For people who hold on to pmap -------------------------------------------------------
 
 

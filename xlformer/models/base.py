@@ -232,16 +232,17 @@ class Model:
 
         That is promised as long as no segment starts later than memory_length; from
         there on a bounded memory has lost what one pass still sees. False for absolute
-        positions, which count anew in each segment.
+        positions, which count anew in each segment, and where a token sees what comes
+        after it, of its own segment.
         """
-        return True
+        return self.causal
 
     @property
     def positions_from_end(self) -> bool:
         """Whether an output depends on how many inputs of its segment follow.
 
-        So it does where absolute positions count backwards. Where True, scoring says
-        with lengths_B where the text ends; else it need not.
+        So it does where absolute positions count backwards. Where True, and where
+        `causal` is False, scoring says with lengths_B where the text ends.
         """
         return True
 

@@ -61,9 +61,11 @@ class Evaluator:
         self._steps = min(at_most, steps or at_most)
         self._inputs = segment_length + model.extended_length
         # Padding comes after all that is scored, so only a model whose positions count
-        # from the end must know of it. (A segment of one token has no padding.) Without
-        # lengths a memory is cut at places that are known when compiling.
-        self._tells_lengths = model.positions_from_end and self._inputs > 1
+        # from the end, or that sees ahead, must know of it. (A segment of one token has
+        # no padding.) Without lengths a memory is cut at places that are known when
+        # compiling.
+        sees_end = model.positions_from_end or not model.causal
+        self._tells_lengths = sees_end and self._inputs > 1
         params = jax.eval_shape(model.init, jax.random.key(0))
         axes = model.cache_axes(segment_length=self._inputs)
         abstract = jax.eval_shape(self._cold_state, params)

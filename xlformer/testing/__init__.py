@@ -22,7 +22,8 @@ CHECKS = (*scoring.CHECKS, *training.CHECKS)
 def check_model(model: Model, *, key: jax.Array | None = None) -> None:
     """Raises AssertionError, naming the property and the difference, unless all hold:
 
-    - state: init_state, what apply returns and state_axes agree; float64 stays float64;
+    - state: init gives float32; init_state, what apply returns and state_axes agree;
+      float64 stays float64;
     - step: apply takes one, traced or not, and aux holds scalars;
     - rows: no row depends on another, and their order does not matter;
     - causal: no output depends on a later input, bit for bit (some do if the model says
@@ -33,22 +34,24 @@ def check_model(model: Model, *, key: jax.Array | None = None) -> None:
     - segments: of any sizes, or one token, they equal one pass, as long as none starts
       later than memory_length (not for a memory of under 2 tokens, nor where the model
       says `segments_equal_one_pass` False);
-    - replay: as many segments as the model says bring an empty state to what it is
-      after the whole stream (not where that is without limit, or over 12);
+    - replay: as many segments as the model says, long and short ones, bring an empty
+      state to what it is after the whole stream (not where that is without limit, or
+      of over 12 segments);
     - gradient: none crosses from one segment to the one before;
     - loops: jit or not, lax.scan over segments or Python, layers scanned or unrolled;
     - log_probs: at the targets it is -nll (where the model has them);
     - cache: the state of to_cache, for segments and for single tokens, scores the same;
     - train: a row draws from its own key only, and training differs from scoring, and
       with the keys, exactly where the model says `needs_rngs`;
+    - hidden: in training too, resets and padding hide what they say;
     - groups: with the same keys, rows give in a group what they give in the batch, and
       aux is a mean over rows;
     - mesh: split over two devices they give the same, where there are two;
-    - float64: float32 gives nearly the same.
+    - float64: nothing is rounded to less on its way, and float32 gives nearly the same.
 
-    With `resets_in_segment` False only a reset before the segment is tried. Only train,
-    groups and mesh switch dropout on. A small model takes up to 10 CPU-seconds, nearly
-    all of it to compile.
+    With `resets_in_segment` False only a reset before the segment is tried. Dropout is
+    on in gradient, train, hidden, groups and mesh. A small model takes up to 10
+    CPU-seconds, nearly all of it to compile.
 
     Args:
       model: small, or this takes long.

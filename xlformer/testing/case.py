@@ -35,8 +35,9 @@ class Case:
     inputs_BN: np.ndarray
     targets_BN: np.ndarray
     plain: Any  # (inputs_BT, targets_BT, state) -> nll_BT, state
+    plain_of: Any  # the same of other weights, which come first
     full: Any  # (inputs_BT, targets_BT, state, resets_BT, lengths_B) -> nll_BT, state
-    train: Any  # (inputs_BT, targets_BT, state, rngs) -> nll_BT, state, aux
+    train: Any  # the same and rngs -> nll_BT, state, aux
     fresh: Any  # the state before the first token
     warm: Any  # the state after the first segment
 
@@ -66,20 +67,23 @@ class Case:
             return apply(inputs_BT, targets_BT, state, **options)[:2]
 
         @jax.jit
-        def plain(step, inputs_BT, targets_BT, state):
-            return apply(inputs_BT, targets_BT, state, step=step)[:2]
+        def plain_of(step, params, inputs_BT, targets_BT, state):
+            return model.apply(params, inputs_BT, targets_BT, state, step=step)[:2]
 
         @jax.jit
-        def train(step, *arrays_and_rngs):
-            *arrays, rngs = arrays_and_rngs
-            return apply(*arrays, step=step, train=True, rngs=rngs)
+        def train(step, inputs_BT, targets_BT, state, resets_BT, lengths_B, rngs):
+            options = dict(resets_BT=resets_BT, lengths_B=lengths_B, rngs=rngs)
+            options |= dict(step=step, train=True)
+            return apply(inputs_BT, targets_BT, state, **options)
 
-        full, plain, train = map(_on_host, (full, plain, train))
+        full, plain_of, train = map(_on_host, (full, plain_of, train))
+        plain = functools.partial(plain_of, noisy)
         fresh = model.init_state(ROWS, jnp.float64)
         nll_BT, warm = plain(inputs_BN[:, :TOKENS], targets_BN[:, :TOKENS], fresh)
         for leaf in filter(is_float, (nll_BT, *jax.tree.leaves(warm))):
             require(leaf.dtype == float, f"state: float64 became {leaf.dtype}")
-        return cls(model, noisy, inputs_BN, targets_BN, plain, full, train, fresh, warm)
+        functions = plain, plain_of, full, train
+        return cls(model, noisy, inputs_BN, targets_BN, *functions, fresh, warm)
 
     def at(self, k: int):
         """Inputs and targets of segment k; `warm` follows number 0."""
@@ -97,6 +101,11 @@ class Case:
 
     def score(self, inputs_BT, targets_BT, state, resets_BT=None, lengths_B=None):
         """`full` with defaults, so that one compiled program serves them all."""
+        options = self.options(inputs_BT, resets_BT, lengths_B)
+        return self.full(inputs_BT, targets_BT, state, *options)
+
+    def options(self, inputs_BT, resets_BT=None, lengths_B=None):
+        """Resets and lengths that change nothing, where none are given."""
         # No reset and whole rows, said by arrays: None would be another program.
         if resets_BT is None:
             resets_BT = np.zeros(inputs_BT.shape, bool)
@@ -104,7 +113,7 @@ class Case:
             resets_BT = resets_BT[:, :1]
         if lengths_B is None:
             lengths_B = np.full(len(inputs_BT), inputs_BT.shape[1])
-        return self.full(inputs_BT, targets_BT, state, resets_BT, lengths_B)
+        return resets_BT, lengths_B
 
 
 def _on_host(compiled):
@@ -118,6 +127,12 @@ def _on_host(compiled):
         return np.asarray(nll_BT), *rest
 
     return call
+
+
+def make_rngs(seed: int, rows=slice(None)) -> dict:
+    """Keys of training, for some of the rows."""
+    rows_B = jax.random.split(jax.random.key(seed + 1), ROWS)[rows]
+    return {"dropout": jax.random.key(seed), "rows": rows_B}
 
 
 def require(holds, message: str) -> None:

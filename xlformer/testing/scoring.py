@@ -21,6 +21,7 @@ from xlformer.testing.case import (
     close,
     is_float,
     lost,
+    make_rngs,
     require,
     same,
 )
@@ -31,6 +32,8 @@ def check_shapes(model: Model) -> None:
     # Nothing is compiled, so what cannot work is said before seconds have gone by.
     ids_BT = jax.ShapeDtypeStruct((ROWS, TOKENS), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0))
+    for leaf in jax.tree.leaves(params):
+        require(leaf.dtype == jnp.float32, f"state: init gives {leaf}, not float32")
     state = jax.eval_shape(lambda: model.init_state(ROWS))
     arrays = params, ids_BT, ids_BT, state
     nll_BT, after, aux = jax.eval_shape(model.apply, *arrays)
@@ -217,22 +220,25 @@ def _check_segments(case: Case) -> None:
 
 def _check_replay(case: Case) -> None:
     """Extended context leads the first segment too, as in the middle of a text."""
-    E, n = case.model.extended_length, case.model.replay(TOKENS)
-    # A wrong rule shows in few segments; more of them would only take time.
-    if n is None or n > 12:
-        return
-    shape = ROWS, E + (n + 2) * TOKENS + 1
-    tokens_BN = np.random.default_rng(1).integers(case.model.vocab_size, size=shape)
+    E = case.model.extended_length
+    # With extended context short segments would be one more program to compile.
+    for T in (TOKENS,) if E else (TOKENS, SHORT):
+        n = case.model.replay(T)
+        # A wrong rule shows in few segments; more of them would only take time.
+        if n is None or n * T > 12 * TOKENS:
+            continue
+        shape = ROWS, E + (n + 2) * T + 1
+        tokens_BN = np.random.default_rng(1).integers(case.model.vocab_size, size=shape)
 
-    def after(start):
-        """nll of the last segment, and the state before it, of a stream from start."""
-        state = case.fresh
-        for k in range(start, n + 2):
-            before, here = state, tokens_BN[:, k * TOKENS :][:, : E + TOKENS + 1]
-            nll_BT, state = case.plain(here[:, :-1], here[:, E + 1 :], state)
-        return nll_BT, before
+        def after(start, T=T, n=n, tokens_BN=tokens_BN):
+            """nll of the last segment, and the state before it, from start on."""
+            state = case.fresh
+            for k in range(start, n + 2):
+                before, here = state, tokens_BN[:, k * T :][:, : E + T + 1]
+                nll_BT, state = case.plain(here[:, :-1], here[:, E + 1 :], state)
+            return nll_BT, before
 
-    close(f"replay: of {n} segments", after(1), after(0))
+        close(f"replay: of {n} segments of {T}", after(1), after(0))
 
 
 def _check_single_tokens(case: Case) -> None:
@@ -261,11 +267,13 @@ def _check_single_tokens(case: Case) -> None:
 
 def _check_gradient(case: Case) -> None:
     """No gradient enters a segment through its state, and none leaves it that way."""
+    options = {"step": STEP, "train": True, "rngs": make_rngs(1)}
+    apply = functools.partial(case.model.apply, **options)
 
     def both(state, params):
         """A sum that depends on the state given, and on the state returned."""
-        nll_BT, _, aux = case.model.apply(case.params, *case.at(1), state, step=STEP)
-        _, after, _ = case.model.apply(params, *case.at(1), case.warm, step=STEP)
+        nll_BT, _, aux = apply(case.params, *case.at(1), state)
+        _, after, _ = apply(params, *case.at(1), case.warm)
         carried = sum(x.sum() for x in jax.tree.leaves(after) if is_float(x))
         return nll_BT.sum() + aux.loss + carried
 

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-STACKED = "layers"  # every leaf below a key of this name has a leading layer axis
+# Every leaf below a key of this name has a leading layer axis (but not of a list).
+STACKED = "layers"
 # How names of biases end, which weight decay spares. u and v are Transformer-XL's, of a
 # layer or of all: matrices [H, K] that are biases all the same.
 BIASES = ("bias", "attention/u", "attention/v", "trunk/u", "trunk/v")
@@ -197,7 +198,11 @@ OPTIMIZERS = {
 
 def is_stacked(path) -> bool:
     """True for a leaf with a leading layer axis; path is a jax.tree_util key path."""
-    return STACKED in [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
+    names = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
+    if STACKED not in names:
+        return False
+    below = path[names.index(STACKED) + 1 :]
+    return not (below and isinstance(below[0], jax.tree_util.SequenceKey))
 
 
 def decay_mask(params):

@@ -108,7 +108,10 @@ def _loss(train, model):
         # be the mean of all.
         weight = batch["row_weight"] * nll_BT.shape[0]
         mean = (nll_BT * batch["weights_BT"]).sum() / weight
-        return mean + aux.loss, (carried, {"train/loss_nats": mean, **aux.metrics})
+        # As their means over groups of rows are: a sum of bfloat16 over devices aborts
+        # the process on a CPU (jax 0.10.2), and int8 overflows.
+        own = {name: jnp.asarray(x, jnp.float32) for name, x in aux.metrics.items()}
+        return mean + aux.loss, (carried, {"train/loss_nats": mean, **own})
 
     return loss_fn
 

@@ -141,7 +141,9 @@ class Model:
           train: what only training does, such as dropout; see needs_rngs.
           rngs: 'dropout', one key; and 'rows', a key for each row, [B], by default
             folded from it. What differs between rows must be drawn from 'rows': under a
-            mesh each device calls this with its own rows.
+            mesh each device calls this with its own rows. Before drawing what rows
+            share, fold a large number of your own into 'dropout': fold_in(key, i) is
+            the key of row i, and split(key)[i] is the same.
 
         Returns:
           nll_BT in nats, in position order; the new state, without gradient; Aux.

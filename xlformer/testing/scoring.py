@@ -267,8 +267,9 @@ def _check_single_tokens(case: Case) -> None:
 
 def _check_gradient(case: Case) -> None:
     """No gradient enters a segment through its state, and none leaves it that way."""
-    options = {"step": STEP, "train": True, "rngs": make_rngs(1)}
-    apply = functools.partial(case.model.apply, **options)
+    apply = functools.partial(
+        case.model.apply, step=STEP, train=True, rngs=make_rngs(1)
+    )
 
     def both(state, params):
         """A sum that depends on the state given, and on the state returned."""

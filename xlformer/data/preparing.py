@@ -205,11 +205,11 @@ def words(documents: list[bytes], *, spaced: bool, lines: bool) -> int:
     """
     total = 0
     for document in documents:
-        if lines:
-            total += document.count(b"\n") + (not document.endswith(b"\n"))
         if spaced:
             # Penn's characters stand between spaces, and '_' is the space of the text.
             document = document.replace(b" ", b"").replace(b"_", b" ")
+        if lines:
+            total += document.count(b"\n") + (not document.endswith(b"\n"))
         # Whether the byte before the block is a space: words go on across blocks.
         outside = True
         for start in range(0, len(document), BLOCK):

@@ -5,6 +5,7 @@ Training, `plan` and `bench` compile the same program because they all make it h
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping
 
@@ -33,7 +34,11 @@ class TrainingStep:
         self._mesh, self._batch_size = mesh, config.train.batch_size
         self._function = steps.make_step(config, model, optimizer, schedule)
         self.create = functools.partial(state.create, config, model, optimizer)
-        self.abstract = jax.eval_shape(self.create, jax.random.key(0))
+        # The mesh says for what kind of device, and tracing attention asks. One of sizes
+        # alone (plan by arithmetic) does not say it. The key is made before, here.
+        key, concrete = jax.random.key(0), isinstance(mesh, Mesh)
+        with jax.set_mesh(mesh) if concrete else contextlib.nullcontext():
+            self.abstract = jax.eval_shape(self.create, key)
         self.placed = sharding.train_state(mesh, self.abstract, model)
 
     def restored(self, checkpoints: Checkpoints, key: jax.Array):

@@ -34,8 +34,8 @@ class TrainingStep:
         self._mesh, self._batch_size = mesh, config.train.batch_size
         self._function = steps.make_step(config, model, optimizer, schedule)
         self.create = functools.partial(state.create, config, model, optimizer)
-        # The mesh says for what kind of device, and tracing attention asks. One of sizes
-        # alone (plan by arithmetic) does not say it. The key is made before, here.
+        # The mesh says for what kind of device, and attention asks as it is traced. One
+        # of sizes alone (plan by arithmetic) does not. The key is made before, here.
         key, concrete = jax.random.key(0), isinstance(mesh, Mesh)
         with jax.set_mesh(mesh) if concrete else contextlib.nullcontext():
             self.abstract = jax.eval_shape(self.create, key)

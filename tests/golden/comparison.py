@@ -102,6 +102,13 @@ def relative_error(found, expected, *, norm: bool, least_scale: float) -> float:
     return error / scale if np.isfinite(error) and np.isfinite(scale) else np.inf
 
 
+def absolute(tolerance: float, arrays: Mapping, names: Iterable[str]) -> dict:
+    """Tolerances that make arrays agree to `tolerance` itself, not relatively."""
+    names = [name for name in names if name in arrays]
+    greatest = [np.max(np.abs(arrays[name]), initial=0.0) for name in names]
+    return {n: tolerance / max(x, 1.0) for n, x in zip(names, greatest, strict=True)}
+
+
 def judge(path: str, arrays: Mapping, comparison: Comparison, dtype) -> Result:
     """Holds what was found against the arrays of the file."""
     errors = _errors(arrays, comparison, dtype)
@@ -149,7 +156,7 @@ class _Error:
 
 def _errors(arrays, comparison, dtype) -> dict[str, _Error]:
     norms = [np.linalg.norm(arrays[k]) for k in comparison.gradients if k in arrays]
-    least = LEAST_SCALE[dtype] * np.nanmax(norms, initial=0.0)
+    least = LEAST_SCALE[dtype] * max(filter(np.isfinite, norms), default=0.0)
     errors = {}
     for is_gradient, kind in (False, comparison.values), (True, comparison.gradients):
         for name in kind.keys() & arrays.keys():

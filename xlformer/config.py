@@ -97,12 +97,52 @@ def _check_together(config: ConfigDict) -> None:
             f"config.train.batch_size={train.batch_size} is not divisible by "
             f"config.train.micro_batches={train.micro_batches}"
         )
+    defaults = fields_lib.TABLE["optimizer"]
     for field, users in fields_lib.ONLY_OF.items():
-        if optimizer[field] and optimizer.name not in users:
+        if optimizer[field] != defaults[field].default and optimizer.name not in users:
             raise UserError(
                 f"config.optimizer.{field}={optimizer[field]} has no effect with "
                 f"{optimizer.name!r}; it belongs to {' and '.join(users)}"
             )
+
+    if optimizer.name == "nt_asgd" and train.ema_decay:
+        raise UserError(
+            f"config.train.ema_decay={train.ema_decay} with config.optimizer.name="
+            "'nt_asgd', which keeps an average of its own"
+        )
+    if optimizer.length_scaled and not train.variable_length:
+        raise UserError(
+            "config.optimizer.length_scaled=True with config.train.variable_length="
+            "False: all segments have one length"
+        )
+    _check_decays(optimizer)
+
+
+def _check_decays(optimizer) -> None:
+    at, steps = optimizer.decay_at, optimizer.schedule == "steps"
+    if not all(type(x) in (int, float) and 0 < x < 1 for x in at) or list(at) != sorted(
+        set(at)
+    ):
+        raise UserError(
+            f"config.optimizer.decay_at={at!r:.80}: shares of the run, above 0, below "
+            "1, each above the one before"
+        )
+    if bool(at) != steps:
+        raise UserError(
+            f"config.optimizer.decay_at={at} with config.optimizer.schedule="
+            f"{optimizer.schedule!r}: only 'steps' has one, and it needs one"
+        )
+    factor = fields_lib.TABLE["optimizer"]["decay_factor"].default
+    if optimizer.decay_factor != factor and not steps:
+        raise UserError(
+            f"config.optimizer.decay_factor={optimizer.decay_factor} has no effect with "
+            f"config.optimizer.schedule={optimizer.schedule!r}; it belongs to 'steps'"
+        )
+
+
+def keeps_average(config: ConfigDict) -> bool:
+    """Whether a run keeps an average of its parameters, which is then what counts."""
+    return bool(config.train.ema_decay) or config.optimizer.name == "nt_asgd"
 
 
 def _check_objective(name: str, model: models.Model) -> None:

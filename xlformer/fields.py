@@ -114,6 +114,8 @@ OBJECTIVES = {"next_token": Objective(True), "masked": Objective(False, symbols=
 # config.own_model of a run that an earlier release sealed, which did not say it.
 UNSAID = "?"
 SCHEDULES = ("cosine", "cosine_after_warmup", "inverse_sqrt", "constant", "plateau")
+SCHEDULES += ("steps",)
+OPTIMIZERS = ("adam", "adamw", "lamb", "lamb_sha_rnn", "sgd", "nt_asgd")
 
 # Section -> name -> what it may be. '' is the top of the tree.
 TABLE: Mapping[str, Mapping[str, Field]] = {
@@ -185,12 +187,17 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         "profile_steps": _field(0, FREE, least=0),
     },
     "optimizer": {
-        "name": _field(
-            "adam", REFUSED, choices=("adam", "adamw", "lamb", "lamb_sha_rnn", "sgd")
-        ),
+        "name": _field("adam", REFUSED, choices=OPTIMIZERS),
         "learning_rate": _field(2.5e-4, TAKEN, least=0),
         "schedule": _field("cosine", TAKEN, choices=SCHEDULES),
         "warmup_steps": _field(0, TAKEN, least=0),
+        # Where in the run, as shares of train.steps, 'steps' multiplies the rate by
+        # decay_factor.
+        "decay_at": _field((), TAKEN),
+        "decay_factor": _field(0.1, TAKEN, above=0, most=1),
+        # Whether the rate of a segment is times its length / segment_length, where
+        # lengths vary.
+        "length_scaled": _field(False, TAKEN),
         # Of the learning rate, where a cosine ends.
         "final_fraction": _field(0.0, TAKEN, least=0, most=1),
         # Of all gradients together; 0 does not clip.
@@ -198,9 +205,13 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         "b1": _field(0.9, TAKEN, **_RATIO),
         "b2": _field(0.999, TAKEN, **_RATIO),
         "epsilon": _field(1e-8, TAKEN, least=0),
-        # Biases do not decay. Which optimizers read these two says ONLY_OF.
+        # Which optimizers read these three says ONLY_OF. Biases do not decay in adamw
+        # and lamb. In sgd and nt_asgd, as in torch, the decay is a part of the gradient.
         "weight_decay": _field(0.0, TAKEN, least=0),
         "momentum": _field(0.0, TAKEN, switch=True, **_RATIO),
+        # nt_asgd averages from the first validation on whose loss exceeds the least of
+        # all but so many before it (Merity et al. 2018): an array of that length.
+        "nonmonotone": _field(5, REFUSED, least=1, most=1000),
         # The rate is multiplied by plateau_factor when more than plateau_patience
         # validations in a row have brought no lower loss.
         "plateau_factor": _field(0.5, TAKEN, above=0, most=1),
@@ -234,7 +245,11 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
     },
 }
 # Options of the optimizer that only some read: set for another one they are a mistake.
-ONLY_OF = {"weight_decay": ("adamw", "lamb", "lamb_sha_rnn"), "momentum": ("sgd",)}
+ONLY_OF = {
+    "weight_decay": ("adamw", "lamb", "lamb_sha_rnn", "sgd", "nt_asgd"),
+    "momentum": ("sgd",),
+    "nonmonotone": ("nt_asgd",),
+}
 
 
 def check_section(section: str, values: Mapping) -> None:

@@ -13,8 +13,8 @@ from xlformer.data.vocabulary import CharVocabulary
 from xlformer.errors import UserError
 from xlformer.fields import FREE, REFUSED, TAKEN
 from xlformer.runs import reading, resume
-from xlformer.training import optimizers, run
-from xlformer.training.state import resumed_plateau
+from xlformer.training import averaging, optimizers, run
+from xlformer.training.state import resumed
 
 # Another valid value, where one more or "not" is none.
 OTHER = {
@@ -37,6 +37,7 @@ OTHER = {
     "data.newline": "drop",
     "optimizer.name": "lamb",
     "optimizer.schedule": "constant",
+    "optimizer.decay_at": (0.25,),
     "eval.split": "test",
 }
 

@@ -40,7 +40,7 @@ class Run:
     params: Any
     vocabulary: Vocabulary
     step: int
-    averaged: bool  # whether params is the moving average
+    averaged: bool  # whether params is the average of the run's
 
 
 def read_config(workdir) -> ConfigDict:
@@ -153,10 +153,10 @@ def _model(workdir, config, vocabulary: Vocabulary, own: models.Model | None):
 def _params(config, which: str | None) -> str:
     """Under which name the parameters lie in a checkpoint."""
     if which is None:
-        which = "ema" if config.train.ema_decay else "raw"
+        which = "ema" if config_lib.keeps_average(config) else "raw"
     if which not in ("raw", "ema"):
         raise UserError(Argument("params", which), " is neither raw nor ema")
-    if which == "ema" and not config.train.ema_decay:
+    if which == "ema" and not config_lib.keeps_average(config):
         line = " but the run has config.train.ema_decay=0.0"
         raise UserError(Argument("params", "ema"), line)
     return {"raw": "params", "ema": "ema"}[which]

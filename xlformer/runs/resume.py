@@ -24,6 +24,8 @@ RATE = (
     "optimizer.learning_rate",
     "optimizer.schedule",
     "optimizer.warmup_steps",
+    "optimizer.decay_at",
+    "optimizer.decay_factor",
     "optimizer.final_fraction",
 )
 

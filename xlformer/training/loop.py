@@ -120,8 +120,7 @@ class Loop:
             last = spikes.data_index(step - 1, spikes.skipped(found.spikes))
             place = self.stream.place(last)
             writing.check_place(self.workdir, step, found.data, place)
-        plateau = state.resumed_plateau(found.plateau, self.sealed, self.config)
-        return found._replace(plateau=plateau), step
+        return state.resumed(found, self.sealed, self.config), step
 
     def _begin(self):
         """The state before the first step: fresh, or with another run's parameters."""
@@ -315,17 +314,17 @@ class Loop:
             )
             if loss is None:
                 return None
-            plateau, evaluated = self.evaluated(
-                self.train_state.plateau, loss, self.step
-            )
-            self.train_state = self.train_state._replace(
-                plateau=plateau, evaluated=evaluated
-            )
+            before = self.train_state
+            noted = self.evaluated(before.plateau, before.averaging, loss, self.step)
+            self.train_state = before._replace(**noted)
             unit, score = self.validation.score(loss)
             values = {"eval/nats_per_token": loss, f"eval/{unit}": score}
             self.result.update(values)
             self.writer.write(self.step, values, kind="eval")
             self._say(f"step {self.step}  validation {unit} {score:.4f}")
+            was, now = before.averaging, self.train_state.averaging
+            if now is not None and bool(now.triggered) > bool(was.triggered):
+                self._say(f"step {self.step}  no better: averaging from here on")
         return loss
 
     # Around it -----------------------------------------------------------------------

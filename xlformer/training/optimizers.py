@@ -24,6 +24,9 @@ STACKED = "layers"
 # layer or of all: matrices [H, K] that are biases all the same.
 BIASES = ("bias", "attention/u", "attention/v", "trunk/u", "trunk/v")
 
+# What a larger norm of a parameter counts as in the LAMB of SHA-RNN.
+SHA_RNN_MAX_NORM = 10.0
+
 
 # Learning rates ---------------------------------------------------------------------
 
@@ -41,22 +44,19 @@ def learning_rate(config, total_steps: int) -> Callable[..., jax.Array]:
     - inverse_sqrt (PyTorch original): lr * step / warmup^1.5, after the warm-up
       lr / sqrt(step): continuous, and its peak is lr / sqrt(warmup), not lr.
     - constant, plateau: warm-up, then lr.
+    - steps (AWD-LSTM): lr, times decay_factor from each decay_at * total on.
 
     Both cosines end at f * lr and stay there.
     """
     decay = SCHEDULES[config.schedule]
-    peak, warmup, floor = (
-        config.learning_rate,
-        config.warmup_steps,
-        config.final_fraction,
-    )
+    peak, warmup = config.learning_rate, config.warmup_steps
     # lr * step / warmup^1.5 meets lr / sqrt(step) where step is warmup.
     ramp_to = peak * (warmup**-0.5 if warmup and decay is _inverse_sqrt else 1.0)
 
     def schedule(step, scale=1.0) -> jax.Array:
         # float32 counts steps exactly up to 2^24, four times the longest schedule here.
         step = jnp.asarray(step, jnp.float32)
-        after = peak * decay(step, warmup=warmup, total=total_steps, floor=floor)
+        after = peak * decay(step, total_steps, config)
         rate = jnp.where(step < warmup, ramp_to * step / max(warmup, 1), after)
         return (
             rate * jnp.asarray(scale, jnp.float32)
@@ -72,13 +72,22 @@ def next_rate(config, step: int, scale: float) -> float:
     return float(learning_rate(config.optimizer, config.train.steps)(step, scale))
 
 
-def _cosine(step, *, warmup, total, floor):
-    del warmup
-    return _half_cosine(step / max(total, 1), floor)
+def length_scaled(rate, length, segment_length: int):
+    """The rate of a segment of this length, where lengths vary (AWD-LSTM).
+
+    Its gradient is a mean over fewer tokens than another's.
+    """
+    return rate * length / segment_length
 
 
-def _cosine_after_warmup(step, *, warmup, total, floor):
-    return _half_cosine((step - warmup) / max(total - warmup, 1), floor)
+def _cosine(step, total, config):
+    return _half_cosine(step / max(total, 1), config.final_fraction)
+
+
+def _cosine_after_warmup(step, total, config):
+    warmup = config.warmup_steps
+    progress = (step - warmup) / max(total - warmup, 1)
+    return _half_cosine(progress, config.final_fraction)
 
 
 def _half_cosine(progress, floor):
@@ -86,15 +95,21 @@ def _half_cosine(progress, floor):
     return floor + (1 - floor) * wave
 
 
-def _inverse_sqrt(step, *, warmup, total, floor):
-    del warmup, total, floor
+def _inverse_sqrt(step, total, config):
     # Step 0 without a warm-up has the rate of step 1, and no division by 0.
     return jax.lax.rsqrt(jnp.maximum(step, 1.0))
 
 
-def _constant(step, *, warmup, total, floor):
-    del warmup, total, floor
+def _constant(step, total, config):
     return jnp.ones_like(step)
+
+
+def _steps(step, total, config):
+    # In whole steps: 0.7 * 10 is a little more than 7 to a computer.
+    passed = sum(
+        (step >= round(at * total)).astype(step.dtype) for at in config.decay_at
+    )
+    return config.decay_factor**passed
 
 
 SCHEDULES = {
@@ -103,6 +118,7 @@ SCHEDULES = {
     "inverse_sqrt": _inverse_sqrt,
     "constant": _constant,
     "plateau": _constant,
+    "steps": _steps,
 }
 
 
@@ -169,30 +185,48 @@ def _lamb(config):
     return [*_adamw(config), scale_by_layer_trust_ratio()]
 
 
-def _lamb_sha_rnn(config):
+def lamb_sha_rnn(config, min_trust: float = 0.25) -> list[optax.GradientTransformation]:
     """The fork of LAMB that SHA-RNN was trained with (Merity 2019).
 
     Moments are not corrected for their start at zero, min(|p|, 10) / |update| is
-    floored at 0.25, and weight decay spares nothing. Its epsilon was 1e-6, its weight
-    decay 1.2e-6.
+    floored at min_trust, and weight decay spares nothing. Its epsilon was 1e-6, its
+    weight decay 1.2e-6.
     """
     return [
         _scale_by_uncorrected_adam(b1=config.b1, b2=config.b2, epsilon=config.epsilon),
         optax.add_decayed_weights(config.weight_decay),
-        scale_by_layer_trust_ratio(min_trust=0.25, max_norm=10.0),
+        scale_by_layer_trust_ratio(min_trust=min_trust, max_norm=SHA_RNN_MAX_NORM),
     ]
 
 
 def _sgd(config):
-    return [optax.trace(config.momentum)] if config.momentum else [optax.identity()]
+    inner = optax.trace(config.momentum) if config.momentum else optax.identity()
+    return [_after_decay(config.weight_decay, inner)]
+
+
+def _after_decay(
+    weight_decay: float, inner: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Decay as a part of the gradient, before momentum; of all parameters, as torch's.
+
+    Not a stage of its own in the chain, whose state would have another form with it.
+    """
+
+    def update_fn(updates, state, params=None):
+        if weight_decay:
+            updates = jax.tree.map(lambda g, p: g + weight_decay * p, updates, params)
+        return inner.update(updates, state, params)
+
+    return optax.GradientTransformation(inner.init, update_fn)
 
 
 OPTIMIZERS = {
     "adam": _adam,
     "adamw": _adamw,
     "lamb": _lamb,
-    "lamb_sha_rnn": _lamb_sha_rnn,
+    "lamb_sha_rnn": lamb_sha_rnn,
     "sgd": _sgd,
+    "nt_asgd": _sgd,  # Its average is that of averaging.py.
 }
 
 

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from xlformer.training import optimizers, spikes
+from xlformer import config as config_lib
+from xlformer.training import averaging, optimizers, spikes
 
 # Entries that a checkpoint of an earlier release lacks. A run that goes on from such a
 # one begins them as a new run does; for lack of any other entry it is refused.
-LATER: tuple[str, ...] = ()
+LATER: tuple[str, ...] = ("averaging",)
 
 
 class Place(NamedTuple):
@@ -36,6 +37,7 @@ class TrainState(NamedTuple):
       params: the bare tree.
       opt_state: of optax.
       ema: average of the parameters, None if the config wants none.
+      averaging: what NT-ASGD knows of it, None for other optimizers.
       carried: the model's state of every row.
       data: place of the last batch.
       plateau: best validation loss and the scale of the learning rate.
@@ -48,6 +50,7 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     ema: Any
+    averaging: Any
     carried: Any
     data: Place
     plateau: optimizers.Plateau
@@ -67,7 +70,12 @@ def create(config, model, optimizer, key: jax.Array) -> TrainState:
         step=zero,
         params=params,
         opt_state=optimizer.init(params),
-        ema=params if config.train.ema_decay else None,
+        ema=params if config_lib.keeps_average(config) else None,
+        averaging=(
+            averaging.init(config.optimizer.nonmonotone)
+            if config.optimizer.name == "nt_asgd"
+            else None
+        ),
         carried=model.init_state(config.train.batch_size),
         data=Place(zero, zero, zero),
         plateau=optimizers.plateau_init(),
@@ -86,7 +94,11 @@ def as_stored(wanted: TrainState, names: Set[str]) -> TrainState:
 
 def completed(found: TrainState, create: Callable, placed: TrainState, key):
     """`found` with a fresh value, of create(key), for what its checkpoint lacked."""
-    lacking = [name for name in LATER if getattr(found, name) is None]
+    lacking = [
+        name
+        for name in LATER
+        if getattr(found, name) is None and getattr(placed, name) is not None
+    ]
     if not lacking:
         return found
 
@@ -98,15 +110,19 @@ def completed(found: TrainState, create: Callable, placed: TrainState, key):
     return found._replace(**jax.jit(fresh, out_shardings=where)(key))
 
 
-def resumed_plateau(
-    found: optimizers.Plateau, old: ConfigDict, new: ConfigDict
-) -> optimizers.Plateau:
-    """The plateau that a restored run goes on with.
+def resumed(found: TrainState, old: ConfigDict, new: ConfigDict) -> TrainState:
+    """`found` as a restored run goes on with it.
 
-    Where its best loss was measured with other settings it begins anew, except for the
-    scale that the learning rate has come to.
+    Where its losses of validations were measured with other settings they are
+    forgotten, and not what they have brought about: the scale that the learning rate
+    has come to, an average that has begun.
     """
     if old.eval.to_dict() == new.eval.to_dict():
         return found
-    anew = optimizers.plateau_init()._replace(scale=found.scale)
-    return jax.tree.map(lambda x, was: jax.device_put(x, was.sharding), anew, found)
+    was = found.plateau, found.averaging
+    plateau = optimizers.plateau_init()._replace(scale=found.plateau.scale)
+    anew = plateau, found.averaging and averaging.forgotten(found.averaging)
+    plateau, average = jax.tree.map(
+        lambda x, was: jax.device_put(x, was.sharding), anew, was
+    )
+    return found._replace(plateau=plateau, averaging=average)

@@ -13,7 +13,7 @@ from jax import lax
 
 from xlformer.errors import UserError
 from xlformer.models import Aux
-from xlformer.training import objectives, optimizers, spikes
+from xlformer.training import averaging, objectives, optimizers, spikes
 from xlformer.training.gradients import batch_axis, make_gradients
 from xlformer.training.state import Place, TrainState
 
@@ -52,7 +52,11 @@ def make_step(config, model, optimizer, schedule):
             norm = optax.tree.norm(grads)
             finite = jnp.isfinite(metrics["train/loss_nats"]) & jnp.isfinite(norm)
             rate = schedule(old.step, old.plateau.scale)
-            new = _moved(old, optimizer, grads, rate, ema_decay=train.ema_decay)
+            if config.optimizer.length_scaled:
+                rate = optimizers.length_scaled(
+                    rate, batch["length"], train.segment_length
+                )
+            new, rate = moved(old, optimizer, grads, rate, ema_decay=train.ema_decay)
             new = new._replace(carried=carried)
             if train.skip_nonfinite:
                 # A dropped step leaves everything as it was, the memory too, which may
@@ -129,19 +133,23 @@ def make_steps(step_fn):
 
 
 def make_evaluated(optimizer):
-    """Returns note(plateau, loss of a validation, step): what a TrainState remembers.
+    """Returns note(plateau, averaging, loss of a validation, step).
 
+    It gives the entries of the TrainState that the next step reads instead.
     optimizer: the section of a config.
     """
 
-    def note(plateau: optimizers.Plateau, loss, step):
+    def note(plateau: optimizers.Plateau, average, loss, step) -> dict:
         plateau = optimizers.plateau_update(
             plateau,
             loss,
             factor=optimizer.plateau_factor,
             patience=optimizer.plateau_patience,
         )
-        return plateau, jnp.asarray(step, jnp.int32)
+        if average is not None:
+            average = averaging.validated(average, loss)
+        evaluated = jnp.asarray(step, jnp.int32)
+        return {"plateau": plateau, "averaging": average, "evaluated": evaluated}
 
     return note
 
@@ -238,22 +246,33 @@ def _check_number(shown: str, value) -> None:
     raise UserError(f"{shown} of {what}: each is one number, the mean over rows")
 
 
-def _moved(old: TrainState, optimizer, grads, rate, *, ema_decay) -> TrainState:
-    """`old` after one step of the optimizer: parameters, its arrays, their average."""
+def moved(old: TrainState, optimizer, grads, rate, *, ema_decay=0.0):
+    """`old` after one step of the optimizer: parameters, its arrays, their average.
+
+    Returns the rate that it had too: in NT-ASGD a scheduled one takes effect late.
+    """
+    average, scheduled = old.averaging, rate
+    if average is not None:
+        rate = averaging.rate(average, scheduled)
     updates, opt_state = optimizer.update(grads, old.opt_state, old.params)
     # The rate multiplies here and not in the optimizer: it depends on a plateau, which
     # lies in the state, and optax's chains know nothing of that.
     params = jax.tree.map(
         lambda p, u: p - (rate * u).astype(p.dtype), old.params, updates
     )
-    ema = old.ema
+    ema, w = old.ema, None
     if ema_decay:
         # By the steps that were taken: a dropped one has added nothing to the average.
         w = average_weight(ema_decay, old.step - old.skipped + 1)
+    elif average is not None:
+        w = averaging.weight(average)
+        average = averaging.stepped(average, scheduled)
+    if w is not None:
         ema = jax.tree.map(
             lambda a, p: ((1 - w) * a + w * p).astype(a.dtype), ema, params
         )
-    return old._replace(params=params, opt_state=opt_state, ema=ema)
+    new = old._replace(params=params, opt_state=opt_state, ema=ema, averaging=average)
+    return new, rate
 
 
 def _guarded(train, old: TrainState, loss, finite):

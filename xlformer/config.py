@@ -135,8 +135,8 @@ def _check_decays(optimizer) -> None:
     factor = fields_lib.TABLE["optimizer"]["decay_factor"].default
     if optimizer.decay_factor != factor and not steps:
         raise UserError(
-            f"config.optimizer.decay_factor={optimizer.decay_factor} has no effect with "
-            f"config.optimizer.schedule={optimizer.schedule!r}; it belongs to 'steps'"
+            f"config.optimizer.decay_factor={optimizer.decay_factor} has no effect "
+            f"with schedule={optimizer.schedule!r}; it belongs to 'steps'"
         )
 
 

@@ -205,8 +205,8 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         "b1": _field(0.9, TAKEN, **_RATIO),
         "b2": _field(0.999, TAKEN, **_RATIO),
         "epsilon": _field(1e-8, TAKEN, least=0),
-        # Which optimizers read these three says ONLY_OF. Biases do not decay in adamw
-        # and lamb. In sgd and nt_asgd, as in torch, the decay is a part of the gradient.
+        # Which optimizers read these three says ONLY_OF. In adamw and lamb biases do
+        # not decay; in sgd and nt_asgd all do, as a part of the gradient (torch).
         "weight_decay": _field(0.0, TAKEN, least=0),
         "momentum": _field(0.0, TAKEN, switch=True, **_RATIO),
         # nt_asgd averages from the first validation on whose loss exceeds the least of

@@ -14,7 +14,7 @@ from xlformer.errors import UserError
 from xlformer.fields import FREE, REFUSED, TAKEN
 from xlformer.runs import reading, resume
 from xlformer.training import averaging, optimizers, run
-from xlformer.training.state import resumed
+from xlformer.training.state import TrainState, resumed
 
 # Another valid value, where one more or "not" is none.
 OTHER = {
@@ -152,15 +152,25 @@ def test_the_least_count_of_a_word_stays_where_none_is_given(given, taken):
     assert resume.gone_on(old, new).data.min_count == taken
 
 
-def test_the_plateau_forgets_a_loss_of_other_settings():
-    found = optimizers.plateau_init()._replace(
+def test_losses_of_other_settings_are_forgotten():
+    """And not what they have brought about: the scale of the rate, an average."""
+    plateau = optimizers.plateau_init()._replace(
         best=jnp.float32(0.5), bad_count=jnp.int32(3), scale=jnp.float32(0.25)
     )
-    same = resumed_plateau(found, config(), config())
-    assert same == found
-    anew = resumed_plateau(found, config(), config(**{"eval.max_tokens": 5}))
-    assert (float(anew.best), int(anew.bad_count)) == (np.inf, 0)
-    assert float(anew.scale) == 0.25
+    average = averaging.init(2)._replace(
+        losses_N=jnp.ones(2), least=jnp.float32(0.5), triggered=jnp.array(True),
+        count=jnp.int32(7), rate=jnp.float32(0.125),
+    )  # fmt: skip
+    entries = dict.fromkeys(TrainState._fields)
+    found = TrainState(**entries | {"plateau": plateau, "averaging": average})
+    assert resumed(found, config(), config()) is found
+    anew = resumed(found, config(), config(**{"eval.max_tokens": 5}))
+    assert (float(anew.plateau.best), int(anew.plateau.bad_count)) == (np.inf, 0)
+    assert float(anew.plateau.scale) == 0.25
+    average = anew.averaging
+    assert np.isinf([*average.losses_N, average.least]).all()
+    assert (bool(average.triggered), int(average.count)) == (True, 7)
+    assert float(average.rate) == 0.125
 
 
 def test_a_run_with_another_validation_begins_its_plateau_anew(tmp_path):

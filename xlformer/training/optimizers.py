@@ -105,11 +105,9 @@ def _constant(step, total, config):
 
 
 def _steps(step, total, config):
-    # In whole steps: 0.7 * 10 is a little more than 7 to a computer.
-    passed = sum(
-        (step >= round(at * total)).astype(step.dtype) for at in config.decay_at
-    )
-    return config.decay_factor**passed
+    # In whole steps: 0.07 * 100 is a little more than 7 to a computer.
+    at_N = jnp.array([round(at * total) for at in config.decay_at], step.dtype)
+    return config.decay_factor ** (step >= at_N).sum().astype(step.dtype)
 
 
 SCHEDULES = {

@@ -97,6 +97,21 @@ def test_it_is_read_over_a_mesh_and_continued(name, path, trained, capsys):
 
 
 @every_model
+def test_a_memory_is_asked_only_of_a_model_that_has_one(name, path, trained, capsys):
+    trained(name)
+    workdir, flag = f"--workdir={path / name}", "--memory_length=5"
+    if "memory_length" in make_config(name, path).model:
+        assert runs.load(path / name).model.for_reading(memory_length=5)
+        return
+    for command, flags in ((evaluate, []), (generate, ["--prompt=she"])):
+        capsys.readouterr()
+        assert command.main([workdir, flag, *flags]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith(f"error: {flag}: ") and "has no memory_length" in line
+        assert line.count("\n") == 1
+
+
+@every_model
 def test_a_plan_counts_it_and_splits_its_matrices(name, capsys, tmp_path):
     config = all_models.config_name(name)
     file, mesh = tmp_path / "plan.json", "--mesh=data=2,fsdp=2,tensor=2"

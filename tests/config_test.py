@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from own_trunk import Recurrent
 
 from xlformer import config, fields, models
 from xlformer.errors import Argument, UserError
@@ -125,6 +126,20 @@ def test_another_model_is_for_a_config_file(monkeypatch):
     assert "config.model.name='leaky': another model has other fields; a con" in line
     assert load("model.name=transformer_xl").model.name == "transformer_xl"
     assert "config.model.name='x'; known: " in message(load, "model.name=x")
+
+
+def test_a_model_cannot_be_evaluated_with_what_it_does_not_have(monkeypatch):
+    """Said when the config is checked, not after hours at the first validation."""
+    monkeypatch.setitem(models.MODELS, "recurrent", Recurrent)
+    found = config.default_config("recurrent")
+    config.check(found)
+    found.eval.memory_length = 5
+    expected = "config.eval: memory_length=5: Recurrent has no memory_length"
+    assert message(config.check, found) == expected
+    found.eval.update(memory_length=-1, same_length=True)
+    assert "same_length=True: Recurrent has no same" in message(config.check, found)
+    text = message(load, "eval.memory_length=0", "eval.same_length=true")
+    assert text.startswith("config.eval: ") and "a token must see itself" in text
 
 
 def test_unknown_model_field():

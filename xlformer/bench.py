@@ -27,6 +27,14 @@ def _parser() -> command.Parser:
     parser = command.Parser(prog="python -m xlformer.bench", description=__doc__)
     parser.add_argument("--config", help="NAME[:args] or FILE.py[:args]")
     parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="NAME[:args]",
+        help="another config, of any model, timed in turns with it; may be repeated, "
+        "and --config.a.b=v is then for all of them",
+    )
+    parser.add_argument(
         "--preset", help=f"instead of --config: {', '.join(bench_presets.PRESETS)}"
     )
     parser.add_argument(
@@ -73,10 +81,11 @@ def _main(argv) -> int:
         parts = bench_preset(args.preset, overrides, rehearse=args.rehearse, **options)
     else:
         mode = args.mode or "train"
-        config = config_lib.load(args.config, overrides)
-        config.model.vocab_size = rehearsal.vocab_size(args.config, config)
-        title = f"{config.name}, {mode}"
-        parts = [bench(config, mode=mode, sweep=sweep, **options)]
+        config, *against = [
+            _load(spec, overrides) for spec in (args.config, *args.against)
+        ]
+        title = ", ".join([one.name for one in (config, *against)] + [mode])
+        parts = [bench(config, against=against, mode=mode, sweep=sweep, **options)]
     rows = []
     for part in parts:
         rows += part
@@ -94,6 +103,13 @@ def _main(argv) -> int:
     if args.plot:
         bench_plot.plot(rows, args.plot)
     return 0
+
+
+def _load(spec: str, overrides):
+    config = config_lib.load(spec, overrides)
+    config.model.vocab_size = rehearsal.vocab_size(spec, config)
+    config.name = spec  # so that two forms of one config are told apart
+    return config
 
 
 def _values(flag: str, text: str) -> Values:
@@ -119,6 +135,13 @@ def _check(args, sweep: Values) -> None:
     if args.preset and (args.mode or args.sweep):
         given = f"--mode={args.mode}" if args.mode else f"--sweep={args.sweep}"
         raise UserError(f"{given} is not for --preset={args.preset}, which has its own")
+    if args.against and (args.preset or args.compare):
+        other = (
+            f"--preset={args.preset}" if args.preset else f"--compare={args.compare}"
+        )
+        raise UserError(
+            f"--against={args.against[0]} with {other}: one thing is compared at a time"
+        )
     if args.plot:
         bench_plot.check(args.plot, sweep)
     if args.rehearse and not args.preset:

@@ -87,7 +87,9 @@ def check(config: ConfigDict, model: models.Model | None = None) -> None:
     if model is not None:
         _check_objective(config.train.objective, model)
     if model is not None or config.own_model in ("", fields_lib.UNSAID):
-        _check_segments(config, model or outline(config))
+        model = model or outline(config)
+        _check_segments(config, model)
+        _check_reading(config, model)
 
 
 def _check_together(config: ConfigDict) -> None:
@@ -168,6 +170,16 @@ def _check_segments(config: ConfigDict, model: models.Model) -> None:
             "model with resets_in_segment=False: what such a model sees where a text "
             "begins can be put back only before a segment, not within it"
         )
+
+
+def _check_reading(config: ConfigDict, model: models.Model) -> None:
+    """Raises UserError where the model cannot be read as the section eval says."""
+    visible = {name: config.eval[name] for name in fields_lib.VISIBLE}
+    try:
+        # False of same_length is the model's own, as -1 is of the others.
+        model.for_reading(**{k: v for k, v in visible.items() if v is not False})
+    except UserError as error:
+        raise UserError(f"config.eval: {error}") from error
 
 
 def vocab_size(config: ConfigDict, symbols: int) -> int:

@@ -244,6 +244,9 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         "max_tokens": _field(0, TAKEN, least=0),
     },
 }
+# Of the section eval, what a model is read with in place of its own values
+# (Model.for_reading). -1, and False, leave the model its own.
+VISIBLE = ("memory_length", "clamp_length", "same_length")
 # Options of the optimizer that only some read: set for another one they are a mistake.
 ONLY_OF = {
     "weight_decay": ("adamw", "lamb", "lamb_sha_rnn", "sgd", "nt_asgd"),

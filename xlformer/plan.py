@@ -34,6 +34,9 @@ def _main(argv) -> int:
     parser.add_argument("--price_per_chip_hour", type=float)
     parser.add_argument("--arithmetic", action="store_true", help="do not compile")
     parser.add_argument(
+        "--parameters", action="store_true", help="list how each of them is split"
+    )
+    parser.add_argument(
         "--json", type=command.place, help="a file for the same in numbers"
     )
     args, overrides = parser.parse_with_overrides(argv)
@@ -58,7 +61,7 @@ def _main(argv) -> int:
         price_per_chip_hour=args.price_per_chip_hour,
         arithmetic=args.arithmetic,
     )
-    print(render(found))
+    print(render(found, parameters=args.parameters))
     if args.json:
         epath.Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
     # Not known is not too small.

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from own_trunk import Recurrent, RecurrentConfig
 
 from xlformer import convert, evaluate, generate, models, runs
+from xlformer.convert import __main__ as command_module
 from xlformer.convert import adopt
 from xlformer.convert.__main__ import main as command
 from xlformer.data.vocabulary import ByteVocabulary, CharVocabulary, WordVocabulary
@@ -220,6 +222,7 @@ def test_refusals_write_nothing(tmp_path, vocab, text, capsys):
         (NPZ, (good, "--probe=/dev/stdin"), "is read twice, a pipe only once"),
         (NPZ, (good, f"--probe={unknown}"), "not in the vocabulary of 60 chars"),
         (NPZ, (f"--probe={text}",), "needs --vocab"),
+        (HF, (good, "--format=hf", "--hparams=x"), "--format=hf, which has config"),
         (NPZ, (good, "--config.model.n_layer=5"), "another shape than the weights"),
         (NPZ, (good, "--config.model.n_layr=5"), "did you mean 'n_layer'?"),
         (NPZ, (good, "--config.seed"), "--config.seed needs a value"),
@@ -245,6 +248,41 @@ def test_workdir_must_be_new_or_empty(tmp_path, vocab, capsys):
     assert "not a directory" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(NPZ, tmp_path / "empty", flag) == 0
+
+
+def test_a_format_is_a_row_of_the_table_and_its_model_any_model(
+    tmp_path, vocab, capsys, monkeypatch
+):
+    """With the program's own word for the length of a segment."""
+    monkeypatch.setitem(models.MODELS, "recurrent", Recurrent)
+
+    def read(state, hparams):
+        assert set(state) == {"weight"} and hparams["n"] == 7
+        config = RecurrentConfig(vocab_size=60, d_model=7)
+        shapes = jax.eval_shape(models.build(config).init, jax.random.key(0))
+        weight = state["weight"]
+        params = jax.tree.map(lambda x: np.resize(weight, x.shape), shapes)
+        return config, params
+
+    format = command_module.Format(command_module._state_dict(read), "bptt", "another")
+    monkeypatch.setitem(command_module.FORMATS, "own", format)
+    source, hparams = tmp_path / "w.npz", tmp_path / "hparams.json"
+    np.savez(source, weight=np.arange(11.0))
+    hparams.write_text(json.dumps({"n": 7, "bptt": 13}))
+    required = [f"--source={source}", "--format=own", f"--vocab={vocab(SYMBOLS[60])}"]
+    assert command([*required, f"--workdir={tmp_path / 'run'}"]) == 0
+    loaded = runs.load(tmp_path / "run")
+    assert loaded.config.model.name == "recurrent" and loaded.model.width == 7
+    assert loaded.config.train.segment_length == loaded.config.eval.segment_length == 13
+    table = loaded.params["embedding"]["table"]
+    np.testing.assert_array_equal(table, np.resize(np.arange(11.0), (60, 7)))
+    hparams.write_text(json.dumps({"n": 7}))
+    assert command([*required, f"--workdir={tmp_path / 'again'}"]) == 0
+    assert runs.read_config(tmp_path / "again").eval.segment_length == 64
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        command(["--help"])
+    assert "own: another" in capsys.readouterr().out
 
 
 def test_runs_as_the_convert_module(tmp_path):

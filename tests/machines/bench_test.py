@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from fake_timings import FAST, fake, timed
+from own_trunk import Recurrent
 from training_runs import bag, refusal
 
 from xlformer import bench, models, sharding
@@ -94,6 +95,40 @@ def test_training_is_timed_for_each_implementation(capsys, tmp_path):
         assert row["flops"] == counted.training
         assert len(row["seconds"]) == 2 and row["memory"] > 0
         assert 0 < row["host_ms"] and row["compile_seconds"] > 0
+
+
+def test_configs_of_different_models_take_turns(monkeypatch, capsys, tmp_path):
+    """In one table, with the parameters of each and one matrix product for both."""
+    monkeypatch.setitem(models.MODELS, "recurrent", Recurrent)
+    log, real = [], bench_workloads.train
+
+    def train(name, config, model, mesh):
+        timing = real(name, config, model, mesh)
+        run = timing.run
+        timing.run = lambda times: log.append(name) or run(times)
+        return timing
+
+    monkeypatch.setitem(bench_runs.WORKLOADS, "train", train)
+    other = tmp_path / "other.py"
+    other.write_text(
+        "from xlformer.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config('recurrent', d_model=7, vocab_size=29)\n"
+        "    config.train.update(batch_size=6, segment_length=5)\n"
+        "    return config\n"
+    )
+    file = tmp_path / "bench.json"
+    arguments = [*FAST, f"--against={other}", f"--json={file}", "--mesh=data=-1"]
+    assert bench.main(arguments) == 0
+    one, two = json.loads(file.read_text())
+    assert [one["config"], two["config"]] == ["quickstart:debug", str(other)]
+    assert log[-4:] == ["quickstart:debug", str(other)] * 2
+    assert one["parameters"] > two["parameters"] == 29 * 7 + 29 + 7 * 7
+    assert one["devices"] == two["devices"] == 2  # which divide 2 rows and 6
+    shown = capsys.readouterr().out
+    last = shown.splitlines()[3].split()
+    assert last[0] == str(other) and last[-1] == "281"
+    assert "GFLOP/s" in shown and f"quickstart:debug, {other}, train, 2 x cpu" in shown
 
 
 def test_evaluation_sweeps_over_a_field_and_generation_runs():
@@ -197,6 +232,8 @@ def test_memory_may_end_while_the_turns_are_taken():
         (["--sweep=memory_length"], ["--sweep=memory_length", "FIELD:VALUE"]),
         (["--sweep=memory_lenth:1,2"], ["memory_lenth", "did you mean"]),
         (["--repeats=0"], ["--repeats=0"]),
+        (["--against=penn", "--compare=remat:none"], ["--against=penn", "--compare="]),
+        (["--against=pen"], ["pen", "did you mean 'penn'"]),
         (["--mesh=data=99"], ["data=99", "8 devices"]),
         (["--preset=enwik8"], ["--config=quickstart:debug", "--preset=enwik8"]),
         (["--rehearse"], ["--rehearse", ":debug"]),

@@ -155,6 +155,27 @@ def test_split_parameters_take_a_share_of_the_memory_and_more_traffic():
     assert split["least_sent"]["parameters"] > whole["least_sent"]["parameters"] == 0
 
 
+def test_how_each_parameter_is_split_is_listed(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    arguments = ["--config=enwik8_base:batch=64", "--topology=v5e:2x4", "--arithmetic"]
+    arguments += ["--mesh=data=2,fsdp=2,tensor=2", f"--json={file}"]
+    assert plan.main(arguments) == 0
+    shown = capsys.readouterr().out
+    found = json.loads(file.read_text())
+    arrays = {x["name"]: x for x in found["parameters"]}
+    matrix = arrays["trunk/layers/feed_forward/in_kernel"]
+    assert matrix["over"] == [[], ["fsdp"], ["tensor"]]
+    assert matrix["bytes"] == 4 * 12 * 512 * 2048 / 4
+    assert arrays["trunk/layers/norm/scale"]["over"] == [[], []]
+    assert sum(x["bytes"] for x in arrays.values()) == found["memory"]["parameters"]
+    assert f"of {len(arrays)} arrays" in shown and "of their 41,055,436 " in shown
+    assert "in_kernel" not in shown
+    assert plan.main([*arguments, "--parameters"]) == 0
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if "in_kernel" in x)
+    cells = [cell.strip() for cell in line.split("  ") if cell]
+    assert cells[1:] == ["12 x 512 x 2048", "- x fsdp x tensor", "12.00 MiB"]
+
+
 def test_a_compiler_that_counts_nothing_is_no_reason_to_fail(monkeypatch, capsys):
     real = TrainingStep.compile
 

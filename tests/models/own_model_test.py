@@ -52,7 +52,7 @@ def test_reading_changes_only_fields_that_there_are():
     assert MODEL.for_reading(width=5).config == dataclasses.replace(
         MODEL.config, width=5
     )
-    with pytest.raises(UserError, match="this model has no clamp_length, window"):
+    with pytest.raises(UserError, match="^clamp_length=3: Gated has no clamp_length$"):
         MODEL.for_reading(width=5, clamp_length=3, window=2)
 
 

@@ -1,10 +1,16 @@
-"""Makes a work directory of other programs' weights: python -m xlformer.convert."""
+"""Makes a work directory of other programs' weights, to be read like any run's:
+python -m xlformer.convert --format=original --source=model.pt --workdir=DIR.
+
+Nothing in a file of weights is run: npz, safetensors and PyTorch state dicts.
+"""
 
 from __future__ import annotations
 
 import json
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from xlformer import command
 from xlformer.convert import transformer_xl
@@ -18,26 +24,60 @@ from xlformer.scoring import evaluation
 # Enough to tell a wrong order of ids, whose loss is above what knowing nothing but the
 # frequencies costs, from the right one.
 PROBE_TOKENS = 20_000
+DEFAULT_LENGTH = 64  # of a segment
 
 
-def _read(args):
-    if args.format == "hf":
-        config, params = transformer_xl.from_hf(args.source)
-        return config, params, read_json(pathlib.Path(args.source) / "config.json")
-    state, hparams = read_state(args.source)
-    if args.hparams:
-        hparams = read_json(pathlib.Path(args.hparams))
-    if hparams is None:
-        # Most state dicts carry no settings, and shapes alone do not tell heads from
-        # widths.
-        beside = pathlib.Path(args.source).with_name("hparams.json")
-        if not beside.is_file():
-            raise UserError(
-                f"{args.source} carries no hparams: pass --hparams=FILE.json with the "
-                f"original's arguments, or put {beside.name} beside it"
-            )
-        hparams = read_json(beside)
-    return (*transformer_xl.from_original(state, hparams), hparams)
+class Format(NamedTuple):
+    """A program whose weights are read.
+
+    Attributes:
+      read: (source, FILE of hparams or None) -> config, params, hparams.
+      length: which of its hparams is the length of a segment.
+      about: for --help.
+    """
+
+    read: Callable[[str, str | None], tuple[Any, Any, dict]]
+    length: str
+    about: str
+
+
+def _state_dict(convert: Callable) -> Callable:
+    """Reads a file for convert(state, hparams) -> config, params."""
+
+    def read(source, named):
+        state, hparams = read_state(source)
+        if named:
+            hparams = read_json(pathlib.Path(named))
+        if hparams is None:
+            # Most state dicts carry no settings, and shapes alone do not tell heads
+            # from widths.
+            beside = pathlib.Path(source).with_name("hparams.json")
+            if not beside.is_file():
+                raise UserError(
+                    f"{source} carries no hparams: pass --hparams=FILE.json with the "
+                    f"original's arguments, or put {beside.name} beside it"
+                )
+            hparams = read_json(beside)
+        return (*convert(state, hparams), hparams)
+
+    return read
+
+
+def _hf(source, named):
+    if named:
+        raise UserError(f"--hparams={named} with --format=hf, which has config.json")
+    config, params = transformer_xl.from_hf(source)
+    return config, params, read_json(pathlib.Path(source) / "config.json")
+
+
+FORMATS = {
+    "original": Format(
+        _state_dict(transformer_xl.from_original),
+        "tgt_len",
+        "the PyTorch Transformer-XL",
+    ),
+    "hf": Format(_hf, "tgt_len", "Hugging Face's TransfoXL"),
+}
 
 
 def _probe(args, overrides) -> None:
@@ -58,10 +98,9 @@ def _probe(args, overrides) -> None:
 
 
 def _main(argv) -> int:
-    parser = command.Parser(
-        prog="python -m xlformer.convert", description=transformer_xl.__doc__
-    )
-    parser.add_argument("--format", required=True, choices=["original", "hf"])
+    parser = command.Parser(prog="python -m xlformer.convert", description=__doc__)
+    about = "; ".join(f"{name}: {found.about}" for name, found in FORMATS.items())
+    parser.add_argument("--format", required=True, choices=list(FORMATS), help=about)
     for name, required, about in (
         ("--source", True, "weights, or an hf directory"),
         ("--workdir", True, "new or empty"),
@@ -79,13 +118,15 @@ def _main(argv) -> int:
         encode_file(vocabulary, args.probe)
     elif args.probe and not any(o.startswith("data.") for o in overrides):
         raise UserError(f"--probe={args.probe} needs --vocab=FILE to be encoded with")
-    model_config, params, hparams = _read(args)
+    found = FORMATS[args.format]
+    model_config, params, hparams = found.read(args.source, args.hparams)
     adopt(
         model_config,
         params,
         args.workdir,
         vocabulary=vocabulary,
-        hparams=hparams,
+        # A file may lack it, and 0 would be no segment.
+        segment_length=hparams.get(found.length) or DEFAULT_LENGTH,
         overrides=overrides,
     )
     _probe(args, overrides)

@@ -28,20 +28,21 @@ VOCAB_HELP = (
 
 
 def adopt(
-    model_config, params, workdir, *, vocabulary=None, hparams=None, overrides=()
+    model_config, params, workdir, *, vocabulary=None, segment_length=64, overrides=()
 ):
     """Writes config.json, vocabulary.json and one checkpoint, of step 0, in float32.
 
     Args:
-      model_config, params: of `convert.from_original` or `convert.from_hf`.
+      model_config, params: of any model that has a name, as the readers of this package
+        return them.
       workdir: new or empty.
       vocabulary: symbols in the order of the weights' ids; None leaves it to the data.
-      hparams: the originals' settings, for the segment length of evaluation.
+      segment_length: of training and evaluation.
       overrides: 'a.b=v' of the written config, such as data.corpus=wikitext103.
     """
     # Parameters are kept in float32 here, whatever precision a file had.
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
-    config = _config(model_config, params, hparams or {}, overrides)
+    config = _config(model_config, params, segment_length, overrides)
     _check_size(config, vocabulary, model_config.vocab_size)
     workdir = _new_directory(workdir)
     with Checkpoints(workdir / runs.CHECKPOINTS) as checkpoints:
@@ -57,15 +58,13 @@ def adopt(
         raise UserError(Argument("workdir", workdir), line) from error
 
 
-def _config(model_config, params, hparams, overrides):
+def _config(model_config, params, segment_length, overrides):
     fields = dataclasses.asdict(model_config)
-    config = config_lib.default_config("transformer_xl", **fields)
+    config = config_lib.default_config(models.name_of(model_config), **fields)
     config.name = "converted"
     config.data.corpus = "text"
     # The weights say which words there are: none is left out for being rare.
     config.data.min_count = 1
-    # A config of Hugging Face may lack tgt_len, and 0 would be no segment.
-    segment_length = max(hparams.get("tgt_len") or 64, 1)
     config.train.segment_length = config.eval.segment_length = segment_length
     config_lib.set_fields(config, overrides)
     config_lib.check(config)

@@ -1,9 +1,10 @@
 """Continues texts: the state is carried, so a token costs the same however many came.
 
-Every token sees memory_length positions and itself, in the prompt too: what scoring
-sees with segment_length 1, or with window = memory_length. Absolute positions (types 2
-and 3 with memory, which the config has to allow) count anew in every call: there a
-prompt is read in parts of PREFILL tokens, and what follows token by token.
+Every token sees what the model carries and itself, in the prompt too: what scoring sees
+with segment_length 1. Of a bounded memory that is memory_length positions, as with
+window = memory_length. Positions that count anew in every call (absolute ones with a
+memory) do so here: a prompt is read in parts of PREFILL tokens, and what follows token
+by token.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def generate(
     arguments; all get the same tokens.
 
     Args:
-      model: with a memory; see `for_generation`. Compiled functions are kept for it.
+      model: that carries something; see `for_generation`. Compiled functions are kept for it.
       params: of the model.
       prompts: token ids of each row, at least one; lengths may differ.
       num_tokens: to generate.

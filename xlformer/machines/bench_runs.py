@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,10 +32,19 @@ class Values(NamedTuple):
 UNCHANGED = Values("", ("",))
 
 
+class Tried(NamedTuple):
+    """What is timed: a config, its model, and what tells it from the others."""
+
+    config: ConfigDict
+    model: Model
+    name: str
+
+
 def bench(
     config: ConfigDict,
     *,
     model: Model | None = None,
+    against: Sequence[ConfigDict] = (),
     mode: str = "train",
     compare: Values = UNCHANGED,
     sweep: Values = UNCHANGED,
@@ -46,8 +57,9 @@ def bench(
     Args:
       config: needs config.model.vocab_size, unless there is a model.
       model: your own, in place of models.build(config.model).
+      against: other configs, of any model, which are timed in turns with it.
       mode: 'train', 'eval' or 'generate'.
-      compare: what is timed in turns, all of it compiled first.
+      compare: what is timed in turns, all of it compiled first; of one config.
       sweep: what is timed one after the other, each with all of `compare`.
       repeats, seconds: turns of each, and how long one takes.
       sizes: of the mesh; by default config.mesh.
@@ -58,44 +70,46 @@ def bench(
     Raises:
       UserError: what cannot run here, before anything is compiled.
     """
-    mesh = sharding.make_mesh(
-        sizes or config.mesh, rows=config.train.batch_size, where=Argument("mesh")
-    )
+    configs = [config, *against]
+    rows = math.gcd(*(one.train.batch_size for one in configs))
+    mesh = sharding.make_mesh(sizes or config.mesh, rows=rows, where=Argument("mesh"))
+    names = [one.name for one in configs] if against else compare.values
     # All of them before the first is timed: a value that is refused says so at once.
     groups = [
         [
-            _tried(config, model, {sweep.field: value, compare.field: other})
-            for other in compare.values
+            _tried(one, model, name, {sweep.field: value, compare.field: other})
+            for (one, other), name in zip(
+                itertools.product(configs, compare.values), names, strict=True
+            )
         ]
         for value in sweep.values
     ]
-    if len(compare.values) > 1:
-        for changed, built in groups[0]:
-            _trace(changed, built, mesh)
+    if len(names) > 1:
+        for tried in groups[0]:
+            _trace(tried.config, tried.model, mesh)
     found = []
     for value, group in zip(sweep.values, groups, strict=True):
         # With the list goes what the last value held on the device.
         timings = []
-        for (changed, built), other in zip(group, compare.values, strict=True):
+        for tried in group:
             swept = f"{sweep.field.rpartition('.')[2]}={value}" if sweep.field else ""
-            name = " ".join(filter(None, (other, swept))) or mode
+            name = " ".join(filter(None, (tried.name, swept))) or mode
             # It stands there before it is made: where memory ends while compiling, the
             # row says so.
             timings.append(Timing(name))
             with memory_may_end(timings[-1]):
-                timings[-1] = WORKLOADS[mode](name, changed, built, mesh)
-        _, built = group[-1]
-        products = _products(built, timings, mesh)
+                timings[-1] = WORKLOADS[mode](name, tried.config, tried.model, mesh)
+        products = _products([tried.model for tried in group], timings, mesh)
         measure([*timings, *products], repeats=repeats, seconds=seconds)
-        for timing, other in zip(timings, compare.values, strict=True):
+        for timing, tried in zip(timings, group, strict=True):
             row = report(timing, products[0] if products else None, mesh)
-            row |= circumstances(config, built, mode, mesh)
-            row |= {"compared": other, "field": sweep.field, "value": value}
+            row |= circumstances(tried.config, tried.model, mode, mesh)
+            row |= {"compared": tried.name, "field": sweep.field, "value": value}
             found.append(row)
     return found
 
 
-def _tried(config, model, changes: dict[str, str]) -> tuple[ConfigDict, Model]:
+def _tried(config, model, name: str, changes: dict[str, str]) -> Tried:
     """The config and the model with other values of some fields."""
     config = config.copy_and_resolve_references()
     for field, text in changes.items():
@@ -104,7 +118,7 @@ def _tried(config, model, changes: dict[str, str]) -> tuple[ConfigDict, Model]:
         if field:
             config_lib.set_field(config, field, text)
     config_lib.check(config)
-    return config, model or models.build(config.model)
+    return Tried(config, model or models.build(config.model), name)
 
 
 def _trace(config, model: Model, mesh) -> None:
@@ -117,19 +131,25 @@ def _trace(config, model: Model, mesh) -> None:
         jax.eval_shape(model.apply, params, tokens_BT, tokens_BT, state)
 
 
-def _products(model: Model, timings: list[Timing], mesh) -> list[Timing]:
-    """Matrix products to compare with; none where no width or nothing is known."""
+def _products(models: list[Model], timings: list[Timing], mesh) -> list[Timing]:
+    """Matrix products to compare with; none where no width or nothing is known.
+
+    Of the widest model, so that all are held to the same.
+    """
     at_once = max(timing.at_once for timing in timings)
-    if not at_once or model.width is None:
+    if not at_once or any(model.width is None for model in models):
         return []
-    return [matrix_products(model.width, _dtype(model), at_once, mesh)]
+    widest = max(models, key=lambda model: model.width)
+    return [matrix_products(widest.width, _dtype(widest), at_once, mesh)]
 
 
 def circumstances(config, model: Model, mode: str, mesh) -> dict:
     """What the numbers of a row depend on."""
-    dtype = _dtype(model)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    dtype = model.dtype(params)
     return {
         "config": config.name,
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
         "mode": mode,
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,

@@ -25,6 +25,10 @@ def _share(value) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
+def _billions(value) -> str:
+    return "-" if value is None else f"{value / 1e9:,.3g}"
+
+
 def _megabytes(value) -> str:
     return "-" if value is None else f"{value / 1e6:,.1f}"
 
@@ -46,13 +50,15 @@ _CELLS = {
     "ms": lambda row: f"{row['ms']:.2f}",
     "published ms": lambda row: _published(row, "ms", lambda _, p: f"{p['ms']:.2f}"),
     "spread": lambda row: f"{row['spread']:.1%}",
-    "GFLOP": lambda row: "-" if row["flops"] is None else f"{row['flops'] / 1e9:,.3g}",
+    "GFLOP": lambda row: _billions(row["flops"]),
+    "GFLOP/s": lambda row: _billions(row["flops_per_second"]),
     "MFU": lambda row: _share(row["mfu"]),
     "of matmul": lambda row: _share(row["of_matrix_products"]),
     "memory": lambda row: "-" if row["memory"] is None else binary_size(row["memory"]),
     "MB by XLA": lambda row: _megabytes(row["bytes_accessed"]),
     "compile s": lambda row: f"{row['compile_seconds']:.1f}",
     "host ms": lambda row: f"{row['host_ms']:.2f}",
+    "parameters": lambda row: f"{row['parameters']:,}" if "parameters" in row else "",
 }
 
 

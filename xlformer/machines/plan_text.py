@@ -7,14 +7,17 @@ import math
 from xlformer.tables import aligned, binary_size
 
 
-def render(found: dict) -> str:
-    """What planning.plan found, one line for each kind of cost."""
+def render(found: dict, *, parameters: bool = False) -> str:
+    """What planning.plan found, one line for each kind of cost.
+
+    parameters: also how each of their arrays is split.
+    """
     shape = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
     how = f"arithmetic, nothing compiled: {found['note']}"
     if not found["note"]:
         how = f"compiled in {found.get('compile_seconds', 0):.0f} s"
     title = f"{found['config']} on {found['topology']}: mesh {shape}; {how}"
-    lines = [("memory", _memory(found))]
+    lines = [("memory", _memory(found)), ("split", _split(found))]
     lines += [("change", advice) for advice in found["advice"]]
     lines.append(("FLOPs", _flops(found["flops"])))
     if "compiler" in found:
@@ -28,7 +31,29 @@ def render(found: dict) -> str:
         for kind, one in found.get("collectives", {}).items()
     ]
     lines.append(("least sent", _least(found["least_sent"])))
-    return "\n".join([title, *aligned(lines + _time(found), left=2)])
+    table = aligned(lines + _time(found), left=2)
+    return "\n".join([title, *table, *(_parameters(found) if parameters else ())])
+
+
+def _split(found: dict) -> str:
+    arrays = found["parameters"]
+    split = [x for x in arrays if any(x["over"])]
+    numbers = sum(math.prod(x["shape"]) for x in split)
+    of = sum(math.prod(x["shape"]) for x in arrays)
+    return (
+        f"{len(split)} of {len(arrays)} arrays of the parameters, "
+        f"{numbers / max(of, 1):.1%} of their {of:,} numbers"
+    )
+
+
+def _parameters(found: dict) -> list[str]:
+    rows = [("parameter", "shape", "split over", "a device")]
+    for x in found["parameters"]:
+        over = " x ".join("+".join(axes) or "-" for axes in x["over"])
+        shape = " x ".join(map(str, x["shape"])) or "scalar"
+        rows.append((x["name"], shape, over if any(x["over"]) else "", x["bytes"]))
+    rows[1:] = [(*row[:3], binary_size(row[3])) for row in rows[1:]]
+    return aligned(rows, left=3)
 
 
 def _flops(counted: dict | None) -> str:

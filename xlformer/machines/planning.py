@@ -72,6 +72,7 @@ def plan(
         "how": "arithmetic" if note else "compiled",
         "note": note,
         "memory": _state_memory(step.abstract, step.placed),
+        "parameters": _parameters(step.abstract.params, step.placed.params),
     }
     # Also where the compiler refuses: it says that memory is short, not by how much.
     if note or not _compile(found, step, rehearsal.batch(config, model)):
@@ -117,6 +118,19 @@ def _state_memory(abstract, placed) -> dict:
         ),
         "carried": _on_device(abstract.carried, placed.carried),
     }
+
+
+def _parameters(params, placed) -> list[dict]:
+    """How each array of the parameters is split: over which axes of the mesh."""
+    found = []
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, x), place in zip(leaves, jax.tree.leaves(placed), strict=True):
+        parts = [*place.spec, *[None] * len(x.shape)][: len(x.shape)]
+        over = [[a for a in traffic.axes(p) if place.mesh.shape[a] > 1] for p in parts]
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        size = _on_device(x, place)
+        found.append({"name": name, "shape": x.shape, "over": over, "bytes": size})
+    return found
 
 
 def _on_device(tree, shardings) -> int:

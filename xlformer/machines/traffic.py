@@ -171,7 +171,7 @@ def least(
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)
     for x, place in pairs:
         here = math.prod(place.shard_shape(x.shape))
-        split = {axis for part in place.spec for axis in _axes(part)}
+        split = {axis for part in place.spec for axis in axes(part)}
         # Rows are split over these axes: each device has the gradient of its own rows
         # only.
         for axis in sharding.RULES["batch"]:
@@ -198,7 +198,8 @@ def _around_ring(n: int) -> float:
     return 2 * (n - 1) / n
 
 
-def _axes(part) -> tuple[str, ...]:
+def axes(part) -> tuple[str, ...]:
+    """The axes of the mesh over which a PartitionSpec splits one axis of an array."""
     if part is None:
         return ()
     return (part,) if isinstance(part, str) else tuple(part)

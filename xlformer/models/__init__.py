@@ -75,7 +75,7 @@ def build(config: Mapping | Any, vocab_size: int | None = None) -> Model:
     made: Any = config
     if not dataclasses.is_dataclass(config):
         made = _from_fields(config)
-    model_class = _class_of(made)
+    model_class = MODELS[name_of(made)]
     # Neither size may win over the other: a model of one would train on data of the
     # other without a word, or look up ids that it does not have.
     if vocab_size is None and made.vocab_size is None:
@@ -89,10 +89,11 @@ def build(config: Mapping | Any, vocab_size: int | None = None) -> Model:
     return model_class(dataclasses.replace(made, vocab_size=vocab_size))
 
 
-def _class_of(config) -> type[Model]:
-    for model_class in MODELS.values():
+def name_of(config) -> str:
+    """The name in MODELS of the model whose configuration dataclass this is."""
+    for name, model_class in MODELS.items():
         if isinstance(config, model_class.Config):
-            return model_class
+            return name
     name, known = type(config).__name__, [m.Config.__name__ for m in MODELS.values()]
     raise UserError(
         f"config is a {name}, which belongs to no model of xlformer"

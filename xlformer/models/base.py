@@ -297,8 +297,9 @@ class Model:
         """
         changes = {k: v for k, v in fields.items() if v is not None and v != -1}
         known = {f.name for f in dataclasses.fields(self.config)} if changes else ()
-        if missing := set(changes) - set(known):
-            raise UserError(f"this model has no {', '.join(sorted(missing))}")
+        for name in sorted(set(changes) - set(known)):
+            line = f": {type(self).__name__} has no {name}"
+            raise UserError(Argument(name, changes[name]), line)
         if not changes:
             return self
         config = dataclasses.replace(self.config, **changes)

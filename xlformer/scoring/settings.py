@@ -7,11 +7,11 @@ import dataclasses
 import numpy as np
 
 from xlformer.errors import Argument, UserError, did_you_mean
+from xlformer.fields import VISIBLE
 from xlformer.models import Model
 
-# What a model is read with in place of its own values (Model.for_reading), and how the
-# text is cut. The section eval of a config has a default for each.
-VISIBLE = ("memory_length", "clamp_length", "same_length")
+# How the text is cut. The section eval of a config has a default for each, and for what
+# is VISIBLE.
 OF_ROWS = ("segment_length", "batch_size")
 NUMBERS = ("memory_length", "clamp_length", *OF_ROWS)
 

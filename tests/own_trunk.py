@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
+from xlformer.fields import REFUSED, Rule
 from xlformer.models import Aux
 from xlformer.models.tokens import TokenModel
 
@@ -14,6 +15,11 @@ from xlformer.models.tokens import TokenModel
 class RecurrentConfig:
     vocab_size: int = 19
     d_model: int = 5
+
+    RULES = {"vocab_size": Rule(REFUSED), "d_model": Rule(REFUSED, least=1)}
+
+    def tiny(self):
+        return dataclasses.replace(self, d_model=3)
 
 
 class Cell(nn.Module):
@@ -40,6 +46,8 @@ class Cell(nn.Module):
 
 
 class Recurrent(TokenModel):
+    Config = RecurrentConfig
+
     def trunk_module(self, dtype):
         return Cell()
 

@@ -1,5 +1,12 @@
 """Converts the weights of other programs to ours, and back."""
 
+from xlformer.convert.awd_lstm import from_awd_lstm, to_awd_lstm
 from xlformer.convert.transformer_xl import from_hf, from_original, to_original
 
-__all__ = ["from_hf", "from_original", "to_original"]
+__all__ = [
+    "from_awd_lstm",
+    "from_hf",
+    "from_original",
+    "to_awd_lstm",
+    "to_original",
+]

@@ -134,6 +134,16 @@ def frequencies(vocab_size: int) -> np.ndarray:
     return weights / weights.sum()
 
 
+def drop_words(x_BTD, ids_BT, keep_V, rate: float) -> jax.Array:
+    """Zeroes all occurrences of the words that keep_V, a mask, leaves out; rescales.
+
+    It is dropout of whole rows of the table (Gal & Ghahramani 2016), at the cost of the
+    tokens and not of the table.
+    """
+    kept_BT1 = keep_V[ids_BT][..., None]
+    return jnp.where(kept_BT1, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
+
+
 class AdaptiveEmbedding(nn.Module):
     """Turns token ids into vectors of width d_model, without any scaling."""
 

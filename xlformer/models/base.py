@@ -65,16 +65,17 @@ def param_axes(params, table: Mapping[str, tuple]):
 
     Args:
       params: a tree of arrays or shapes.
-      table: names by 'module/parameter'; a number at the end of the parameter does not
-        count ('embedding/table' is table_0 too). Leaves under 'layers' have one more
-        axis in front. What is not in the table is not split.
+      table: names by 'module/parameter'; a number at the end of either does not count
+        ('embedding/table' is table_0 too, 'lstm/input_bias' that of lstm_0). Leaves
+        under 'layers' have one more axis in front. What is not in the table is not
+        split.
     """
 
     def name(path, leaf):
         # The last two parts of the path identify a parameter; a model may nest its
         # modules as it likes above them.
         keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
-        last = re.sub(r"_\d+$", "", "/".join(keys[-2:]))
+        last = "/".join(re.sub(r"_\d+$", "", key) for key in keys[-2:])
         names = table.get(last, (None,) * (len(leaf.shape) - ("layers" in keys)))
         return (None,) * ("layers" in keys) + tuple(names)
 

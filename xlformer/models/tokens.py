@@ -19,11 +19,20 @@ import jax
 import jax.numpy as jnp
 
 from xlformer.errors import UserError
-from xlformer.kernels.dropout import Keys
-from xlformer.layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Bins
+from xlformer.kernels.dropout import Keys, bernoulli, fold
+from xlformer.layers.adaptive import (
+    AdaptiveEmbedding,
+    AdaptiveSoftmax,
+    Bins,
+    drop_words,
+)
 from xlformer.layers.memory import expand_resets
 from xlformer.models.base import Aux, Model, compute_dtype
 from xlformer.sharding import constrain
+
+# Folded into the key that rows share, for the words that are left out: beyond all row
+# numbers, which are folded into the same key. A trunk folds in numbers above it.
+WORDS_KEY = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +41,23 @@ class Tokens:
 
     Attributes:
       bins: the shapes of the tables.
+      softmax_bins: of the softmax's, where its vectors have another width and nothing
+        is tied; None is bins.
       scale: factor of the embeddings.
       tie_weights: whether the softmax uses the tables of the embedding.
       tie_projections: whether it uses its projections, one a bin; () ties none.
+      word_dropout: the rate at which training leaves out words: all their occurrences,
+        in all rows, on the input side alone. The model then says needs_rngs.
       table_init, projection_init, cluster_init: how the parameters begin; by default
         as in the PyTorch original (init_std 0.02, proj_init_std 0.01).
     """
 
     bins: Bins
+    softmax_bins: Bins | None = None
     scale: float = 1.0
     tie_weights: bool = True
     tie_projections: tuple[bool, ...] = ()
+    word_dropout: float = 0.0
     table_init: Any = nn.initializers.normal(0.02)
     projection_init: Any = nn.initializers.normal(0.01)
     cluster_init: Any = nn.initializers.normal(0.02)
@@ -60,7 +75,7 @@ class TokenModule(nn.Module):
         inits = tokens.table_init, tokens.projection_init
         self.embedding = AdaptiveEmbedding(tokens.bins, *inits, self.dtype)
         self.softmax = AdaptiveSoftmax(
-            tokens.bins,
+            tokens.softmax_bins or tokens.bins,
             tokens.tie_weights,
             tokens.tie_projections,
             *inits,
@@ -109,11 +124,17 @@ class TokenModule(nn.Module):
             keys=keys,
         )
 
-    def _forward(self, ids_BT, state, **options):
-        x_BTD = self.embedding(ids_BT) * self.tokens.scale
+    def _forward(self, ids_BT, state, *, keys=None, **options):
+        tokens = self.tokens
+        x_BTD = self.embedding(ids_BT) * tokens.scale
+        if keys is not None and tokens.word_dropout:
+            key = fold(keys.shared, WORDS_KEY)
+            keep_V = bernoulli(key, 1 - tokens.word_dropout, (tokens.bins.vocab_size,))
+            x_BTD = drop_words(x_BTD, ids_BT, keep_V, tokens.word_dropout)
         # Rows stay where they are; the width is whole on every device, because each
         # layer reads all of it.
-        return self.run_trunk(constrain(x_BTD, "batch", None, None), state, **options)
+        x_BTD = constrain(x_BTD, "batch", None, None)
+        return self.run_trunk(x_BTD, state, keys=keys, **options)
 
 
 class TokenModel(Model):

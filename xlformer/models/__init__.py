@@ -10,12 +10,24 @@ from xlformer.errors import UserError, did_you_mean
 from xlformer.fields import REFUSED, Rule
 from xlformer.models.base import Aux, Model
 from xlformer.models.transformer_xl import TransformerXL, TransformerXLConfig
+from xlformer.models.universal import UniversalConfig, UniversalTransformer
 
-__all__ = ["Aux", "Model", "TransformerXL", "TransformerXLConfig", "build"]
+__all__ = [
+    "Aux",
+    "Model",
+    "TransformerXL",
+    "TransformerXLConfig",
+    "UniversalConfig",
+    "UniversalTransformer",
+    "build",
+]
 
 # A model's class has its `Config`: a frozen dataclass with a vocab_size, whose `RULES`
 # say what each field may be (fields.Rule), and whose tiny() is what ':debug' trains.
-MODELS: dict[str, type[Model]] = {"transformer_xl": TransformerXL}
+MODELS: dict[str, type[Model]] = {
+    "transformer_xl": TransformerXL,
+    "universal": UniversalTransformer,
+}
 
 
 def _class(name: str) -> type[Model]:

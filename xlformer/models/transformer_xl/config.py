@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 
 from xlformer.errors import UserError
 from xlformer.fields import FREE, REFUSED, TAKEN, Rule
@@ -18,6 +17,7 @@ from xlformer.layers.attention import (
     SINUSOID,
 )
 from xlformer.layers.stack import REMAT
+from xlformer.models.checking import check_fields
 
 _SIZE = Rule(REFUSED, least=1)
 _LENGTH = Rule(REFUSED, least=0)  # tokens; 0: none, or derived
@@ -176,18 +176,7 @@ class TransformerXLConfig:
         return dataclasses.replace(self, **sizes)
 
     def __post_init__(self):
-        # Fields also come from JSON and from flags: a string where a number belongs
-        # would otherwise fail in the middle of tracing.
-        for field, expected in typing.get_type_hints(type(self)).items():
-            value = _normal(getattr(self, field), expected)
-            if not _matches(value, expected):
-                name = getattr(expected, "__name__", expected)
-                raise UserError(f"config.model.{field}={value!r} is not of type {name}")
-            # The way into a frozen dataclass. A list would make the config unhashable,
-            # and compiled functions are kept by it.
-            object.__setattr__(self, field, value)
-        for field, rule in RULES.items():
-            rule.check(f"config.model.{field}", getattr(self, field))
+        check_fields(self)
         self._check_attention()
         self._check_bins()
 
@@ -274,18 +263,3 @@ class TransformerXLConfig:
                 f"config.model.div_val={self.div_val} leaves no width in bin "
                 f"{bins - 1}: d_embed={self.embedding_width}"
             )
-
-
-def _normal(value, expected):
-    # People write 1 for 1.0, and JSON has lists where a config has tuples.
-    if expected is float and type(value) is int:
-        return float(value)
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _matches(value, expected) -> bool:
-    arguments = typing.get_args(expected)
-    if typing.get_origin(expected) is tuple:
-        return isinstance(value, tuple) and all(type(v) is arguments[0] for v in value)
-    # `type(...) is`: True must not pass for an int.
-    return type(value) in (arguments or (expected,))

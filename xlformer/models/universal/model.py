@@ -55,6 +55,7 @@ from xlformer.models.tokens import TokenModel, Tokens
 from xlformer.models.universal import flops as flops_lib
 from xlformer.models.universal.config import UniversalConfig
 from xlformer.models.universal.trunk import State, TrunkModule
+from xlformer.models.windowed import Windowed
 
 
 class UniversalTransformer(TokenModel):
@@ -155,11 +156,14 @@ class UniversalTransformer(TokenModel):
 
         Without a memory it is the model on the last context_length tokens, which slide.
         """
-        if not self.causal or self.memory_length:
-            super().for_generation()
-            M, window = self.memory_length, self.config.window
-            return self.for_reading(window=M if window is None else min(window, M))
-        raise NotImplementedError
+        config = self.config
+        if self.causal and not config.memory_length:
+            # Learned positions are no more than their table's.
+            rows = config.table_length or config.context_length
+            return Windowed.of(self, min(config.context_length, rows))
+        super().for_generation()
+        M, window = config.memory_length, config.window
+        return self.for_reading(window=M if window is None else min(window, M))
 
     def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
         heads, tensor = self.config.n_head, mesh.shape["tensor"]

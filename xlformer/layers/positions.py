@@ -16,6 +16,24 @@ def sinusoid(positions: np.ndarray | jax.Array, d_model: int, dtype) -> jax.Arra
     integers above 256 are exact.
     """
     frequencies = 10000.0 ** (-np.arange(0, d_model, 2) / d_model)
+    return _waves(positions, frequencies, dtype)
+
+
+def timing_signal(positions: np.ndarray | jax.Array, d_model: int, dtype) -> jax.Array:
+    """The sinusoid of tensor2tensor, which differs in the frequencies: [..., d_model].
+
+    They reach from 1 to 1/10000 exactly, in d_model/2 - 1 equal ratios; an odd d_model
+    has a 0 at the end.
+    """
+    count = d_model // 2
+    frequencies = 10000.0 ** (-np.arange(count) / max(count - 1, 1))
+    signal = _waves(positions, frequencies, dtype)
+    odd = [(0, 0)] * (signal.ndim - 1) + [(0, d_model % 2)]
+    return jnp.pad(signal, odd)
+
+
+def _waves(positions, frequencies: np.ndarray, dtype) -> jax.Array:
+    """Sines, then cosines."""
     if isinstance(positions, np.ndarray):
         angles = positions[..., None] * frequencies
         return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], -1), dtype)

@@ -9,24 +9,18 @@ from typing import Any
 from xlformer.errors import UserError, did_you_mean
 from xlformer.fields import REFUSED, Rule
 from xlformer.models.base import Aux, Model
-from xlformer.models.lstm import LSTM, LSTMConfig
+from xlformer.models.lstm import LSTM
 from xlformer.models.transformer_xl import TransformerXL, TransformerXLConfig
+from xlformer.models.universal import UniversalTransformer
 
-__all__ = [
-    "LSTM",
-    "Aux",
-    "LSTMConfig",
-    "Model",
-    "TransformerXL",
-    "TransformerXLConfig",
-    "build",
-]
+__all__ = ["Aux", "Model", "TransformerXL", "TransformerXLConfig", "build"]
 
 # A model's class has its `Config`: a frozen dataclass with a vocab_size, whose `RULES`
 # say what each field may be (fields.Rule), and whose tiny() is what ':debug' trains.
 MODELS: dict[str, type[Model]] = {
     "transformer_xl": TransformerXL,
     "lstm": LSTM,
+    "universal": UniversalTransformer,
 }
 
 

@@ -1,0 +1,122 @@
+"""Adaptive computation time (Graves 2016, arXiv:1603.08983), for each position.
+
+Each step n brings a probability p_n of halting there. With h the sum of those before, a
+position halts at the first step with h + p > 1 - epsilon: that step weighs the remainder
+R = 1 - h, the ones before it weigh their p, the ones after it nothing. Where no step is
+the last, the weights sum to 1 then. Gradients are those of tensor2tensor's program: into
+the probabilities through the weights and the remainder, not into the decision.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# How weighted states become an output: see `combine`. GLOBAL is CONVEX where all
+# positions have one probability.
+ACCUMULATE, CONVEX, GLOBAL = "accumulate", "convex", "global"
+
+
+class Halting(NamedTuple):
+    """What is known of each position after some steps.
+
+    Attributes:
+      halted_BT: bool, whether it takes no further step.
+      sum_BT: its probabilities so far; 1 once it has halted.
+      updates_BT: how many steps it took.
+      remainder_BT: R of the step at which it halted, else 0.
+    """
+
+    halted_BT: Any
+    sum_BT: Any
+    updates_BT: Any
+    remainder_BT: Any
+
+
+def begin(shape, dtype) -> Halting:
+    """Before the first step."""
+    zeros_BT = jnp.zeros(shape, dtype)
+    return Halting(jnp.zeros(shape, bool), zeros_BT, zeros_BT, zeros_BT)
+
+
+def halt(state: Halting, p_BT: jax.Array, *, epsilon: float, last=False):
+    """One step with probabilities p: (its weights_BT, the state after it).
+
+    last: whether whatever still runs halts here, with the remainder as its weight.
+      Without it a position that never halts has weights that sum to less than 1, and
+      the remainder 0, as in tensor2tensor.
+    """
+    running_BT = ~state.halted_BT
+    stops_BT = running_BT & ((state.sum_BT + p_BT > 1 - epsilon) | last)
+    rest_BT = 1 - state.sum_BT
+    weights_BT = jnp.where(stops_BT, rest_BT, jnp.where(running_BT, p_BT, 0))
+    return weights_BT, Halting(
+        state.halted_BT | stops_BT,
+        # Not the sum, which could round to a little less than 1.
+        jnp.where(stops_BT, 1, state.sum_BT + weights_BT),
+        state.updates_BT + running_BT,
+        jnp.where(stops_BT, rest_BT, state.remainder_BT),
+    )
+
+
+def combine(y_BTD: jax.Array, state_BTD: jax.Array, weights_BT, mode: str):
+    """The output so far, with one more state in it; it begins as zeros.
+
+    accumulate: the sum of w s, which is Graves' and tensor2tensor's 'accumulated'.
+    convex, global: w s + (1 - w) y, as the paper's listing and tensor2tensor's 'basic'
+      and 'global'. A later weight takes from all before it, so that what a state has in
+      the end is w times the product of later (1 - w), and the sum 1 - prod(1 - w).
+    """
+    w_BT1 = weights_BT[..., None].astype(state_BTD.dtype)
+    kept_BTD = y_BTD if mode == ACCUMULATE else (1 - w_BT1) * y_BTD
+    return w_BT1 * state_BTD + kept_BTD
+
+
+def effective_weights(weights_NBT: jax.Array, mode: str) -> jax.Array:
+    """How much of each step's state is in the output of `combine`, [N, B, T]."""
+    if mode == ACCUMULATE:
+        return weights_NBT
+    kept_NBT = jnp.flip(jnp.cumprod(jnp.flip(1 - weights_NBT, 0), 0), 0)
+    later_NBT = jnp.concatenate([kept_NBT[1:], jnp.ones_like(kept_NBT[:1])])
+    return weights_NBT * later_NBT
+
+
+def global_probability(p_BT: jax.Array, start_BT: jax.Array | None = None):
+    """The mean of p over what each position sees: from its start on, to the end.
+
+    It looks ahead, so it is for models that do. start_BT: the first position that each
+    one sees; None is all.
+    """
+    T = p_BT.shape[1]
+    if start_BT is None:
+        return jnp.broadcast_to(p_BT.mean(1, keepdims=True), p_BT.shape)
+    from_BT = lax.cumsum(p_BT, axis=1, reverse=True)
+    sums_BT = jnp.take_along_axis(from_BT, start_BT, axis=1)
+    return sums_BT / (T - start_BT).astype(p_BT.dtype)
+
+
+def run(p_NBT: jax.Array, states_NBTD: jax.Array, mode: str, *, epsilon, force=False):
+    """All steps of given probabilities and states: (y_BTD, weights_NBT, Halting).
+
+    For the mathematics alone: a model makes each state of the one before it.
+
+    force: whether the last step halts whatever still runs.
+    """
+    N = p_NBT.shape[0]
+    halting, y_BTD = begin(p_NBT.shape[1:], p_NBT.dtype), jnp.zeros_like(states_NBTD[0])
+    weights = []
+    for n in range(N):
+        p_BT = global_probability(p_NBT[n]) if mode == GLOBAL else p_NBT[n]
+        last = force and n == N - 1
+        w_BT, halting = halt(halting, p_BT, epsilon=epsilon, last=last)
+        y_BTD = combine(y_BTD, states_NBTD[n], w_BT, mode)
+        weights.append(w_BT)
+    return y_BTD, jnp.stack(weights), halting
+
+
+def ponder_BT(halting: Halting) -> jax.Array:
+    """What the ponder loss is the mean of: steps taken and remainder (Graves' rho)."""
+    return halting.updates_BT + halting.remainder_BT

@@ -9,11 +9,21 @@ from typing import Any
 from xlformer.errors import UserError, did_you_mean
 from xlformer.fields import REFUSED, Rule
 from xlformer.models.base import Aux, Model
-from xlformer.models.lstm import LSTM
+from xlformer.models.lstm import LSTM, LSTMConfig
 from xlformer.models.transformer_xl import TransformerXL, TransformerXLConfig
-from xlformer.models.universal import UniversalTransformer
+from xlformer.models.universal import UniversalConfig, UniversalTransformer
 
-__all__ = ["Aux", "Model", "TransformerXL", "TransformerXLConfig", "build"]
+__all__ = [
+    "LSTM",
+    "Aux",
+    "LSTMConfig",
+    "Model",
+    "TransformerXL",
+    "TransformerXLConfig",
+    "UniversalConfig",
+    "UniversalTransformer",
+    "build",
+]
 
 # A model's class has its `Config`: a frozen dataclass with a vocab_size, whose `RULES`
 # say what each field may be (fields.Rule), and whose tiny() is what ':debug' trains.

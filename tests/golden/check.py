@@ -25,8 +25,12 @@ import sys
 import zipfile
 from collections.abc import Iterator
 
-if __name__ == "__main__":  # As tests do, and of this checkout whatever is installed.
+if __name__ == "__main__":  # As tests do: this checkout, in a fifth of the time.
     sys.path[:0] = [str(pathlib.Path(__file__).parents[n]) for n in (1, 2)]
+    import quick
+
+    os.environ.setdefault("XLA_FLAGS", quick.xla_flags(devices=1))
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np

@@ -227,8 +227,9 @@ def test_validations_without_progress_lower_the_scale():
     update, plateau = steps.make_evaluated(config.optimizer), optimizers.plateau_init()
     scales = []
     for loss in (3.0, 2.0, 2.5, 2.0, 1.9, 2.1):
-        plateau, evaluated = update(plateau, loss, 7)
-        assert int(evaluated) == 7
+        noted = update(plateau, None, loss, 7)
+        plateau = noted["plateau"]
+        assert int(noted["evaluated"]) == 7 and noted["averaging"] is None
         scales.append(float(plateau.scale))
     assert scales == [1, 1, 1, 0.5, 0.5, 0.5]
 

@@ -1,5 +1,7 @@
 """Optimizers: torch's ASGD with the switch of AWD-LSTM, and the LAMB of SHA-RNN."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,70 +39,67 @@ def _nt_asgd(arrays, config, dtype):
     for name in ("t0", "lambd"):
         if config.get(name, 0):
             raise UserError(f"config: {name}={config[name]}, and NT-ASGD has 0")
-    section = _section(
-        name="nt_asgd",
-        weight_decay=config["weight_decay"],
-        nonmonotone=config["nonmono"],
-    )
     n = next(len(x) for name, x in arrays.items() if name.endswith("/param"))
     constant_N = np.full(n, config["lr"], dtype)
     rates = {"constant": constant_N}
     if "lens" in arrays:
-        rates["length_scaled"] = optimizers.length_scaled(
-            constant_N, arrays["lens"], config["bptt"]
-        )
+        scaled_N = optimizers.length_scaled(constant_N, arrays["lens"], config["bptt"])
+        rates["length_scaled"] = np.asarray(scaled_N, dtype)
+    problem = arrays["A"], arrays["b"], arrays["x0"]
     values, gradients = {}, {}
     for case, rate_N in rates.items():
-        found = _iterates(section, arrays, jnp.asarray(rate_N, dtype), dtype)
+        found = _iterates(*problem, rate_N, config["weight_decay"])
         gradients[f"{case}/grad"] = found.pop("grad")
         values |= {f"{case}/{name}": x for name, x in found.items()}
         values[f"{case}/lr"] = rate_N
     if "trigger/val_losses" in arrays:
-        values["trigger/switch_index"] = np.array(
-            [_switch(section, losses, dtype) for losses in arrays["trigger/val_losses"]]
-        )
-    return Comparison(
-        values, gradients, given={"A", "b", "x0", "lens", "trigger/val_losses"}
-    )
+        triggered_SN = _triggered(arrays["trigger/val_losses"], config["nonmono"])
+        first_S = np.where(triggered_SN.any(1), triggered_SN.argmax(1), -1)
+        values["trigger/switch_index"] = first_S
+    given = {"A", "b", "x0", "lens", "trigger/val_losses"}
+    return Comparison(values, gradients, given)
 
 
-def _iterates(section, arrays, rate_N, dtype):
-    """What each step of a run that has switched at its start leaves."""
+@functools.partial(jax.jit, static_argnames="weight_decay")
+def _iterates(A, b, x0, rate_N, weight_decay):
+    """What each step leaves of a run that has switched before its first."""
+    section = _section(name="nt_asgd", weight_decay=weight_decay)
     optimizer = optimizers.build(section)
-    A, b = arrays["A"], arrays["b"]
-    params = {"x": jnp.asarray(arrays["x0"])}
-    switched = averaging.init(section.nonmonotone, dtype)
-    switched = switched._replace(triggered=jnp.array(True))
-    entries = dict.fromkeys(TrainState._fields)
-    entries |= {"params": params, "ema": params, "averaging": switched}
-    start = TrainState(**entries | {"opt_state": optimizer.init(params)})
+    average = averaging.init(section.nonmonotone, x0.dtype)
+    average = average._replace(triggered=jnp.array(True))
+    params = {"x": x0}
+    entries = dict.fromkeys(TrainState._fields) | {"params": params, "ema": params}
+    entries |= {"opt_state": optimizer.init(params), "averaging": average}
+
+    def loss(params):
+        return params["x"] @ A @ params["x"] / 2 - b @ params["x"]
 
     def step(state, rate):
-        grads = jax.grad(lambda p: p["x"] @ A @ p["x"] / 2 - b @ p["x"])(state.params)
+        grads = jax.grad(loss)(state.params)
         state, _ = steps.moved(state, optimizer, grads, rate)
         return state, {
             "param": state.params["x"],
             "average": state.ema["x"],
             "grad": grads["x"],
-            # That the next step will have, and the next iterate in the average.
+            # That of the next step, and of the next iterate in the average.
             "eta_after": averaging.rate(state.averaging, jnp.nan),
             "mu_after": averaging.weight(state.averaging),
         }
 
-    return jax.jit(lambda: lax.scan(step, start, rate_N))()[1]
+    return lax.scan(step, TrainState(**entries), rate_N)[1]
 
 
-def _switch(section, losses_N, dtype):
-    """The index of the evaluation after which the parameters are averaged; -1: none."""
-    note = steps.make_evaluated(section)
+@functools.partial(jax.jit, static_argnames="nonmonotone")
+def _triggered(losses_SN, nonmonotone):
+    """Whether the parameters are averaged after each of N validations, S times."""
+    note = steps.make_evaluated(_section(name="nt_asgd", nonmonotone=nonmonotone))
 
     def one(average, loss):
-        noted = note(optimizers.plateau_init(), average, loss, 0)
-        return noted["averaging"], noted["averaging"].triggered
+        average = note(optimizers.plateau_init(), average, loss, 0)["averaging"]
+        return average, average.triggered
 
-    start = averaging.init(section.nonmonotone, dtype)
-    _, triggered_N = jax.jit(lambda: lax.scan(one, start, losses_N))()
-    return np.argmax(triggered_N) if np.any(triggered_N) else -1
+    start = averaging.init(nonmonotone, losses_SN.dtype)
+    return jax.vmap(lambda losses_N: lax.scan(one, start, losses_N)[1])(losses_SN)
 
 
 # LAMB ---------------------------------------------------------------------------------

@@ -113,8 +113,14 @@ OBJECTIVES = {"next_token": Objective(True), "masked": Objective(False, symbols=
 
 # config.own_model of a run that an earlier release sealed, which did not say it.
 UNSAID = "?"
-SCHEDULES = ("cosine", "cosine_after_warmup", "inverse_sqrt", "constant", "plateau")
-SCHEDULES += ("steps",)
+SCHEDULES = (
+    "cosine",
+    "cosine_after_warmup",
+    "inverse_sqrt",
+    "constant",
+    "plateau",
+    "steps",
+)
 OPTIMIZERS = ("adam", "adamw", "lamb", "lamb_sha_rnn", "sgd", "nt_asgd")
 
 # Section -> name -> what it may be. '' is the top of the tree.

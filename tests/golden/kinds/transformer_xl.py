@@ -14,7 +14,8 @@ NAME = "transformer_xl"
 
 
 def matches(names, config):
-    return "attn_type" in config and "seg0/nll" in names
+    needed = {"seg0/nll", "params/crit.out_layers.0.bias"}
+    return "attn_type" in config and needed <= names
 
 
 def compare(arrays, config, dtype):

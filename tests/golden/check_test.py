@@ -22,7 +22,7 @@ def agrees(name, **options):
 
 
 def test_the_golden_cases_are_all_here():
-    assert len(ATTENTION) == 10 and len(HUGGING_FACE) == 2
+    assert len(ATTENTION) == 11 and len(HUGGING_FACE) == 2
 
 
 # One of each form of attention: what the options compute is told in float64.

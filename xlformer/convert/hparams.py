@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from xlformer.errors import UserError
-from xlformer.layers.attention import LEARNED_ABSOLUTE, LEARNED_RELATIVE
+from xlformer.layers.attention import LEARNED_ABSOLUTE, LEARNED_RELATIVE, SINUSOID
 from xlformer.models import TransformerXLConfig
 
+ABSOLUTE = (SINUSOID, LEARNED_ABSOLUTE)
 INTEGERS = ("n_token", "n_layer", "n_head", "d_model", "d_head", "d_inner", "d_embed")
 INTEGERS += ("tgt_len", "ext_len", "mem_len", "clamp_len", "attn_type", "div_val")
 
@@ -31,6 +32,7 @@ def to_config(hparams: Mapping[str, Any], **fields) -> TransformerXLConfig:
     tied = tuple(map(bool, hparams.get("tie_projs") or ()))
     attn_type = hparams.get("attn_type", 0)
     memory_length = hparams.get("mem_len", 0)
+    pre_norm, absolute = bool(hparams.get("pre_lnorm", False)), attn_type in ABSOLUTE
     return TransformerXLConfig(
         vocab_size=vocab_size,
         n_layer=hparams["n_layer"],
@@ -43,14 +45,15 @@ def to_config(hparams: Mapping[str, Any], **fields) -> TransformerXLConfig:
         memory_length=memory_length,
         extended_length=hparams.get("ext_len", 0),
         attn_type=attn_type,
-        pre_norm=bool(hparams.get("pre_lnorm", False)),
+        pre_norm=pre_norm,
+        norm_queries=not (pre_norm and absolute),
         # Learned distances (type 1) have a bias for each layer, whatever untie_r says.
         untie_r=bool(hparams.get("untie_r", False)) or attn_type == LEARNED_RELATIVE,
         clamp_length=max(hparams.get("clamp_len", 0), 0),
         same_length=bool(hparams.get("same_length", False)),
         # Absolute positions with a memory confuse old tokens with new ones (Dai et al.
         # 2019, section 3.3). The original allows it; a config of ours must say so.
-        allow_incoherent_positions=attn_type > LEARNED_RELATIVE and memory_length > 0,
+        allow_incoherent_positions=absolute and memory_length > 0,
         dropout=hparams.get("dropout", 0.0),
         attention_dropout=hparams.get("dropatt", 0.0),
         cutoffs=cutoffs,

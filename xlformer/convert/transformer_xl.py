@@ -119,6 +119,13 @@ def _entries(config: TransformerXLConfig, *, reverse_clusters: bool) -> Iterator
         raise UserError(
             f"config.model.positions={config.positions!r}: the original has none such"
         )
+    plain = config.pre_norm and config.attn_type in hparams_lib.ABSOLUTE
+    if config.norm_queries == plain:
+        raise UserError(
+            f"config.model.norm_queries={config.norm_queries} with pre_norm="
+            f"{config.pre_norm} and attn_type={config.attn_type}: the original has "
+            "none such"
+        )
     yield from _embedding_entries(config)
     yield from _softmax_entries(config, reverse_clusters)
     for i in range(config.n_layer):

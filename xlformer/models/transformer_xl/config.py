@@ -37,6 +37,7 @@ RULES = {
     "attn_type": Rule(REFUSED, choices=(0, 1, 2, 3)),
     "positions": Rule(REFUSED, choices=("original", "rotary")),
     "pre_norm": _PLAIN,
+    "norm_queries": _PLAIN,
     "final_norm": _PLAIN,
     "untie_r": _PLAIN,
     "clamp_length": _LENGTH,
@@ -85,6 +86,7 @@ class TransformerXLConfig:
     attn_type: int = 0  # 0 relative, 1 learned relative, 2 sinusoid, 3 learned
     positions: str = "original"  # those of attn_type; or rotary, not in the original
     pre_norm: bool = False  # pre_lnorm
+    norm_queries: bool = True  # False: pre_lnorm of the original's types 2 and 3
     final_norm: bool = False  # one more norm before the softmax; not in the original
     untie_r: bool = False  # u and v of their own in each layer
     clamp_length: int = 0  # clamp_len: no distance is larger; 0: not clamped
@@ -206,6 +208,11 @@ class TransformerXLConfig:
             raise UserError(
                 f"config.model.table_length=0 with attn_type={self.attn_type}: set it "
                 "to segment_length + extended_length + memory_length"
+            )
+        if not self.norm_queries and not self.pre_norm:
+            raise UserError(
+                "config.model.norm_queries=False with pre_norm=False: there is no norm "
+                "before attention"
             )
         # The original adds the position vectors in place to the memory, where they pile
         # up segment after segment; its paper uses these types without memory only.

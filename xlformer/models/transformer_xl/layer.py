@@ -79,7 +79,9 @@ class Layer(nn.Module):
             # Memory is stored as it was and normalised at use, by the same norm, as in
             # the original (pre_lnorm).
             context_BSD = attention_norm(context_BSD)
-            queries_BTD = context_BSD[:, M:]
+            # The original's absolute types make their queries of what has no norm.
+            if config.norm_queries:
+                queries_BTD = context_BSD[:, M:]
         more_BTD, kept = attention(
             queries_BTD,
             context_BSD,

@@ -1,4 +1,9 @@
-"""AWD-LSTM: segments of its PyTorch program, and one with given masks of dropout."""
+"""AWD-LSTM: segments of its PyTorch program, and one with given masks of dropout.
+
+The program calls torch's embedding with padding_idx=-1, which there is the last word:
+the lookup passes no gradient on to it. Ours does, and so what the lookup gave that row
+is taken off again before gradients are compared.
+"""
 
 import dataclasses
 import types
@@ -42,6 +47,9 @@ def compare(arrays, config, dtype):
         outputs, _ = _stack(params, segment, before)
         found = {"nll": nll_BT.T, "loss": loss, "loss_reg": loss_reg}
         found |= _of_state(state) | _of_outputs(outputs)
+        if (segment["inputs"] == config.vocab_size - 1).any():
+            grads = _without_last_word(plain, grads, params, ids, before)
+            grads_reg = _without_last_word(model, grads_reg, params, ids, before)
         if "logits" in segment:
             found["logits"] = _logits(plain, params, segment, before)
         values |= _above(f"seg{s}/", found)
@@ -63,6 +71,24 @@ def _loss(model):
         return nll_BT.mean() + aux.loss, (nll_BT, state)
 
     return loss
+
+
+def _without_last_word(model, grads, params, ids, state):
+    """The gradient of the loss without what the lookup of the last word gave it."""
+    inputs_BT, targets_BT = ids
+
+    @jax.jit
+    @jax.grad
+    def by_vectors(x_BTD):
+        y_BTD, _, aux = model.trunk.apply(params, x_BTD, state, train=True)
+        nll_TB = _nll(model.config, params, jnp.swapaxes(y_BTD, 0, 1), targets_BT.T)
+        return nll_TB.mean() + aux.loss
+
+    table_VE = jnp.asarray(grads["embedding"]["table"])
+    last_BT = inputs_BT == model.vocab_size - 1
+    looked_up_D = by_vectors(params["embedding"]["table"][inputs_BT])[last_BT].sum(0)
+    table_VE = table_VE.at[-1].add(-looked_up_D)
+    return {**grads, "embedding": {"table": table_VE}}
 
 
 def _logits(model, params, segment, state):
@@ -101,6 +127,8 @@ def _stack(params, segment, state, config=None):
     masks, rates = Masks(), Rates()
     if config is not None:
         masks, rates = _masks(segment, len(layers)), config.rates
+        last_TB1 = (ids_TB == config.vocab_size - 1)[..., None]
+        x_TBD = jnp.where(last_TB1, jax.lax.stop_gradient(x_TBD), x_TBD)
         if "mask/embedding" in segment:
             keep_V = segment["mask/embedding"][:, 0].astype(bool)
             x_TBD = adaptive.drop_words(x_TBD, ids_TB, keep_V, config.word_dropout)
@@ -134,8 +162,9 @@ def _masks(segment, n_layer):
 
 def _nll(config, params, y_TBN, targets_TB):
     """Of the softmax layer, which the public model drops its own outputs into."""
+    inits = (jax.nn.initializers.zeros,) * 3
     softmax = adaptive.AdaptiveSoftmax(
-        config.softmax_bins, config.tie_weights, (), None, None, None, y_TBN.dtype
+        config.softmax_bins, config.tie_weights, (), *inits, y_TBN.dtype
     )
     table = types.SimpleNamespace(table=jnp.asarray(params["embedding"]["table"]))
     arrays = y_TBN.reshape(-1, y_TBN.shape[-1]), targets_TB.reshape(-1), table

@@ -4,7 +4,7 @@ Paper:    Merity et al. 2018 (arXiv 1708.02182), table 1
 Source:   the program of its authors (awd-lstm-lm), whose README gives the command:
           --batch_size 20 --dropouti 0.4 --dropouth 0.25, the rest its defaults
 Command:  python -m xlformer.train --config=lstm_penn --workdir=runs/lstm_penn
-Hardware: one NVIDIA Quadro GP100, 65 seconds an epoch (that README), 500 epochs: 9 hours
+Hardware: one NVIDIA Quadro GP100: 65 seconds an epoch (that README), so 9 hours
 Expected: perplexity 58.8 on test, 61.2 on validation (that README, without fine-tuning
           or pointer; the paper has 58.8 and 60.7); not measured here
           python -m xlformer.evaluate --workdir=runs/lstm_penn --split=test

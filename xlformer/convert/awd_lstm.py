@@ -182,12 +182,14 @@ def _config(state: dict, hparams: dict) -> LSTMConfig:
     for name, ours in said.items():
         found = getattr(config, ours)
         if hparams.get(name, found) != found:
-            raise UserError(f"hparams: {name}={hparams[name]!r:.50}, the state has {found}")
+            raise UserError(
+                f"hparams: {name}={hparams[name]!r:.50}, the state has {found}"
+            )
     return config
 
 
 def _tied(state: dict, hparams: dict) -> bool:
-    """Whether the softmax uses the embeddings: that cannot be told from shapes alone."""
+    """Whether the softmax uses the embeddings, which shapes alone do not tell."""
     encoder, decoder = state["encoder.weight"], state.get("decoder.weight")
     equal = decoder is None or (
         decoder.shape == encoder.shape and np.array_equal(decoder, encoder)

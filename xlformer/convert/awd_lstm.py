@@ -166,7 +166,7 @@ def _config(state: dict, hparams: dict) -> LSTMConfig:
     vocab_size, d_model = _matrix(state, "encoder.weight")
     last = _matrix(state, f"rnns.{n_layer - 1}.weight_hh_l0")[1]
     tied = _tied(state, hparams)
-    fields = {ours: hparams[name] for name, ours in RATES.items() if name in hparams}
+    fields = {ours: hparams.get(name, 0.0) for name, ours in RATES.items()}
     config = LSTMConfig(
         vocab_size=vocab_size,
         n_layer=n_layer,

@@ -31,9 +31,7 @@ def compare(arrays, config, dtype):
     # In training mode the model adds its penalties; its dropout is held against given
     # masks below.
     model = models.build(dataclasses.replace(config, **NO_RATES))
-    plain = models.build(dataclasses.replace(model.config, **_no_penalties()))
-    reg = jax.jit(jax.value_and_grad(_loss(model), has_aux=True))
-    step = jax.jit(jax.value_and_grad(_loss(plain), has_aux=True))
+    step = _step(model)
     values, gradients, segments = {}, {}, []
     while f"seg{len(segments)}/inputs" in arrays:
         segments.append(_below(f"seg{len(segments)}/", arrays))
@@ -41,18 +39,15 @@ def compare(arrays, config, dtype):
     for s, segment in enumerate(segments):
         ids = segment["inputs"].T, segment["targets"].T
         before = state
-        (loss, (nll_BT, state)), grads = step(params, *ids, before)
-        (loss_reg, _), grads_reg = reg(params, *ids, before)
+        (loss, penalty), (nll_BT, state), grads = step(params, *ids, before)
         outputs, _ = _stack(params, segment, before)
-        found = {"nll": nll_BT.T, "loss": loss, "loss_reg": loss_reg}
+        found = {"nll": nll_BT.T, "loss": loss, "loss_reg": loss + penalty}
         found |= _of_state(state) | _of_outputs(outputs)
         if (segment["inputs"] == config.vocab_size - 1).any():
-            grads = _without_last_word(plain, grads, params, ids, before)
-            grads_reg = _without_last_word(model, grads_reg, params, ids, before)
+            grads = _without_last_word(model, grads, params, ids, before)
         if "logits" in segment:
-            found["logits"] = _logits(plain, params, segment, before)
+            found["logits"] = _logits(model, params, segment, before)
         values |= _above(f"seg{s}/", found)
-        grads = {"grad/": grads, "grad_reg/": grads_reg}
         gradients |= _above(f"seg{s}/", _of_gradients(config, grads))
     if dropped := _below("dropped/", arrays):
         found, grads = _dropped(config, params, {**segments[-1], **dropped}, before)
@@ -63,31 +58,50 @@ def compare(arrays, config, dtype):
     return Comparison(values, gradients, given)
 
 
-def _loss(model):
-    def loss(params, inputs_BT, targets_BT, state):
-        arrays = inputs_BT, targets_BT, state
-        nll_BT, state, aux = model.apply(params, *arrays, train=True)
-        return nll_BT.mean() + aux.loss, (nll_BT, state)
+def _step(model):
+    """(nll, penalty), (nll_BT, state), and gradients of the nll and of the sum."""
 
-    return loss
+    @jax.jit
+    def step(params, inputs_BT, targets_BT, state):
+        def losses(params):
+            arrays = inputs_BT, targets_BT, state
+            nll_BT, after, aux = model.apply(params, *arrays, train=True)
+            return (nll_BT.mean(), aux.loss), (nll_BT, after)
+
+        found, pull, rest = jax.vjp(losses, params, has_aux=True)
+        return found, rest, _pulled(found, pull)
+
+    return step
 
 
-def _without_last_word(model, grads, params, ids, state):
-    """The gradient of the loss without what the lookup of the last word gave it."""
+def _pulled(losses, pull):
+    """Gradients of the first loss, and of both together."""
+    one, zero = jnp.ones_like(losses[0]), jnp.zeros_like(losses[1])
+    (plain,), (reg,) = pull((one, zero)), pull((one, zero + 1))
+    return {"grad/": plain, "grad_reg/": reg}
+
+
+def _without_last_word(model, trees, params, ids, state):
+    """The gradients without what the lookup of the last word gave it."""
     inputs_BT, targets_BT = ids
 
     @jax.jit
-    @jax.grad
     def by_vectors(x_BTD):
-        y_BTD, _, aux = model.trunk.apply(params, x_BTD, state, train=True)
-        nll_TB = _nll(model.config, params, jnp.swapaxes(y_BTD, 0, 1), targets_BT.T)
-        return nll_TB.mean() + aux.loss
+        def losses(x_BTD):
+            y_BTD, _, aux = model.trunk.apply(params, x_BTD, state, train=True)
+            y_TBD = jnp.swapaxes(y_BTD, 0, 1)
+            return _nll(model.config, params, y_TBD, targets_BT.T).mean(), aux.loss
 
-    table_VE = jnp.asarray(grads["embedding"]["table"])
+        return _pulled(*jax.vjp(losses, x_BTD))
+
     last_BT = inputs_BT == model.vocab_size - 1
-    looked_up_D = by_vectors(params["embedding"]["table"][inputs_BT])[last_BT].sum(0)
-    table_VE = table_VE.at[-1].add(-looked_up_D)
-    return {**grads, "embedding": {"table": table_VE}}
+    vectors = by_vectors(params["embedding"]["table"][inputs_BT])
+    found = {}
+    for name, tree in trees.items():
+        table_VE = jnp.asarray(tree["embedding"]["table"])
+        table_VE = table_VE.at[-1].add(-vectors[name][last_BT].sum(0))
+        found[name] = {**tree, "embedding": {"table": table_VE}}
+    return found
 
 
 def _logits(model, params, segment, state):
@@ -190,10 +204,6 @@ def _of_gradients(config, trees):
         for prefix, tree in trees.items()
         for name, x in convert.to_awd_lstm(config, tree).items()
     }
-
-
-def _no_penalties():
-    return {"activation_penalty": 0.0, "temporal_penalty": 0.0}
 
 
 def _below(prefix, arrays):

@@ -6,6 +6,7 @@ is taken off again before gradients are compared.
 """
 
 import dataclasses
+import re
 import types
 
 import jax
@@ -28,6 +29,7 @@ def matches(names, config):
 
 def compare(arrays, config, dtype):
     config, params = convert.from_awd_lstm(_below("params/", arrays), config)
+    params = jax.tree.map(jnp.asarray, params)
     # In training mode the model adds its penalties; its dropout is held against given
     # masks below.
     model = models.build(dataclasses.replace(config, **NO_RATES))
@@ -98,7 +100,7 @@ def _without_last_word(model, trees, params, ids, state):
     vectors = by_vectors(params["embedding"]["table"][inputs_BT])
     found = {}
     for name, tree in trees.items():
-        table_VE = jnp.asarray(tree["embedding"]["table"])
+        table_VE = tree["embedding"]["table"]
         table_VE = table_VE.at[-1].add(-vectors[name][last_BT].sum(0))
         found[name] = {**tree, "embedding": {"table": table_VE}}
     return found
@@ -133,7 +135,7 @@ def _dropped(config, params, segment, state):
 
 def _stack(params, segment, state, config=None):
     """The stack over a segment; with a config, dropped by the masks of the file."""
-    table_VE = jnp.asarray(params["embedding"]["table"])
+    table_VE = params["embedding"]["table"]
     ids_TB = segment["inputs"]
     x_TBD = table_VE[ids_TB]
     layers = _layers(params)
@@ -179,7 +181,7 @@ def _nll(config, params, y_TBN, targets_TB):
     softmax = adaptive.AdaptiveSoftmax(
         config.softmax_bins, config.tie_weights, (), *inits, y_TBN.dtype
     )
-    table = types.SimpleNamespace(table=jnp.asarray(params["embedding"]["table"]))
+    table = types.SimpleNamespace(table=params["embedding"]["table"])
     arrays = y_TBN.reshape(-1, y_TBN.shape[-1]), targets_TB.reshape(-1), table
     nll_N = softmax.apply({"params": params["softmax"]}, *arrays)
     return nll_N.reshape(targets_TB.shape)
@@ -199,11 +201,14 @@ def _of_state(state):
 
 
 def _of_gradients(config, trees):
-    return {
-        prefix + name: x
-        for prefix, tree in trees.items()
-        for name, x in convert.to_awd_lstm(config, tree).items()
-    }
+    """Under the names of a plain model, and those that weight drop gives them."""
+    found = {}
+    for prefix, tree in trees.items():
+        for name, x in convert.to_awd_lstm(config, tree).items():
+            inner = re.sub(r"^(rnns\.\d+)", r"\1.module", name)
+            raw = re.sub(r"(weight_hh_l0)$", r"\1_raw", inner)
+            found |= dict.fromkeys((prefix + name, prefix + inner, prefix + raw), x)
+    return found
 
 
 def _below(prefix, arrays):

@@ -166,7 +166,7 @@ def _config(state: dict, hparams: dict) -> LSTMConfig:
     vocab_size, d_model = _matrix(state, "encoder.weight")
     last = _matrix(state, f"rnns.{n_layer - 1}.weight_hh_l0")[1]
     tied = _tied(state, hparams)
-    fields = {ours: hparams[name] for name, ours in RATES.items() if name in hparams}
+    fields = {ours: hparams.get(name, 0.0) for name, ours in RATES.items()}
     config = LSTMConfig(
         vocab_size=vocab_size,
         n_layer=n_layer,
@@ -182,12 +182,14 @@ def _config(state: dict, hparams: dict) -> LSTMConfig:
     for name, ours in said.items():
         found = getattr(config, ours)
         if hparams.get(name, found) != found:
-            raise UserError(f"hparams: {name}={hparams[name]!r:.50}, the state has {found}")
+            raise UserError(
+                f"hparams: {name}={hparams[name]!r:.50}, the state has {found}"
+            )
     return config
 
 
 def _tied(state: dict, hparams: dict) -> bool:
-    """Whether the softmax uses the embeddings: that cannot be told from shapes alone."""
+    """Whether the softmax uses the embeddings, which shapes alone do not tell."""
     encoder, decoder = state["encoder.weight"], state.get("decoder.weight")
     equal = decoder is None or (
         decoder.shape == encoder.shape and np.array_equal(decoder, encoder)

@@ -1,11 +1,16 @@
-"""AWD-LSTM: segments of its PyTorch program, and one with given masks of dropout."""
+"""AWD-LSTM: segments of its PyTorch program, and one with given masks of dropout.
+
+The program calls torch's embedding with padding_idx=-1, which there is the last word:
+the lookup passes no gradient on to it. Ours does, and so what the lookup gave that row
+is taken off again before gradients are compared.
+"""
 
 import dataclasses
+import re
 import types
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from golden.comparison import Comparison
 
 from xlformer import convert, models
@@ -24,12 +29,11 @@ def matches(names, config):
 
 def compare(arrays, config, dtype):
     config, params = convert.from_awd_lstm(_below("params/", arrays), config)
+    params = jax.tree.map(jnp.asarray, params)
     # In training mode the model adds its penalties; its dropout is held against given
     # masks below.
     model = models.build(dataclasses.replace(config, **NO_RATES))
-    plain = models.build(dataclasses.replace(model.config, **_no_penalties()))
-    reg = jax.jit(jax.value_and_grad(_loss(model), has_aux=True))
-    step = jax.jit(jax.value_and_grad(_loss(plain), has_aux=True))
+    step = _step(model)
     values, gradients, segments = {}, {}, []
     while f"seg{len(segments)}/inputs" in arrays:
         segments.append(_below(f"seg{len(segments)}/", arrays))
@@ -37,15 +41,15 @@ def compare(arrays, config, dtype):
     for s, segment in enumerate(segments):
         ids = segment["inputs"].T, segment["targets"].T
         before = state
-        (loss, (nll_BT, state)), grads = step(params, *ids, before)
-        (loss_reg, _), grads_reg = reg(params, *ids, before)
+        (loss, penalty), (nll_BT, state), grads = step(params, *ids, before)
         outputs, _ = _stack(params, segment, before)
-        found = {"nll": nll_BT.T, "loss": loss, "loss_reg": loss_reg}
+        found = {"nll": nll_BT.T, "loss": loss, "loss_reg": loss + penalty}
         found |= _of_state(state) | _of_outputs(outputs)
+        if (segment["inputs"] == config.vocab_size - 1).any():
+            grads = _without_last_word(model, grads, params, ids, before)
         if "logits" in segment:
-            found["logits"] = _logits(plain, params, segment, before)
+            found["logits"] = _logits(model, params, segment, before)
         values |= _above(f"seg{s}/", found)
-        grads = {"grad/": grads, "grad_reg/": grads_reg}
         gradients |= _above(f"seg{s}/", _of_gradients(config, grads))
     if dropped := _below("dropped/", arrays):
         found, grads = _dropped(config, params, {**segments[-1], **dropped}, before)
@@ -56,13 +60,50 @@ def compare(arrays, config, dtype):
     return Comparison(values, gradients, given)
 
 
-def _loss(model):
-    def loss(params, inputs_BT, targets_BT, state):
-        arrays = inputs_BT, targets_BT, state
-        nll_BT, state, aux = model.apply(params, *arrays, train=True)
-        return nll_BT.mean() + aux.loss, (nll_BT, state)
+def _step(model):
+    """(nll, penalty), (nll_BT, state), and gradients of the nll and of the sum."""
 
-    return loss
+    @jax.jit
+    def step(params, inputs_BT, targets_BT, state):
+        def losses(params):
+            arrays = inputs_BT, targets_BT, state
+            nll_BT, after, aux = model.apply(params, *arrays, train=True)
+            return (nll_BT.mean(), aux.loss), (nll_BT, after)
+
+        found, pull, rest = jax.vjp(losses, params, has_aux=True)
+        return found, rest, _pulled(found, pull)
+
+    return step
+
+
+def _pulled(losses, pull):
+    """Gradients of the first loss, and of both together."""
+    one, zero = jnp.ones_like(losses[0]), jnp.zeros_like(losses[1])
+    (plain,), (reg,) = pull((one, zero)), pull((one, zero + 1))
+    return {"grad/": plain, "grad_reg/": reg}
+
+
+def _without_last_word(model, trees, params, ids, state):
+    """The gradients without what the lookup of the last word gave it."""
+    inputs_BT, targets_BT = ids
+
+    @jax.jit
+    def by_vectors(x_BTD):
+        def losses(x_BTD):
+            y_BTD, _, aux = model.trunk.apply(params, x_BTD, state, train=True)
+            y_TBD = jnp.swapaxes(y_BTD, 0, 1)
+            return _nll(model.config, params, y_TBD, targets_BT.T).mean(), aux.loss
+
+        return _pulled(*jax.vjp(losses, x_BTD))
+
+    last_BT = inputs_BT == model.vocab_size - 1
+    vectors = by_vectors(params["embedding"]["table"][inputs_BT])
+    found = {}
+    for name, tree in trees.items():
+        table_VE = tree["embedding"]["table"]
+        table_VE = table_VE.at[-1].add(-vectors[name][last_BT].sum(0))
+        found[name] = {**tree, "embedding": {"table": table_VE}}
+    return found
 
 
 def _logits(model, params, segment, state):
@@ -94,13 +135,15 @@ def _dropped(config, params, segment, state):
 
 def _stack(params, segment, state, config=None):
     """The stack over a segment; with a config, dropped by the masks of the file."""
-    table_VE = jnp.asarray(params["embedding"]["table"])
+    table_VE = params["embedding"]["table"]
     ids_TB = segment["inputs"]
     x_TBD = table_VE[ids_TB]
     layers = _layers(params)
     masks, rates = Masks(), Rates()
     if config is not None:
         masks, rates = _masks(segment, len(layers)), config.rates
+        last_TB1 = (ids_TB == config.vocab_size - 1)[..., None]
+        x_TBD = jnp.where(last_TB1, jax.lax.stop_gradient(x_TBD), x_TBD)
         if "mask/embedding" in segment:
             keep_V = segment["mask/embedding"][:, 0].astype(bool)
             x_TBD = adaptive.drop_words(x_TBD, ids_TB, keep_V, config.word_dropout)
@@ -134,10 +177,11 @@ def _masks(segment, n_layer):
 
 def _nll(config, params, y_TBN, targets_TB):
     """Of the softmax layer, which the public model drops its own outputs into."""
+    inits = (jax.nn.initializers.zeros,) * 3
     softmax = adaptive.AdaptiveSoftmax(
-        config.softmax_bins, config.tie_weights, (), None, None, None, y_TBN.dtype
+        config.softmax_bins, config.tie_weights, (), *inits, y_TBN.dtype
     )
-    table = types.SimpleNamespace(table=jnp.asarray(params["embedding"]["table"]))
+    table = types.SimpleNamespace(table=params["embedding"]["table"])
     arrays = y_TBN.reshape(-1, y_TBN.shape[-1]), targets_TB.reshape(-1), table
     nll_N = softmax.apply({"params": params["softmax"]}, *arrays)
     return nll_N.reshape(targets_TB.shape)
@@ -157,15 +201,14 @@ def _of_state(state):
 
 
 def _of_gradients(config, trees):
-    return {
-        prefix + name: x
-        for prefix, tree in trees.items()
-        for name, x in convert.to_awd_lstm(config, tree).items()
-    }
-
-
-def _no_penalties():
-    return {"activation_penalty": 0.0, "temporal_penalty": 0.0}
+    """Under the names of a plain model, and those that weight drop gives them."""
+    found = {}
+    for prefix, tree in trees.items():
+        for name, x in convert.to_awd_lstm(config, tree).items():
+            inner = re.sub(r"^(rnns\.\d+)", r"\1.module", name)
+            raw = re.sub(r"(weight_hh_l0)$", r"\1_raw", inner)
+            found |= dict.fromkeys((prefix + name, prefix + inner, prefix + raw), x)
+    return found
 
 
 def _below(prefix, arrays):

@@ -85,6 +85,11 @@ class UniversalTransformer(TokenModel):
         return False
 
     @property
+    def resets_in_segment(self) -> bool:
+        """False where a token sees later ones, which a reset between would change."""
+        return self.causal
+
+    @property
     def needs_rngs(self) -> bool:
         return bool(self.config.dropout or self.config.attention_dropout)
 

@@ -106,13 +106,14 @@ class TrunkModule(nn.Module):
         end, turn_B = T if lengths is None else lengths, None
         if lengths is not None:
             x_BTD = jnp.where(_valid(x_BTD.shape, lengths)[..., None], x_BTD, 0)
-            if not config.causal:
-                # Only what comes before a position can be hidden by where it may begin
-                # to see. So the padding is turned round to the front.
+        if not config.causal:
+            # They lie before the segment, of which there is nothing.
+            resets_BT = None
+            if lengths is not None:
+                # Only what comes before a position can be hidden, by where it begins to
+                # see. So the padding is turned round to the front.
                 turn_B = T - jnp.broadcast_to(lengths, x_BTD.shape[:1])
                 x_BTD = _turned(x_BTD, turn_B)
-                if resets_BT is not None:
-                    resets_BT = _turned(resets_BT, turn_B)
         start_BT = self._start(state, resets_BT, turn_B, T)
         key = None if keys is None else keys.rows_B
         segment = Segment(

@@ -1,8 +1,8 @@
-"""The bytes of Python's own standard library, one layer in 4 steps: minutes on two cores.
+"""The bytes of Python's own standard library, one layer in 4 steps: minutes on a CPU.
 
-Paper:    none; the Universal Transformer (Dehghani et al. 2018, arXiv 1807.03819) on any
-          machine, without a network
-Command:  python -m xlformer.train --config=universal_small --workdir=runs/universal_small
+Paper:    none; the Universal Transformer (Dehghani et al. 2018, arXiv 1807.03819) on
+          any machine, without a network
+Command:  python -m xlformer.train --config=universal_small --workdir=runs/small
 Hardware: 2 CPU cores
 Expected: not measured
 Variant:  universal_small:act=accumulate, or act=convex: adaptive computation time, each

@@ -20,6 +20,8 @@ FAMILIES = [
     ("wt103_base", "wt103_base_nvidia"),
     ("lm1b_base", "lm1b_base_paper", "lm1b_large"),
     ("quickstart", "text", "penn", "pennchar"),
+    ("universal_base",),
+    ("universal_small",),
 ]
 CHARACTER = {"attn_type", "pre_norm", "final_norm", "untie_r", "same_length"}
 CHARACTER |= {"dropout", "attention_dropout", "init_std", "scan_layers"}

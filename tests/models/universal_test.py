@@ -5,7 +5,6 @@ import math
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import check
@@ -265,7 +264,7 @@ def test_axes_are_named_for_all_parameters():
         network = layers["separable" if "transition" in fields else "feed_forward"]
         assert network["in_kernel"] == (None, "embed", "mlp")
         assert layers["attention"]["qkv"] == (None, "embed", None, "heads", None)
-        assert axes["step"] == (None, "embed")
+        assert axes["signals"]["step"] == (None, "embed")
 
 
 def assert_fits(leaf, names):

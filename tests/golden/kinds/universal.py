@@ -32,7 +32,7 @@ def compare(arrays, config, dtype):
     return (_given_logits if "logits" in arrays else _decoder)(arrays, config, dtype)
 
 
-# Halting of given logits ----------------------------------------------------------------
+# Halting of given logits --------------------------------------------------------------
 
 
 def _given_logits(arrays, config, dtype):
@@ -70,7 +70,7 @@ def _given_logits(arrays, config, dtype):
     return Comparison(values, gradients, {"logits", "states", "cotangent"})
 
 
-# Decoders -------------------------------------------------------------------------------
+# Decoders -----------------------------------------------------------------------------
 
 
 def _decoder(arrays, config, dtype):
@@ -200,7 +200,7 @@ class _Layout:
             return [self._one(f"/{NORM}{key[1]}", outside=True)]
         if key[0] in ("halting_kernel", "halting_bias"):
             return [self._one(HALTING + key[0].removeprefix("halting_"))]
-        if key[0] == "step":
+        if key[0] == "signals":
             return [self._one("/layer_embedding")]
         theirs = LAYER[key[1:]]
         theirs = (theirs,) if isinstance(theirs, str) else theirs

@@ -11,6 +11,7 @@ import numpy as np
 from xlformer.errors import UserError
 from xlformer.layers import positions
 from xlformer.models.universal.config import UniversalConfig
+from xlformer.sharding import constrain
 
 # Logical axes of the parameters: see models.base.param_axes.
 PARAM_AXES = {"signals/step": (None, "embed"), "signals/position": (None, "embed")}
@@ -68,4 +69,7 @@ class Signals(nn.Module):
     def _table(self, name: str, rows: int):
         D = self.config.d_model
         table_ND = self.param(name, nn.initializers.normal(D**-0.5), (rows, D))
-        return table_ND.astype(self.dtype) * D**0.5
+        # Whole on every device: rows of a batch that is split look it up, which XLA's
+        # partitioner (jax 0.10.2) cannot do in a table that is split another way.
+        table_ND = constrain(table_ND.astype(self.dtype), None, None)
+        return table_ND * D**0.5

@@ -21,6 +21,8 @@ FAMILIES = [
     ("lm1b_base", "lm1b_base_paper", "lm1b_large"),
     ("quickstart", "text", "penn", "pennchar"),
     ("lstm_penn", "lstm_enwik8", "lstm_small"),
+    ("universal_base",),
+    ("universal_small",),
 ]
 CHARACTER = {"attn_type", "pre_norm", "final_norm", "untie_r", "same_length"}
 CHARACTER |= {"dropout", "attention_dropout", "init_std", "scan_layers"}

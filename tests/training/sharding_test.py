@@ -33,6 +33,11 @@ MODELS = {
     "unrolled": {"dropout": 0.1, "attention_dropout": 0.1},
     "scanned, adaptive": {"scan_layers": True, "cutoffs": (8, 16), "div_val": 2},
     "remat, learned": {"remat": "full", "attn_type": 1, "table_length": 12},
+    "learned absolute": {
+        "attn_type": 3,
+        "table_length": 12,
+        "allow_incoherent_positions": True,
+    },
 }
 
 
@@ -90,6 +95,7 @@ def trainer(name, micro_batches, mesh):
         ("unrolled", 2, "2 x 2 x 2"),
         ("scanned, adaptive", 1, "2 x 2 x 2"),
         ("remat, learned", 1, "data 2 x tensor 4"),
+        ("learned absolute", 1, "2 x 2 x 2"),
     ],
 )
 def test_any_mesh_gives_the_numbers_of_one_device(name, micro_batches, mesh):

@@ -4,7 +4,8 @@ Every token sees what the model carries and itself, in the prompt too: what scor
 with segment_length 1. Of a bounded memory that is memory_length positions, as with
 window = memory_length. Positions that count anew in every call (absolute ones with a
 memory) do so here: a prompt is read in parts of PREFILL tokens, and what follows token
-by token.
+by token. A model without memory may be asked with a window of its last tokens, which
+slides: there a token costs a whole window (models/windowed.py).
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def generate(
     arguments; all get the same tokens.
 
     Args:
-      model: that carries something; see `for_generation`. Compiled functions are kept for it.
+      model: that carries something, or slides a window; see `for_generation`. Compiled
+        functions are kept for it.
       params: of the model.
       prompts: token ids of each row, at least one; lengths may differ.
       num_tokens: to generate.

@@ -1,10 +1,10 @@
 """Adaptive computation time (Graves 2016, arXiv:1603.08983), for each position.
 
 Each step n brings a probability p_n of halting there. With h the sum of those before, a
-position halts at the first step with h + p > 1 - epsilon: that step weighs the remainder
-R = 1 - h, the ones before it weigh their p, the ones after it nothing. Where no step is
-the last, the weights sum to 1 then. Gradients are those of tensor2tensor's program: into
-the probabilities through the weights and the remainder, not into the decision.
+position halts at the first step with h + p > 1 - epsilon. That step weighs the
+remainder R = 1 - h, those before it weigh their p, those after it nothing, so that the
+weights sum to 1. Gradients are those of tensor2tensor's program: into the probabilities
+through weights and remainder, not into the decision.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def compare(arrays, config, dtype):
     return (_given_logits if "logits" in arrays else _decoder)(arrays, config, dtype)
 
 
-# Halting of given logits ----------------------------------------------------------------
+# Halting of given logits --------------------------------------------------------------
 
 
 def _given_logits(arrays, config, dtype):
@@ -51,7 +51,7 @@ def _given_logits(arrays, config, dtype):
         if f"{name}/out" not in arrays:
             continue
         grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        (_, found), grads = grad(logits, states, mode)
+        (_, found), grads = jax.jit(grad, static_argnums=2)(logits, states, mode)
         y_BTD, weights_NBT, state, ponder = found
         updates, rest = state.updates_BT, state.remainder_BT
         if mode == halting.GLOBAL:  # all positions have the same, stored once
@@ -70,7 +70,7 @@ def _given_logits(arrays, config, dtype):
     return Comparison(values, gradients, {"logits", "states", "cotangent"})
 
 
-# Decoders -------------------------------------------------------------------------------
+# Decoders -----------------------------------------------------------------------------
 
 
 def _decoder(arrays, config, dtype):
@@ -85,11 +85,15 @@ def _decoder(arrays, config, dtype):
         total = (y_BTD * arrays["cotangent"]).sum() + (aux.loss if act else 0)
         return total, (y_BTD, aux.loss)
 
-    grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    (total, (y_BTD, ponder)), (grads, dx_BTD) = grad(params, x_BTD)
+    @jax.jit
+    def both(params, x_BTD):
+        found = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x_BTD)
+        return *found, model.ponder(params, x_BTD, state) if act else None
+
+    (total, (y_BTD, ponder)), (grads, dx_BTD), halted = both(params, x_BTD)
     values = {"out": y_BTD, "loss": total}
     if act:
-        updates, rest = model.ponder(params, x_BTD, state)
+        updates, rest = halted
         if config["act_type"] == "global":
             updates, rest = updates[:, 0], rest[:, 0]
         values |= {"n_updates": updates, "remainders": rest, "ponder_loss": ponder}
@@ -196,12 +200,14 @@ class _Layout:
             return [self._one(f"/{NORM}{key[1]}", outside=True)]
         if key[0] in ("halting_kernel", "halting_bias"):
             return [self._one(HALTING + key[0].removeprefix("halting_"))]
-        if key[0] == "step":
+        if key[0] == "signals":
             return [self._one("/layer_embedding")]
         theirs = LAYER[key[1:]]
         theirs = (theirs,) if isinstance(theirs, str) else theirs
         return [
-            self._one(f"/rec_layer_{i}/{n}") for i in range(leaf.shape[0]) for n in theirs
+            self._one(f"/rec_layer_{i}/{n}")
+            for i in range(leaf.shape[0])
+            for n in theirs
         ]
 
     def _one(self, end: str, outside: bool = False) -> str:

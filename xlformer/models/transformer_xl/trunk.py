@@ -20,6 +20,7 @@ from xlformer.models.base import Aux
 from xlformer.models.transformer_xl import cache as cache_lib
 from xlformer.models.transformer_xl.config import TransformerXLConfig
 from xlformer.models.transformer_xl.layer import Layer, initializers
+from xlformer.sharding import constrain
 
 # Which number is folded into the dropout key for what. If they changed, a run resumed
 # with a new release would not drop what it would have dropped with the old one.
@@ -224,7 +225,10 @@ class TrunkModule(nn.Module):
         if table_ND is None:
             return x_BTD
         rows_BT = jnp.maximum(self.config.table_length - 1 - index_BT, 0)
-        return x_BTD + table_ND.astype(self.dtype)[rows_BT]
+        # Whole on every device: rows of a batch that is split look it up, which XLA's
+        # partitioner (jax 0.10.2) cannot do in a table that is split another way.
+        table_ND = constrain(table_ND.astype(self.dtype), None, None)
+        return x_BTD + table_ND[rows_BT]
 
     def _shared(self, S, key):
         """What all layers use: the sinusoid of the distances, and u and v if tied."""

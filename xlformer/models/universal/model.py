@@ -53,6 +53,7 @@ from xlformer.models import base
 from xlformer.models.base import Model
 from xlformer.models.tokens import TokenModel, Tokens
 from xlformer.models.universal import flops as flops_lib
+from xlformer.models.universal import signals
 from xlformer.models.universal.config import UniversalConfig
 from xlformer.models.universal.trunk import State, TrunkModule
 from xlformer.models.windowed import Windowed
@@ -83,6 +84,11 @@ class UniversalTransformer(TokenModel):
     @property
     def positions_from_end(self) -> bool:
         return False
+
+    @property
+    def resets_in_segment(self) -> bool:
+        """False where a token sees later ones, which a reset between would change."""
+        return self.causal
 
     @property
     def needs_rngs(self) -> bool:
@@ -129,7 +135,9 @@ class UniversalTransformer(TokenModel):
 
     def param_axes(self, params):
         tables = attention.PARAM_AXES | feed_forward.PARAM_AXES | adaptive.PARAM_AXES
-        return base.param_axes(params, tables | separable.PARAM_AXES | TRUNK_AXES)
+        return base.param_axes(
+            params, tables | separable.PARAM_AXES | signals.PARAM_AXES
+        )
 
     def ponder(self, params, inputs, state, *, resets_BT=None, lengths_B=None):
         """How many steps each token took, and its remainder: (updates_BT, rest_BT).
@@ -187,6 +195,3 @@ class UniversalTransformer(TokenModel):
 
     def card(self) -> dict:
         return {**super().card(), "n_step": self.config.steps, "act": self.config.act}
-
-
-TRUNK_AXES = {"trunk/step": (None, "embed"), "trunk/position": (None, "embed")}

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlformer.errors import UserError
 from xlformer.kernels.dropout import dropout, fold
 from xlformer.kernels.visibility import Visibility
 from xlformer.layers import halting as halting_lib
@@ -20,6 +19,7 @@ from xlformer.layers.separable import REACH
 from xlformer.models.base import Aux
 from xlformer.models.universal.config import UniversalConfig
 from xlformer.models.universal.layer import Layer
+from xlformer.models.universal.signals import Signals
 
 # Which number is folded into the dropout key for what.
 INPUT_KEY, LAYERS_KEY = range(2)
@@ -106,13 +106,14 @@ class TrunkModule(nn.Module):
         end, turn_B = T if lengths is None else lengths, None
         if lengths is not None:
             x_BTD = jnp.where(_valid(x_BTD.shape, lengths)[..., None], x_BTD, 0)
-            if not config.causal:
-                # Only what comes before a position can be hidden by where it may begin
-                # to see. So the padding is turned round to the front.
+        if not config.causal:
+            # They lie before the segment, of which there is nothing.
+            resets_BT = None
+            if lengths is not None:
+                # Only what comes before a position can be hidden, by where it begins to
+                # see. So the padding is turned round to the front.
                 turn_B = T - jnp.broadcast_to(lengths, x_BTD.shape[:1])
                 x_BTD = _turned(x_BTD, turn_B)
-                if resets_BT is not None:
-                    resets_BT = _turned(resets_BT, turn_B)
         start_BT = self._start(state, resets_BT, turn_B, T)
         key = None if keys is None else keys.rows_B
         segment = Segment(
@@ -138,11 +139,11 @@ class TrunkModule(nn.Module):
     def _steps(self, x_BTD, state: State, segment: Segment):
         """All steps: (the output before its norm, Halting, what the state keeps)."""
         config, n_layer = self.config, self.config.n_layer
-        layers = self._parameters(x_BTD, segment)
-        position_BTD = self._position_signal(x_BTD.shape[1], segment.start_BT)
-        step_N11D = self._step_signal()
-        halting_D, halting_bias = self._halting()
-        run_layers = self._layers(layers, segment)
+        run_layers = self._layers(self._parameters(x_BTD, segment), segment)
+        signals = Signals(config, self.dtype, name="signals")
+        position_BTD, step_N11D = signals(x_BTD.shape[1], segment.start_BT)
+        # Not a submodule: its parameters are used inside of a loop of JAX's.
+        probability = self._probability()
 
         def run_step(carry, part):
             x_BTD, y_BTD, halting = carry
@@ -162,9 +163,7 @@ class TrunkModule(nn.Module):
                 output_BTD = jnp.where(halted_BT1, x_BTD, output_BTD)
             with jax.named_scope("halting"):
                 # Of the state before the layers; its weight is that of the one after.
-                p_BT = nn.sigmoid(
-                    jnp.einsum("BTD,D->BT", input_BTD, halting_D) + halting_bias
-                )
+                p_BT = probability(input_BTD)
                 if config.act == halting_lib.GLOBAL:
                     p_BT = halting_lib.global_probability(p_BT, segment.start_BT)
                 last = (n == config.steps - 1) & config.force_halt_last
@@ -220,7 +219,7 @@ class TrunkModule(nn.Module):
 
         return run
 
-    # Parameters ---------------------------------------------------------------------
+    # Parameters -----------------------------------------------------------------------
 
     def _parameters(self, x_BTD, segment: Segment):
         """Those of a step's layers, stacked."""
@@ -246,55 +245,19 @@ class TrunkModule(nn.Module):
 
         return self.param("layers", init)
 
-    def _table(self, name: str, rows: int):
-        # N(0, 1/D) times sqrt(D), as in tensor2tensor: as large as a sinusoid.
-        D = self.config.d_model
-        table_ND = self.param(name, nn.initializers.normal(D**-0.5), (rows, D))
-        return table_ND.astype(self.dtype) * D**0.5
-
-    def _halting(self):
-        """The weights and the bias of p, in at least float32; bias 1 as in the paper."""
+    def _probability(self):
+        """(state_BTD) -> p_BT, in at least float32; None without ACT."""
         if self.config.act == "none":
-            return None, None
+            return None
+        exact = jnp.promote_types(self.dtype, jnp.float32)
         init = nn.initializers.normal(self.config.std)
         kernel_D = self.param("halting_kernel", init, (self.config.d_model,))
-        bias = self.param("halting_bias", nn.initializers.ones, ())
-        exact = jnp.promote_types(self.dtype, jnp.float32)
-        return kernel_D.astype(exact), bias.astype(exact)
+        kernel_D = kernel_D.astype(exact)
+        # It begins as 1, as in both: the first steps are then the likely ones.
+        bias = self.param("halting_bias", nn.initializers.ones, ()).astype(exact)
+        return lambda x_BTD: nn.sigmoid(jnp.einsum("BTD,D->BT", x_BTD, kernel_D) + bias)
 
-    # Signals and what is seen -------------------------------------------------------
-
-    def _step_signal(self):
-        """What is added in each step, [N, 1, 1, D], or None."""
-        config = self.config
-        if config.step_signal == "none":
-            return None
-        if config.step_signal == "learned":
-            table_ND = self._table("step", config.steps)
-        else:
-            table_ND = positions.timing_signal(
-                np.arange(config.steps), config.d_model, self.dtype
-            )
-        return table_ND[:, None, None]
-
-    def _position_signal(self, T: int, start_BT):
-        """What is added at each position in each step, [1 or B, T, D], or None."""
-        config = self.config
-        if not config.absolute:
-            return None
-        index_T = np.arange(T)
-        # Counted from the row's last reset on. A constant of the program where it can.
-        index_BT = index_T[None] if start_BT is None else index_T[None] - start_BT
-        if config.positions == "sinusoid":
-            return positions.timing_signal(index_BT, config.d_model, self.dtype)
-        N = config.table_length
-        if T > N:
-            raise UserError(
-                f"a segment of {T} tokens, but config.model.table_length={N}: learned "
-                "positions end there"
-            )
-        # Beyond its end, after many segments, the last row goes on.
-        return self._table("position", N)[jnp.clip(index_BT, 0, N - 1)]
+    # What is seen --------------------------------------------------------------------
 
     def _start(self, state: State, resets_BT, turn_B, T: int):
         """Segment.start_BT; None where nothing can be hidden."""

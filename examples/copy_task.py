@@ -1,14 +1,14 @@
-"""Copying: digits, a separator, the digits again. Learnt from short ones, asked of long.
+"""Digits, a separator, the same digits: learnt from short sequences, asked of long ones.
 
     python examples/copy_task.py --model=universal
     python examples/copy_task.py --model=transformer_xl --config.model.n_layer=4
 
-The task of Dehghani et al. 2018 (arXiv:1807.03819, table 4) as one sequence: loss and
-accuracies are of what follows the separator. Lengths are random up to --length, and so is
-the place of a sequence in its row (the paper's random offsets), where a reset begins it:
-absolute positions of long sequences are then known too. A sequence counts where all of
-its characters are right, each given those before it, so that greedy generation would have
-made it. With 3,000 steps some minutes on two cores.
+The task of Dehghani et al. 2018 (arXiv:1807.03819, table 4) as one sequence. Loss and
+accuracies are of what follows the separator. Lengths are random up to --length, and so
+is the place of a sequence in its row (the paper's random offsets), where a reset begins
+it: the absolute positions of long sequences are then known too. A sequence counts where
+all of its characters are right, each given those before it: so greedy generation would
+have made it. With 3,000 steps that takes minutes on two cores.
 """
 
 import functools

@@ -30,7 +30,7 @@ def folder(path):
 @functools.cache
 def config_name(model):
     """A config of this model that comes with the package."""
-    return next(n for n in config_lib.names() if _model(n) == model)
+    return next((n for n in config_lib.names() if _model(n) == model), None)
 
 
 @functools.cache
@@ -40,7 +40,11 @@ def _model(name):
 
 def make_config(model, path):
     """Rows for any mesh of eight, and all that a run can carry from step to step."""
-    config = config_lib.load(f"{config_name(model)}:debug")
+    name = config_name(model)
+    if name:
+        config = config_lib.load(f"{name}:debug")
+    else:
+        config = config_lib.shrink(config_lib.default_config(model))
     own = config_lib.load(f"text:path={path / 'text.txt'},unit=chars")
     config.data.update(own.data, directory=str(path / "prepared"))
     if "scan_layers" in config.model:

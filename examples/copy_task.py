@@ -1,4 +1,4 @@
-"""Digits, a separator, the same digits: learnt from short sequences, asked of long ones.
+"""Digits, a separator, the same digits: learnt from short sequences, asked of long.
 
     python examples/copy_task.py --model=universal
     python examples/copy_task.py --model=transformer_xl --config.model.n_layer=4
@@ -29,6 +29,7 @@ DIGITS, SEPARATOR, END, NOTHING, SYMBOLS = 10, 10, 11, 12, 13
 # which --config.model.FIELD=VALUE changes.
 SIZES = {
     "transformer_xl": dict(n_layer=2, d_model=64, n_head=4, d_inner=256),
+    "lstm": dict(n_layer=2, d_model=64, d_hidden=96),
     "universal": dict(n_step=4, d_model=92, n_head=4, d_inner=368),
 }
 # A sequence is read in one segment, and begins with nothing.

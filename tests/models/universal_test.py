@@ -1,12 +1,17 @@
 """The Universal Transformer: the contract of two forms, and what its paper claims."""
 
+import dataclasses
+import functools
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from golden import check
 
 from xlformer import models, testing
+from xlformer.errors import UserError
 from xlformer.models import UniversalConfig
 
 TINY, V, D = 1e-9, 19, 8
@@ -32,9 +37,7 @@ CONTRACT = {
         transition="sepconv",
         dropout=0.3,
     ),
-    "act": dict(
-        act="accumulate", act_max_steps=3, positions="learned", table_length=30
-    ),
+    "act": dict(act="accumulate", act_max_steps=3, positions="learned", table_length=30),
 }
 
 

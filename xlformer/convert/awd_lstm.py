@@ -182,9 +182,7 @@ def _config(state: dict, hparams: dict) -> LSTMConfig:
     for name, ours in said.items():
         found = getattr(config, ours)
         if hparams.get(name, found) != found:
-            raise UserError(
-                f"hparams: {name}={hparams[name]!r:.50}, the state has {found}"
-            )
+            raise UserError(f"hparams: {name}={hparams[name]!r:.50}, the state has {found}")
     return config
 
 

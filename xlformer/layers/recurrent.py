@@ -129,9 +129,7 @@ def layer(x_TBD, h_BN, c_BN, weights: Weights, at: Places):
         x_TBGN = constrain(x_TBGN, None, "batch", None, "mlp")
     cells = jnp.promote_types(dtype, jnp.float32)
     with jax.named_scope("recurrence"):
-        return recurrence(
-            x_TBGN, h_BN.astype(dtype), c_BN.astype(cells), hidden_NGN, at
-        )
+        return recurrence(x_TBGN, h_BN.astype(dtype), c_BN.astype(cells), hidden_NGN, at)
 
 
 @jax.custom_vjp
@@ -274,9 +272,7 @@ def stack(x_TBD, state: LSTMState, layers, at: Places, masks=None, rates=None):
         y_TBN, h_BN, c_BN = layer(x_TBD, state.h[k], state.c[k], one, at)
         mask, rate = hidden[k] if k < last else masks.output_BN, rates.hidden
         x_TBD = locked(y_TBN, mask, rate if k < last else rates.output)
-        for found, x in zip(
-            (raw, dropped, h, c), (y_TBN, x_TBD, h_BN, c_BN), strict=True
-        ):
+        for found, x in zip((raw, dropped, h, c), (y_TBN, x_TBD, h_BN, c_BN), strict=True):
             found.append(x)
     return Outputs(tuple(raw), tuple(dropped)), LSTMState(tuple(h), tuple(c))
 

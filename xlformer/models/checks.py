@@ -31,9 +31,7 @@ def cutoffs(config) -> None:
     """Raises UserError where config.cutoffs are no bins of the vocabulary."""
     edges = (0, *config.cutoffs)
     if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
-        raise UserError(
-            f"config.model.cutoffs={config.cutoffs} must ascend from above 0"
-        )
+        raise UserError(f"config.model.cutoffs={config.cutoffs} must ascend from above 0")
     if config.vocab_size is not None and edges[-1] >= config.vocab_size:
         raise UserError(
             f"config.model.cutoffs={config.cutoffs} reach beyond the vocabulary: "

@@ -186,7 +186,9 @@ def draw(config: LSTMConfig, keys) -> Masks:
         one(rows, k, rates.hidden, (B, n)) for k, n in enumerate(widths[1:-1], start=1)
     ]
     output_BN = one(rows, config.n_layer, rates.output, (B, widths[-1]))
-    weight = [one(shared, k, rates.weight, (n, 4, n)) for k, n in enumerate(widths[1:])]
+    weight = [
+        one(shared, k, rates.weight, (n, 4, n)) for k, n in enumerate(widths[1:])
+    ]
     input_BD = one(rows, 0, rates.input, (B, widths[0]))
     return Masks(input_BD, tuple(hidden), output_BN, tuple(weight))
 
@@ -198,10 +200,7 @@ def penalties(config: LSTMConfig, outputs: recurrent.Outputs, at) -> Aux:
         found["lstm/ar"] = recurrent.activation_penalty(outputs.dropped[-1], at)
     if config.temporal_penalty:
         found["lstm/tar"] = recurrent.temporal_penalty(outputs.raw[-1], at)
-    weights = {
-        "lstm/ar": config.activation_penalty,
-        "lstm/tar": config.temporal_penalty,
-    }
+    weights = {"lstm/ar": config.activation_penalty, "lstm/tar": config.temporal_penalty}
     return Aux(sum((weights[name] * x for name, x in found.items()), 0.0), found)
 
 

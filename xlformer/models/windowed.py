@@ -124,9 +124,7 @@ class Windowed(Model):
     def log_probs(self, params, inputs_BT, state, **options):
         windows, state = self._windows(inputs_BT, state, **options)
         step = options.get("step")
-        log_probs_TBV = jax.lax.map(
-            lambda part: self._ask(params, *part, step), windows
-        )
+        log_probs_TBV = jax.lax.map(lambda part: self._ask(params, *part, step), windows)
         return jnp.swapaxes(log_probs_TBV, 0, 1), state
 
     def _windows(self, ids_BT, state: Window, *, resets_BT=None, lengths_B=None, **_):

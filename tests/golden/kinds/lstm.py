@@ -5,6 +5,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from golden.comparison import Comparison
 
 from xlformer import convert, models

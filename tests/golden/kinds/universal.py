@@ -201,9 +201,7 @@ class _Layout:
         theirs = LAYER[key[1:]]
         theirs = (theirs,) if isinstance(theirs, str) else theirs
         return [
-            self._one(f"/rec_layer_{i}/{n}")
-            for i in range(leaf.shape[0])
-            for n in theirs
+            self._one(f"/rec_layer_{i}/{n}") for i in range(leaf.shape[0]) for n in theirs
         ]
 
     def _one(self, end: str, outside: bool = False) -> str:

@@ -120,7 +120,9 @@ class UniversalConfig:
         if self.transition == "fc" or not self.memory_length:
             return ()
         widths = (self.d_model, self.d_inner)
-        return tuple((w - 1, n) for w, n in zip(separable.WIDTHS, widths, strict=True))
+        return tuple(
+            (w - 1, n) for w, n in zip(separable.WIDTHS, widths, strict=True)
+        )
 
     @property
     def absolute(self) -> bool:

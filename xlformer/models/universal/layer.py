@@ -40,7 +40,9 @@ class Layer(nn.Module):
         attention_norm, transition_norm = norm(name="attention_norm"), norm(name="norm")
         M = memory_BMD.shape[1]
         # A masked NaN would still spoil the sum over values: see layers/memory.py.
-        context_BSD, bad_BS = memory_lib.finite(jnp.concatenate([memory_BMD, x_BTD], 1))
+        context_BSD, bad_BS = memory_lib.finite(
+            jnp.concatenate([memory_BMD, x_BTD], 1)
+        )
         if config.pre_norm:
             # Memory is stored as it was and normalised at use, as in Transformer-XL.
             context_BSD = attention_norm(context_BSD)

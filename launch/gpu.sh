@@ -8,6 +8,7 @@ source "$ROOT/launch/environment.sh"
 SECTIONS=(device kernels bench sweep wt103_train wt103_infer enwik8)
 ORIGINAL=44781ed21dbaec88b280f74d9ae2877f52b492a5
 NVIDIA=729963dd47e7c8bd462ad10bfac7a7b0b604e6dd
+AWD_LSTM=1d466ec5875675ca6b6f0caacbb741240a29da9e
 MODE=measure RESULTS=${OUT:-"$ROOT/runs/gpu"} ONLY="${SECTIONS[*]}"
 
 usage() {
@@ -84,6 +85,8 @@ prepare() {
     fetch transformer-xl https://github.com/kimiyoung/transformer-xl "$ORIGINAL" pytorch
     fetch DeepLearningExamples https://github.com/NVIDIA/DeepLearningExamples "$NVIDIA" \
         PyTorch/LanguageModeling/Transformer-XL
+    # Measured on the CPU. What it is lies at the top, which is always checked out.
+    fetch awd-lstm-lm https://github.com/salesforce/awd-lstm-lm "$AWD_LSTM" data
     "$python" -m pip download --quiet --no-deps --only-binary=:all: \
         --dest "$ROOT/peers" ml_collections==1.1.0
     say "ready; take peers/ along"

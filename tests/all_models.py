@@ -30,7 +30,7 @@ def folder(path):
 @functools.cache
 def config_name(model):
     """A config of this model that comes with the package."""
-    return next(n for n in config_lib.names() if _model(n) == model)
+    return next((n for n in config_lib.names() if _model(n) == model), None)
 
 
 @functools.cache
@@ -40,14 +40,19 @@ def _model(name):
 
 def make_config(model, path):
     """Rows for any mesh of eight, and all that a run can carry from step to step."""
-    config = config_lib.load(f"{config_name(model)}:debug")
+    name = config_name(model)
+    if name:
+        config = config_lib.load(f"{name}:debug")
+    else:
+        config = config_lib.shrink(config_lib.default_config(model))
     own = config_lib.load(f"text:path={path / 'text.txt'},unit=chars")
     config.data.update(own.data, directory=str(path / "prepared"))
     if "scan_layers" in config.model:
         config.model.scan_layers = True  # compiles faster
     config.train.update(batch_size=8, steps=STEPS, ema_decay=0.5, keep=STEPS)
     config.train.update(save_every=SAVED, eval_every=0, log_every=0)
-    config.optimizer.update(learning_rate=0.01, schedule="constant", warmup_steps=0)
+    config.optimizer.update(config_lib.default_config(model).optimizer)
+    config.optimizer.update(learning_rate=0.01, schedule="constant")
     config.optimizer.epsilon = 1e-3  # or Adam divides one rounding error by another
     config.eval.update(batch_size=8, max_tokens=163)
     return config
@@ -63,7 +68,8 @@ class Resumed:
 
     def __init__(self, config, model, checkpoints, sizes):
         self.mesh = sharding.make_mesh(sizes)
-        self.made, self.config = TrainingStep(config, model, self.mesh), config
+        self.made = TrainingStep(config, model, self.mesh)
+        self.config, self.model = config, model
         with Checkpoints(checkpoints, read_only=True) as found:
             abstract = sharding.with_shardings(self.made.abstract, self.made.placed)
             self.at, self.state, self.sealed = found.restore(abstract, step=SAVED)
@@ -75,6 +81,9 @@ class Resumed:
             prepared.tokens["train"],
             batch_size=train.batch_size,
             segment_length=train.segment_length,
+            extended_length=self.model.extended_length,
+            variable_length=train.variable_length,
+            seed=self.config.seed,
         )
         step = self.made.compile(stream.at(0))
         for k in range(SAVED, STEPS):

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import trained_run
 from own_trunk import Recurrent, RecurrentConfig
 
 from xlformer import convert, evaluate, generate, models, runs
@@ -139,6 +140,33 @@ def test_hugging_face_directory(tmp_path, vocab, capsys):
     model = models.build(loaded.model.config)
     expected = scored_by_hand(model, params, loaded.vocabulary, path, 9)
     assert card["nats"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_awd_lstm_needs_no_hparams_and_takes_its_bptt_for_segments(
+    tmp_path, vocab, text, capsys
+):
+    """Tied or not is in the arrays, and rates are only for training."""
+    config = models.LSTMConfig(vocab_size=60, n_layer=2, d_model=7, d_hidden=11)
+    params = trained_run.random_params(models.build(config))
+    state = convert.to_awd_lstm(config, params)
+    source, vocabulary = tmp_path / "w.npz", f"--vocab={vocab(SYMBOLS[60])}"
+    np.savez(source, **state)
+    flags = ["--format=awd_lstm", f"--source={source}", vocabulary, f"--probe={text}"]
+    assert command([*flags, f"--workdir={tmp_path / 'run'}"]) == 0
+    assert "probe: " in capsys.readouterr().out
+    loaded = runs.load(tmp_path / "run")
+    assert loaded.config.model.name == "lstm" and loaded.config.eval.batch_size > 1
+    for name, x in convert.to_awd_lstm(loaded.model.config, loaded.params).items():
+        np.testing.assert_array_equal(x, state[name].astype(np.float32), err_msg=name)
+    (tmp_path / "hparams.json").write_text(json.dumps({"bptt": 13, "dropouth": 0.25}))
+    assert command([*flags, f"--workdir={tmp_path / 'again'}"]) == 0
+    written = runs.read_config(tmp_path / "again")
+    assert (written.eval.segment_length, written.model.hidden_dropout) == (13, 0.25)
+    capsys.readouterr()
+    card = evaluate.evaluate(tmp_path / "again", text=str(text), batch_size=2)
+    assert card["warmup"] == "none" and "equal number of rows" in card["note"]
+    assert evaluate.main([f"--workdir={tmp_path / 'again'}", "--clamp_length=3"]) == 2
+    assert "--clamp_length=3: LSTM has no clamp_length" in capsys.readouterr().err
 
 
 def test_weights_only_pt(tmp_path, vocab):

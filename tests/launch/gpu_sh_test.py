@@ -126,6 +126,7 @@ def test_prepare_takes_the_pinned_commits_and_measures_nothing(gpu):
     calls = gpu.log.read_text()
     assert "44781ed21dbaec88b280f74d9ae2877f52b492a5" in calls
     assert "729963dd47e7c8bd462ad10bfac7a7b0b604e6dd" in calls
+    assert "1d466ec5875675ca6b6f0caacbb741240a29da9e" in calls
     assert "pip download" in calls and "compare.py" not in calls
     (gpu.root / "peers/transformer-xl").mkdir()
     assert "transformer-xl is no clone" in gpu("--prepare").stderr

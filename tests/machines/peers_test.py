@@ -166,6 +166,8 @@ def test_every_form_of_a_setting_is_asked_for(load):
         *(f"nvidia {form}" for form in ("eager", "compile", "torchscript")),
     ]
     assert "original compile-bf16" in forms("enwik8_12L_train", "auto")
+    peers = ["awd_lstm eager-f32", "awd_lstm compile-f32"]
+    assert forms("awd_penn", "auto", "xla") == ["xlformer auto", *peers]
 
 
 @pytest.mark.parametrize(
@@ -213,6 +215,24 @@ def test_a_worker_keeps_the_protocol_clean_and_sizes_its_rounds():
     assert 0.06 < rounds[1]["seconds"] and rounds[1]["tokens"] >= 3 * 1024
 
 
+@pytest.mark.parametrize("name", ["penn", "enwik8"])
+def test_an_lstm_is_measured_as_its_published_config_trains(load, name):
+    settings, ours = load("settings"), load("ours")
+    setting = settings.SETTINGS[f"awd_{name}"]
+    found, config = ours.config_of(setting, "auto"), config_lib.load(f"lstm_{name}")
+    same = set(found.model) - {"vocab_size", "dtype"}
+    assert {k: found.model[k] for k in same} == {k: config.model[k] for k in same}
+    assert found.optimizer.clip_norm == config.optimizer.clip_norm
+    # What it does until validations get no better.
+    assert setting.optimizer == {"nt_asgd": "sgd"}.get(
+        config.optimizer.name, config.optimizer.name
+    )
+    model = models.build(config.model, vocab_size=setting.vocab_size)
+    counted = model.flops(batch_size=1, segment_length=1)
+    products = [8 * D * N for D, N in setting.layers]
+    assert counted.inputs == sum(products)
+
+
 @pytest.mark.parametrize(
     ("setting", "spec"),
     [
@@ -245,7 +265,7 @@ def test_scoring_is_that_of_the_published_configs(load):
 
 def test_the_naive_port_computes_the_same(load):
     naive, settings, ours = load("naive"), load("settings"), load("ours")
-    setting = settings.tiny(settings.SETTINGS["cpu_eval_long"])
+    setting = settings.SETTINGS["cpu_eval_long"].tiny()
     fields = ours.config_of(setting, "xla").model
     fields.attend_zero_memory = True  # as the port does
     model = models.build(fields, vocab_size=setting.vocab_size)

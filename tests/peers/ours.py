@@ -13,7 +13,7 @@ import jax
 import naive
 import numpy as np
 import worker
-from settings import Setting
+from settings import Recurrent, Setting, Step
 
 from xlformer import models, scoring, sharding
 from xlformer.config import default_config
@@ -32,7 +32,7 @@ class Plain(TransformerXL):
     cache_axes = Model.cache_axes
 
 
-def build(setting: Setting, form: str):
+def build(setting: Step, form: str):
     if form == NAIVE:
         run, parameters = naive.build(setting, worker.batches(setting))
         return run, facts(parameters, "float32")
@@ -47,10 +47,35 @@ def build(setting: Setting, form: str):
     return run, facts(parameters, compute_dtype(config.model.dtype).name)
 
 
-def config_of(setting: Setting, implementation: str):
+def config_of(setting: Step, implementation: str):
     """The setting as a config of xlformer."""
+    if isinstance(setting, Recurrent):
+        config = _lstm(setting)
+    else:
+        config = _transformer_xl(setting, implementation)
+    config.train.update(batch_size=setting.batch_size)
+    config.train.update(segment_length=setting.segment_length)
+    config.optimizer.update(name=setting.optimizer, schedule="constant")
+    return config
+
+
+def _lstm(setting: Recurrent):
+    same = ("n_layer", "d_model", "d_hidden", "cutoffs", "dropout", "hidden_dropout")
+    same += ("input_dropout", "word_dropout", "weight_dropout")
+    same += ("activation_penalty", "temporal_penalty")
+    fields = {name: getattr(setting, name) for name in same}
+    dtype = "auto" if setting.half else "float32"
+    config = default_config("lstm", dtype=dtype, **fields)
+    # Adam of theirs adds the decay to the gradient, which ours does not have; it costs
+    # nothing beside the rest.
+    if setting.optimizer == "sgd":
+        config.optimizer.weight_decay = setting.weight_decay
+    return config
+
+
+def _transformer_xl(setting: Setting, implementation: str):
     bins = 1 + len(setting.cutoffs)
-    config = default_config(
+    return default_config(
         "transformer_xl",
         n_layer=setting.n_layer,
         d_model=setting.d_model,
@@ -69,10 +94,6 @@ def config_of(setting: Setting, implementation: str):
         dtype="auto" if setting.half else "float32",
         attention=implementation,
     )
-    config.train.update(batch_size=setting.batch_size)
-    config.train.update(segment_length=setting.segment_length)
-    config.optimizer.update(name=setting.optimizer, schedule="constant")
-    return config
 
 
 def training(setting, config, model, mesh):

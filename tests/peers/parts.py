@@ -1,9 +1,10 @@
-"""GFLOP/s of the matrix products of the CPU settings, in XLA and in PyTorch.
+"""GFLOP/s of the parts of the CPU settings, in XLA and in PyTorch.
 
     JAX_PLATFORMS=cpu PYTHONPATH=. python tests/peers/parts.py [--setting=cpu_eval]
 
 What a layer is made of, each product alone and in turns: how far both libraries' own
-products are apart, and which of them hold a step back. CPU, float32.
+products are apart, and which of them hold a step back. Of an LSTM also its layers and
+its loss as wholes, forward and backward (lstm_parts.py). CPU, float32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 
 import compare
 import jax
+import lstm_parts
 import numpy as np
 import settings
 import torch
@@ -23,7 +25,12 @@ ROUNDS, SECONDS = 9, 0.1  # of each product in each turn
 
 
 def products(setting) -> dict:
-    """{part: (einsum of both libraries, shape, shape)} of one layer's forward."""
+    """{part: (einsum of both libraries, shape, shape)} of the forward pass.
+
+    Of a Transformer-XL these of one layer, of an LSTM of each that differs.
+    """
+    if isinstance(setting, settings.Recurrent):
+        return lstm_parts.products(setting)
     B, T, M = setting.batch_size, setting.segment_length, setting.memory_length
     N, S = B * T, M + T
     d, F, H, K = setting.d_model, setting.d_inner, setting.n_head, setting.d_head
@@ -57,18 +64,22 @@ def rate(function, count: float) -> float:
     return times * count / (time.perf_counter() - start) / 1e9
 
 
-def both(spec: str, *shapes: tuple) -> list[float]:
-    """Median GFLOP/s of XLA and of PyTorch, timed in turns."""
+def both(spec: str, *shapes: tuple) -> list:
+    """The same product in XLA and in PyTorch."""
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(s, np.float32) for s in shapes]
     here = [jax.device_put(x) for x in arrays]
     there = [torch.from_numpy(x) for x in arrays]
     product = jax.jit(functools.partial(jax.numpy.einsum, spec))
-    functions = [
+    return [
         lambda: product(*here).block_until_ready(),
         lambda: torch.einsum(spec, *there),
     ]
-    turns = [[rate(f, flops(spec, *shapes)) for f in functions] for _ in range(ROUNDS)]
+
+
+def rates(functions, count: float) -> list[float]:
+    """Median GFLOP/s of XLA and of PyTorch, timed in turns."""
+    turns = [[rate(f, count) for f in functions] for _ in range(ROUNDS)]
     return [statistics.median(each) for each in zip(*turns[1:], strict=True)]
 
 
@@ -78,11 +89,16 @@ def main() -> None:
     args = parser.parse_args()
     setting = settings.SETTINGS[args.setting]
     print(f"{compare.host()}, jax {jax.__version__}, torch {torch.__version__}")
-    print(f"{args.setting}: {compare.describe(setting)}")
+    print(f"{args.setting}: {setting}")
     print(f"{'GFLOP/s':<28}{'MFLOP':>8}{'XLA':>8}{'PyTorch':>9}{'ratio':>7}")
-    for part, (spec, *shapes) in products(setting).items():
-        count = flops(spec, *shapes)
-        xla, other = both(spec, *shapes)
+    timed = [
+        (part, flops(spec, *shapes), both(spec, *shapes))
+        for part, (spec, *shapes) in products(setting).items()
+    ]
+    if isinstance(setting, settings.Recurrent):
+        timed += lstm_parts.wholes(setting)
+    for part, count, functions in timed:
+        xla, other = rates(functions, count)
         print(
             f"{part:<28}{count / 1e6:>8.0f}{xla:>8.0f}{other:>9.0f}{xla / other:>7.2f}",
             flush=True,

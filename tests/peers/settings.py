@@ -7,33 +7,23 @@ import dataclasses
 WT103 = {"vocab_size": 267_735, "cutoffs": (19_997, 39_997, 199_997)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One model, one kind of step.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """One kind of step of one model; which, say the classes below.
 
     Attributes:
       train: forward, backward, clip and optimizer; else scoring, memory carried on.
-      peer: the program to compare with, original or nvidia.
+      peer: the program to compare with, original, nvidia or awd_lstm.
       half: 16 bits where the program has them (bf16, NVIDIA's fp16), else float32.
     """
 
     train: bool
     peer: str
-    n_layer: int
-    d_model: int
-    n_head: int
-    d_head: int
-    d_inner: int
     batch_size: int
     segment_length: int
-    memory_length: int
     vocab_size: int = 256
     cutoffs: tuple[int, ...] = ()
-    div_val: int = 1
     dropout: float = 0.1
-    attention_dropout: float = 0.0
-    clamp_length: int = 0
-    same_length: bool = False
     optimizer: str = "adam"
     half: bool = True
     gpu: bool = True
@@ -42,6 +32,70 @@ class Setting:
     def tokens(self) -> int:
         """Of one step."""
         return self.batch_size * self.segment_length
+
+    def tiny(self):
+        """The same in seconds on any machine: what a rehearsal measures."""
+        bins = {"vocab_size": 503, "cutoffs": (97, 199, 401)} if self.cutoffs else {}
+        sizes = {"batch_size": min(2, self.batch_size), "segment_length": 16}
+        return dataclasses.replace(self, **sizes, **self.tiny_sizes(), **bins)
+
+    def __str__(self) -> str:
+        kind = "training" if self.train else "scoring"
+        rows = f"{self.batch_size} rows, segment {self.segment_length}"
+        return f"{kind}, {self.shape()}, {rows}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting(Step):
+    """Transformer-XL."""
+
+    n_layer: int
+    d_model: int
+    n_head: int
+    d_head: int
+    d_inner: int
+    memory_length: int
+    div_val: int = 1
+    attention_dropout: float = 0.0
+    clamp_length: int = 0
+    same_length: bool = False
+
+    def tiny_sizes(self) -> dict:
+        sizes = {"n_layer": 2, "d_model": 64, "n_head": 2, "d_head": 32, "d_inner": 64}
+        sizes |= {"clamp_length": min(24, self.clamp_length)}
+        return sizes | {"memory_length": 32 if self.same_length else 16}
+
+    def shape(self) -> str:
+        layers = f"{self.n_layer} layers of {self.d_model}, {self.n_head} heads"
+        return f"{layers}, memory {self.memory_length}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recurrent(Step):
+    """AWD-LSTM, with all that its program adds to a step."""
+
+    d_model: int
+    d_hidden: int
+    n_layer: int = 3
+    hidden_dropout: float
+    input_dropout: float
+    word_dropout: float
+    weight_dropout: float
+    activation_penalty: float = 0.0
+    temporal_penalty: float = 0.0
+    weight_decay: float = 1.2e-6
+
+    @property
+    def layers(self) -> list[tuple[int, int]]:
+        """(inputs, units) of each; the last has as many units as the embeddings."""
+        inner = [self.d_hidden] * (self.n_layer - 1)
+        return list(zip([self.d_model, *inner], [*inner, self.d_model], strict=True))
+
+    def tiny_sizes(self) -> dict:
+        return {"d_model": 16, "d_hidden": 24}
+
+    def shape(self) -> str:
+        return f"{self.n_layer} layers of {self.d_model} and {self.d_hidden:,}"
 
 
 def _cpu(**fields) -> Setting:
@@ -58,6 +112,10 @@ LARGE |= {"div_val": 4, "dropout": 0.2, "attention_dropout": 0.2}
 E12 = {"n_layer": 12, "d_model": 512, "n_head": 8, "d_head": 64, "d_inner": 2048}
 E24 = {"n_layer": 24, "d_model": 1024, "n_head": 8, "d_head": 128, "d_inner": 3072}
 E24 |= {"dropout": 0.15, "attention_dropout": 0.15}
+
+
+def _awd_lstm(**fields) -> Recurrent:
+    return Recurrent(train=True, peer="awd_lstm", half=False, gpu=False, **fields)
 
 
 def _nvidia(sizes, segment_length, memory_length, batch_size, **fields) -> Setting:
@@ -93,6 +151,35 @@ SETTINGS = {
     "cpu_eval_long": _cpu(
         train=False, segment_length=80, memory_length=640, same_length=True
     ),
+    # The commands in the README of salesforce/awd-lstm-lm for Penn's words, and for
+    # enwik8, whose 128 rows of 200 tokens would take two cores a minute.
+    "awd_penn": _awd_lstm(
+        d_model=400,
+        d_hidden=1150,
+        vocab_size=10_000,
+        batch_size=20,
+        segment_length=70,
+        dropout=0.4,
+        hidden_dropout=0.25,
+        input_dropout=0.4,
+        word_dropout=0.1,
+        weight_dropout=0.5,
+        activation_penalty=2.0,
+        temporal_penalty=1.0,
+        optimizer="sgd",
+    ),
+    "awd_enwik8": _awd_lstm(
+        d_model=400,
+        d_hidden=1840,
+        vocab_size=205,
+        batch_size=16,
+        segment_length=50,
+        dropout=0.4,
+        hidden_dropout=0.1,
+        input_dropout=0.1,
+        word_dropout=0.0,
+        weight_dropout=0.2,
+    ),
     "wt103_base_train_64": _nvidia(BASE, 192, 192, 64, **_TRAIN),
     "wt103_large_train_16": _nvidia(LARGE, 384, 384, 16, **_TRAIN),
     "wt103_base_train_32": _nvidia(BASE, 192, 192, 32, **_TRAIN),
@@ -125,13 +212,3 @@ def find(text: str) -> list[str]:
             raise KeyError(part)
         found += [n for n in names if n not in found]
     return found
-
-
-def tiny(setting: Setting) -> Setting:
-    """The same in seconds on any machine: what a rehearsal measures."""
-    bins = {"vocab_size": 503, "cutoffs": (97, 199, 401)} if setting.cutoffs else {}
-    sizes = {"n_layer": 2, "d_model": 64, "n_head": 2, "d_head": 32, "d_inner": 64}
-    sizes |= {"batch_size": min(2, setting.batch_size), "segment_length": 16}
-    sizes |= {"clamp_length": min(24, setting.clamp_length)}
-    sizes["memory_length"] = 32 if setting.same_length else 16
-    return dataclasses.replace(setting, **sizes, **bins)

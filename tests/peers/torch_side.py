@@ -1,4 +1,4 @@
-"""What the two PyTorch programs have in common: loading, tokens, and the loops.
+"""What the PyTorch programs have in common: loading, tokens, and the loops.
 
 The loops do what the programs' own do, but for one thing, in their favour: they do not
 fetch the loss to the host in every step.
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 import worker
-from settings import Setting
+from settings import Setting, Step
 
 PEERS = pathlib.Path(__file__).resolve().parents[2] / "peers"
 CLIP = 0.25
@@ -49,8 +49,8 @@ def module(name: str, path: pathlib.Path, patches: Mapping[str, str] | None = No
     return made
 
 
-def batches(setting: Setting) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(inputs, targets), time first as both programs have it."""
+def batches(setting: Step) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(inputs, targets), time first as all programs have it."""
     pairs = worker.batches(setting)
     return [
         tuple(torch.from_numpy(x.T.copy()).long().to(device()) for x in pair)

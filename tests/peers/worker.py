@@ -17,14 +17,14 @@ from collections.abc import Callable
 
 import numpy as np
 import settings
-from settings import Setting
+from settings import Step
 
 BATCHES = 4  # different ones, in turns
 WARM = 6  # steps: each batch once, and compiling again for other sizes of bins
 ZIPF = 1.07  # as xlformer.layers.adaptive.frequencies
 
 
-def batches(setting: Setting) -> list[tuple[np.ndarray, np.ndarray]]:
+def batches(setting: Step) -> list[tuple[np.ndarray, np.ndarray]]:
     """(inputs, targets), [B, T] each, the same for every program.
 
     Words by Zipf's law, which decides what an adaptive softmax costs; 256 or fewer
@@ -40,7 +40,7 @@ def batches(setting: Setting) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(x[:, :-1], x[:, 1:]) for x in ids.astype(np.int32)]
 
 
-def serve(build: Callable[[Setting, str], tuple[Callable[[int], int], dict]]) -> None:
+def serve(build: Callable[[Step, str], tuple[Callable[[int], int], dict]]) -> None:
     """Runs a worker.
 
     Args:
@@ -54,7 +54,7 @@ def serve(build: Callable[[Setting, str], tuple[Callable[[int], int], dict]]) ->
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     setting = settings.SETTINGS[args.setting]
-    setting = settings.tiny(setting) if args.tiny else setting
+    setting = setting.tiny() if args.tiny else setting
     # The protocol keeps the real stdout; prints of libraries go to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

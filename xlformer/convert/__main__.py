@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from xlformer import command
-from xlformer.convert import transformer_xl
+from xlformer.convert import awd_lstm, transformer_xl
 from xlformer.convert.adopt import VOCAB_HELP, adopt, read_vocabulary
 from xlformer.convert.files import read_json, read_state
 from xlformer.data.local import is_read_once
@@ -41,7 +41,7 @@ class Format(NamedTuple):
     about: str
 
 
-def _state_dict(convert: Callable) -> Callable:
+def _state_dict(convert: Callable, *, needs_hparams: bool = True) -> Callable:
     """Reads a file for convert(state, hparams) -> config, params."""
 
     def read(source, named):
@@ -52,6 +52,8 @@ def _state_dict(convert: Callable) -> Callable:
             # Most state dicts carry no settings, and shapes alone do not tell heads
             # from widths.
             beside = pathlib.Path(source).with_name("hparams.json")
+            if not beside.is_file() and not needs_hparams:
+                return (*convert(state, {}), {})
             if not beside.is_file():
                 raise UserError(
                     f"{source} carries no hparams: pass --hparams=FILE.json with the "
@@ -77,6 +79,11 @@ FORMATS = {
         "the PyTorch Transformer-XL",
     ),
     "hf": Format(_hf, "tgt_len", "Hugging Face's TransfoXL"),
+    "awd_lstm": Format(
+        _state_dict(awd_lstm.from_awd_lstm, needs_hparams=False),
+        "bptt",
+        "AWD-LSTM, its criterion's names after 'criterion.'",
+    ),
 }
 
 

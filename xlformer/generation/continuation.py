@@ -49,8 +49,7 @@ def generate(
     arguments; all get the same tokens.
 
     Args:
-      model: that carries something, or slides a window; see `for_generation`. Compiled
-        functions are kept for it.
+      model: see `for_generation`. Compiled functions are kept for it.
       params: of the model.
       prompts: token ids of each row, at least one; lengths may differ.
       num_tokens: to generate.

@@ -230,6 +230,11 @@ class Model:
         return 0
 
     @property
+    def sight(self) -> int | None:
+        """How many last tokens alone decide what follows; None: any may play a part."""
+        return None
+
+    @property
     def longest_segment(self) -> int | None:
         """The most targets of one call; None is without limit.
 

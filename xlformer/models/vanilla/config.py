@@ -24,6 +24,7 @@ RULES = {
     "d_inner": _SIZE,
     "context_length": _SIZE,
     "extended_length": _LENGTH,
+    "attention_bias": Rule(REFUSED),
     "layer_losses": Rule(REFUSED),
     # Another weight counts from here on; none at all has other parameters.
     "second_target_weight": Rule(TAKEN, least=0, switch=True),
@@ -55,6 +56,7 @@ class VanillaConfig:
     d_inner: int = 2048
     context_length: int = 512  # rows of each layer's table of positions
     extended_length: int = 0  # leading inputs without a target: `evaluate --stride`
+    attention_bias: bool = False  # of its four projections
     layer_losses: bool = True  # in training each layer predicts, too
     second_target_weight: float = 0.5  # of the target after next in training; 0: none
     loss_steps: int = 0  # over which the layers' losses end; 0: the run's steps

@@ -7,7 +7,7 @@ have auxiliary losses (layers/auxiliary.py), which this model computes with clas
 that nothing else uses; the loss at all positions is every model's here.
 
 The paper leaves open, and its program is not public: where norms are (here after each
-residual), biases of attention (none), a scale of the embeddings (none), what a
+residual), biases of attention (attention_bias, by default none), a scale of the embeddings (none), what a
 classifier reads (the layer's output), how the layers' losses are put together (a sum),
 how parameters begin (normal, init_std), whether embedding and softmax are tied (not).
 
@@ -149,7 +149,7 @@ class VanillaModule(TokenModule):
         return jnp.stack([x.astype(exact) for x in weights], 1)
 
     def _classifiers(self):
-        """Those of each layer, [L, ...]; where it has none zeros, which nobody reads."""
+        """Those of each layer, [L, ...]; zeros that nobody reads where it has none."""
 
         def stacked(leaf, after):
             before = self.config.n_layer - leaf.shape[0] - after
@@ -178,6 +178,13 @@ class VanillaTransformer(TokenModel):
     def tokens(self) -> Tokens:
         D, normal = self.width, nn.initializers.normal(self.config.init_std)
         return Tokens(Bins(self.vocab_size, D, D), tie_weights=False, table_init=normal)
+
+    def _options(self, x_BT, resets_BT, *more, **options):
+        # Before a segment there is nothing that a reset would hide, and without one the
+        # positions are a slice of their table, whose gradient is no scatter.
+        if resets_BT is not None and resets_BT.shape[1] == 1:
+            resets_BT = None
+        return super()._options(x_BT, resets_BT, *more, **options)
 
     @property
     def memory_length(self) -> int:

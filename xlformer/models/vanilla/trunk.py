@@ -54,6 +54,8 @@ class Layer(nn.Module):
             kernel_init=kernel,
             dtype=self.dtype,
             implementation=config.attention,
+            output_bias=config.attention_bias,
+            qkv_bias=config.attention_bias,
             name="attention",
         )
         network = FeedForward(

@@ -280,7 +280,8 @@ class VanillaTransformer(TokenModel):
         return {**super().card(), "context_length": self.config.context_length}
 
 
-TRUNK_AXES = {"trunk/position": (None, None, "embed")}
+# Rows of a table, as those of the embedding are.
+TRUNK_AXES = {"trunk/position": (None, "vocab", "embed")}
 # As fitted for Transformer-XL's layer: see transformer_xl/footprint.py.
 PER_WIDTH, PER_INNER = 13, 8
 

@@ -120,7 +120,9 @@ class TrunkModule(nn.Module):
 
         def run_layer(x_BTD, part):
             params, table_ND, index, asked = part
-            x_BTD = x_BTD + _positions(table_ND.astype(self.dtype), T, start_BT)
+            # Gathered as it is used: every device adds whole rows.
+            table_ND = constrain(table_ND.astype(self.dtype), None, None)
+            x_BTD = x_BTD + _positions(table_ND, T, start_BT)
             y_BTD = layer.apply({"params": params}, x_BTD, visibility, fold(key, index))
             return y_BTD, readout.read(y_BTD, asked) if readout else None
 

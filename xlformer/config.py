@@ -158,6 +158,13 @@ def _check_objective(name: str, model: models.Model) -> None:
 
 
 def _check_segments(config: ConfigDict, model: models.Model) -> None:
+    for section in ("train", "eval"):
+        length, longest = config[section].segment_length, model.longest_segment
+        if longest is not None and length > longest:
+            raise UserError(
+                f"config.{section}.segment_length={length} is more than the {longest} "
+                f"tokens that {type(model).__name__} takes at once"
+            )
     extended, documents = model.extended_length, config.data.documents
     if config.train.variable_length and extended:
         raise UserError(

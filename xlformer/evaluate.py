@@ -39,6 +39,7 @@ def _parser() -> command.Parser:
     )
     parser.add_argument("--params", help="raw or ema; default: ema where it is kept")
     parser.add_argument("--segment_length", type=int)
+    parser.add_argument("--stride", type=int, help="of a window that slides, in tokens")
     parser.add_argument("--memory_length", help="one number, or several: 100,200,400")
     parser.add_argument("--clamp_length", type=int)
     parser.add_argument("--same_length", nargs="?", const="true", help="true or false")

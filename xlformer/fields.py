@@ -151,6 +151,8 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         "tokenizer": _field("", FREE),
         # Of enwik8: the original's own preparation drops byte 10.
         "newline": _field("keep", REFUSED, choices=("keep", "drop")),
+        # Of enwik8 and text8: the symbols that occur, or all 256 values of a byte.
+        "alphabet": _field("counted", REFUSED, choices=("counted", "bytes")),
         # Where prepared corpora lie; '' is $XLFORMER_DATA, or ~/.cache/xlformer.
         "directory": _field("", FREE),
         # Where archives lie that you have fetched yourself.

@@ -193,6 +193,7 @@ def _continue(args, run: runs.Run, model, options) -> None:
     # Another host could have another file of that name, and all would wait for ever.
     if jax.process_count() > 1:
         hosts.same(prompt=repr([prompt.tolist() for prompt in prompts]))
+    _say_what_is_unseen(model, prompts)
     rows = [Row(run.vocabulary, prompt, args.stop) for prompt in prompts]
     printer = Printer(rows)
     generate(
@@ -207,6 +208,16 @@ def _continue(args, run: runs.Run, model, options) -> None:
     # The first row was printed as it came; rows cannot be printed side by side.
     for number, row in enumerate(rows[1:], 2):
         print(f"--- {number} of {len(rows)}\n{row.prompt}{row.text}")
+
+
+def _say_what_is_unseen(model, prompts) -> None:
+    sight, longest = for_generation(model).sight, max(map(len, prompts))
+    if sight is not None and longest > sight and hosts.is_first():
+        print(
+            f"a prompt has {longest} tokens, of which the model sees the last {sight}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def main(argv=None) -> int:

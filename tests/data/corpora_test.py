@@ -16,7 +16,7 @@ import pytest
 from conftest import SHARED
 
 from xlformer import config
-from xlformer.data import local, sources
+from xlformer.data import local, recipes, sources
 from xlformer.errors import UserError
 from xlformer.prepare import prepare
 
@@ -122,6 +122,53 @@ def test_enwik8_can_drop_its_newlines(monkeypatch, tmp_path):
         assert found.card["splits"][split]["bytes"] == len(text)
     assert found.vocabulary.size == len(set(files["enwik8"])) - 1
     assert found.card["newline"] == "drop"
+
+
+@pytest.mark.parametrize("name", ["enwik8", "text8"])
+def test_every_byte_may_be_a_symbol(name, monkeypatch, tmp_path):
+    corpus, files, archive = tiny(monkeypatch, name)
+    (tmp_path / corpus.archive).write_bytes(archive)
+    options = data_config(name, manual_dir=str(tmp_path))
+    counted = prepare(options, directory=tmp_path)
+    options.alphabet = "bytes"
+    found = prepare(options, directory=tmp_path)
+    assert found.directory != counted.directory
+    assert found.vocabulary.size == found.card["vocabulary_size"] == 256
+    assert found.vocabulary.unit == found.card["unit"] == "bytes"
+    for split, text in expected_splits(corpus, files).items():
+        # The most common first, as elsewhere: the values that do not occur are behind.
+        np.testing.assert_array_equal(found.tokens[split], counted.tokens[split])
+        assert found.vocabulary.decode(found.tokens[split]) == text
+    size = counted.vocabulary.size
+    assert size < 256 and not found.vocabulary.counts_V[size:].any()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"corpus": "pennchar"}, "pennchar has chars"),
+        ({"corpus": "wikitext2"}, "wikitext2 has words"),
+        ({"corpus": "text", "path": "a.txt", "unit": "chars"}, "text has chars"),
+        ({"corpus": "enwik8", "newline": "drop"}, "newline=drop, which leaves one"),
+        ({"corpus": "enwik8", "tokenizer": "a.model"}, "its pieces are no bytes"),
+    ],
+)
+def test_bytes_are_symbols_where_the_text_is_one_of_bytes(fields, expected):
+    data = config.default_config().data
+    data.update(fields, alphabet="bytes")
+    with pytest.raises(UserError, match=expected) as raised:
+        recipes.check(data)
+    assert str(raised.value).startswith("config.data.alphabet=bytes")
+
+
+def test_a_text_of_bytes_has_all_of_them_already(tmp_path):
+    data = config.default_config().data
+    names = []
+    for alphabet in ("counted", "bytes"):
+        data.update(corpus="stdlib", alphabet=alphabet)
+        recipes.check(data)
+        names.append(recipes.recipe(data).key())
+    assert names[0] == names[1]
 
 
 @pytest.fixture

@@ -179,7 +179,7 @@ def _count(recipe: Recipe, texts: Mapping[str, list[bytes]]) -> Vocabulary:
         return counting.count_chars(everything, where=recipe.name)
     # A public corpus has the symbols its field counts; elsewhere any byte may come.
     return counting.count_bytes(
-        everything, newline=recipe.newline, every=corpus is None
+        everything, newline=recipe.newline, every=corpus is None or recipe.every_byte
     )
 
 

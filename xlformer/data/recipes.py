@@ -22,6 +22,7 @@ class Recipe:
     name: str
     unit: str
     newline: str
+    every_byte: bool  # Also those that a public corpus has not; others have them.
     documents: bool
     min_count: int  # Of own words, which have <unk>; others keep every symbol.
     max_vocab: int
@@ -54,6 +55,8 @@ class Recipe:
         # What 0.1.0 did too keeps the name that 0.1.0 gave it.
         if (self.min_count, self.max_vocab) != (1, 0):
             key |= {"min_count": self.min_count, "max_vocab": self.max_vocab}
+        if self.every_byte:
+            key["alphabet"] = "bytes"
         if self.tokenizer and self.tokenizer.newline_id is not None:
             key["newline_id"] = self.tokenizer.newline_id
         if self.tokenizer and not self.tokenizer.line_ends:
@@ -82,6 +85,7 @@ def check(data) -> None:
     if data.newline == "drop" and (data.corpus not in dropping or data.tokenizer):
         line = f"config.data.newline=drop is for the bytes of {', '.join(dropping)}"
         raise UserError(line)
+    _check_alphabet(data, unit)
     if data.corpus != "text" and (data.path or data.documents):
         raise UserError("config.data.path and .documents need config.data.corpus=text")
     if _counts_own_words(data):
@@ -95,6 +99,29 @@ def check(data) -> None:
                 " (corpus=text, unit=words, no tokenizer); config.data.corpus is"
                 f" {data.corpus}" + f", its unit {unit}" * (data.corpus == "text")
             )
+
+
+def _check_alphabet(data, unit: str) -> None:
+    if data.alphabet == "counted":
+        return
+    shown = f"config.data.alphabet={data.alphabet}"
+    if data.tokenizer:
+        raise UserError(f"{shown} with config.data.tokenizer: its pieces are no bytes")
+    # Where characters stand between spaces, or words are symbols, bytes are others.
+    ours = [
+        name
+        for name, corpus in sources.CORPORA.items()
+        if corpus.unit in ("bytes", "chars") and not corpus.spaced
+    ]
+    if data.corpus not in ours and unit != "bytes":
+        raise UserError(
+            f"{shown} is for the bytes of {', '.join(ours)}, stdlib and your own text; "
+            f"{data.corpus} has {unit}"
+        )
+    if data.newline == "drop":
+        raise UserError(
+            f"{shown} with config.data.newline=drop, which leaves one of the bytes out"
+        )
 
 
 def _counts_own_words(data) -> bool:
@@ -116,6 +143,7 @@ def recipe(data) -> Recipe:
     else:
         corpus = sources.public(name)
         unit, source = corpus.unit, dataclasses.asdict(corpus)
+        unit = "bytes" if data.alphabet == "bytes" else unit
     read = (
         (lambda dl: sources.read_archive(corpus, dl, data.manual_dir))
         if corpus
@@ -128,6 +156,7 @@ def recipe(data) -> Recipe:
         name=name,
         unit="pieces" if tokenizer else unit,
         newline=data.newline,
+        every_byte=corpus is not None and data.alphabet == "bytes",
         documents=data.documents,
         min_count=(data.min_count or OWN_MIN_COUNT) if own_words else 1,
         max_vocab=data.max_vocab if own_words else 0,

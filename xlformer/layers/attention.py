@@ -20,6 +20,7 @@ RELATIVE, LEARNED_RELATIVE, SINUSOID, LEARNED_ABSOLUTE, ROTARY = range(5)
 # Logical axes of the parameters: see models.base.param_axes.
 PARAM_AXES = {
     "attention/qkv": ("embed", None, "heads", None),
+    "attention/qkv_bias": (None, "heads", None),
     "attention/output": ("heads", None, "embed"),
     "attention/position": ("embed", "heads", None),
     "attention/distance": (None, "heads", None),
@@ -51,6 +52,8 @@ class Attention(nn.Module):
     kernel_init: Any
     dtype: Any
     implementation: str = "auto"
+    output_bias: bool = False
+    qkv_bias: bool = False
 
     @nn.compact
     def __call__(
@@ -108,6 +111,9 @@ class Attention(nn.Module):
             )
         with jax.named_scope("output"):
             y_BTD = jnp.einsum("BTHK,HKD->BTD", y_BTHK, out_HKD)
+            if self.output_bias:
+                bias_D = self.param("output_bias", nn.initializers.zeros, (D,))
+                y_BTD = y_BTD + bias_D.astype(self.dtype)[None, None]
         return dropout(y_BTD, self.dropout, output_key), kept
 
     def _kernel(self, name, shape):
@@ -124,12 +130,14 @@ class Attention(nn.Module):
             q_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, qkv_DCHK[:, 0])
             k_BSHK = projected(context_BSD, qkv_DCHK[:, 1], fixed)
             v_BSHK = projected(context_BSD, qkv_DCHK[:, 2], fixed)
+            found = q_BTHK, k_BSHK, v_BSHK
+            if self.qkv_bias:
+                bias_CHK = self.param("qkv_bias", nn.initializers.zeros, shape[1:])
+                bias_CHK = bias_CHK.astype(self.dtype)
+                found = [x + bias_CHK[c][None, None] for c, x in enumerate(found)]
             # Heads lie on `tensor`, so that each device attends with its own; only the
             # output is summed over that axis.
-            return tuple(
-                constrain(x, "batch", None, "heads", None)
-                for x in (q_BTHK, k_BSHK, v_BSHK)
-            )
+            return tuple(constrain(x, "batch", None, "heads", None) for x in found)
 
     def _position_terms(self, q_BTHK, biases, rows):
         """(qu_BTHK, qw_BTHK, r_SHK), the last only if `rows` = (r_SD, S) is given."""

@@ -12,6 +12,7 @@ from xlformer.models.base import Aux, Model
 from xlformer.models.lstm import LSTM, LSTMConfig
 from xlformer.models.transformer_xl import TransformerXL, TransformerXLConfig
 from xlformer.models.universal import UniversalConfig, UniversalTransformer
+from xlformer.models.vanilla import VanillaConfig, VanillaTransformer
 
 __all__ = [
     "LSTM",
@@ -22,6 +23,8 @@ __all__ = [
     "TransformerXLConfig",
     "UniversalConfig",
     "UniversalTransformer",
+    "VanillaConfig",
+    "VanillaTransformer",
     "build",
 ]
 
@@ -31,6 +34,7 @@ MODELS: dict[str, type[Model]] = {
     "transformer_xl": TransformerXL,
     "lstm": LSTM,
     "universal": UniversalTransformer,
+    "vanilla": VanillaTransformer,
 }
 
 

@@ -230,6 +230,19 @@ class Model:
         return 0
 
     @property
+    def sight(self) -> int | None:
+        """How many last tokens alone decide what follows; None: any may play a part."""
+        return None
+
+    @property
+    def longest_segment(self) -> int | None:
+        """The most targets of one call; None is without limit.
+
+        So it is where learned positions end.
+        """
+        return None
+
+    @property
     def segments_equal_one_pass(self) -> bool:
         """Whether segments of any sizes give what one pass over all of them gives.
 
@@ -305,6 +318,15 @@ class Model:
             return self
         config = dataclasses.replace(self.config, **changes)
         return dataclasses.replace(self, config=config)
+
+    def for_training(self, steps: int) -> Model:
+        """The model as a run of so many steps trains it, by default as it is.
+
+        Its parameters are those of this one. A schedule inside a model that ends with
+        the run is made here: what `apply` gets is the step alone.
+        """
+        del steps
+        return self
 
     def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
         """Raises UserError where the model cannot be split over this mesh."""

@@ -61,6 +61,10 @@ class Windowed(Model):
         return self.config.window - 1
 
     @property
+    def sight(self) -> int:
+        return self.config.window
+
+    @property
     def positions_from_end(self) -> bool:
         return self.config.model.positions_from_end
 

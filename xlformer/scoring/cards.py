@@ -32,6 +32,7 @@ ENTRY = (
     "step",
     "params",
     "segment_length",
+    "stride",
     "memory_length",
     "extended_length",
     "clamp_length",

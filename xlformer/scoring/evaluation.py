@@ -100,7 +100,7 @@ class Scorer:
 
     def _prepare(self, run: runs.Run) -> None:
         """Reads the text and cuts it into rows."""
-        settings = self._given.filled(run.config.eval)
+        self._settings = settings = self._given.filled(run.config.eval)
         self._model = settings.model(run.model)
         self._everything, self._documents, self._data = texts.read(
             run, settings.split or "validation", settings.text, settings.data_path
@@ -112,7 +112,7 @@ class Scorer:
             self._model,
             len(self._tokens),
             batch_size=settings.batch_size,
-            segment_length=settings.segment_length,
+            segment_length=settings.scored_length,
             warmup=settings.warmup,
         )
         self._objective = objectives.build(run.config.train, self._model)
@@ -126,6 +126,7 @@ class Scorer:
         return {
             "segment_length": self._plan.segment_length,
             **self._model.card(),
+            **_of_window(self._settings, self._plan),
             "batch_rows": len(self._plan.start_B),
             "warmup": self._plan.warmup,
             "documents": self._documents is not None,
@@ -144,6 +145,21 @@ class Scorer:
             lines="<eos>" in self._data["words_are"],
             documents=self._documents,
         )
+
+
+def _of_window(settings: EvalSettings, plan: Plan) -> dict:
+    """What a window that slides reads, and what that costs."""
+    if not settings.stride:
+        return {}
+    # Those, too, with which a row begins only to have what it would have seen.
+    windows = plan.steps * len(plan.start_B)
+    read = windows * settings.segment_length
+    return {
+        "segment_length": settings.segment_length,
+        "stride": settings.stride,
+        "windows": windows,
+        "tokens_read_per_target": round(read / plan.targets, 2),
+    }
 
 
 def _spans(plan: Plan) -> list[tuple[int, int]]:

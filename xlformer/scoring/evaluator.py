@@ -57,9 +57,9 @@ class Evaluator:
         self._mesh = mesh or sharding.make_mesh({"data": 1})
         self._segment_length = segment_length
         self._rows = sharding.Rows(self._mesh, sharding.padded(batch_size, self._mesh))
-        at_most = max(1, TOKENS_PER_CALL // (batch_size * segment_length))
-        self._steps = min(at_most, steps or at_most)
         self._inputs = segment_length + model.extended_length
+        at_most = max(1, TOKENS_PER_CALL // (batch_size * self._inputs))
+        self._steps = min(at_most, steps or at_most)
         # Padding comes after all that is scored, so only a model whose positions count
         # from the end, or that sees ahead, must know of it. (A segment of one token has
         # no padding.) Without lengths a memory is cut at places that are known when

@@ -32,6 +32,9 @@ class EvalSettings:
       clamp_length: the largest distance that is told from larger ones; -1 is the
         model's.
       same_length: whether every token sees equally many.
+      stride: of a window of segment_length tokens, which slides by so many: the last
+        ones are scored, and what stands before them is read again. None or 0: segments
+        follow each other.
       batch_size: rows that the text is cut into.
       warmup: auto, exact, fill or none; see rows.py.
       max_tokens: of the text's beginning; 0 is all.
@@ -46,6 +49,7 @@ class EvalSettings:
     memory_length: int | None = None
     clamp_length: int | None = None
     same_length: bool | None = None
+    stride: int | None = None
     batch_size: int | None = None
     warmup: str = "auto"
     max_tokens: int = 0
@@ -58,7 +62,7 @@ class EvalSettings:
                 Argument("split", self.split),
                 ": a file of one's own has no splits",
             )
-        for name in (*NUMBERS, "max_tokens"):
+        for name in (*NUMBERS, "stride", "max_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int | np.integer | None):
                 line = " is not a whole number"
@@ -68,6 +72,9 @@ class EvalSettings:
             if value is not None and value < -1:
                 line = " must not be negative (-1: the model's)"
                 raise UserError(Argument(name, value), line)
+        if self.stride is not None and self.stride < 0:
+            line = " must not be negative (0: segments follow each other)"
+            raise UserError(Argument("stride", self.stride), line)
 
     def replaced(self, **fields) -> EvalSettings:
         """Returns settings with other values; UserError for an unknown name."""
@@ -92,5 +99,38 @@ class EvalSettings:
         return dataclasses.replace(self, **found)
 
     def model(self, model: Model) -> Model:
-        """Returns the model that reads with these settings."""
-        return model.for_reading(**{name: getattr(self, name) for name in VISIBLE})
+        """Returns the model that reads with these settings; they are filled.
+
+        Raises UserError for what it cannot be read with.
+        """
+        model = model.for_reading(**{name: getattr(self, name) for name in VISIBLE})
+        longest = model.longest_segment
+        if longest is not None:
+            # A window has its own context in place of the model's.
+            longest += model.extended_length if self.stride else 0
+            if self.segment_length > longest:
+                line = f" is more than the {longest} tokens that"
+                line += f" {type(model).__name__} takes at once"
+                raise UserError(Argument("segment_length", self.segment_length), line)
+        return self._sliding(model) if self.stride else model
+
+    @property
+    def scored_length(self) -> int:
+        """How many tokens of a segment are scored; all, where no window slides."""
+        return self.stride or self.segment_length
+
+    def _sliding(self, model: Model) -> Model:
+        """The model whose segments are led by the rest of the window."""
+        stride, who = Argument("stride", self.stride), type(model).__name__
+        if self.stride > self.segment_length:
+            window = Argument("segment_length", self.segment_length)
+            raise UserError(stride, " is more than the window, ", window)
+        if model.memory_length != 0 or not model.causal:
+            why = "has a state, which carries what a window would read again"
+            why = why if model.causal else "looks ahead, and a window ends at its target"
+            raise UserError(stride, f": {who} {why}; leave it out")
+        if not hasattr(model.config, "extended_length"):
+            line = f": {who} has no extended_length, the part that is read again"
+            raise UserError(stride, line)
+        extended = self.segment_length - self.stride
+        return model.for_reading(extended_length=extended)

@@ -1,0 +1,38 @@
+"""The vanilla Transformer on the bytes of Python's standard library: minutes on a CPU.
+
+Paper:    Al-Rfou et al. 2018 (arXiv 1808.04444), in small
+Command:  python -m xlformer.train --config=vanilla_small --workdir=runs/vanilla_small
+Hardware: 2 CPU cores
+Expected: to be measured
+"""
+
+from xlformer.config import default_config, shrink
+
+VOCAB_SIZE = 256  # bytes
+PARAMETERS = 848_768
+
+
+def get_config(debug=False, batch=0, auxiliary=True):
+    config = default_config(
+        "vanilla",
+        n_layer=3,
+        d_model=128,
+        n_head=4,
+        d_inner=512,
+        context_length=64,
+        layer_losses=auxiliary,
+        second_target_weight=0.5 if auxiliary else 0.0,
+        dropout=0.0,  # less than one epoch: nothing to overfit
+        attention_dropout=0.0,
+    )
+    config.data.corpus = "stdlib"
+    config.train.update(steps=3200, batch_size=16, segment_length=64)
+    config.train.update(log_every=50, eval_every=800, save_every=800)
+    config.optimizer.update(learning_rate=2e-3, warmup_steps=100)
+    config.optimizer.schedule = "cosine_after_warmup"
+    config.eval.update(segment_length=64, batch_size=16)
+    config.eval.max_tokens = 65_536  # in training: seconds, not a minute
+    if debug:
+        shrink(config)
+    config.train.batch_size = batch or config.train.batch_size
+    return config

@@ -11,8 +11,9 @@ dropped and TAR of the raw last output. Otherwise: penalties are means of each r
 tokens that count, then over rows (equal for rows without resets and padding; the change
 across a reset is none); the words that are dropped are the same in all rows, as there,
 but drawn from a key that no mesh changes; the bins of a split softmax are those of
-adaptive.py, whose entries in the head stand in forward order. The paper's fine-tuning
-and its pointer are not here.
+adaptive.py, whose entries in the head stand in forward order; the last word learns from
+its lookup too (the program's padding_idx=-1 takes that gradient away). The paper's
+fine-tuning and its pointer are not here.
 """
 
 from __future__ import annotations

@@ -31,6 +31,25 @@ def test_far_positions_are_rounded_once():
     np.testing.assert_array_equal(actual, exact.astype(np.float32))
 
 
+def test_positions_of_a_long_stream_are_not_blurred():
+    """In float32 4,000,003 / 10000 ** 0.25 is a tenth of a radian off."""
+    far = np.array([4_000_003, -4_000_003])
+    expected = positions.sinusoid(far, 8, jnp.float32)
+    traced = positions.sinusoid(jnp.asarray(far), 8, jnp.float32)
+    np.testing.assert_allclose(traced, expected, atol=2e-3)
+
+
+def test_timing_signal_ends_at_ten_thousand():
+    known = np.array([[0, 3], [10, 7919]])
+    expected = np.zeros((2, 2, 7))  # the odd column stays 0
+    for b, t, i in np.ndindex(2, 2, 3):
+        angle = known[b, t] / (1, 100, 10000)[i]
+        expected[b, t, i], expected[b, t, 3 + i] = np.sin(angle), np.cos(angle)
+    for given in (known, jnp.asarray(known)):
+        actual = positions.timing_signal(given, 7, jnp.float32)
+        np.testing.assert_allclose(actual, expected, atol=1e-3)
+
+
 def test_sinusoid_in_other_dtypes():
     low = positions.sinusoid(np.array([3799]), 8, jnp.bfloat16)
     assert low.dtype == jnp.bfloat16

@@ -38,10 +38,19 @@ def _waves(positions, frequencies: np.ndarray, dtype) -> jax.Array:
         angles = positions[..., None] * frequencies
         return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], -1), dtype)
     exact = jnp.promote_types(dtype, jnp.float32)
-    shape = (1,) * positions.ndim + (-1,)
-    angles = positions[..., None].astype(exact) * frequencies.astype(exact).reshape(
-        shape
+    # In float32 an angle of a million radians is off by 0.06. So whole blocks of
+    # positions turn by what is left of their angle, known in float64, beyond 2 pi.
+    block = 4096
+    left = (block * frequencies) % (2 * np.pi)
+    row = (1,) * positions.ndim + (-1,)
+    near, far = (
+        jnp.expand_dims(part, -1).astype(exact) * rates.astype(exact).reshape(row)
+        for part, rates in (
+            (positions % block, frequencies),
+            (positions // block, left),
+        )
     )
+    angles = near + far
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1).astype(dtype)
 
 

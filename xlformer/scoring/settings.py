@@ -127,7 +127,9 @@ class EvalSettings:
             raise UserError(stride, " is more than the window, ", window)
         if model.memory_length != 0 or not model.causal:
             why = "has a state, which carries what a window would read again"
-            why = why if model.causal else "looks ahead, and a window ends at its target"
+            why = (
+                why if model.causal else "looks ahead, and a window ends at its target"
+            )
             raise UserError(stride, f": {who} {why}; leave it out")
         if not hasattr(model.config, "extended_length"):
             line = f": {who} has no extended_length, the part that is read again"

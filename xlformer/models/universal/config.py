@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from xlformer.errors import UserError
 from xlformer.fields import FREE, REFUSED, TAKEN, Rule
 from xlformer.kernels.relative_attention import IMPLEMENTATIONS
 from xlformer.kernels.visibility import Visibility
 from xlformer.layers import halting, separable
+from xlformer.layers.adaptive import Bins
 from xlformer.layers.attention import RELATIVE, SINUSOID
 from xlformer.layers.stack import REMAT
 from xlformer.models import checks
@@ -128,6 +130,11 @@ class UniversalConfig:
         return self.positions in ("sinusoid", "learned")
 
     @property
+    def bins(self) -> Bins:
+        """The shapes of the one table of embedding and softmax; needs vocab_size."""
+        return Bins(self.vocab_size, self.d_model, self.d_model)
+
+    @property
     def std(self) -> float:
         """init_std, derived from d_model if it is 0."""
         return self.init_std or self.d_model**-0.5
@@ -138,7 +145,13 @@ class UniversalConfig:
 
     def tiny(self) -> UniversalConfig:
         """Returns a model with these options that a CPU trains in seconds: ':debug'."""
-        sizes = {"d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32, "n_step": 2}
+        sizes: dict[str, Any] = {
+            "d_model": 16,
+            "n_head": 2,
+            "d_head": 8,
+            "d_inner": 32,
+            "n_step": 2,
+        }
         # Only where the model has it at all.
         optional = {"memory_length": 5, "window": 4, "table_length": 12}
         optional |= {"act_max_steps": 3}

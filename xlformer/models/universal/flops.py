@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from xlformer.layers.adaptive import Bins
 from xlformer.layers.separable import WIDTHS
 from xlformer.models.universal.config import UniversalConfig
 
@@ -75,9 +74,7 @@ def segment(
         positions=2.0 * L * rows * d * W if relative else 0.0,
         attention=(6.0 if relative else 4.0) * L * B * W * float(seen_T.sum()),
         halting=0.0 if config.act == "none" else 2.0 * config.steps * N * d,
-        vocabulary=Bins(config.vocab_size, d, d).flops(
-            targets=N, inputs=N, shares=shares
-        ),
+        vocabulary=config.bins.flops(targets=N, inputs=N, shares=shares),
     )
 
 

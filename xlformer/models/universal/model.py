@@ -48,7 +48,6 @@ import jax.numpy as jnp
 from xlformer.errors import UserError
 from xlformer.layers import adaptive, attention, feed_forward, separable
 from xlformer.layers import memory as memory_lib
-from xlformer.layers.adaptive import Bins
 from xlformer.models import base
 from xlformer.models.base import Model
 from xlformer.models.tokens import TokenModel, Tokens
@@ -69,9 +68,9 @@ class UniversalTransformer(TokenModel):
 
     def tokens(self) -> Tokens:
         """One table, tied, times sqrt(d_model)."""
-        D = self.width
-        normal = nn.initializers.normal(self.config.std)
-        return Tokens(Bins(self.vocab_size, D, D), scale=D**0.5, table_init=normal)
+        config = self.config
+        normal = nn.initializers.normal(config.std)
+        return Tokens(config.bins, scale=config.d_model**0.5, table_init=normal)
 
     @property
     def causal(self) -> bool:

@@ -173,7 +173,7 @@ class TrunkModule(nn.Module):
                 y_BTD = halting_lib.combine(y_BTD, output_BTD, weights_BT, config.act)
             return (output_BTD, y_BTD, halting), kept
 
-        carry = x_BTD, None, None
+        carry: tuple[Any, Any, Any] = x_BTD, None, None
         if config.act != "none":
             exact = jnp.promote_types(self.dtype, jnp.float32)
             halting = halting_lib.begin(x_BTD.shape[:2], exact)

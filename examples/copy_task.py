@@ -30,6 +30,15 @@ DIGITS, SEPARATOR, END, NOTHING, SYMBOLS = 10, 10, 11, 12, 13
 SIZES = {
     "transformer_xl": dict(n_layer=2, d_model=64, n_head=4, d_inner=256),
     "lstm": dict(n_layer=2, d_model=64, d_hidden=96),
+    "vanilla": dict(
+        n_layer=2,
+        d_model=60,
+        n_head=4,
+        d_inner=240,
+        context_length=128,
+        layer_losses=False,
+        second_target_weight=0.0,
+    ),
     "universal": dict(n_step=4, d_model=92, n_head=4, d_inner=368),
 }
 # A sequence is read in one segment, and begins with nothing.

@@ -30,7 +30,7 @@ def folder(path):
 @functools.cache
 def config_name(model):
     """A config of this model that comes with the package."""
-    return next((n for n in config_lib.names() if _model(n) == model), None)
+    return next(n for n in config_lib.names() if _model(n) == model)
 
 
 @functools.cache
@@ -40,11 +40,7 @@ def _model(name):
 
 def make_config(model, path):
     """Rows for any mesh of eight, and all that a run can carry from step to step."""
-    name = config_name(model)
-    if name:
-        config = config_lib.load(f"{name}:debug")
-    else:
-        config = config_lib.shrink(config_lib.default_config(model))
+    config = config_lib.load(f"{config_name(model)}:debug")
     own = config_lib.load(f"text:path={path / 'text.txt'},unit=chars")
     config.data.update(own.data, directory=str(path / "prepared"))
     if "scan_layers" in config.model:
@@ -68,6 +64,7 @@ class Resumed:
 
     def __init__(self, config, model, checkpoints, sizes):
         self.mesh = sharding.make_mesh(sizes)
+        model = model.for_training(config.train.steps)
         self.made = TrainingStep(config, model, self.mesh)
         self.config, self.model = config, model
         with Checkpoints(checkpoints, read_only=True) as found:

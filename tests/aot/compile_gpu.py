@@ -74,6 +74,12 @@ CHECKS = {
     "step of enwik8_large:batch=128, data 8": lambda: step(
         "enwik8_large:batch=128", {"data": 8}
     ),
+    "step of lstm_penn:batch=32, data 8": lambda: train_step(
+        "h100:8", {"data": 8}, config="lstm_penn:batch=32", vocab_size=10_000
+    ),
+    "step of universal_base:batch=8, data 2 x fsdp 2 x tensor 2": lambda: step(
+        "universal_base:batch=8", {"data": 2, "fsdp": 2, "tensor": 2}
+    ),
 }
 
 if __name__ == "__main__":

@@ -49,6 +49,19 @@ def few_bytes():
     return compiled
 
 
+def lstm(topology, sizes, **fields):
+    config = "lstm_penn:batch=32"
+    return train_step(topology, sizes, config=config, vocab_size=10_000, **fields)
+
+
+def universal(topology, sizes, **fields):
+    config = "universal_base:batch=8"
+    return train_step(topology, sizes, "auto", config=config, **fields)
+
+
+# Of less, which compiles in less time.
+SMALL_LSTM = dict(n_layer=1, d_model=256)
+SMALL_UNIVERSAL = dict(n_step=2, d_model=256, n_head=4, d_inner=512, scan_layers=True)
 TWO_LAYERS = dict(n_layer=2, scan_layers=True, dropout=0.1, attention_dropout=0.1)
 CHECKS = {
     "v5e enwik8 bfloat16": few_bytes,
@@ -80,6 +93,12 @@ CHECKS = {
     "step, data 2 x fsdp 2 x tensor 2, xla": lambda: train_step(
         "v5e:2x4", MIXED, "xla", **TWO_LAYERS
     ),
+    "step of a small lstm, data 2 x fsdp 2 x tensor 2": lambda: lstm(
+        "v5e:2x4", MIXED, **SMALL_LSTM
+    ),
+    "step of a small universal, data 2 x fsdp 2 x tensor 2": lambda: universal(
+        "v5e:2x4", MIXED, **SMALL_UNIVERSAL
+    ),
 }
 FULL = {
     "v5e enwik8 bfloat16, the form of the paper": lambda: attention(
@@ -97,6 +116,13 @@ FULL = {
     "step of enwik8_large:batch=32, data 8, remat": lambda: train_step(
         "v5e:2x4", {"data": 8}, "auto", config="enwik8_large:batch=32", remat="full"
     ),
+    **{
+        f"{topology} step of {step.__name__}, data 8": (
+            lambda step=step, topology=topology: step(topology, {"data": 8})
+        )
+        for topology in ("v5e:2x4", "v5p:2x2x2", "v6e:2x4")
+        for step in (lstm, universal)
+    },
 }
 
 

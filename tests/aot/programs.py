@@ -87,11 +87,23 @@ def classic(qu_BTHK, qw_BTHK, k_BSHK, v_BSHK, r_SHK, start_BT):
     return jnp.einsum("BHTS,BSHK->BTHK", p_BHTS.astype(v_BSHK.dtype), v_BSHK)
 
 
-def train_step(topology, sizes, implementation, *, config="quickstart", **fields):
-    """The step of a config as `xlformer.train` would make it."""
+def train_step(
+    topology,
+    sizes,
+    implementation=None,
+    *,
+    config="quickstart",
+    vocab_size=256,
+    **fields,
+):
+    """The step of a config as `xlformer.train` would make it.
+
+    implementation: of attention, where the model has one.
+    """
     config = config_lib.load(config)
-    config.model.update(attention=implementation, dtype="bfloat16", **fields)
-    model = models.build(config.model, vocab_size=256)
+    fields |= {"attention": implementation} if implementation else {}
+    config.model.update(dtype="bfloat16", **fields)
+    model = models.build(config.model, vocab_size=vocab_size)
     step = TrainingStep(config, model, mesh_of(topology, sizes))
     return step.compile(rehearsal.batch(config, model))
 

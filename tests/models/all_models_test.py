@@ -122,8 +122,12 @@ def test_a_plan_counts_it_and_splits_its_matrices(name):
     total = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     shown = plan_text.render(found, parameters=True)
     assert f"{total:,} numbers" in shown
-    matrices = [x for x in found["parameters"] if math.prod(x["shape"]) > total / 50]
-    assert len(matrices) > 1
-    for matrix in matrices:
+    split = [x for x in found["parameters"] if any(x["over"])]
+    numbers = sum(math.prod(x["shape"]) for x in split)
+    assert numbers > 0.9 * total  # norms are whole, and learned positions
+    for matrix in split:
+        # The axes are for columns and rows: a vector has one of them.
         over = {axis for axes in matrix["over"] for axis in axes}
-        assert over == {"fsdp", "tensor"} and matrix["name"] in shown, matrix
+        large = math.prod(matrix["shape"]) > total / 50
+        assert over == {"fsdp", "tensor"} or not large, matrix
+        assert matrix["name"] in shown

@@ -19,10 +19,12 @@ from xlformer.kernels.cross_entropy import softmax_nll
 
 # Logical axes of the parameters, behind the one of the layers: see
 # models.base.param_axes.
+# Widths are whole: of a table that `fsdp` alone splits, as a vocabulary of an odd size
+# is, XLA's partitioner aborted on a mesh with two other axes (jaxlib 0.10.2).
 PARAM_AXES = {
-    "auxiliary/next_table": (None, "vocab", "embed"),
+    "auxiliary/next_table": (None, "vocab", None),
     "auxiliary/next_bias": (None, "vocab"),
-    "auxiliary/second_table": (None, "vocab", "embed"),
+    "auxiliary/second_table": (None, "vocab", None),
     "auxiliary/second_bias": (None, "vocab"),
 }
 

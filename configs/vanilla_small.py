@@ -22,6 +22,7 @@ def get_config(debug=False, batch=0, auxiliary=True):
         context_length=64,
         layer_losses=auxiliary,
         second_target_weight=0.5 if auxiliary else 0.0,
+        init_std=0.06,  # in 400 steps 2.94 bits where 0.02 has 3.16
         dropout=0.0,  # less than one epoch: nothing to overfit
         attention_dropout=0.0,
     )

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from xlformer.kernels.cross_entropy import softmax_nll
+from xlformer.sharding import constrain
 
 # Logical axes of the parameters, behind the one of the layers: see
 # models.base.param_axes.
@@ -38,7 +39,10 @@ class Classifier(NamedTuple):
     def nll(self, h_BTD, targets_BT):
         """-log p of each target, [B, T]."""
         B, T, D = h_BTD.shape
-        nll_N = softmax_nll(h_BTD.reshape(B * T, D), *self, targets_BT.reshape(-1))
+        # Gathered over fsdp as it is used: see adaptive.AdaptiveSoftmax.
+        table_VD = constrain(self.table_VD, "vocab", None)
+        arrays = h_BTD.reshape(B * T, D), table_VD, self.bias_V
+        nll_N = softmax_nll(*arrays, targets_BT.reshape(-1))
         return nll_N.reshape(B, T)
 
 

@@ -203,19 +203,19 @@ def _data(config, workdir, mesh, model, begun: bool):
 
 
 def _fitting(model: models.Model | None, config, symbols: int) -> models.Model:
-    """The model as the run trains it, which must know every symbol of the data.
+    """The model to train, which must know every symbol of the data.
 
     One's own may know more; what reads a run of ours builds it for exactly these.
     """
     size = config_lib.vocab_size(config, symbols)
     if model is None:
-        model = models.build(config.model, size)
+        return models.build(config.model, size)
     if model.vocab_size < size or not config.own_model and model.vocab_size != size:
         more = f" and {size - symbols} for config.train.objective" * (size > symbols)
         raise UserError(
             f"the model knows {model.vocab_size} ids, the data has {symbols}{more}"
         )
-    return model.for_training(config.train.steps)
+    return model
 
 
 # The process --------------------------------------------------------------------------

@@ -31,6 +31,8 @@ def make_step(config, model, optimizer, schedule):
     objective draws comes from fold_in(fold_in(key, objectives.STREAM), row).
     """
     train = config.train
+    # Nobody else asks for it: a schedule inside the model is one of training.
+    model = model.for_training(train.steps)
     objective = objectives.build(train, model)
     base_key = jax.random.key(config.seed)
     gradients = make_gradients(

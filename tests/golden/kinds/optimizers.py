@@ -39,11 +39,11 @@ def _nt_asgd(arrays, config, dtype):
     for name in ("t0", "lambd"):
         if config.get(name, 0):
             raise UserError(f"config: {name}={config[name]}, and NT-ASGD has 0")
-    n = next(len(x) for name, x in arrays.items() if name.endswith("/param"))
-    constant_N = np.full(n, config["lr"], dtype)
-    rates = {"constant": constant_N}
+    # That of each step may follow any schedule: it is an input.
+    rates = {"constant": arrays["constant/lr"].astype(dtype)}
     if "lens" in arrays:
-        scaled_N = optimizers.length_scaled(constant_N, arrays["lens"], config["bptt"])
+        rate_N = np.full(len(arrays["lens"]), config["lr"], dtype)
+        scaled_N = optimizers.length_scaled(rate_N, arrays["lens"], config["bptt"])
         rates["length_scaled"] = np.asarray(scaled_N, dtype)
     problem = arrays["A"], arrays["b"], arrays["x0"]
     values, gradients = {}, {}
@@ -56,7 +56,7 @@ def _nt_asgd(arrays, config, dtype):
         triggered_SN = _triggered(arrays["trigger/val_losses"], config["nonmono"])
         first_S = np.where(triggered_SN.any(1), triggered_SN.argmax(1), -1)
         values["trigger/switch_index"] = first_S
-    given = {"A", "b", "x0", "lens", "trigger/val_losses"}
+    given = {"A", "b", "x0", "lens", "constant/lr", "trigger/val_losses"}
     return Comparison(values, gradients, given)
 
 

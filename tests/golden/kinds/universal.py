@@ -126,7 +126,8 @@ def _model_config(config, arrays) -> UniversalConfig:
         "act_max_steps": config["act_max_steps"] if kind == "act" else 0,
         "act_epsilon": config["act_epsilon"],
         "act_loss_weight": config["act_loss_weight"],
-        "norm_epsilon": config["norm_epsilon"],
+        # A constant of float32 in the program, which it casts to float64.
+        "norm_epsilon": float(np.float32(config["norm_epsilon"])),
         "causal": config["causal"],
     }
     rest = dict(force_halt_last=False, dropout=0.0, scan_layers=True)

@@ -12,7 +12,8 @@ Differs:  segments follow each other, where the paper draws windows. The paper s
           nothing of biases in attention: with them there are 44,257,280 parameters in
           training (published: 44M), 41,236,736 of them beside the classifiers of its
           losses; with model.attention_bias=False 44,232,704 and 41,212,160.
-          Not published either: how parameters begin, and clipping (none here).
+          Not published either: how parameters begin, and clipping (none here). Dropout,
+          the optimizer and its steps are as others report them.
 """
 
 from xlformer.config import default_config, shrink

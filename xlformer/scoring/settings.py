@@ -104,35 +104,37 @@ class EvalSettings:
         Raises UserError for what it cannot be read with.
         """
         model = model.for_reading(**{name: getattr(self, name) for name in VISIBLE})
-        longest = model.longest_segment
+        longest, window = model.longest_segment, self.segment_length or 0
         if longest is not None:
             # A window has its own context in place of the model's.
             longest += model.extended_length if self.stride else 0
-            if self.segment_length > longest:
+            if window > longest:
                 line = f" is more than the {longest} tokens that"
                 line += f" {type(model).__name__} takes at once"
-                raise UserError(Argument("segment_length", self.segment_length), line)
-        return self._sliding(model) if self.stride else model
+                raise UserError(Argument("segment_length", window), line)
+        return _sliding(model, window, self.stride) if self.stride else model
 
     @property
     def scored_length(self) -> int:
         """How many tokens of a segment are scored; all, where no window slides."""
-        return self.stride or self.segment_length
+        return self.stride or self.segment_length or 0
 
-    def _sliding(self, model: Model) -> Model:
-        """The model whose segments are led by the rest of the window."""
-        stride, who = Argument("stride", self.stride), type(model).__name__
-        if self.stride > self.segment_length:
-            window = Argument("segment_length", self.segment_length)
-            raise UserError(stride, " is more than the window, ", window)
-        if model.memory_length != 0 or not model.causal:
-            why = "has a state, which carries what a window would read again"
-            why = (
-                why if model.causal else "looks ahead, and a window ends at its target"
-            )
-            raise UserError(stride, f": {who} {why}; leave it out")
-        if not hasattr(model.config, "extended_length"):
-            line = f": {who} has no extended_length, the part that is read again"
-            raise UserError(stride, line)
-        extended = self.segment_length - self.stride
-        return model.for_reading(extended_length=extended)
+
+def _sliding(model: Model, window: int, stride: int) -> Model:
+    """The model whose segments of `stride` tokens are led by the rest of the window."""
+    named, who = Argument("stride", stride), type(model).__name__
+    if stride > window:
+        line = " is more than the window, "
+        raise UserError(named, line, Argument("segment_length", window))
+    if not model.causal:
+        raise UserError(named, f": {who} looks ahead, and a window ends at its target")
+    if model.memory_length != 0:
+        raise UserError(
+            named,
+            f": {who} has a state, which carries what a window would read again; leave "
+            "it out",
+        )
+    if not hasattr(model.config, "extended_length"):
+        line = f": {who} has no extended_length, the part that is read again"
+        raise UserError(named, line)
+    return model.for_reading(extended_length=window - stride)

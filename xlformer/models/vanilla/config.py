@@ -8,6 +8,7 @@ from xlformer.errors import UserError
 from xlformer.fields import FREE, REFUSED, TAKEN, Rule
 from xlformer.kernels.relative_attention import IMPLEMENTATIONS
 from xlformer.kernels.visibility import Visibility
+from xlformer.layers.adaptive import Bins
 from xlformer.layers.stack import REMAT
 from xlformer.models import checks
 
@@ -85,16 +86,27 @@ class VanillaConfig:
         layers = self.n_layer if self.layer_losses else 1
         return layers - 1, layers if self.second_target_weight else 0
 
+    @property
+    def bins(self) -> Bins:
+        """The shapes of the tables of embedding and softmax; needs vocab_size."""
+        return Bins(self.vocab_size, self.d_model, self.d_model)
+
     def visibility(self, key_start_BT=None) -> Visibility:
         """What a token sees, from its row's last reset on."""
         return Visibility(None, key_start_BT)
 
     def tiny(self) -> VanillaConfig:
         """Returns a model with these options that a CPU trains in seconds: ':debug'."""
-        sizes = {"n_layer": 2, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32}
-        extended = 3 if self.extended_length else 0
-        sizes |= {"context_length": 11, "extended_length": extended}
-        return dataclasses.replace(self, **sizes)
+        return dataclasses.replace(
+            self,
+            n_layer=2,
+            d_model=16,
+            n_head=2,
+            d_head=8,
+            d_inner=32,
+            context_length=11,
+            extended_length=3 if self.extended_length else 0,
+        )
 
     def __post_init__(self):
         checks.fields(self)

@@ -7,9 +7,10 @@ have auxiliary losses (layers/auxiliary.py), which this model computes with clas
 that nothing else uses; the loss at all positions is every model's here.
 
 The paper leaves open, and its program is not public: where norms are (here after each
-residual), biases of attention (attention_bias, by default none), a scale of the embeddings (none), what a
-classifier reads (the layer's output), how the layers' losses are put together (a sum),
-how parameters begin (normal, init_std), whether embedding and softmax are tied (not).
+residual), biases of attention (attention_bias, by default none), a scale of the
+embeddings (none), what a classifier reads (the layer's output), how the layers' losses
+are put together (a sum), how parameters begin (normal, init_std), whether embedding and
+softmax are tied (not).
 
 It differs from the paper in training:
 
@@ -35,7 +36,6 @@ import jax.numpy as jnp
 
 from xlformer.errors import UserError
 from xlformer.layers import adaptive, attention, auxiliary, feed_forward
-from xlformer.layers.adaptive import Bins
 from xlformer.layers.auxiliary import Classifier, Targets
 from xlformer.models import base
 from xlformer.models.base import Aux, Model
@@ -53,17 +53,17 @@ class Auxiliary(nn.Module):
     @nn.compact
     def __call__(self) -> tuple[Classifier | None, Classifier | None]:
         """Those of the next token of all layers but the last, and of the one after."""
-        config, found = self.config, []
-        V, D = config.vocab_size, config.d_model
-        for name, layers in zip(("next", "second"), config.classified, strict=True):
-            if not layers:
-                found.append(None)
-                continue
-            normal = nn.initializers.normal(config.init_std)
-            table_LVD = self.param(f"{name}_table", normal, (layers, V, D))
-            bias_LV = self.param(f"{name}_bias", nn.initializers.zeros, (layers, V))
-            found.append(Classifier(table_LVD, bias_LV))
-        return tuple(found)
+        inner, second = self.config.classified
+        return self._stacked("next", inner), self._stacked("second", second)
+
+    def _stacked(self, name: str, layers: int) -> Classifier | None:
+        if not layers:
+            return None
+        V, D = self.config.vocab_size, self.config.d_model
+        normal = nn.initializers.normal(self.config.init_std)
+        table_LVD = self.param(f"{name}_table", normal, (layers, V, D))
+        bias_LV = self.param(f"{name}_bias", nn.initializers.zeros, (layers, V))
+        return Classifier(table_LVD, bias_LV)
 
 
 class VanillaModule(TokenModule):
@@ -176,8 +176,8 @@ class VanillaTransformer(TokenModel):
         )
 
     def tokens(self) -> Tokens:
-        D, normal = self.width, nn.initializers.normal(self.config.init_std)
-        return Tokens(Bins(self.vocab_size, D, D), tie_weights=False, table_init=normal)
+        normal = nn.initializers.normal(self.config.init_std)
+        return Tokens(self.config.bins, tie_weights=False, table_init=normal)
 
     def _options(self, x_BT, resets_BT, *more, **options):
         # Before a segment there is nothing that a reset would hide, and without one the
@@ -218,7 +218,7 @@ class VanillaTransformer(TokenModel):
     def state_axes(self) -> tuple:
         return ()
 
-    def for_training(self, steps: int) -> VanillaTransformer:
+    def for_training(self, steps: int) -> Model:
         return self.for_reading(loss_steps=self.config.loss_steps or steps)
 
     def for_generation(self) -> Model:
@@ -329,9 +329,7 @@ def flops(
     T = segment_length + config.extended_length
     N, W = batch_size * T, config.n_head * config.head_width
     seen_T = config.visibility().keys_seen(T, T)
-    vocabulary = Bins(config.vocab_size, config.d_model, config.d_model).flops(
-        targets=targets, inputs=N, shares=shares
-    )
+    vocabulary = config.bins.flops(targets=targets, inputs=N, shares=shares)
     # Layer l predicts for l / 2L of the run: (L - 1) / 4 layers on average, and the
     # last one's target after next for all of it.
     inner = (L - 1) / 4 if config.layer_losses else 0

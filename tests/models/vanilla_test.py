@@ -14,6 +14,7 @@ from training_runs import refusal, text_config, write_text
 from xlformer import config as config_lib
 from xlformer import evaluate, generate, models, runs, testing
 from xlformer.models import VanillaConfig
+from xlformer.models.base import Model
 from xlformer.scoring import Tally
 from xlformer.train import train
 
@@ -249,14 +250,34 @@ def test_what_it_cannot_be_read_with_is_one_line(run, flags, expected, capsys):
     assert expected in line and line.count("\n") == 1
 
 
+class Stateless(Model):
+    """One's own, with a config that knows nothing of windows."""
+
+    memory_length = 0
+
+
 def test_a_window_is_for_models_that_carry_nothing():
-    settings = evaluate.EvalSettings(stride=1, segment_length=5)
+    settings = evaluate.EvalSettings(stride=2, segment_length=7)
     xl = dict(vocab_size=V, n_layer=1, d_model=8, n_head=2, d_inner=8)
     line = refusal(settings.model, models.build(models.TransformerXLConfig(**xl)))
-    assert line.startswith("stride=1: TransformerXL has a state")
+    assert line.startswith("stride=2: TransformerXL has a state")
     without = models.TransformerXLConfig(**xl, memory_length=0)
-    assert settings.model(models.build(without)).extended_length == 4
-    lstm = models.LSTMConfig(vocab_size=V)
-    assert "LSTM has a state" in refusal(settings.model, models.build(lstm))
-    other = models.build(models.UniversalConfig(vocab_size=V))
-    assert "has no extended_length" in refusal(settings.model, other)
+    assert settings.model(models.build(without)).extended_length == 5
+    lstm = models.build(models.LSTMConfig(vocab_size=V))
+    assert "LSTM has a state" in refusal(settings.model, lstm)
+    own = Stateless(VanillaConfig.RULES)
+    assert "Stateless has no extended_length" in refusal(settings.model, own)
+    fields = dict(vocab_size=V, n_step=2, d_model=8, n_head=2, d_inner=8)
+    ahead = models.build(models.UniversalConfig(**fields, causal=False))
+    assert "looks ahead" in refusal(settings.model, ahead)
+    fields |= dict(positions="learned", table_length=7, act="convex")
+    steps = models.build(models.UniversalConfig(**fields))
+    window, ids_BT = settings.model(steps), np.arange(14).reshape(2, 7)
+    params, state = steps.init(jax.random.key(0)), steps.init_state(2)
+    nll_BT = jax.jit(steps.apply)(params, ids_BT, ids_BT, state)[0]
+    found_BT = jax.jit(window.apply)(params, ids_BT, ids_BT[:, 5:], state)[0]
+    np.testing.assert_allclose(found_BT, nll_BT[:, 5:], rtol=1e-6)
+    assert window.longest_segment == 2 and window.replay(2) == 3
+    assert window.for_generation() == steps.for_generation()
+    line = refusal(models.UniversalConfig, memory_length=3, extended_length=2)
+    assert "extended_length=2 with config.model.memory_length=3" in line

@@ -29,6 +29,7 @@ RULES = {
     "d_inner": _SIZE,
     "memory_length": _LENGTH,
     "context_length": Rule(FREE, least=1),
+    "extended_length": _LENGTH,
     "window": _LENGTH,
     "positions": Rule(REFUSED, choices=("sinusoid", "learned", "relative", "none")),
     "table_length": _LENGTH,
@@ -70,6 +71,7 @@ class UniversalConfig:
     d_inner: int = 4096  # filter_size
     memory_length: int = 0  # cached inputs of each layer of each step; 0: no state
     context_length: int = 512  # what generation sees where there is no memory
+    extended_length: int = 0  # leading inputs without a target: `evaluate --stride`
     window: int | None = None  # largest visible distance
     positions: str = "sinusoid"  # added in each step; relative: Transformer-XL's
     table_length: int = 0  # rows of positions='learned'
@@ -154,7 +156,7 @@ class UniversalConfig:
         }
         # Only where the model has it at all.
         optional = {"memory_length": 5, "window": 4, "table_length": 12}
-        optional |= {"act_max_steps": 3}
+        optional |= {"act_max_steps": 3, "extended_length": 3}
         sizes |= {name: n for name, n in optional.items() if getattr(self, name)}
         sizes |= {"n_layer": min(self.n_layer, 2), "context_length": 7}
         return dataclasses.replace(self, **sizes)
@@ -178,6 +180,12 @@ class UniversalConfig:
                 "positions='learned', which needs at least segment_length rows"
             )
         self._check_act()
+        if self.extended_length and self.memory_length:
+            raise UserError(
+                f"config.model.extended_length={self.extended_length} with "
+                f"config.model.memory_length={self.memory_length}: what comes again is "
+                "in the memory already; set one of them to 0"
+            )
         if not self.causal and self.memory_length:
             raise UserError(
                 f"config.model.causal=False with config.model.memory_length="

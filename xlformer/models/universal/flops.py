@@ -59,7 +59,8 @@ def segment(
 ) -> Flops:
     """Counts one segment of all rows with a full memory; see Model.flops."""
     del cached  # There is no other form of the state.
-    B, T, M, L = batch_size, segment_length, config.memory_length, config.depth
+    B, M, L = batch_size, config.memory_length, config.depth
+    T = segment_length + config.extended_length
     d, W, N = config.d_model, config.n_head * config.head_width, batch_size * T
     seen_T = config.visibility().keys_seen(T, M + T)
     relative = config.positions == "relative"
@@ -74,7 +75,9 @@ def segment(
         positions=2.0 * L * rows * d * W if relative else 0.0,
         attention=(6.0 if relative else 4.0) * L * B * W * float(seen_T.sum()),
         halting=0.0 if config.act == "none" else 2.0 * config.steps * N * d,
-        vocabulary=config.bins.flops(targets=N, inputs=N, shares=shares),
+        vocabulary=config.bins.flops(
+            targets=B * segment_length, inputs=N, shares=shares
+        ),
     )
 
 

@@ -81,6 +81,15 @@ class UniversalTransformer(TokenModel):
         return self.config.memory_length
 
     @property
+    def extended_length(self) -> int:
+        return self.config.extended_length
+
+    @property
+    def longest_segment(self) -> int | None:
+        rows = self.config.table_length
+        return rows - self.config.extended_length if rows else None
+
+    @property
     def positions_from_end(self) -> bool:
         return False
 
@@ -102,7 +111,7 @@ class UniversalTransformer(TokenModel):
         """
         config, T = self.config, segment_length
         if not config.memory_length:
-            return 0
+            return super().replay(T)
         if config.absolute:
             return None
         reach = separable.REACH if config.context_widths else 0
@@ -167,7 +176,8 @@ class UniversalTransformer(TokenModel):
         if self.causal and not config.memory_length:
             # Learned positions are no more than their table's.
             rows = config.table_length or config.context_length
-            return Windowed.of(self, min(config.context_length, rows))
+            model = self.for_reading(extended_length=0)
+            return Windowed.of(model, min(config.context_length, rows))
         super().for_generation()
         M, window = config.memory_length, config.window
         return self.for_reading(window=M if window is None else min(window, M))

@@ -1,9 +1,13 @@
 """The vanilla Transformer on the bytes of Python's standard library: minutes on a CPU.
 
-Paper:    Al-Rfou et al. 2018 (arXiv 1808.04444), in small
+Paper:    Al-Rfou et al. 2018 (arXiv 1808.04444), in small: the sizes of quickstart
 Command:  python -m xlformer.train --config=vanilla_small --workdir=runs/vanilla_small
-Hardware: 2 CPU cores
-Expected: to be measured
+Hardware: 2 CPU cores; 0.89 of quickstart's FLOPs a step, of which each has 3,200
+Expected: 2.192 bits per byte on test (Python 3.11.7, jax 0.10.2, 2026-11-26), by
+          python -m xlformer.evaluate --workdir=runs/vanilla_small --split=test
+          in segments of 64, and 2.124 with --stride=16, which reads four times as much.
+          683,648 of the parameters remain beside the classifiers of its losses.
+Variant:  vanilla_small:auxiliary=False, without these losses and classifiers
 """
 
 from xlformer.config import default_config, shrink

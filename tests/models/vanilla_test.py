@@ -110,6 +110,8 @@ def test_classifiers_are_there_for_the_losses_alone():
         shapes = jax.eval_shape(build(**fields).init, jax.random.key(0))
         sizes.append(sum(x.size for x in jax.tree.leaves(shapes)))
     assert [(size - sizes[-1]) / each for size in sizes] == [5, 2, 1, 0]
+    small = config_lib.load("vanilla_small:auxiliary=False").model
+    assert models.build(small, vocab_size=V).config.classified == (0, 0)
 
 
 # The table of positions ---------------------------------------------------------------

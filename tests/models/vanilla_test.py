@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import trained_run
 from golden import check
 from training_runs import refusal, text_config, write_text
 
@@ -275,7 +276,7 @@ def test_a_window_is_for_models_that_carry_nothing():
     fields |= dict(positions="learned", table_length=7, act="convex")
     steps = models.build(models.UniversalConfig(**fields))
     window, ids_BT = settings.model(steps), np.arange(14).reshape(2, 7)
-    params, state = steps.init(jax.random.key(0)), steps.init_state(2)
+    params, state = trained_run.random_params(steps), steps.init_state(2)
     nll_BT = jax.jit(steps.apply)(params, ids_BT, ids_BT, state)[0]
     found_BT = jax.jit(window.apply)(params, ids_BT, ids_BT[:, 5:], state)[0]
     np.testing.assert_allclose(found_BT, nll_BT[:, 5:], rtol=1e-6)

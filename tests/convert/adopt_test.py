@@ -252,6 +252,7 @@ def test_refusals_write_nothing(tmp_path, vocab, text, capsys):
         (NPZ, (f"--probe={text}",), "needs --vocab"),
         (HF, (good, "--format=hf", "--hparams=x"), "--format=hf, which has config"),
         (NPZ, (good, "--config.model.n_layer=5"), "another shape than the weights"),
+        (NPZ, (good, "--config.model.gate=gru"), "another shape than the weights"),
         (NPZ, (good, "--config.model.n_layr=5"), "did you mean 'n_layer'?"),
         (NPZ, (good, "--config.seed"), "--config.seed needs a value"),
         (NPZ, (good, "--vocabulary=x"), "did you mean '--vocab'?"),

@@ -38,9 +38,10 @@ def by_xla(model) -> float:
         {},
         {"positions": "rotary"},
         {"attn_type": 1, "table_length": 80},
+        {"gate": "gru"},
         {"attn_type": 2, "allow_incoherent_positions": True},
     ],
-    ids=["relative", "rotary", "learned", "sinusoid"],
+    ids=["relative", "rotary", "learned", "gated", "sinusoid"],
 )
 def test_forward_is_what_xla_counts(fields):
     model = small(**fields)

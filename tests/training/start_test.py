@@ -87,6 +87,9 @@ def test_what_is_no_start(text, tmp_path, capsys, monkeypatch):
     line = error(capsys, text, workdir, f"--init_from={SOURCE}",
                  "--config.model.d_inner=17")  # fmt: skip
     assert "other shapes than config.model.d_inner=17 (16 there) would give" in line
+    line = error(capsys, text, workdir, f"--init_from={SOURCE}",
+                 "--config.model.gate=gru")  # fmt: skip
+    assert "other shapes than config.model.gate='gru' ('none' there) would" in line
     line = error(capsys, text, workdir, f"--init_from={SOURCE}:3")
     assert "there is no checkpoint of step 3; there are steps 12" in line
     line = error(capsys, text, workdir, f"--init_from={tmp_path}")

@@ -115,10 +115,12 @@ def from_hf(directory: str | pathlib.Path) -> tuple[TransformerXLConfig, dict]:
 
 
 def _entries(config: TransformerXLConfig, *, reverse_clusters: bool) -> Iterator[Entry]:
-    if config.positions != "original":
-        raise UserError(
-            f"config.model.positions={config.positions!r}: the original has none such"
-        )
+    for field, ours in (("positions", "original"), ("gate", "none")):
+        value = getattr(config, field)
+        if value != ours:
+            raise UserError(
+                f"config.model.{field}={value!r}: the original has none such"
+            )
     plain = config.pre_norm and config.attn_type in hparams_lib.ABSOLUTE
     if config.norm_queries == plain:
         raise UserError(

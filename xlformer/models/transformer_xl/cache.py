@@ -95,7 +95,7 @@ def _keys_values(config, layers, hidden_LBMD):
     dtype = hidden_LBMD.dtype
 
     def one(params, hidden_BMD):
-        if config.pre_norm:
+        if config.norm_first:
             norm = params["attention_norm"]
             hidden_BMD = layer_norm(
                 hidden_BMD, norm["scale"], norm["bias"], config.norm_epsilon

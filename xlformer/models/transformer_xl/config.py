@@ -16,6 +16,7 @@ from xlformer.layers.attention import (
     ROTARY,
     SINUSOID,
 )
+from xlformer.layers.gating import GATES, NONE
 from xlformer.layers.stack import REMAT
 from xlformer.models import checks
 
@@ -39,6 +40,7 @@ RULES = {
     "pre_norm": _PLAIN,
     "norm_queries": _PLAIN,
     "final_norm": _PLAIN,
+    "gate": Rule(REFUSED, choices=GATES),
     "untie_r": _PLAIN,
     "clamp_length": _LENGTH,
     "same_length": _PLAIN,
@@ -88,6 +90,7 @@ class TransformerXLConfig:
     pre_norm: bool = False  # pre_lnorm
     norm_queries: bool = True  # False: pre_lnorm of the original's types 2 and 3
     final_norm: bool = False  # one more norm before the softmax; not in the original
+    gate: str = "none"  # gru: GTrXL's for the residual sums, with norms as pre_norm
     untie_r: bool = False  # u and v of their own in each layer
     clamp_length: int = 0  # clamp_len: no distance is larger; 0: not clamped
     same_length: bool = False  # each query sees memory_length keys
@@ -126,6 +129,20 @@ class TransformerXLConfig:
     def encoding(self) -> int:
         """attn_type, or layers.attention.ROTARY."""
         return ROTARY if self.positions == "rotary" else self.attn_type
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gate, and a ReLU before it, stand for the residual sums."""
+        return self.gate != NONE
+
+    @property
+    def norm_first(self) -> bool:
+        """Whether a sub-layer's input is normalised, not what comes after it.
+
+        A gate says so too: the residual path is never normalised there (identity-map
+        reordering, Parisotto et al. 2019, section 3.1).
+        """
+        return self.pre_norm or self.gated
 
     @property
     def embedding_width(self) -> int:
@@ -209,7 +226,7 @@ class TransformerXLConfig:
                 f"config.model.table_length=0 with attn_type={self.attn_type}: set it "
                 "to segment_length + extended_length + memory_length"
             )
-        if not self.norm_queries and not self.pre_norm:
+        if not self.norm_queries and not self.norm_first:
             raise UserError(
                 "config.model.norm_queries=False with pre_norm=False: there is no norm "
                 "before attention"

@@ -24,6 +24,7 @@ class Flops:
       memory: keys and values of what was carried.
       positions: the distances' projection, once for all rows.
       vocabulary: the softmax, and the projections of narrower embeddings.
+      gates: in place of the residual sums.
     """
 
     feed_forward: float
@@ -32,6 +33,7 @@ class Flops:
     positions: float
     attention: float
     vocabulary: float
+    gates: float
 
     @property
     def forward(self) -> float:
@@ -79,4 +81,6 @@ def segment(
         vocabulary=config.bins.flops(
             targets=B * segment_length, inputs=B * T, shares=shares
         ),
+        # Two in each layer, of six matrices each.
+        gates=24.0 * L * B * T * d * d if config.gated else 0.0,
     )

@@ -13,6 +13,7 @@ from xlformer.kernels.dropout import fold
 from xlformer.layers import memory as memory_lib
 from xlformer.layers.attention import Attention
 from xlformer.layers.feed_forward import FeedForward, LayerNorm
+from xlformer.layers.gating import GRUGate
 from xlformer.models.transformer_xl.config import TransformerXLConfig
 from xlformer.sharding import constrain
 
@@ -45,7 +46,7 @@ def initializers(config: TransformerXLConfig) -> dict[str, Any]:
 
 
 class Layer(nn.Module):
-    """Attention over [memory; x], then the feed-forward network; post- or pre-norm."""
+    """Attention over [memory; x], then the feed-forward network, with sums or gates."""
 
     config: TransformerXLConfig
     dtype: Any
@@ -75,7 +76,7 @@ class Layer(nn.Module):
             # A masked NaN would still spoil the sum over values: see layers/memory.py.
             context_BSD, bad_BS = memory_lib.finite(context_BSD)
         queries_BTD = context_BSD[:, M:]
-        if config.pre_norm:
+        if config.norm_first:
             # Memory is stored as it was and normalised at use, by the same norm, as in
             # the original (pre_lnorm).
             context_BSD = attention_norm(context_BSD)
@@ -92,19 +93,27 @@ class Layer(nn.Module):
             attend=attend,
             # The memory passes no gradient on, but with pre-norm there is a norm before
             # the projection, whose scale and bias learn from all S positions.
-            fixed=0 if config.pre_norm else M,
+            fixed=0 if config.norm_first else M,
         )
         if not attend:
             # A query that does see such a vector gives NaN, as if nothing were hidden.
             seen_BT = visibility.sees(bad_BS, x_BTD.shape[1])
             more_BTD = jnp.where(seen_BT[..., None], jnp.nan, more_BTD)
-        y_BTD = x_BTD + more_BTD
-        if config.pre_norm:
-            y_BTD = y_BTD + network(feed_forward_norm(y_BTD), keys[2:])
+        y_BTD = self._joined(x_BTD, more_BTD, "attention_gate")
+        if config.norm_first:
+            more_BTD = network(feed_forward_norm(y_BTD), keys[2:])
+            y_BTD = self._joined(y_BTD, more_BTD, "feed_forward_gate")
         else:
             y_BTD = attention_norm(y_BTD)
             y_BTD = feed_forward_norm(y_BTD + network(y_BTD, keys[2:]))
         return constrain(y_BTD, "batch", None, None), kept
+
+    def _joined(self, x_BTD, more_BTD, name):
+        """A residual and its sub-layer's output: their sum, or a gate of both."""
+        if not self.config.gated:
+            return x_BTD + more_BTD
+        gate = GRUGate(initializers(self.config)["kernel"], self.dtype, name=name)
+        return gate(x_BTD, nn.relu(more_BTD))
 
     def _modules(self):
         """Attention, the feed-forward network, and the norm of each."""
@@ -121,6 +130,8 @@ class Layer(nn.Module):
             kernel_init=init["kernel"],
             dtype=self.dtype,
             implementation=config.attention,
+            # What a ReLU follows has a threshold of its own, as in feed-forward.
+            output_bias=config.gated,
             name="attention",
         )
         network = FeedForward(

@@ -3,6 +3,14 @@
 Layer inputs of the last memory_length positions are cached, without gradient, and
 attended together with the segment; positions enter as distances. Post-norm, all of
 the original's options, and the counter-examples that its paper compares with.
+
+With gate='gru' it is GTrXL (Parisotto et al. 2019, arXiv:1910.06764), the form that
+reinforcement learning uses: norms on the inputs of the sub-layers (the memory is
+normalised when it is read), a ReLU on their outputs, and gates for the residual sums.
+The paper leaves the biases of attention open. Here its output has one, which the ReLU
+follows; those of queries are u and v (with untie_r), those of values would only add to
+it, and those of keys and positions cancel. DI-engine's program makes its queries of
+what is not normalised; the paper's form is ours.
 """
 
 from __future__ import annotations
@@ -11,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from xlformer.errors import UserError
-from xlformer.layers import adaptive, attention, feed_forward
+from xlformer.layers import adaptive, attention, feed_forward, gating
 from xlformer.layers import memory as memory_lib
 from xlformer.layers.attention import LEARNED_ABSOLUTE, SINUSOID
 from xlformer.layers.memory import Memory
@@ -112,8 +120,9 @@ class TransformerXL(TokenModel):
         return cache_lib.axes(self.config, segment_length)
 
     def param_axes(self, params):
-        tables = attention.PARAM_AXES | feed_forward.PARAM_AXES | adaptive.PARAM_AXES
-        return base.param_axes(params, tables | TRUNK_AXES)
+        layers = attention.PARAM_AXES | feed_forward.PARAM_AXES | gating.PARAM_AXES
+        tables = layers | adaptive.PARAM_AXES | TRUNK_AXES
+        return base.param_axes(params, tables)
 
     def for_generation(self) -> TransformerXL:
         """Extended context has no place here: the memory takes in every token.

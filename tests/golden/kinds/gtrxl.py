@@ -3,12 +3,9 @@
 The program's linear maps have biases. All but one are in our parameters already: those
 of queries in u and v, those of values pass attention into that of its output, and those
 of keys and positions add the same to all scores of a query. Its queries are made of
-what is not normalised; `normalised_query/` is the paper's form, which is our model's.
+what is not normalised (norm_queries=False); `normalised_query/` is the paper's form.
 """
 
-import contextlib
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from golden.comparison import Comparison
@@ -16,7 +13,6 @@ from golden.comparison import Comparison
 from xlformer import models
 from xlformer.errors import UserError
 from xlformer.layers import gating, memory
-from xlformer.layers.attention import Attention
 from xlformer.models import TransformerXLConfig
 
 NAME = "gtrxl"
@@ -55,18 +51,16 @@ def _model(arrays, config, dtype):
         for name, x in arrays.items()
         if name.startswith("params/")
     }
-    ours = _Ours(config, theirs)
     values, gradients = {}, {}
     given = {f"params/{name}" for name in theirs}
-    for prefix, form in ("", _raw_queries), (PAPER, contextlib.nullcontext):
-        # A form is traced anew: the program's differs in how it is traced.
+    for prefix, norm_queries in ("", False), (PAPER, True):
+        ours = _Ours(config, theirs, norm_queries)
         step = jax.jit(jax.value_and_grad(ours.loss, argnums=(0, 1), has_aux=True))
         carried = ours.fresh(config["batch"], dtype)
         for s in range(len(config["lens"])):
             segment = f"seg{s}/"
             x, cotangent = (arrays[segment + n] for n in ("inputs", "cotangent"))
-            with form():
-                (_, (out, carried)), grads = step(theirs, x, cotangent, carried)
+            (_, (out, carried)), grads = step(theirs, x, cotangent, carried)
             values[f"{prefix}{segment}out"] = out
             values[f"{prefix}{segment}memory"] = ours.memory(carried)
             by_name = {"inputs": grads[1], **grads[0]}
@@ -78,7 +72,7 @@ def _model(arrays, config, dtype):
 class _Ours:
     """Our model with the program's weights, time first as there."""
 
-    def __init__(self, config, theirs):
+    def __init__(self, config, theirs, norm_queries):
         L = config["n_layer"]
         known = {name for i in range(L) for name in _names(i)} | {"u", "v"}
         if other := sorted(set(theirs) - known):
@@ -93,6 +87,7 @@ class _Ours:
                 d_inner=config["mlp_hidden"],
                 memory_length=config["memory_len"],
                 gate="gru",
+                norm_queries=norm_queries,
                 untie_r=True,
                 attend_zero_memory=True,
                 dropout=0.0,
@@ -120,24 +115,6 @@ class _Ours:
         state, outputs_BMD = carried
         all_LBMD = jnp.concatenate([state.hidden_LBMD, outputs_BMD[None]])
         return jnp.swapaxes(all_LBMD, 1, 2)
-
-
-@contextlib.contextmanager
-def _raw_queries():
-    """Our model, but queries are made of what the norm before attention is given."""
-    seen = {}
-
-    def exchanged(call, args, kwargs, context):
-        is_call = context.method_name == "__call__"
-        if is_call and context.module.name == "attention_norm":
-            (seen["context_BSD"],) = args
-        if is_call and isinstance(context.module, Attention):
-            queries_BTD, *rest = args
-            args = seen["context_BSD"][:, -queries_BTD.shape[1] :], *rest
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(exchanged):
-        yield
 
 
 MATRICES = ("Wr", "Wz", "Wg", "Ur", "Uz", "Ug")

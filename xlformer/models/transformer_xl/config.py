@@ -88,7 +88,7 @@ class TransformerXLConfig:
     attn_type: int = 0  # 0 relative, 1 learned relative, 2 sinusoid, 3 learned
     positions: str = "original"  # those of attn_type; or rotary, not in the original
     pre_norm: bool = False  # pre_lnorm
-    norm_queries: bool = True  # False: pre_lnorm of the original's types 2 and 3
+    norm_queries: bool = True  # False: pre_lnorm of types 2 and 3; DI-engine's GTrXL
     final_norm: bool = False  # one more norm before the softmax; not in the original
     gate: str = "none"  # gru: GTrXL's for the residual sums, with norms as pre_norm
     untie_r: bool = False  # u and v of their own in each layer

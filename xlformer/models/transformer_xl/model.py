@@ -10,7 +10,7 @@ normalised when it is read), a ReLU on their outputs, and gates for the residual
 The paper leaves the biases of attention open. Here its output has one, which the ReLU
 follows; those of queries are u and v (with untie_r), those of values would only add to
 it, and those of keys and positions cancel. DI-engine's program makes its queries of
-what is not normalised; the paper's form is ours.
+what is not normalised: norm_queries=False.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ MODELS = {
     "unrolled": {"dropout": 0.1, "attention_dropout": 0.1},
     "scanned, adaptive": {"scan_layers": True, "cutoffs": (8, 16), "div_val": 2},
     "remat, learned": {"remat": "full", "attn_type": 1, "table_length": 12},
+    "gated": {"scan_layers": True, "gate": "gru", "dropout": 0.1},
     "learned absolute": {
         "attn_type": 3,
         "table_length": 12,
@@ -95,6 +96,7 @@ def trainer(name, micro_batches, mesh):
         ("unrolled", 2, "2 x 2 x 2"),
         ("scanned, adaptive", 1, "2 x 2 x 2"),
         ("remat, learned", 1, "data 2 x tensor 4"),
+        ("gated", 1, "2 x 2 x 2"),
         ("learned absolute", 1, "2 x 2 x 2"),
     ],
 )

@@ -79,6 +79,19 @@ def test_it_adds_two_gates_and_a_bias_to_each_layer():
     assert count(**GATED) - count(memory_length=5, pre_norm=True) == added
 
 
+def test_the_matrices_of_both_gates_are_split():
+    model = small.build(**GATED)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    layers = model.param_axes(params)["trunk"]["layers"]
+    for name in ("attention_gate", "feed_forward_gate"):
+        assert layers[name] == {
+            "new_kernel": (None, "embed", None, "mlp"),
+            "residual_kernel": (None, "embed", None, "mlp"),
+            "reset_kernel": (None, "embed", "mlp"),
+            "bias": (None, None),
+        }
+
+
 def test_the_original_has_no_gates():
     config = small.build(gate="gru").config
     line = "^config.model.gate='gru': the original has none such$"

@@ -1,6 +1,8 @@
 """The example that people with an agent start from: its task and its segments."""
 
 import functools
+import pathlib
+import re
 
 import jax
 import memory_task as task
@@ -21,6 +23,16 @@ def collected():
         segment, carry = AGENT.collect(params, carry)
         segments.append(jax.device_get(segment))
     return params, segments, carry
+
+
+def test_the_page_about_it_runs():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "reinforcement_learning.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    found = {}
+    exec(compile(code, page.name, "exec"), found)
+    assert found["y_BTD"].shape == (8, 16, 32)
+    # A reset at step 5 of 16 leaves 11 of them to be remembered.
+    assert found["state"].length_B.tolist() == [16] * 3 + [11] + [16] * 4
 
 
 def joined(field):

@@ -24,7 +24,7 @@ FAMILIES = [
     ("universal_base",),
     ("universal_small",),
 ]
-CHARACTER = {"attn_type", "pre_norm", "final_norm", "untie_r", "same_length"}
+CHARACTER = {"attn_type", "pre_norm", "final_norm", "gate", "untie_r", "same_length"}
 CHARACTER |= {"dropout", "attention_dropout", "init_std", "scan_layers"}
 CHARACTER |= {"tie_weights", "word_dropout", "weight_dropout", "activation_penalty"}
 CORPORA = {*sources.CORPORA, "stdlib", "text", "lm1b"}  # lm1b is not built in yet

@@ -199,8 +199,8 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         "learning_rate": _field(2.5e-4, TAKEN, least=0),
         "schedule": _field("cosine", TAKEN, choices=SCHEDULES),
         "warmup_steps": _field(0, TAKEN, least=0),
-        # What the first step counts as: 0 has the rate 0 in a warm-up, as the TensorFlow
-        # original has, 1 a first part of the rate (SHA-RNN).
+        # What the first step counts as in a warm-up: with 0 its rate is 0, as in the
+        # TensorFlow original, with 1 a first part of the whole (SHA-RNN).
         "warmup_from": _field(0, TAKEN, choices=(0, 1)),
         # Where in the run, as shares of train.steps, 'steps' multiplies the rate by
         # decay_factor.

@@ -35,9 +35,10 @@ def learning_rate(config, total_steps: int) -> Callable[..., jax.Array]:
     """Returns schedule(step, scale=1.0) -> float32 rate for the `optimizer` section.
 
     step counts completed updates, so the first update has step 0 (rate 0 if there is a
-    warm-up, as in the TensorFlow original); a warm-up counts from warmup_from on, so
-    that with 1 the first update has 1 / warmup_steps of the rate. scale is the plateau's and touches nothing
-    but the 'plateau' schedule. The function is jit-able. With f = final_fraction:
+    warm-up, as in the TensorFlow original); a warm-up counts from warmup_from on: with
+    1 the first update has 1 / warmup_steps of the rate. scale is the plateau's and
+    touches nothing but the 'plateau' schedule. The function is jit-able. With f =
+    final_fraction:
 
     - cosine (PyTorch original): warm-up, then a cosine of step / total: it jumps down
       a little where the warm-up ends.

@@ -164,7 +164,10 @@ def test_units_that_tensor_does_not_divide_are_refused():
 @pytest.mark.parametrize(
     ("fields", "line"),
     [
-        ({"d_inner": 12}, "config.model.d_inner=12 is no multiple of config.model.d_mo"),
+        (
+            {"d_inner": 12},
+            "config.model.d_inner=12 is no multiple of config.model.d_mo",
+        ),
         ({"attention": "second_last"}, "n_layer=1: there is no such block"),
         ({"attention": "some"}, "config.model.attention='some' is none of"),
         ({"memory_length": 0}, "memory_length=0 with config.model.attention='all'"),

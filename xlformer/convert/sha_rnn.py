@@ -27,8 +27,8 @@ import jax
 import numpy as np
 
 from xlformer import models
-from xlformer.errors import UserError, some
-from xlformer.models import SHARNNConfig
+from xlformer.errors import Argument, UserError, some
+from xlformer.models import SHARNNConfig, sha_rnn
 
 # What a run of the original is given, and our name for it.
 FIELDS = {
@@ -122,6 +122,14 @@ def to_sha_rnn(config: SHARNNConfig, tree) -> dict[str, np.ndarray]:
         entry.name: entry.to_theirs(np.asarray(_leaf(tree, entry.path)))
         for entry in _entries(config)
     }
+
+
+def collapsed(config, params) -> tuple[SHARNNConfig, dict]:
+    """models.sha_rnn.collapse for any model; UserError where nothing collapses."""
+    if not isinstance(config, SHARNNConfig):
+        name = models.name_of(config)
+        raise UserError(Argument("collapse"), f": {name!r} has nothing to collapse")
+    return sha_rnn.collapse(config, params)
 
 
 def _leaf(tree, path):

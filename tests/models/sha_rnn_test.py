@@ -96,6 +96,26 @@ def test_gates_begin_at_a_half_and_norms_at_one():
     assert "attention" not in params["trunk"]["block_0"]
 
 
+def test_generation_reads_in_parts_what_it_reads_one_by_one():
+    model = only(memory_length=5, n_layer=2).for_generation()
+    assert (model.config.window, model.longest_segment) == (4, 64)
+    assert model.for_generation() is model
+    with jax.enable_x64(True):
+        params, ids_BN = weights(model), np.tile(IDS[0], 3)
+        run = jax.jit(model.log_probs)
+
+        def last(sizes):
+            state, start = model.init_state(B, jnp.float64), 0
+            for size in sizes:
+                found, state = run(params, ids_BN[:, start : start + size], state)
+                start += size
+            return found[:, -1]
+
+        np.testing.assert_allclose(last([8, 5]), last([1] * 13), atol=1e-13)
+    none = only(attention="none", memory_length=0)
+    assert none.for_generation() is none and none.longest_segment is None
+
+
 def test_collapsed_it_is_smaller_and_the_same():
     for attention in ("second_last", "all"):
         model = only(attention=attention, n_layer=2)
@@ -170,6 +190,7 @@ def test_units_that_tensor_does_not_divide_are_refused():
         ),
         ({"attention": "second_last"}, "n_layer=1: there is no such block"),
         ({"attention": "some"}, "config.model.attention='some' is none of"),
+        ({"window": 29}, "config.model.window=29 with config.model.memory_length=29"),
         ({"memory_length": 0}, "memory_length=0 with config.model.attention='all'"),
         (
             {"attention": "none", "memory_length": 0, "collapsed": True},

@@ -132,7 +132,7 @@ def _main(argv) -> int:
     parser.add_argument(
         "--collapse",
         action="store_true",
-        help="of sha_rnn: one vector in place of the weights that make it, to read only",
+        help="of sha_rnn: one vector for the weights that make it, to read only",
     )
     args, overrides = parser.parse_with_overrides(argv)
     vocabulary = read_vocabulary(args.vocab) if args.vocab else None

@@ -45,7 +45,7 @@ NORMS = {
     "lnmem": "memory",
     "lnout": "output",
     "lnff": "residual",
-    "lnxff": "boom",
+    "lnxff": "inner",
 }
 
 

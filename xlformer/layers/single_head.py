@@ -114,10 +114,16 @@ def after(ring: Ring, rows: tuple, seen: Seen, resets_BT) -> Ring:
     return Ring(rows, length_B, (ring.next_B + seen.length_B) % P)
 
 
-def seen(ring: Ring, resets_BT, lengths, T: int) -> Seen:
-    """What a segment of T tokens sees; lengths: as of Trunk, how many of them count."""
+def seen(ring: Ring, resets_BT, lengths, T: int, window: int | None = None) -> Seen:
+    """What a segment of T tokens sees.
+
+    lengths says how many of them count: None is all, a number, or one a row. window is
+    the largest visible distance.
+    """
     P = ring.rows[0].shape[1]
     start_BT = memory_lib.key_start(ring.length_B, resets_BT, M=P, T=T)
+    if window is not None:
+        start_BT = jnp.maximum(start_BT, P + jnp.arange(T)[None] - window)
     length_B = jnp.broadcast_to(T if lengths is None else lengths, ring.next_B.shape)
     return Seen(places(ring.next_B, P), start_BT, length_B)
 

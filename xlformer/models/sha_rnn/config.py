@@ -21,6 +21,7 @@ RULES = {
     "d_inner": _SIZE,
     "attention": Rule(REFUSED, choices=ATTENTION),
     "memory_length": Rule(REFUSED, least=0),
+    "window": Rule(REFUSED, least=0),
     "collapsed": Rule(REFUSED),
     "dropout": _RATE,
     "hidden_dropout": _RATE,
@@ -43,6 +44,7 @@ class SHARNNConfig:
     d_inner: int = 4096  # nhid, the width of the Boom before its sum
     attention: str = "second_last"  # use_attn: which blocks have it
     memory_length: int = 5000  # num_max_positions: the segment's own among them
+    window: int | None = None  # largest visible distance; None: all of the memory
     collapsed: bool = False  # vq_collapse: one vector of values, for inference
     dropout: float = 0.1  # of the last output
     hidden_dropout: float = 0.1  # dropouth: everywhere inside the blocks
@@ -67,11 +69,16 @@ class SHARNNConfig:
         """Of all matrices but the LSTMs' when they begin."""
         return 0.1 * self.d_model**-0.5
 
+    @property
+    def longest_segment(self) -> int | None:
+        """The most tokens that see all that they may."""
+        return self.memory_length - (self.window or 0) if self.attending else None
+
     def tiny(self) -> SHARNNConfig:
         """Returns a model with these options that a CPU trains in seconds: ':debug'."""
         sizes = {"n_layer": 2, "d_model": 16, "d_inner": 32}
         if self.memory_length:
-            sizes["memory_length"] = 13
+            sizes["memory_length"] = 29
         return dataclasses.replace(self, **sizes)
 
     def __post_init__(self):
@@ -91,6 +98,11 @@ class SHARNNConfig:
                 f"config.model.memory_length={self.memory_length} with config.model."
                 f"attention={self.attention!r}: memory is what attention reads; 0 is "
                 "that of attention='none'"
+            )
+        if self.window is not None and not self.window < self.memory_length:
+            raise UserError(
+                f"config.model.window={self.window} with config.model.memory_length="
+                f"{self.memory_length}: the memory must be longer than the window"
             )
         if self.collapsed and not self.attending:
             raise UserError(
@@ -139,6 +151,8 @@ def flops(
     del cached  # The state is what it is.
     B, T, D, A = batch_size, segment_length, config.d_model, len(config.attending)
     remembered = max(config.memory_length - T, 0)
+    if config.window is not None:
+        remembered = min(remembered, config.window)
     # The gates of an LSTM have 4 D (D + D) weights, a Boom has D F.
     weights = config.n_layer * D * (8 * D + config.d_inner)
     return Flops(

@@ -33,6 +33,7 @@ from xlformer.models.sha_rnn.config import SHARNNConfig
 from xlformer.models.sha_rnn.trunk import State, TrunkModule
 from xlformer.models.tokens import TokenModel, Tokens
 
+PARTS = 64  # tokens of a prompt that are read at once, at most
 ATTENTION_AXES = {
     "attention/query_kernel": ("embed", "mlp"),
     "attention/value_kernel": ("embed", None, "mlp"),
@@ -66,6 +67,22 @@ class SHARNN(TokenModel):
     def needs_rngs(self) -> bool:
         config = self.config
         return bool(config.dropout or config.hidden_dropout or config.input_dropout)
+
+    @property
+    def longest_segment(self) -> int | None:
+        return self.config.longest_segment
+
+    def for_generation(self) -> SHARNN:
+        """A token sees as many as one at a time would, however many are read at once.
+
+        The memory has room for a part of a prompt beside them.
+        """
+        config = self.config
+        if not config.attending or config.window is not None:
+            return self
+        P = config.memory_length
+        config = dataclasses.replace(config, memory_length=P + PARTS - 1, window=P - 1)
+        return dataclasses.replace(self, config=config)
 
     def init_state(self, batch_size: int, dtype=None) -> State:
         config, dtype = self.config, jnp.dtype(dtype or self.dtype())

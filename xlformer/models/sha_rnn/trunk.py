@@ -23,7 +23,7 @@ EPSILON = 1e-12  # of all norms
 # Each block has all six, used or not, as in the original, whose count of parameters
 # they are part of. Without attention `middle` and `memory` are read by nobody, `output`
 # (its lnout) never is.
-NORMS = ("start", "middle", "memory", "output", "residual", "boom")
+NORMS = ("start", "middle", "memory", "output", "residual", "inner")
 # Which number is folded into a row's key for what; blocks count on from the last.
 INPUT_KEY, OUTPUT_KEY, BLOCK_KEY = range(3)
 # The same inside a block.
@@ -159,7 +159,7 @@ class Block(nn.Module):
             more_BTD = attention(x_BTD, m_BTD, rows_BPD, segment.seen, key)
             x_BTD = x_BTD + drop(more_BTD, key=fold(key, MIX_KEY))
         module = BoomModule(self.config, self.dtype, name="boom")
-        more_BTD = module(norms["boom"](x_BTD), fold(key, UNITS_KEY))
+        more_BTD = module(norms["inner"](x_BTD), fold(key, UNITS_KEY))
         more_BTD = constrain(more_BTD, "batch", None, None)
         x_BTD = norms["residual"](x_BTD) + drop(more_BTD, key=fold(key, BOOM_KEY))
         return x_BTD, h_BD, c_BD, rows_BPD
@@ -208,7 +208,7 @@ class TrunkModule(nn.Module):
         memory, seen, rows = state.memory, None, {}
         if attending:
             self._check_length(T)
-            seen = single_head.seen(memory, resets_BT, lengths, T)
+            seen = single_head.seen(memory, resets_BT, lengths, T, config.window)
             rows = dict(zip(attending, memory.rows, strict=True))
         segment = Segment(at, seen, memory.next_B if attending else None)
         h, c, kept = [], [], []
@@ -237,9 +237,10 @@ class TrunkModule(nn.Module):
         return x_BTD, State(LSTMState(tuple(h), tuple(c)), memory), Aux(0.0, {})
 
     def _check_length(self, T: int):
-        P = self.config.memory_length
-        if T > P:
+        P, longest = self.config.memory_length, self.config.longest_segment
+        if T > longest:
+            within = "" if longest == P else f" and config.model.window={P - longest}"
             raise UserError(
-                f"a segment of {T} tokens, but config.model.memory_length={P}: memory "
-                "and segment together hold no more"
+                f"a segment of {T} tokens, but config.model.memory_length={P}{within}: "
+                f"memory and segment together hold no more, so it has at most {longest}"
             )

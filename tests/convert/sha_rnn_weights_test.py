@@ -94,7 +94,7 @@ def test_the_command_writes_either_form_and_both_score_alike(tmp_path, capsys):
     long = [f"--workdir={tmp_path / 'run'}", "--segment_length=31"]
     assert evaluate.main([*long, f"--text={tmp_path / 'text.txt'}"]) == 2
     line = capsys.readouterr().err
-    assert line.startswith("error: a segment of 31 tokens, but config.model.memory_le")
+    assert line.startswith("error: --segment_length=31 ")
     assert line.count("\n") == 1
 
 

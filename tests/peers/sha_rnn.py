@@ -26,7 +26,9 @@ PATCHES = {
 def build(setting: SingleHead, form: str):
     how, _, _ = form.partition("-")
     sys.path[:0] = [str(FOLDER)]
-    length = {"num_max_positions = 5000": f"num_max_positions = {setting.memory_length}"}
+    length = {
+        "num_max_positions = 5000": f"num_max_positions = {setting.memory_length}"
+    }
     module = torch_side.module("model", FOLDER / "model.py", PATCHES | length)
     losses = torch_side.module("splitcross", FOLDER / "splitcross.py")
     rates = {"dropouth": setting.dropout, "dropouti": setting.dropout}

@@ -199,6 +199,9 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         "learning_rate": _field(2.5e-4, TAKEN, least=0),
         "schedule": _field("cosine", TAKEN, choices=SCHEDULES),
         "warmup_steps": _field(0, TAKEN, least=0),
+        # What the first step counts as in a warm-up: with 0 its rate is 0, as in the
+        # TensorFlow original, with 1 a first part of the whole (SHA-RNN).
+        "warmup_from": _field(0, TAKEN, choices=(0, 1)),
         # Where in the run, as shares of train.steps, 'steps' multiplies the rate by
         # decay_factor.
         "decay_at": _field((), TAKEN),
@@ -213,10 +216,12 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         "b1": _field(0.9, TAKEN, **_RATIO),
         "b2": _field(0.999, TAKEN, **_RATIO),
         "epsilon": _field(1e-8, TAKEN, least=0),
-        # Which optimizers read these three says ONLY_OF. In adamw and lamb biases do
+        # Which optimizers read these four says ONLY_OF. In adamw and lamb biases do
         # not decay; in sgd and nt_asgd all do, as a part of the gradient (torch).
         "weight_decay": _field(0.0, TAKEN, least=0),
         "momentum": _field(0.0, TAKEN, switch=True, **_RATIO),
+        # The least trust ratio of lamb_sha_rnn; 0 sets no floor.
+        "min_trust": _field(0.25, TAKEN, least=0),
         # nt_asgd averages from the first validation on whose loss exceeds the least of
         # all but so many before it (Merity et al. 2018): an array of that length.
         "nonmonotone": _field(5, REFUSED, least=1, most=1000),
@@ -259,6 +264,7 @@ VISIBLE = ("memory_length", "clamp_length", "same_length")
 ONLY_OF = {
     "weight_decay": ("adamw", "lamb", "lamb_sha_rnn", "sgd", "nt_asgd"),
     "momentum": ("sgd",),
+    "min_trust": ("lamb_sha_rnn",),
     "nonmonotone": ("nt_asgd",),
 }
 

@@ -77,6 +77,9 @@ CHECKS = {
     "step of lstm_penn:batch=32, data 8": lambda: train_step(
         "h100:8", {"data": 8}, config="lstm_penn:batch=32", vocab_size=10_000
     ),
+    "step of sha_rnn_enwik8:batch=32, data 8": lambda: train_step(
+        "h100:8", {"data": 8}, config="sha_rnn_enwik8:batch=32", vocab_size=205
+    ),
     "step of universal_base:batch=8, data 2 x fsdp 2 x tensor 2": lambda: step(
         "universal_base:batch=8", {"data": 2, "fsdp": 2, "tensor": 2}
     ),

@@ -59,9 +59,15 @@ def universal(topology, sizes, **fields):
     return train_step(topology, sizes, "auto", config=config, **fields)
 
 
+def sha_rnn(topology, sizes, **fields):
+    config = "sha_rnn_enwik8:batch=32"
+    return train_step(topology, sizes, config=config, vocab_size=205, **fields)
+
+
 # Of less, which compiles in less time.
 SMALL_LSTM = dict(n_layer=1, d_model=256)
 SMALL_UNIVERSAL = dict(n_step=2, d_model=256, n_head=4, d_inner=512, scan_layers=True)
+SMALL_SHA_RNN = dict(n_layer=2, d_model=256, d_inner=512, memory_length=1280)
 TWO_LAYERS = dict(n_layer=2, scan_layers=True, dropout=0.1, attention_dropout=0.1)
 CHECKS = {
     "v5e enwik8 bfloat16": few_bytes,
@@ -99,6 +105,9 @@ CHECKS = {
     "step of a small universal, data 2 x fsdp 2 x tensor 2": lambda: universal(
         "v5e:2x4", MIXED, **SMALL_UNIVERSAL
     ),
+    "step of a small sha_rnn, data 2 x fsdp 2 x tensor 2": lambda: sha_rnn(
+        "v5e:2x4", MIXED, **SMALL_SHA_RNN
+    ),
 }
 FULL = {
     "v5e enwik8 bfloat16, the form of the paper": lambda: attention(
@@ -121,7 +130,7 @@ FULL = {
             lambda step=step, topology=topology: step(topology, {"data": 8})
         )
         for topology in ("v5e:2x4", "v5p:2x2x2", "v6e:2x4")
-        for step in (lstm, universal)
+        for step in (lstm, universal, sha_rnn)
     },
 }
 

@@ -168,6 +168,8 @@ def test_every_form_of_a_setting_is_asked_for(load):
     assert "original compile-bf16" in forms("enwik8_12L_train", "auto")
     peers = ["awd_lstm eager-f32", "awd_lstm compile-f32"]
     assert forms("awd_penn", "auto", "xla") == ["xlformer auto", *peers]
+    peers = ["sha_rnn eager-f32", "sha_rnn compile-f32"]
+    assert forms("sha_enwik8", "auto") == ["xlformer auto", *peers]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import jax
 import naive
 import numpy as np
 import worker
-from settings import Recurrent, Setting, Step
+from settings import Recurrent, Setting, SingleHead, Step
 
 from xlformer import models, scoring, sharding
 from xlformer.config import default_config
@@ -51,6 +51,8 @@ def config_of(setting: Step, implementation: str):
     """The setting as a config of xlformer."""
     if isinstance(setting, Recurrent):
         config = _lstm(setting)
+    elif isinstance(setting, SingleHead):
+        config = _sha_rnn(setting)
     else:
         config = _transformer_xl(setting, implementation)
     config.train.update(batch_size=setting.batch_size)
@@ -71,6 +73,19 @@ def _lstm(setting: Recurrent):
     if setting.optimizer == "sgd":
         config.optimizer.weight_decay = setting.weight_decay
     return config
+
+
+def _sha_rnn(setting: SingleHead):
+    rates = ("dropout", "hidden_dropout", "input_dropout")
+    return default_config(
+        "sha_rnn",
+        n_layer=setting.n_layer,
+        d_model=setting.d_model,
+        d_inner=setting.d_inner,
+        memory_length=setting.memory_length,
+        dtype="auto" if setting.half else "float32",
+        **dict.fromkeys(rates, setting.dropout),
+    )
 
 
 def _transformer_xl(setting: Setting, implementation: str):

@@ -13,7 +13,7 @@ class Step:
 
     Attributes:
       train: forward, backward, clip and optimizer; else scoring, memory carried on.
-      peer: the program to compare with, original, nvidia or awd_lstm.
+      peer: the program to compare with, original, nvidia, awd_lstm or sha_rnn.
       half: 16 bits where the program has them (bf16, NVIDIA's fp16), else float32.
     """
 
@@ -98,6 +98,22 @@ class Recurrent(Step):
         return f"{self.n_layer} layers of {self.d_model} and {self.d_hidden:,}"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SingleHead(Step):
+    """SHA-RNN, with its three rates of dropout."""
+
+    d_model: int
+    d_inner: int
+    n_layer: int = 4
+    memory_length: int
+
+    def tiny_sizes(self) -> dict:
+        return {"d_model": 16, "d_inner": 32, "memory_length": 48}
+
+    def shape(self) -> str:
+        return f"{self.n_layer} blocks of {self.d_model}, memory {self.memory_length:,}"
+
+
 def _cpu(**fields) -> Setting:
     sizes = {"n_layer": 6, "d_model": 256, "n_head": 8, "d_head": 32, "d_inner": 1024}
     rest = {"peer": "original", "batch_size": 8, "half": False, "gpu": False}
@@ -179,6 +195,19 @@ SETTINGS = {
         input_dropout=0.1,
         word_dropout=0.0,
         weight_dropout=0.2,
+    ),
+    # Its command for enwik8, at a quarter of its width, batch, segment and memory.
+    "sha_enwik8": SingleHead(
+        train=True,
+        peer="sha_rnn",
+        half=False,
+        gpu=False,
+        d_model=256,
+        d_inner=1024,
+        vocab_size=205,
+        batch_size=4,
+        segment_length=256,
+        memory_length=1280,
     ),
     "wt103_base_train_64": _nvidia(BASE, 192, 192, 64, **_TRAIN),
     "wt103_large_train_16": _nvidia(LARGE, 384, 384, 16, **_TRAIN),

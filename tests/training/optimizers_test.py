@@ -36,6 +36,13 @@ def test_warm_up_is_linear_from_zero_to_the_peak(schedule):
         assert rate(schedule, step) == pytest.approx(peak * step / WARMUP)
 
 
+def test_a_warm_up_that_counts_from_one_is_sha_rnns():
+    """lr * min(step, warmup) / warmup with step from 1."""
+    for step in (0, 1, 7, WARMUP - 1, WARMUP, 53):
+        expected = LR * min(step + 1, WARMUP) / WARMUP
+        assert rate("constant", step, warmup_from=1) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("schedule", sorted(optimizers.SCHEDULES))
 def test_without_a_warm_up_the_first_rate_is_the_whole_one(schedule):
     assert rate(schedule, 0, warmup_steps=0) == pytest.approx(LR)
@@ -248,6 +255,10 @@ def test_sha_rnns_lamb_by_hand():
         updates["large"], large * 10 / (2 * large) * np.ones(4), rtol=1e-5
     )
     np.testing.assert_allclose(updates["small"], 0.25 * small * np.ones(4), rtol=1e-5)
+    # Without the floor |p|, 2e-3, is what is left of it.
+    tx = optimizers.build(section(name="lamb_sha_rnn", min_trust=0.0, **fields))
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["small"], 1e-3 * np.ones(4), rtol=1e-5)
 
 
 def test_a_layer_of_zeros_gets_the_plain_update():

@@ -1,12 +1,15 @@
 """Converts the weights of other programs to ours, and back."""
 
 from xlformer.convert.awd_lstm import from_awd_lstm, to_awd_lstm
+from xlformer.convert.sha_rnn import from_sha_rnn, to_sha_rnn
 from xlformer.convert.transformer_xl import from_hf, from_original, to_original
 
 __all__ = [
     "from_awd_lstm",
     "from_hf",
     "from_original",
+    "from_sha_rnn",
     "to_awd_lstm",
     "to_original",
+    "to_sha_rnn",
 ]

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from xlformer import command
-from xlformer.convert import awd_lstm, transformer_xl
+from xlformer import command, runs
+from xlformer.convert import awd_lstm, sha_rnn, transformer_xl
 from xlformer.convert.adopt import VOCAB_HELP, adopt, read_vocabulary
 from xlformer.convert.files import read_json, read_state
 from xlformer.data.local import is_read_once
@@ -72,6 +72,15 @@ def _hf(source, named):
     return config, params, read_json(pathlib.Path(source) / "config.json")
 
 
+def _ours(source, named):
+    if named:
+        raise UserError(
+            f"--hparams={named} with --format=xlformer, which has its config"
+        )
+    run = runs.load(source)
+    return run.model.config, run.params, run.config.train.to_dict()
+
+
 FORMATS = {
     "original": Format(
         _state_dict(transformer_xl.from_original),
@@ -84,6 +93,10 @@ FORMATS = {
         "bptt",
         "AWD-LSTM, its criterion's names after 'criterion.'",
     ),
+    "sha_rnn": Format(
+        _state_dict(sha_rnn.from_sha_rnn, needs_hparams=False), "bptt", "SHA-RNN"
+    ),
+    "xlformer": Format(_ours, "segment_length", "a run of ours, to --collapse it"),
 }
 
 
@@ -116,6 +129,11 @@ def _main(argv) -> int:
         ("--probe", False, "a text file, scored at the end as a check"),
     ):
         parser.add_argument(name, required=required, type=command.place, help=about)
+    parser.add_argument(
+        "--collapse",
+        action="store_true",
+        help="of sha_rnn: one vector for the weights that make it, to read only",
+    )
     args, overrides = parser.parse_with_overrides(argv)
     vocabulary = read_vocabulary(args.vocab) if args.vocab else None
     if args.probe and is_read_once(args.probe):
@@ -127,6 +145,8 @@ def _main(argv) -> int:
         raise UserError(f"--probe={args.probe} needs --vocab=FILE to be encoded with")
     found = FORMATS[args.format]
     model_config, params, hparams = found.read(args.source, args.hparams)
+    if args.collapse:
+        model_config, params = sha_rnn.collapsed(model_config, params)
     adopt(
         model_config,
         params,

@@ -1,4 +1,4 @@
-"""Layer normalisation and the position-wise feed-forward network."""
+"""Layer normalisation and the position-wise networks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ PARAM_AXES = {
     "feed_forward/in_kernel": ("embed", "mlp"),
     "feed_forward/in_bias": ("mlp",),
     "feed_forward/out_kernel": ("mlp", "embed"),
+    # All chunks of a unit on one device: their sum crosses no axis.
+    "boom/kernel": ("embed", None, "mlp"),
+    "boom/bias": (None, "mlp"),
 }
 
 
@@ -46,6 +49,20 @@ class LayerNorm(nn.Module):
         scale_D = self.param("scale", self.scale_init, (x.shape[-1],))
         bias_D = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         return layer_norm(x, scale_D, bias_D, self.epsilon)
+
+
+def boom(x_BTD, kernel_DCN, bias_CN, rate: float = 0.0, key=None) -> jax.Array:
+    """The sum of C chunks of GELU(x W + b), each as wide as the result (Merity 2019).
+
+    As GELU(x W + b) W2 with W2 = [I I ... I], which is neither stored nor learned. GELU
+    is z sigmoid(1.702 z), an approximation (Hendrycks & Gimpel 2016). rate and key are
+    of dropout of the chunks' units.
+    """
+    with jax.named_scope("boom"):
+        z_BTCN = jnp.einsum("BTD,DCN->BTCN", x_BTD, kernel_DCN) + bias_CN[None, None]
+        z_BTCN = constrain(z_BTCN, "batch", None, None, "mlp")
+        h_BTCN = dropout(z_BTCN * nn.sigmoid(1.702 * z_BTCN), rate, key)
+        return h_BTCN.sum(2)
 
 
 class FeedForward(nn.Module):

@@ -10,15 +10,18 @@ from xlformer.errors import UserError, did_you_mean
 from xlformer.fields import REFUSED, Rule
 from xlformer.models.base import Aux, Model
 from xlformer.models.lstm import LSTM, LSTMConfig
+from xlformer.models.sha_rnn import SHARNN, SHARNNConfig
 from xlformer.models.transformer_xl import TransformerXL, TransformerXLConfig
 from xlformer.models.universal import UniversalConfig, UniversalTransformer
 from xlformer.models.vanilla import VanillaConfig, VanillaTransformer
 
 __all__ = [
     "LSTM",
+    "SHARNN",
     "Aux",
     "LSTMConfig",
     "Model",
+    "SHARNNConfig",
     "TransformerXL",
     "TransformerXLConfig",
     "UniversalConfig",
@@ -33,6 +36,7 @@ __all__ = [
 MODELS: dict[str, type[Model]] = {
     "transformer_xl": TransformerXL,
     "lstm": LSTM,
+    "sha_rnn": SHARNN,
     "universal": UniversalTransformer,
     "vanilla": VanillaTransformer,
 }

@@ -35,8 +35,10 @@ def learning_rate(config, total_steps: int) -> Callable[..., jax.Array]:
     """Returns schedule(step, scale=1.0) -> float32 rate for the `optimizer` section.
 
     step counts completed updates, so the first update has step 0 (rate 0 if there is a
-    warm-up, as in the TensorFlow original). scale is the plateau's and touches nothing
-    but the 'plateau' schedule. The function is jit-able. With f = final_fraction:
+    warm-up, as in the TensorFlow original); a warm-up counts from warmup_from on: with
+    1 the first update has 1 / warmup_steps of the rate. scale is the plateau's and
+    touches nothing but the 'plateau' schedule. The function is jit-able. With f =
+    final_fraction:
 
     - cosine (PyTorch original): warm-up, then a cosine of step / total: it jumps down
       a little where the warm-up ends.
@@ -57,7 +59,8 @@ def learning_rate(config, total_steps: int) -> Callable[..., jax.Array]:
         # float32 counts steps exactly up to 2^24, four times the longest schedule here.
         step = jnp.asarray(step, jnp.float32)
         after = peak * decay(step, total_steps, config)
-        rate = jnp.where(step < warmup, ramp_to * step / max(warmup, 1), after)
+        counted = step + config.warmup_from
+        rate = jnp.where(counted < warmup, ramp_to * counted / max(warmup, 1), after)
         return (
             rate * jnp.asarray(scale, jnp.float32)
             if config.schedule == "plateau"
@@ -183,17 +186,19 @@ def _lamb(config):
     return [*_adamw(config), scale_by_layer_trust_ratio()]
 
 
-def lamb_sha_rnn(config, min_trust: float = 0.25) -> list[optax.GradientTransformation]:
+def lamb_sha_rnn(config) -> list[optax.GradientTransformation]:
     """The fork of LAMB that SHA-RNN was trained with (Merity 2019).
 
     Moments are not corrected for their start at zero, min(|p|, 10) / |update| is
     floored at min_trust, and weight decay spares nothing. Its epsilon was 1e-6, its
-    weight decay 1.2e-6.
+    weight decay 1.2e-6, its min_trust 0.25.
     """
     return [
         _scale_by_uncorrected_adam(b1=config.b1, b2=config.b2, epsilon=config.epsilon),
         optax.add_decayed_weights(config.weight_decay),
-        scale_by_layer_trust_ratio(min_trust=min_trust, max_norm=SHA_RNN_MAX_NORM),
+        scale_by_layer_trust_ratio(
+            min_trust=config.min_trust, max_norm=SHA_RNN_MAX_NORM
+        ),
     ]
 
 
@@ -260,12 +265,8 @@ def scale_by_layer_trust_ratio(
 
     def scale(path, update, param):
         axes = tuple(range(int(is_stacked(path)), update.ndim))
-        p = jnp.minimum(_norm(param, axes), max_norm)
-        u = _norm(update, axes)
-        degenerate = (p == 0) | (u == 0)
-        # The inner `where` keeps 0 / 0 out: what is not chosen is computed as well.
-        trust = jnp.where(degenerate, 1.0, p / jnp.where(degenerate, 1.0, u))
-        return update * jnp.maximum(trust, min_trust).astype(update.dtype)
+        ratio = trust_ratio(update, param, axes, min_trust=min_trust, max_norm=max_norm)
+        return update * ratio.astype(update.dtype)
 
     def update_fn(updates, state, params=None):
         if params is None:
@@ -273,6 +274,19 @@ def scale_by_layer_trust_ratio(
         return jax.tree_util.tree_map_with_path(scale, updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
+
+
+def trust_ratio(update, param, axes, *, min_trust: float, max_norm: float) -> jax.Array:
+    """min(|p|, max_norm) / |update| over these axes, which stay; not below min_trust.
+
+    1 where either is 0.
+    """
+    p = jnp.minimum(_norm(param, axes), max_norm)
+    u = _norm(update, axes)
+    degenerate = (p == 0) | (u == 0)
+    # The inner `where` keeps 0 / 0 out: what is not chosen is computed as well.
+    trust = jnp.where(degenerate, 1.0, p / jnp.where(degenerate, 1.0, u))
+    return jnp.maximum(trust, min_trust)
 
 
 def _norm(x, axes):

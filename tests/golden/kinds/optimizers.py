@@ -109,9 +109,14 @@ def _lamb(arrays, config, dtype):
     """The rate of a step is an input: schedules are compared with their formulas."""
     b1, b2 = config["betas"]
     section = _section(
-        b1=b1, b2=b2, epsilon=config["eps"], weight_decay=config["weight_decay"]
+        name="lamb_sha_rnn",
+        b1=b1,
+        b2=b2,
+        epsilon=config["eps"],
+        weight_decay=config["weight_decay"],
+        min_trust=config["min_trust"] or 0.0,
     )
-    *before, trusted = optimizers.lamb_sha_rnn(section, config["min_trust"] or 0.0)
+    *before, trusted = optimizers.lamb_sha_rnn(section)
     before, names = optax.chain(*before), config["names"]
     start, target, curvature = (
         {name: jnp.asarray(arrays[f"{part}/{name}"]) for name in names}
@@ -124,19 +129,28 @@ def _lamb(arrays, config, dtype):
         grads = jax.tree.map(jnp.multiply, curvature, distance)
         updates, state = before.update(grads, state, params)
         scaled, _ = trusted.update(updates, optax.EmptyState(), params)
-        norms = jax.tree.map(
-            lambda x: jnp.sqrt((x**2).sum()), (params, updates, scaled)
+        norms = jax.tree.map(lambda x: jnp.sqrt((x**2).sum()), (params, updates))
+        # What the step was scaled by says it, but not where there was none.
+        trust = jax.tree.map(
+            lambda u, p: optimizers.trust_ratio(
+                u,
+                p,
+                None,
+                min_trust=section.min_trust,
+                max_norm=optimizers.SHA_RNN_MAX_NORM,
+            ).squeeze(),
+            updates,
+            params,
         )
         params = jax.tree.map(lambda p, u: p - rate * u, params, scaled)
-        found = {"param": params, "m": state[0].mu, "v": state[0].nu}
+        found = {"param": params, "m": state[0].mu, "v": state[0].nu, "trust": trust}
         return (params, state), (found, norms)
 
     carry = start, before.init(start)
     _, (found, norms) = jax.jit(lambda: lax.scan(step, carry, arrays["lr"]))()
-    weights, found["step_norm"], scaled = norms
+    weights, found["step_norm"] = norms
     largest = optimizers.SHA_RNN_MAX_NORM
     found["weight_norm"] = jax.tree.map(lambda x: np.minimum(x, largest), weights)
-    found["trust"] = jax.tree.map(np.divide, scaled, found["step_norm"])
     values = {f"{part}/{n}": x for part, xs in found.items() for n, x in xs.items()}
     inputs = {f"{p}/{n}" for p in ("start", "target", "curvature") for n in names}
     return Comparison(values, given={"lr", *inputs})

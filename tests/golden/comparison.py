@@ -127,6 +127,9 @@ def judge(path: str, arrays: Mapping, comparison: Comparison, dtype) -> Result:
         worst[best.is_gradient] = max(worst[best.is_gradient], best.error)
         if best.problem:
             problems.append(best.problem)
+    if not groups:
+        # A file that has lost its results agrees with whatever we compute.
+        problems.append("nothing in this file can be compared: all of it is input")
     return Result(
         path, worst[False], worst[True], compared, len(groups), tuple(problems)
     )

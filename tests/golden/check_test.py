@@ -174,7 +174,7 @@ def test_what_cannot_be_compared_ends_with_2_and_the_others_are(
         (pickled, "unreadable (Object arrays cannot be loaded"),
         (text, "unreadable (not an .npz file)"),
         (refused, "t0=7"),
-        (broken, "KeyError: 'lr'"),
+        (broken, "KeyError: 'weight_decay'"),
     ):
         (line,) = [line for line in err if line.startswith(f"{path}: ")]
         assert said in line

@@ -30,7 +30,7 @@ def get_config(debug=False, batch=0, act="none"):
         memory_length=0,
         context_length=SEGMENT,
         act=act,  # adaptive_universal_transformer_base has convex, at most 12 steps
-        force_halt_last=False,
+        force_halt_last=act == "none",  # not in its ACT
         dropout=0.3,
         attention_dropout=0.1,
         scan_layers=True,

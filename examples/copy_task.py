@@ -22,6 +22,8 @@ import optax
 
 from xlformer import command, models
 from xlformer import config as config_lib
+from xlformer.errors import UserError
+from xlformer.fields import FREE, Rule
 from xlformer.tables import aligned
 
 DIGITS, SEPARATOR, END, NOTHING, SYMBOLS = 10, 10, 11, 12, 13
@@ -133,6 +135,18 @@ def accuracies(model, params, batch, weights_BT):
     return right_BT[scored_BT].mean(), (right_BT | ~scored_BT).all(axis=1).mean()
 
 
+def check(args):
+    """Raises UserError for what cannot be drawn or trained."""
+    for name, least in {"length": 1, "steps": 1, "rows": 1, "seed": 0}.items():
+        Rule(FREE, least=least).check(f"--{name}", getattr(args, name))
+    Rule(FREE, above=0).check("--rate", args.rate)
+    if args.test_length < args.length:
+        raise UserError(
+            f"--test_length={args.test_length} is less than --length={args.length}: "
+            "rows have room for sequences of the test"
+        )
+
+
 def _main(argv):
     parser = command.Parser(prog="copy_task.py", description=__doc__)
     parser.add_argument("--model", default="universal", choices=list(models.MODELS))
@@ -143,6 +157,7 @@ def _main(argv):
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args, overrides = parser.parse_with_overrides(argv)
+    check(args)
     model, rng = build(args.model, overrides), np.random.default_rng(args.seed)
     room, anywhere = 2 * args.test_length + 1, model.resets_in_segment
 

@@ -53,3 +53,17 @@ def test_a_sequence_is_right_where_all_of_it_is(monkeypatch):
 def test_what_cannot_be_built_is_one_line(capsys):
     assert copy_task.main([*SMALL, "--config.model.d_modle=3"]) == 2
     assert "did you mean 'd_model'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "line"),
+    [
+        ("--steps=0", "--steps=0 must be at least 1"),
+        ("--length=-1", "--length=-1 must be at least 1"),
+        ("--rate=nan", "--rate=nan must be a finite number"),
+        ("--test_length=2", "--test_length=2 is less than --length=3"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(flag, line, capsys):
+    assert copy_task.main([*SMALL, flag]) == 2
+    assert line in capsys.readouterr().err

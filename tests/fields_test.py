@@ -66,6 +66,10 @@ def test_a_number_has_bounds(name, value, rule):
         (["optimizer.schedule=cosin"], "schedule='cosin' is none of .* mean 'cosine'"),
         (["optimizer.weight_decay=0.1"], "weight_decay=0.1 has no effect with 'adam'"),
         (["optimizer.momentum=0.5"], "momentum=0.5 has no effect with 'adam'; .*sgd"),
+        (
+            ["optimizer.schedule=plateau", "train.eval_every=0"],
+            "eval_every=0 with 'plateau' in config.optimizer",
+        ),
         (["eval.split=validaton"], "split='validaton' is none of .*'validation'"),
         (["model.memory_length=-7"], "model.memory_length=-7 must be at least 0"),
         (["model.dropout=1"], "model.dropout=1.0 must be at least 0 and below 1"),

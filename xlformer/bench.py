@@ -9,6 +9,7 @@ datasheet, and beside it of a step of matrix products only, timed in the same tu
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -16,7 +17,7 @@ from etils import epath
 
 from xlformer import command, sharding
 from xlformer import config as config_lib
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 from xlformer.machines import bench_plot, bench_presets, rehearsal
 from xlformer.machines.bench_runs import UNCHANGED, Values, bench, bench_preset
 from xlformer.machines.bench_table import render
@@ -81,9 +82,8 @@ def _main(argv) -> int:
         parts = bench_preset(args.preset, overrides, rehearse=args.rehearse, **options)
     else:
         mode = args.mode or "train"
-        config, *against = [
-            _load(spec, overrides) for spec in (args.config, *args.against)
-        ]
+        config = _load("config", args.config, overrides)
+        against = [_load("against", spec, overrides) for spec in args.against]
         title = ", ".join([one.name for one in (config, *against)] + [mode])
         parts = [bench(config, against=against, mode=mode, sweep=sweep, **options)]
     rows = []
@@ -105,11 +105,20 @@ def _main(argv) -> int:
     return 0
 
 
-def _load(spec: str, overrides):
-    config = config_lib.load(spec, overrides)
+def _load(flag: str, spec: str, overrides):
+    try:
+        config = config_lib.load(spec, overrides)
+    except UserError as error:
+        raise UserError(*(_of(flag, part) for part in error.parts)) from error
     config.model.vocab_size = rehearsal.vocab_size(spec, config)
     config.name = spec  # so that two forms of one config are told apart
     return config
+
+
+def _of(flag: str, part):
+    """A part of a line with the flag that named the config: load knows one alone."""
+    named = isinstance(part, Argument) and part.name == "config"
+    return dataclasses.replace(part, name=flag) if named else part
 
 
 def _values(flag: str, text: str) -> Values:

@@ -29,6 +29,10 @@ FORMAT = 2
 BEFORE: dict[str, Any] = {"data.min_count": 1}
 
 
+# The schedule and the optimizer that do nothing without validations in training.
+VALIDATED = ("plateau", "nt_asgd")
+
+
 def default_config(model: str = "transformer_xl", **fields) -> ConfigDict:
     """Returns every option with its default; `fields` set options of config.model."""
     tree = {
@@ -111,6 +115,12 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError(
             f"config.train.ema_decay={train.ema_decay} with config.optimizer.name="
             "'nt_asgd', which keeps an average of its own"
+        )
+    goes_by = [x for x in (optimizer.schedule, optimizer.name) if x in VALIDATED]
+    if goes_by and not train.eval_every:
+        raise UserError(
+            f"config.train.eval_every=0 with {goes_by[0]!r} in config.optimizer, which "
+            "goes by the losses of validations: set eval_every"
         )
     if optimizer.length_scaled and not train.variable_length:
         raise UserError(

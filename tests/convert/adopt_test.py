@@ -167,6 +167,10 @@ def test_awd_lstm_needs_no_hparams_and_takes_its_bptt_for_segments(
     assert card["warmup"] == "none" and "equal number of rows" in card["note"]
     assert evaluate.main([f"--workdir={tmp_path / 'again'}", "--clamp_length=3"]) == 2
     assert "--clamp_length=3: LSTM has no clamp_length" in capsys.readouterr().err
+    (tmp_path / "hparams.json").write_text(json.dumps({"bptt": "x"}))
+    code = command([*flags, f"--workdir={tmp_path / 'bad'}"])
+    line = "hparams: bptt='x' is no whole number"
+    assert line in refused(capsys, tmp_path / "bad", code)
 
 
 def test_weights_only_pt(tmp_path, vocab):

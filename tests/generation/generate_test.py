@@ -49,6 +49,25 @@ def main(capsys, workdir, *flags):
     return code, *capsys.readouterr()
 
 
+class ShortBag(Bag):
+    """As a model with learned positions, whose table ends."""
+
+    longest_segment = 5
+
+    def apply(self, params, inputs_BT, *arrays, **options):
+        assert inputs_BT.shape[1] <= self.longest_segment
+        return super().apply(params, inputs_BT, *arrays, **options)
+
+
+def test_a_prompt_is_read_in_parts_that_the_model_takes():
+    params = {**Bag(BagConfig()).init(jax.random.key(0)), "gain": jnp.ones(())}
+    found, expected = (
+        sample((kind(BagConfig()), params), PROMPTS, 3) for kind in (ShortBag, Bag)
+    )
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5)
+
+
 # Where rows lie --------------------------------------------------------------------
 
 

@@ -233,7 +233,7 @@ def test_memory_may_end_while_the_turns_are_taken():
         (["--sweep=memory_lenth:1,2"], ["memory_lenth", "did you mean"]),
         (["--repeats=0"], ["--repeats=0"]),
         (["--against=penn", "--compare=remat:none"], ["--against=penn", "--compare="]),
-        (["--against=pen"], ["pen", "did you mean 'penn'"]),
+        (["--against=pen"], ["--against=pen:", "did you mean 'penn'"]),
         (["--mesh=data=99"], ["data=99", "8 devices"]),
         (["--preset=enwik8"], ["--config=quickstart:debug", "--preset=enwik8"]),
         (["--rehearse"], ["--rehearse", ":debug"]),

@@ -207,6 +207,8 @@ def test_learned_positions_end_with_their_table():
     model = build(n_step=1, positions="learned", table_length=T - 1)
     with pytest.raises(UserError, match=f"segment of {T} tokens.*table_length={T - 1}"):
         trunk(model)(vectors(), model.init_state(B))
+    # What a config is checked by, before its data are prepared.
+    assert model.longest_segment == T - 1 and build().longest_segment is None
 
 
 def test_global_halting_looks_ahead_but_not_into_padding():
@@ -231,6 +233,8 @@ def test_global_halting_looks_ahead_but_not_into_padding():
         (dict(positions="learned"), "positions='learned' with .*table_length=0"),
         (dict(table_length=5), "positions='sinusoid' with .*table_length=5"),
         (dict(copy_halted=True), "copy_halted=True with .*act='none'"),
+        (dict(act_epsilon=0.2), "act_epsilon=0.2 with .*act='none'"),
+        (dict(force_halt_last=False), "force_halt_last=False with .*act='none'"),
         (dict(n_head=3), "n_head=3 does not divide config.model.d_model=8"),
         (dict(act="acumulate"), "did you mean 'accumulate'"),
         (dict(n_step="6"), "n_step='6' is not of type int"),
@@ -239,6 +243,12 @@ def test_global_halting_looks_ahead_but_not_into_padding():
 def test_refuses_in_one_line(fields, line):
     with pytest.raises(UserError, match=line):
         build(**fields)
+
+
+def test_a_memory_that_is_asked_for_is_named_as_it_was_asked_for():
+    line = "^memory_length=5: config.model.act='convex' with .* set memory_length=0$"
+    with pytest.raises(UserError, match=line):
+        build(act="convex").for_reading(memory_length=5)
 
 
 def test_another_number_of_steps_is_another_model():

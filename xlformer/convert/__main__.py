@@ -100,6 +100,14 @@ FORMATS = {
 }
 
 
+def _segment_length(hparams: dict, name: str) -> int:
+    # A file may lack it, and 0 would be no segment.
+    length = hparams.get(name) or DEFAULT_LENGTH
+    if type(length) is not int:
+        raise UserError(f"hparams: {name}={length!r:.50} is no whole number")
+    return length
+
+
 def _probe(args, overrides) -> None:
     """Scores a text, and warns when the loss exceeds the entropy of single symbols.
 
@@ -152,8 +160,7 @@ def _main(argv) -> int:
         params,
         args.workdir,
         vocabulary=vocabulary,
-        # A file may lack it, and 0 would be no segment.
-        segment_length=hparams.get(found.length) or DEFAULT_LENGTH,
+        segment_length=_segment_length(hparams, found.length),
         overrides=overrides,
     )
     _probe(args, overrides)

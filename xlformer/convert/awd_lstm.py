@@ -37,7 +37,8 @@ RATES = {
     "alpha": "activation_penalty",
     "beta": "temporal_penalty",
 }
-LAYER = re.compile(r"rnns\.(\d+)\.(module\.)?(\w+?)(_raw)?$")
+# Nine digits at most: Python reads no number of thousands of them.
+LAYER = re.compile(r"rnns\.(\d{1,9})\.(module\.)?(\w+?)(_raw)?$")
 
 
 class Entry(NamedTuple):
@@ -162,7 +163,7 @@ def _config(state: dict, hparams: dict) -> LSTMConfig:
     """What the shapes say, and of the hparams what they cannot say."""
     for name in ("encoder.weight", "rnns.0.weight_hh_l0", "decoder.bias"):
         _required(state, name)
-    n_layer = 1 + max(int(m[1]) for m in map(LAYER.fullmatch, state) if m)
+    n_layer = _n_layer(state)
     vocab_size, d_model = _matrix(state, "encoder.weight")
     last = _matrix(state, f"rnns.{n_layer - 1}.weight_hh_l0")[1]
     tied = _tied(state, hparams)
@@ -188,26 +189,41 @@ def _config(state: dict, hparams: dict) -> LSTMConfig:
     return config
 
 
+def _n_layer(state: dict) -> int:
+    """How many layers there are, which must be 0, 1, ...: none may be left out."""
+    found = {int(m[1]) for m in map(LAYER.fullmatch, state) if m}
+    for layer in range(len(found)):
+        # One name with a large number in it would else ask for a list of as many.
+        if layer not in found:
+            raise UserError(
+                f"the state dict lacks rnns.{layer}, but has rnns.{max(found)}"
+            )
+    return len(found)
+
+
 def _tied(state: dict, hparams: dict) -> bool:
     """Whether the softmax uses the embeddings, which shapes alone do not tell."""
     encoder, decoder = state["encoder.weight"], state.get("decoder.weight")
     equal = decoder is None or (
         decoder.shape == encoder.shape and np.array_equal(decoder, encoder)
     )
-    if hparams.get("tied", equal) and not equal:
+    tied = hparams.get("tied", equal)
+    if not isinstance(tied, bool):
+        raise UserError(f"hparams: tied={tied!r:.50} is neither true nor false")
+    if tied and not equal:
         raise UserError(
             "decoder.weight is tied in the hparams but differs from encoder.weight"
         )
-    if not hparams.get("tied", equal) and decoder is None:
+    if not tied and decoder is None:
         raise UserError("the state dict lacks 'decoder.weight', and tied is false")
-    return bool(hparams.get("tied", equal))
+    return tied
 
 
 def _splits(state: dict, hparams: dict, vocab_size: int) -> tuple[int, ...]:
     splits = hparams.get("splits", ())
     if not isinstance(splits, list | tuple) or any(type(x) is not int for x in splits):
         raise UserError(f"hparams: splits={splits!r:.50} is not a list of ids")
-    tails = len(state.get("criterion.tail_bias", ()))
+    tails = np.size(state.get("criterion.tail_bias", ()))
     if len(splits) != tails:
         raise UserError(
             f"hparams: splits={list(splits)} make {len(splits)} tails, but "

@@ -23,7 +23,7 @@ from xlformer.generation.sampling import Sampling
 
 # Prompts are read in parts of one shape, padded on the right: prompts of any lengths
 # share one compiled program, and a short one pays for no more than one part.
-PREFILL = 64  # prompt tokens in one compiled call
+PREFILL = 64  # prompt tokens in one compiled call; fewer where the model takes fewer
 # A block is one dispatch; after each of them `on_tokens` may print, and may end it.
 BLOCK = 16  # generated tokens in one compiled call
 MOST = (1 << 31) - BLOCK  # tokens, which int32 counts
@@ -96,6 +96,7 @@ class Continuation:
         # Copies of the last row make the rows divide by the devices that share them.
         self._more = sharding.padded(rows, mesh) - rows
         self._programs = programs(model, mesh, rows + self._more)
+        self._part = min(PREFILL, model.longest_segment or PREFILL)
         self._params, self._sampling, self._mesh = params, sampling, mesh
         self._step = None if step is None else np.int32(step)
         self._seed = np.uint32(seed & 0xFFFFFFFF)  # JAX's keys have 32 bits of it
@@ -113,7 +114,7 @@ class Continuation:
         with jax.set_mesh(self._mesh):
             state = self._programs.empty() if self._state is None else self._state
             state = jax.block_until_ready(state)  # or there is no room
-            for ids_RT, valid_R in _parts(prompts):
+            for ids_RT, valid_R in _parts(prompts, self._part):
                 part = ids_RT, valid_R, self._step
                 state = self._programs.advance(self._params, state, *part)
         self._state = state
@@ -179,17 +180,17 @@ def _check(prompts, vocab_size: int) -> None:
             raise UserError(f"token id out of range: {bad[0]} of {vocab_size} symbols")
 
 
-def _parts(prompts) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All but the last token of each prompt, in parts: ids_RT, how many are valid."""
+def _parts(prompts, T: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All but the last token of each prompt, in parts of T: ids_RT, how many count."""
     lengths_R = np.array([len(p) - 1 for p in prompts])
     # Rounded up to whole parts. A prompt of one token has none: `draw` reads it.
-    width = PREFILL * -(-int(lengths_R.max()) // PREFILL)
+    width = T * -(-int(lengths_R.max()) // T)
     ids_RT = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         ids_RT[row, : len(prompt) - 1] = prompt[:-1]
-    for start in range(0, width, PREFILL):
-        valid_R = np.clip(lengths_R - start, 0, PREFILL).astype(np.int32)
-        yield ids_RT[:, start : start + PREFILL], valid_R
+    for start in range(0, width, T):
+        valid_R = np.clip(lengths_R - start, 0, T).astype(np.int32)
+        yield ids_RT[:, start : start + T], valid_R
 
 
 class Programs:

@@ -316,7 +316,12 @@ class Model:
             raise UserError(Argument(name, changes[name]), line)
         if not changes:
             return self
-        config = dataclasses.replace(self.config, **changes)
+        try:
+            config = dataclasses.replace(self.config, **changes)
+        except UserError as error:
+            # Who asked named no config.model.
+            asked = [part for x in changes.items() for part in (Argument(*x), ": ")]
+            raise UserError(*asked, *error.parts) from error
         return dataclasses.replace(self, config=config)
 
     def for_training(self, steps: int) -> Model:

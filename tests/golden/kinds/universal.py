@@ -123,14 +123,15 @@ def _model_config(config, arrays) -> UniversalConfig:
         "step_signal": step if config["add_step_timing_signal"] else "none",
         "transition": config["transformer_ffn_type"],
         "act": act,
-        "act_max_steps": config["act_max_steps"] if kind == "act" else 0,
-        "act_epsilon": config["act_epsilon"],
-        "act_loss_weight": config["act_loss_weight"],
         # A constant of float32 in the program, which it casts to float64.
         "norm_epsilon": float(np.float32(config["norm_epsilon"])),
         "causal": config["causal"],
     }
-    rest = dict(force_halt_last=False, dropout=0.0, scan_layers=True)
+    if kind == "act":
+        names = ("act_max_steps", "act_epsilon", "act_loss_weight")
+        fields |= {name: config[name] for name in names}
+        fields["force_halt_last"] = False
+    rest = dict(dropout=0.0, scan_layers=True)
     return UniversalConfig(vocab_size=1, **fields, **rest)
 
 

@@ -18,6 +18,14 @@ from xlformer.models import checks
 _SIZE = Rule(REFUSED, least=1)
 _LENGTH = Rule(REFUSED, least=0)
 _PLAIN = Rule(REFUSED)
+# What only ACT reads: set without it, it is a mistake.
+OF_ACT = (
+    "act_max_steps",
+    "act_epsilon",
+    "act_loss_weight",
+    "copy_halted",
+    "force_halt_last",
+)
 ACTS = ("none", halting.ACCUMULATE, halting.CONVEX, halting.GLOBAL)
 RULES = {
     "vocab_size": _SIZE,
@@ -196,8 +204,9 @@ class UniversalConfig:
     def _check_act(self):
         shown = f"config.model.act={self.act!r}"
         if self.act == "none":
-            for field in ("copy_halted", "act_max_steps"):
-                if value := getattr(self, field):
+            for field in OF_ACT:
+                value = getattr(self, field)
+                if value != getattr(UniversalConfig, field):
                     raise UserError(
                         f"config.model.{field}={value} with {shown}: nothing halts"
                     )

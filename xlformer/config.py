@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from xlformer import fields as fields_lib
 from xlformer import models, storage
-from xlformer.data import recipes
+from xlformer.data import recipes, stream
 from xlformer.errors import Argument, UserError, did_you_mean
 
 # The format of a resolved config as JSON. 1 is that of xlformer 0.1.0, which had no
@@ -168,12 +168,17 @@ def _check_objective(name: str, model: models.Model) -> None:
 
 
 def _check_segments(config: ConfigDict, model: models.Model) -> None:
+    longest = model.longest_segment
     for section in ("train", "eval"):
-        length, longest = config[section].segment_length, model.longest_segment
-        if longest is not None and length > longest:
+        length = most = config[section].segment_length
+        varied = section == "train" and config.train.variable_length
+        if varied:  # Every segment is padded to the longest.
+            most += stream.LONGEST_EXTRA
+        if longest is not None and most > longest:
+            shown = f" with variable_length=True, up to {most}," if varied else ""
             raise UserError(
-                f"config.{section}.segment_length={length} is more than the {longest} "
-                f"tokens that {type(model).__name__} takes at once"
+                f"config.{section}.segment_length={length}{shown} is more than the "
+                f"{longest} tokens that {type(model).__name__} takes at once"
             )
     extended, documents = model.extended_length, config.data.documents
     if config.train.variable_length and extended:

@@ -133,6 +133,12 @@ def test_nothing_is_longer_than_the_table_of_positions():
         )
         config[section].segment_length = 11
     config_lib.check(config)
+    # Lengths that vary are padded to 15 tokens more.
+    config.train.variable_length = True
+    line = refusal(config_lib.check, config)
+    assert "=11 with variable_length=True, up to 26, is more than the 11 tok" in line
+    config.model.context_length = 26
+    config_lib.check(config)
     line = refusal(build, extended_length=CONTEXT)
     assert "extended_length=30 must be below config.model.context_length=30" in line
 

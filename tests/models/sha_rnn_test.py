@@ -99,7 +99,12 @@ def test_gates_begin_at_a_half_and_norms_at_one():
 def test_generation_reads_in_parts_what_it_reads_one_by_one():
     model = only(memory_length=5, n_layer=2).for_generation()
     assert (model.config.window, model.longest_segment) == (4, 64)
-    assert model.for_generation() is model
+    assert model.for_generation() == model
+    # A window of one's own, too, leaves room for a part of a prompt.
+    own = only(memory_length=7, window=3).for_generation()
+    assert (own.config.window, own.longest_segment) == (3, 64)
+    tiny = build(memory_length=80, window=50).config.tiny()
+    assert (tiny.memory_length, tiny.window) == (29, 4)
     with jax.enable_x64(True):
         params, ids_BN = weights(model), np.tile(IDS[0], 3)
         run = jax.jit(model.log_probs)

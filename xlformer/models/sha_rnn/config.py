@@ -79,6 +79,8 @@ class SHARNNConfig:
         sizes = {"n_layer": 2, "d_model": 16, "d_inner": 32}
         if self.memory_length:
             sizes["memory_length"] = 29
+        if self.window:
+            sizes["window"] = 4
         return dataclasses.replace(self, **sizes)
 
     def __post_init__(self):

@@ -78,11 +78,10 @@ class SHARNN(TokenModel):
         The memory has room for a part of a prompt beside them.
         """
         config = self.config
-        if not config.attending or config.window is not None:
+        if not config.attending:
             return self
-        P = config.memory_length
-        config = dataclasses.replace(config, memory_length=P + PARTS - 1, window=P - 1)
-        return dataclasses.replace(self, config=config)
+        window = config.memory_length - 1 if config.window is None else config.window
+        return self.for_reading(memory_length=window + PARTS, window=window)
 
     def init_state(self, batch_size: int, dtype=None) -> State:
         config, dtype = self.config, jnp.dtype(dtype or self.dtype())

@@ -76,7 +76,8 @@ def test_the_command_writes_either_form_and_both_score_alike(tmp_path, capsys):
     flags = [vocabulary, f"--probe={tmp_path / 'text.txt'}", small]
     source = ["--format=sha_rnn", f"--source={tmp_path / 'w.npz'}"]
     assert command.main([*source, *flags, f"--workdir={tmp_path / 'run'}"]) == 0
-    again = ["--format=xlformer", f"--source={tmp_path / 'run'}", vocabulary]
+    # The vocabulary is that of the run.
+    again = ["--format=xlformer", f"--source={tmp_path / 'run'}"]
     assert command.main([*again, "--collapse", f"--workdir={tmp_path / 'small'}"]) == 0
     found, smaller = (runs.load(tmp_path / name) for name in ("run", "small"))
     assert found.config.eval.segment_length == 11 and smaller.model.config.collapsed
@@ -110,6 +111,8 @@ def test_the_command_writes_either_form_and_both_score_alike(tmp_path, capsys):
         ({"decoder__bias": np.ones(V, int)}, {}, "decoder.bias holds int64, expected"),
         ({"pos_emb": np.ones(3)}, {}, "the state dict has unexpected names: pos_emb"),
         ({"blocks__0__attn__qs": np.ones(3)}, {}, "blocks 0, 2 of 4 have attention: "),
+        ({f"blocks__{'9' * 9}__x__y": np.ones(3)}, {}, "blocks 2 of 5 have attention"),
+        ({f"blocks__{'9' * 5000}__x__y": np.ones(3)}, {}, "unexpected names: blocks"),
         ({"decoder__weight": np.ones((V, D))}, {}, "decoder.weight differs from enc"),
         ({}, {"nhid": 65}, "hparams: nhid=65, the state has 64"),
         ({}, {"dropout": "x"}, "config.model.dropout='x' is not of type float"),

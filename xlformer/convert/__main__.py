@@ -31,12 +31,13 @@ class Format(NamedTuple):
     """A program whose weights are read.
 
     Attributes:
-      read: (source, FILE of hparams or None) -> config, params, hparams.
+      read: (source, FILE of hparams or None) -> config, params, hparams, and the
+        vocabulary where there is one beside the weights, else None.
       length: which of its hparams is the length of a segment.
       about: for --help.
     """
 
-    read: Callable[[str, str | None], tuple[Any, Any, dict]]
+    read: Callable[[str, str | None], tuple[Any, Any, dict, Any]]
     length: str
     about: str
 
@@ -53,14 +54,14 @@ def _state_dict(convert: Callable, *, needs_hparams: bool = True) -> Callable:
             # from widths.
             beside = pathlib.Path(source).with_name("hparams.json")
             if not beside.is_file() and not needs_hparams:
-                return (*convert(state, {}), {})
+                return (*convert(state, {}), {}, None)
             if not beside.is_file():
                 raise UserError(
                     f"{source} carries no hparams: pass --hparams=FILE.json with the "
                     f"original's arguments, or put {beside.name} beside it"
                 )
             hparams = read_json(beside)
-        return (*convert(state, hparams), hparams)
+        return (*convert(state, hparams), hparams, None)
 
     return read
 
@@ -69,7 +70,7 @@ def _hf(source, named):
     if named:
         raise UserError(f"--hparams={named} with --format=hf, which has config.json")
     config, params = transformer_xl.from_hf(source)
-    return config, params, read_json(pathlib.Path(source) / "config.json")
+    return config, params, read_json(pathlib.Path(source) / "config.json"), None
 
 
 def _ours(source, named):
@@ -78,7 +79,7 @@ def _ours(source, named):
             f"--hparams={named} with --format=xlformer, which has its config"
         )
     run = runs.load(source)
-    return run.model.config, run.params, run.config.train.to_dict()
+    return run.model.config, run.params, run.config.train.to_dict(), run.vocabulary
 
 
 FORMATS = {
@@ -144,6 +145,9 @@ def _main(argv) -> int:
     )
     args, overrides = parser.parse_with_overrides(argv)
     vocabulary = read_vocabulary(args.vocab) if args.vocab else None
+    found = FORMATS[args.format]
+    model_config, params, hparams, own = found.read(args.source, args.hparams)
+    vocabulary = vocabulary or own
     if args.probe and is_read_once(args.probe):
         raise UserError(f"--probe={args.probe} is read twice, a pipe only once: a file")
     if args.probe and vocabulary is not None:
@@ -151,8 +155,6 @@ def _main(argv) -> int:
         encode_file(vocabulary, args.probe)
     elif args.probe and not any(o.startswith("data.") for o in overrides):
         raise UserError(f"--probe={args.probe} needs --vocab=FILE to be encoded with")
-    found = FORMATS[args.format]
-    model_config, params, hparams = found.read(args.source, args.hparams)
     if args.collapse:
         model_config, params = sha_rnn.collapsed(model_config, params)
     adopt(

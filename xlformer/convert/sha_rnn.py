@@ -38,7 +38,7 @@ FIELDS = {
 }
 # The program's constant, which a run cannot set.
 MAX_POSITIONS = 5000
-BLOCK = re.compile(r"blocks\.(\d+)\.(\w+)\..*")
+BLOCK = re.compile(r"blocks\.(\d{1,9})\.(\w+)\..*")
 NORMS = {
     "lnstart": "start",
     "lnmid": "middle",
@@ -186,7 +186,8 @@ def _config(state: dict, hparams: dict) -> SHARNNConfig:
     vocab_size, d_model = _matrix(state, "encoder.weight")
     d_inner, _ = _matrix(state, "blocks.0.ff.linear1.weight")
     found = [m for m in map(BLOCK.fullmatch, state) if m]
-    n_layer = 1 + max(int(m[1]) for m in found)
+    # Not the largest number, of which a file may have any: `_check` says what lacks.
+    n_layer = len({int(m[1]) for m in found})
     attending = tuple(sorted({int(m[1]) for m in found if m[2] == "attn"}))
     attention = _named(attending, n_layer)
     config = SHARNNConfig(

@@ -272,6 +272,10 @@ def test_a_window_is_for_models_that_carry_nothing():
     assert line.startswith("stride=2: TransformerXL has a state")
     without = models.TransformerXLConfig(**xl, memory_length=0)
     assert settings.model(models.build(without)).extended_length == 5
+    zeros = models.TransformerXLConfig(**xl, memory_length=0, attend_zero_memory=True)
+    line = refusal(settings.model, models.build(zeros))
+    assert line.startswith("stride=2: TransformerXL can be reset only before a segm")
+    settings.replaced(stride=7).model(models.build(zeros))
     lstm = models.build(models.LSTMConfig(vocab_size=V))
     assert "LSTM has a state" in refusal(settings.model, lstm)
     own = Stateless(VanillaConfig.RULES)

@@ -134,6 +134,9 @@ def _sliding(model: Model, window: int, stride: int) -> Model:
             f": {who} has a state, which carries what a window would read again; leave "
             "it out",
         )
+    if stride < window and not model.resets_in_segment:
+        line = f": {who} can be reset only before a segment (resets_in_segment=False), "
+        raise UserError(named, line, "and the first windows begin before the text")
     if not hasattr(model.config, "extended_length"):
         line = f": {who} has no extended_length, the part that is read again"
         raise UserError(named, line)

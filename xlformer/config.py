@@ -110,7 +110,6 @@ def _check_together(config: ConfigDict) -> None:
                 f"config.optimizer.{field}={optimizer[field]} has no effect with "
                 f"{optimizer.name!r}; it belongs to {' and '.join(users)}"
             )
-
     if optimizer.name == "nt_asgd" and train.ema_decay:
         raise UserError(
             f"config.train.ema_decay={train.ema_decay} with config.optimizer.name="
@@ -168,18 +167,12 @@ def _check_objective(name: str, model: models.Model) -> None:
 
 
 def _check_segments(config: ConfigDict, model: models.Model) -> None:
-    longest = model.longest_segment
-    for section in ("train", "eval"):
-        length = most = config[section].segment_length
-        varied = section == "train" and config.train.variable_length
-        if varied:  # Every segment is padded to the longest.
-            most += stream.LONGEST_EXTRA
-        if longest is not None and most > longest:
-            shown = f" with variable_length=True, up to {most}," if varied else ""
-            raise UserError(
-                f"config.{section}.segment_length={length}{shown} is more than the "
-                f"{longest} tokens that {type(model).__name__} takes at once"
-            )
+    length = most = config.train.segment_length
+    shown = f"config.train.segment_length={length}"
+    if config.train.variable_length:  # Every segment is padded to the longest.
+        most += stream.LONGEST_EXTRA
+        shown += f" with variable_length=True, up to {most},"
+    _check_length(shown, most, model)
     extended, documents = model.extended_length, config.data.documents
     if config.train.variable_length and extended:
         raise UserError(
@@ -194,14 +187,27 @@ def _check_segments(config: ConfigDict, model: models.Model) -> None:
         )
 
 
+def _check_length(shown: str, most: int, model: models.Model) -> None:
+    longest = model.longest_segment
+    if longest is not None and most > longest:
+        raise UserError(
+            f"{shown} is more than the {longest} tokens that {type(model).__name__} "
+            "takes at once"
+        )
+
+
 def _check_reading(config: ConfigDict, model: models.Model) -> None:
     """Raises UserError where the model cannot be read as the section eval says."""
-    visible = {name: config.eval[name] for name in fields_lib.VISIBLE}
+    asked = {name: config.eval[name] for name in fields_lib.VISIBLE}
+    # False of same_length is the model's own, as -1 is of the others.
+    asked = {name: x for name, x in asked.items() if x is not False}
     try:
-        # False of same_length is the model's own, as -1 is of the others.
-        model.for_reading(**{k: v for k, v in visible.items() if v is not False})
+        model = model.for_reading(**asked)
     except UserError as error:
         raise UserError(f"config.eval: {error}") from error
+    # With another memory it may take others than in training.
+    length = config.eval.segment_length
+    _check_length(f"config.eval.segment_length={length}", length, model)
 
 
 def vocab_size(config: ConfigDict, symbols: int) -> int:

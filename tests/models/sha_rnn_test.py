@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from golden import check
 
+from xlformer import config as config_lib
 from xlformer import models, testing
 from xlformer.errors import UserError
 from xlformer.models import SHARNNConfig, sha_rnn
@@ -178,6 +179,16 @@ def test_a_segment_longer_than_the_memory_is_refused():
     line = "a segment of 5 tokens, but config.model.memory_length=4"
     with pytest.raises(UserError, match=line):
         jax.eval_shape(model.apply, weights(model), *IDS, model.init_state(B))
+
+
+def test_validation_reads_segments_that_its_own_memory_holds():
+    config = config_lib.load("sha_rnn_small:debug").unlock()
+    config.eval.update(memory_length=4, segment_length=5)
+    line = "config.eval.segment_length=5 is more than the 4 tokens that SHARNN takes"
+    with pytest.raises(UserError, match=line):
+        config_lib.check(config)
+    config.eval.update(memory_length=31, segment_length=31)  # 29 in training
+    config_lib.check(config)
 
 
 def test_units_that_tensor_does_not_divide_are_refused():

@@ -21,13 +21,13 @@ from xlformer import fields as fields_lib
 from xlformer import models, storage
 from xlformer.data import recipes, stream
 from xlformer.errors import Argument, UserError, did_you_mean
+from xlformer.models import checks
 
 # The format of a resolved config as JSON. 1 is that of xlformer 0.1.0, which had no
 # number for it.
 FORMAT = 2
 # What 0.1.0 did where it had no field for it yet.
 BEFORE: dict[str, Any] = {"data.min_count": 1}
-
 
 # The schedule and the optimizer that do nothing without validations in training.
 VALIDATED = ("plateau", "nt_asgd")
@@ -172,7 +172,7 @@ def _check_segments(config: ConfigDict, model: models.Model) -> None:
     if config.train.variable_length:  # Every segment is padded to the longest.
         most += stream.LONGEST_EXTRA
         shown += f" with variable_length=True, up to {most},"
-    _check_length(shown, most, model)
+    checks.segment(model, shown, most)
     extended, documents = model.extended_length, config.data.documents
     if config.train.variable_length and extended:
         raise UserError(
@@ -187,15 +187,6 @@ def _check_segments(config: ConfigDict, model: models.Model) -> None:
         )
 
 
-def _check_length(shown: str, most: int, model: models.Model) -> None:
-    longest = model.longest_segment
-    if longest is not None and most > longest:
-        raise UserError(
-            f"{shown} is more than the {longest} tokens that {type(model).__name__} "
-            "takes at once"
-        )
-
-
 def _check_reading(config: ConfigDict, model: models.Model) -> None:
     """Raises UserError where the model cannot be read as the section eval says."""
     asked = {name: config.eval[name] for name in fields_lib.VISIBLE}
@@ -207,7 +198,7 @@ def _check_reading(config: ConfigDict, model: models.Model) -> None:
         raise UserError(f"config.eval: {error}") from error
     # With another memory it may take others than in training.
     length = config.eval.segment_length
-    _check_length(f"config.eval.segment_length={length}", length, model)
+    checks.segment(model, f"config.eval.segment_length={length}", length)
 
 
 def vocab_size(config: ConfigDict, symbols: int) -> int:

@@ -1,4 +1,4 @@
-"""What is checked of every model's configuration: types, ranges, cutoffs."""
+"""What is checked of every model: its config's types, ranges, cutoffs; segments."""
 
 from __future__ import annotations
 
@@ -25,6 +25,17 @@ def fields(config) -> None:
         object.__setattr__(config, field, value)
     for field, rule in config.RULES.items():
         rule.check(f"config.model.{field}", getattr(config, field))
+
+
+def segment(model, named, length: int, *, more: int = 0) -> None:
+    """Raises UserError where a segment is longer than the model takes at once.
+
+    named: who asks for it, as the error begins; more: tokens that it may be longer.
+    """
+    longest = model.longest_segment
+    if longest is not None and length > longest + more:
+        who = f"{longest + more} tokens that {type(model).__name__} takes at once"
+        raise UserError(named, f" is more than the {who}")
 
 
 def cutoffs(config) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from xlformer.errors import Argument, UserError, did_you_mean
 from xlformer.fields import VISIBLE
-from xlformer.models import Model
+from xlformer.models import Model, checks
 
 # How the text is cut. The section eval of a config has a default for each, and for what
 # is VISIBLE.
@@ -104,14 +104,10 @@ class EvalSettings:
         Raises UserError for what it cannot be read with.
         """
         model = model.for_reading(**{name: getattr(self, name) for name in VISIBLE})
-        longest, window = model.longest_segment, self.segment_length or 0
-        if longest is not None:
-            # A window has its own context in place of the model's.
-            longest += model.extended_length if self.stride else 0
-            if window > longest:
-                line = f" is more than the {longest} tokens that"
-                line += f" {type(model).__name__} takes at once"
-                raise UserError(Argument("segment_length", window), line)
+        window = self.segment_length or 0
+        # A window has its own context in place of the model's.
+        more = model.extended_length if self.stride else 0
+        checks.segment(model, Argument("segment_length", window), window, more=more)
         return _sliding(model, window, self.stride) if self.stride else model
 
     @property

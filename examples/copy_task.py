@@ -42,6 +42,8 @@ SIZES = {
         second_target_weight=0.0,
     ),
     "universal": dict(n_step=4, d_model=92, n_head=4, d_inner=368),
+    # Its memory is what attention reads, the segment's own vectors among them.
+    "sha_rnn": dict(n_layer=2, d_model=62, d_inner=248, memory_length=128),
 }
 # A sequence is read in one segment, and begins with nothing.
 ALONE = {"memory_length": 0}
@@ -52,7 +54,7 @@ def build(name, overrides=()):
     config = config_lib.default_config(name, **SIZES.get(name, {}))
     fields = {field: 0.0 for field in config.model if "drop" in field}
     fields |= {field: value for field, value in ALONE.items() if field in config.model}
-    config.model.update(fields, vocab_size=SYMBOLS)
+    config.model.update({**fields, **SIZES.get(name, {})}, vocab_size=SYMBOLS)
     config_lib.set_fields(config, overrides)
     return models.build(config.model)
 

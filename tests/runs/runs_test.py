@@ -85,7 +85,7 @@ def test_for_reading_changes_what_is_visible(base):
     kept = {"memory_length": -1, "clamp_length": None, "same_length": None}
     assert model.for_reading(**kept) == model
     assert changed.for_reading(same_length=False).config.window is None
-    with pytest.raises(UserError, match="this model has no wings"):
+    with pytest.raises(UserError, match="wings=2: TransformerXL has no wings"):
         model.for_reading(wings=2)
 
 

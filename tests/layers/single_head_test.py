@@ -149,7 +149,10 @@ def test_a_segment_copies_no_ring(T):
 
 def test_values_are_scaled_by_a_vector_that_is_made_of_more():
     gate_D, kernel_DCN, bias_CN = array(D), array(D, 2, D), array(2, D)
-    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
     c_D, f_D = (sigmoid(gate_D) @ kernel_DCN[:, k] + bias_CN[k] for k in range(2))
     with jax.enable_x64(True):
         found_D = single_head.overparameterised(gate_D, kernel_DCN, bias_CN)

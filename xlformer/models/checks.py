@@ -1,4 +1,4 @@
-"""What is checked of every model: its config's types, ranges, cutoffs; segments."""
+"""What is checked of every model: its config, its segments, its place on a mesh."""
 
 from __future__ import annotations
 
@@ -49,6 +49,16 @@ def cutoffs(config) -> None:
         raise UserError(
             f"config.model.cutoffs={config.cutoffs} reach beyond the vocabulary: "
             f"vocab_size={config.vocab_size}"
+        )
+
+
+def heads(config, mesh) -> None:
+    """Raises UserError where the tensor axis of the mesh cannot share the heads."""
+    n_head, tensor = config.n_head, mesh.shape["tensor"]
+    if n_head % tensor:
+        raise UserError(
+            f"config.model.n_head={n_head} is not divisible by config.mesh.tensor="
+            f"{tensor}"
         )
 
 

@@ -18,12 +18,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from xlformer.errors import UserError
 from xlformer.layers import adaptive, attention, feed_forward, gating
 from xlformer.layers import memory as memory_lib
 from xlformer.layers.attention import LEARNED_ABSOLUTE, SINUSOID
 from xlformer.layers.memory import Memory
-from xlformer.models import base
+from xlformer.models import base, checks
 from xlformer.models.tokens import TokenModel, Tokens
 from xlformer.models.transformer_xl import cache as cache_lib
 from xlformer.models.transformer_xl import flops as flops_lib
@@ -138,12 +137,7 @@ class TransformerXL(TokenModel):
         return self.for_reading(window=window, extended_length=0)
 
     def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
-        heads, tensor = self.config.n_head, mesh.shape["tensor"]
-        if heads % tensor:
-            raise UserError(
-                f"config.model.n_head={heads} is not divisible by config.mesh.tensor="
-                f"{tensor}"
-            )
+        checks.heads(self.config, mesh)
 
     def flops(self, **options) -> flops_lib.Flops:
         return flops_lib.segment(self.config, **options)

@@ -48,7 +48,7 @@ import jax.numpy as jnp
 from xlformer.errors import UserError
 from xlformer.layers import adaptive, attention, feed_forward, separable
 from xlformer.layers import memory as memory_lib
-from xlformer.models import base
+from xlformer.models import base, checks
 from xlformer.models.base import Model
 from xlformer.models.tokens import TokenModel, Tokens
 from xlformer.models.universal import flops as flops_lib
@@ -183,12 +183,7 @@ class UniversalTransformer(TokenModel):
         return self.for_reading(window=M if window is None else min(window, M))
 
     def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
-        heads, tensor = self.config.n_head, mesh.shape["tensor"]
-        if heads % tensor:
-            raise UserError(
-                f"config.model.n_head={heads} is not divisible by config.mesh.tensor="
-                f"{tensor}"
-            )
+        checks.heads(self.config, mesh)
 
     def flops(self, **options) -> flops_lib.Flops:
         return flops_lib.segment(self.config, **options)

@@ -34,10 +34,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xlformer.errors import UserError
 from xlformer.layers import adaptive, attention, auxiliary, feed_forward
 from xlformer.layers.auxiliary import Classifier, Targets
-from xlformer.models import base
+from xlformer.models import base, checks
 from xlformer.models.base import Aux, Model
 from xlformer.models.tokens import TokenModel, TokenModule, Tokens
 from xlformer.models.vanilla.config import VanillaConfig
@@ -252,12 +251,7 @@ class VanillaTransformer(TokenModel):
         return base.param_axes(params, tables | auxiliary.PARAM_AXES | TRUNK_AXES)
 
     def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
-        heads, tensor = self.config.n_head, mesh.shape["tensor"]
-        if heads % tensor:
-            raise UserError(
-                f"config.model.n_head={heads} is not divisible by config.mesh.tensor="
-                f"{tensor}"
-            )
+        checks.heads(self.config, mesh)
 
     def flops(self, **options) -> Flops:
         return flops(self.config, **options)

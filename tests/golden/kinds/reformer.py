@@ -59,8 +59,8 @@ def _hugging_face(find, config):
     form = lsh.Lsh(
         config["chunk_length"],
         config["causal"],
-        before=config.get("num_chunks_before", 1),
-        after=config.get("num_chunks_after", 0),
+        before=_chunks(config, "before", 1),
+        after=_chunks(config, "after", 0),
     )
     rotations, mask = find("rotations"), find("attention_mask")
     valid_BT = None if mask is None else mask[:, :L].astype(bool)
@@ -82,6 +82,12 @@ def _hugging_face(find, config):
 
     names = "inputs", "query_key.weight", "value.weight"
     return _with_gradients(attended, (x_BTD, *weights), names, cotangent_BTD)
+
+
+def _chunks(config, where, default):
+    """How many neighbouring chunks are seen: as the layer or its config names it."""
+    name = f"num_chunks_{where}"
+    return config.get(name, config.get(f"lsh_{name}", default))
 
 
 def _factors(config, rotations):

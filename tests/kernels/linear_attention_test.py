@@ -7,8 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xlformer.kernels import linear_attention as linear
 from xlformer.kernels.features import FEATURES, Features
 from xlformer.kernels.linear_attention import empty, linear_attention
+
+
+@pytest.fixture(autouse=True, params=[1, 1 << 20])
+def block(request, monkeypatch):
+    """One chunk at a time, and all."""
+    monkeypatch.setitem(linear.BLOCK_SIZE, "cpu", request.param)
+
 
 B, T, H, K, V, M = 2, 13, 2, 3, 5, 7
 

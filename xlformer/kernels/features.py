@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from xlformer.errors import UserError, did_you_mean
+from xlformer.kernels.products import product, wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +82,6 @@ class Features:
             return log, f.astype(x.dtype)
 
 
-def wide(dtype) -> jnp.dtype:
-    """What exponents and sums are computed in: float32, or more if `dtype` is."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def _project(x, projection_MK):
     """w . x of every row, in `wide`. The rows are rounded to the dtype of x.
 
@@ -95,7 +91,8 @@ def _project(x, projection_MK):
     if projection_MK is None:
         return x.astype(wide(x.dtype))
     rows_MK = lax.stop_gradient(projection_MK).astype(x.dtype)
-    return jnp.einsum("...K,MK->...M", x, rows_MK, preferred_element_type=wide(x.dtype))
+    p_NM = product("NK,MK->NM", x.reshape(-1, x.shape[-1]), rows_MK)
+    return p_NM.reshape(*x.shape[:-1], -1)
 
 
 def _half_square(x):

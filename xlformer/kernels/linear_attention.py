@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xlformer.kernels.features import Features, wide
+from xlformer.kernels import linear_blocks as blocks
+from xlformer.kernels.features import Features
+from xlformer.kernels.products import wide
+from xlformer.kernels.relative_attention import platform
 
 CHUNK_SIZE = 128
-# The logarithm of a key that is not there; -inf minus itself would be NaN.
-_NO_KEY = -1e30
-# Query 0 of a row without a reset sees the carried sums, which come before key 0.
-_CARRIED = -1
+# Features of queries, or keys, that are there at a time.
+BLOCK_SIZE = {"cpu": 1 << 21, "accelerator": 1 << 25}
 
 
 class Sums(NamedTuple):
@@ -44,7 +45,7 @@ def empty(B: int, H: int, M: int, V: int, dtype=jnp.float32) -> Sums:
     return Sums(
         jnp.zeros((B, H, M, V), dtype),
         jnp.zeros((B, H, M), dtype),
-        jnp.full((B, H), _NO_KEY, dtype),
+        jnp.full((B, H), blocks.NO_KEY, dtype),
     )
 
 
@@ -86,14 +87,18 @@ def linear_attention(
       at |w . x| = 3 |x| that takes norms of 11 (110).
     """
 
-    def factors(q, k):
-        return features.factors(q, projection_MK)[1], *features.factors(
-            k, projection_MK
-        )
+    dtype = jnp.result_type(q_BTHK, k_BTHK, v_BTHV)
+    q, k, v = (x.astype(dtype) for x in (q_BTHK, k_BTHK, v_BTHV))
 
-    return _attend(
-        factors, q_BTHK, k_BTHK, v_BTHV, sums, start_BT, valid_BT, causal, chunk
-    )
+    def key_map(k):
+        return features.factors(k, projection_MK)
+
+    def query_map(q):
+        return key_map(q)[1]
+
+    maps = query_map, key_map
+    y, sums = _attend(maps, q, (k,), v, sums, start_BT, valid_BT, causal, chunk)
+    return y.astype(v_BTHV.dtype), sums
 
 
 def from_features(
@@ -114,190 +119,64 @@ def from_features(
     would cancel.
     """
 
-    def factors(q, k):
-        return q, *k
+    dtype = jnp.result_type(q_BTHM, k_BTHM, v_BTHV)
+    q, k, v = (x.astype(dtype) for x in (q_BTHM, k_BTHM, v_BTHV))
+    k = (k,) if k_log_BTH is None else (k_log_BTH, k)
 
-    k = (k_log_BTH, k_BTHM)
-    return _attend(factors, q_BTHM, k, v_BTHV, sums, start_BT, valid_BT, causal, chunk)
+    def key_map(*k):
+        return k if len(k) == 2 else (None, *k)
+
+    maps = (lambda q: q), key_map
+    y, sums = _attend(maps, q, k, v, sums, start_BT, valid_BT, causal, chunk)
+    return y.astype(v_BTHV.dtype), sums
 
 
-def _attend(factors, q, k, v_BTHV, sums, start_BT, valid_BT, causal, chunk):
+def _attend(maps, q, k, v_BTHV, sums, start_BT, valid_BT, causal, chunk):
     B, T, H, V = v_BTHV.shape
-    shapes = jax.eval_shape(factors, q, k)
-    q_f, k_log, _ = shapes
-    M, dtype = q_f.shape[-1], wide(jnp.promote_types(q_f.dtype, v_BTHV.dtype))
+    M, dtype = jax.eval_shape(maps[0], q).shape[-1], wide(v_BTHV.dtype)
     if sums is None:
         sums = empty(B, H, M, V, dtype)
     elif not causal:
         raise ValueError("sums are carried by causal attention only")
-    sums = Sums(*lax.stop_gradient(jax.tree.map(lambda x: x.astype(dtype), sums)))
-    start_BT = jnp.full((B, T), _CARRIED) if start_BT is None else start_BT
+    if start_BT is None:
+        start_BT = jnp.full((B, T), blocks.CARRIED)
     start_BT = jnp.broadcast_to(start_BT, (B, T)).astype(jnp.int32)
     if valid_BT is None:
         valid_BT = jnp.ones((B, T), bool)
     # A reset in the padding is not there.
-    start_BT = lax.cummax(jnp.where(valid_BT, start_BT, _CARRIED), axis=1)
-    inputs = (q, k, v_BTHV, start_BT, valid_BT)
-    if not causal:
-        return _bidirectional(factors, dtype, *inputs), None
-    return _causal(factors, dtype, sums, inputs, chunk or CHUNK_SIZE)
+    start_BT = lax.cummax(jnp.where(valid_BT, start_BT, blocks.CARRIED), axis=1)
+    C = min(chunk or CHUNK_SIZE, T)
+    n = _chunks_at_once(-(-T // C), B * H * M * C)
+    inputs = blocks.Inputs(q, k, v_BTHV, start_BT, valid_BT)
+    carry = _to_carry(sums, dtype)
+    with jax.named_scope("linear_attention"):
+        if not causal:
+            return blocks.bidirectional(maps, carry, inputs, n * C), None
+        y_BTHV, carry = blocks.causal(maps, carry, inputs, n, C)
+    return y_BTHV, _to_sums(carry, start_BT[:, -1])
 
 
-def _causal(factors, dtype, sums, inputs, C):
-    """Chunk by chunk; `inputs` are arrays [B, T, ...] or trees of them."""
-    B, T, H, V = inputs[2].shape
-    N = -(-T // C)
-    if N == 1:
-        C = T
+def _chunks_at_once(N: int, size: int) -> int:
+    """How many of N chunks with features of this size are computed at once.
 
-    def split(x):
-        """[B, T, ...] -> [N, B, C, ...]; the last position again as padding."""
-        x = jnp.pad(x, [(0, 0), (0, N * C - T), *[(0, 0)] * (x.ndim - 2)], mode="edge")
-        return jnp.moveaxis(x.reshape(B, N, C, *x.shape[2:]), 1, 0)
-
-    finite = [jnp.isfinite(x).reshape(B, H, -1).all(-1) for x in sums[:2]]
-    last_bad_BH = jnp.where(finite[0] & finite[1], _CARRIED - 1, _CARRIED)
-    sums = Sums(*[jnp.where(jnp.isfinite(x), x, 0) for x in sums])
-    carry = sums, last_bad_BH
-
-    def one(carry, chunk):
-        return _chunk(factors, dtype, carry, *chunk)
-
-    if N == 1:
-        (sums, last_bad_BH), y_BTHV = one(carry, (0, *inputs))
-    else:
-        *chunks, valid_NBC = jax.tree.map(split, inputs)
-        there_NC = (jnp.arange(N * C) < T).reshape(N, C)
-        chunks = (*chunks, valid_NBC & there_NC[:, None])
-        firsts_N = jnp.arange(N, dtype=jnp.int32) * C
-        (sums, last_bad_BH), y = lax.scan(
-            jax.checkpoint(one), carry, (firsts_N, *chunks)
-        )
-        y_BTHV = jnp.moveaxis(y, 0, 1).reshape(B, N * C, H, V)[:, :T]
-    spoilt_BH = last_bad_BH >= inputs[3][:, -1:]
-    spoilt = spoilt_BH[..., None]
-    sums = Sums(
-        jnp.where(spoilt[..., None], jnp.nan, sums.values_BHMV),
-        jnp.where(spoilt, jnp.nan, sums.keys_BHM),
-        sums.scale_BH,
-    )
-    return y_BTHV, Sums(*lax.stop_gradient(sums))
-
-
-def _clean(x_BCHK, keep_BCH):
-    return jnp.where(keep_BCH[..., None], x_BCHK, 0)
-
-
-def _is_finite(x, shape):
-    """Which vectors of a tree of arrays [B, C, H, ...] are finite, [B, C, H]."""
-    flat = [jnp.isfinite(x).reshape(*shape, -1).all(-1) for x in jax.tree.leaves(x)]
-    return jnp.stack(flat).all(0)
-
-
-def _prepared(factors, dtype, q, k, v_BCHV, valid_BC):
-    """Features and values with zeros for padding and for what is not finite.
-
-    Returns: the queries' factor, the keys' logarithm (or None) and factor, values; the
-    queries and the keys that are not finite.
+    All blocks of so many hold about the same number of chunks.
     """
-    shape = v_BCHV.shape[:3]
-    valid_BCH = jnp.broadcast_to(valid_BC[..., None], shape)
-    q_ok = _is_finite(q, shape)
-    k_ok = _is_finite((k, v_BCHV), shape)
-
-    def clean(tree, ok):
-        return jax.tree.map(
-            lambda x: jnp.where(ok.reshape(*shape, *[1] * (x.ndim - 3)), x, 0), tree
-        )
-
-    q_f, k_log, k_f = factors(clean(q, q_ok), clean(k, k_ok))
-    q_f = _clean(q_f, valid_BCH & q_ok)
-    k_f = _clean(k_f, valid_BCH & k_ok)
-    if k_log is not None:
-        k_log = jnp.where(valid_BCH & k_ok, k_log.astype(dtype), _NO_KEY)
-    v = _clean(v_BCHV, valid_BCH & k_ok)
-    return q_f, k_log, k_f, v, valid_BCH & ~q_ok, valid_BCH & ~k_ok
+    most = BLOCK_SIZE["cpu" if platform() == "cpu" else "accelerator"]
+    count = -(-N // max(1, most // size))
+    return -(-N // count)
 
 
-def _chunk(factors, dtype, carry, first, q, k, v_BCHV, start_BC, valid_BC):
-    """One chunk of queries and their keys, after the sums of all keys before it."""
-    (S_BHMV, z_BHM, scale_BH), last_bad_BH = carry
-    C = v_BCHV.shape[1]
-    q_f, k_log, k_f, v, q_bad, k_bad = _prepared(factors, dtype, q, k, v_BCHV, valid_BC)
-    position_C = first + jnp.arange(C, dtype=jnp.int32)
-    # sees_BHts: query t sees key s; carried_BHt: it sees the sums.
-    sees_Bts = position_C[None, None] >= start_BC[..., None]
-    sees_Bts &= jnp.tril(jnp.ones((C, C), bool))[None]
-    sees_BHts = sees_Bts[:, None]
-    carried_BHt = (start_BC < first)[:, None]
-
-    weights_BHts = _product("BtHM,BsHM->BHts", q_f, k_f)
-    if k_log is not None:
-        log_BHs = jnp.moveaxis(k_log, 1, 2)
-        # The largest logarithm among the keys that each query sees.
-        most_BHt = jnp.where(sees_BHts, log_BHs[:, :, None], _NO_KEY).max(-1)
-        before_BHt = jnp.where(carried_BHt, scale_BH[..., None], _NO_KEY)
-        most_BHt = lax.stop_gradient(jnp.maximum(most_BHt, before_BHt))
-        # Where a query does not see the key this may be positive.
-        relative = log_BHs[:, :, None] - most_BHt[..., None]
-        relative = jnp.where(sees_BHts, relative, _NO_KEY)
-        weights_BHts *= jnp.exp(relative)
-        decay_BHt = jnp.exp(before_BHt - most_BHt)
-        scale_BH = most_BHt[..., -1]
-        k_weight = jnp.exp(relative[:, :, -1])
-    else:
-        decay_BHt = jnp.ones((), dtype)
-        scale_BH, k_weight = jnp.zeros_like(scale_BH), jnp.ones((), dtype)
-    weights_BHts = jnp.where(sees_BHts, weights_BHts, 0).astype(v.dtype)
-    decay_BHt = jnp.where(carried_BHt, decay_BHt, 0)
-
-    sums = _product("BHts,BsHV->BtHV", weights_BHts, v)
-    norm_BHt = weights_BHts.sum(-1, dtype=dtype)
-    past = _product("BtHM,BHMV->BtHV", q_f, S_BHMV.astype(q_f.dtype))
-    sums += jnp.moveaxis(decay_BHt, 2, 1)[..., None] * past
-    norm_BHt += decay_BHt * _product("BtHM,BHM->BHt", q_f, z_BHM.astype(q_f.dtype))
-    y_BtHV = _divide(sums, jnp.moveaxis(norm_BHt, 2, 1)[..., None], v_BCHV.dtype)
-
-    # The sums after the chunk hold what its last query sees.
-    k_weight = jnp.where(sees_BHts[:, :, -1], k_weight, 0)
-    k_f = (k_f * jnp.moveaxis(k_weight, 2, 1)[..., None]).astype(k_f.dtype)
-    S_BHMV = decay_BHt[..., -1, None, None] * S_BHMV
-    S_BHMV += _product("BsHM,BsHV->BHMV", k_f, v)
-    z_BHM = decay_BHt[..., -1, None] * z_BHM + k_f.sum(1, dtype=dtype)
-
-    position_BCH = jnp.broadcast_to(position_C[None, :, None], k_bad.shape)
-    bad_BCH = jnp.where(k_bad, position_BCH, _CARRIED - 1)
-    bad_BCH = jnp.maximum(lax.cummax(bad_BCH, axis=1), last_bad_BH[:, None])
-    spoilt_BCH = q_bad | (bad_BCH >= start_BC[..., None])
-    y_BtHV = jnp.where((spoilt_BCH & valid_BC[..., None])[..., None], jnp.nan, y_BtHV)
-    return (Sums(S_BHMV, z_BHM, scale_BH), bad_BCH[:, -1]), y_BtHV
+def _to_carry(sums: Sums, dtype) -> blocks.Carry:
+    values_BHMV, keys_BHM, scale_BH = (lax.stop_gradient(x.astype(dtype)) for x in sums)
+    sums_BHUM = jnp.concatenate([values_BHMV.swapaxes(2, 3), keys_BHM[:, :, None]], 2)
+    bad_BH = ~jnp.isfinite(sums_BHUM).all((2, 3))
+    sums_BHUM = jnp.where(bad_BH[..., None, None], 0, sums_BHUM)
+    last_bad_BH = jnp.where(bad_BH, blocks.CARRIED, blocks.CARRIED - 1)
+    return blocks.Carry(sums_BHUM, scale_BH, last_bad_BH)
 
 
-def _bidirectional(factors, dtype, q, k, v_BTHV, start_BT, valid_BT):
-    """Every query sees every key from the row's start on."""
-    T = v_BTHV.shape[1]
-    visible_BT = valid_BT & (jnp.arange(T, dtype=jnp.int32)[None] >= start_BT[:, -1:])
-    q_f, k_log, k_f, v, q_bad, k_bad = _prepared(factors, dtype, q, k, v_BTHV, valid_BT)
-    k_f = jnp.where(visible_BT[..., None, None], k_f, 0)
-    if k_log is not None:
-        k_log = jnp.where(visible_BT[..., None], k_log, _NO_KEY)
-        most = lax.stop_gradient(k_log.max(1, keepdims=True))
-        k_f = (k_f * jnp.exp(k_log - most)[..., None]).astype(k_f.dtype)
-    S_BHMV = _product("BsHM,BsHV->BHMV", k_f, v)
-    z_BHM = k_f.sum(1, dtype=dtype)
-    sums = _product("BtHM,BHMV->BtHV", q_f, S_BHMV.astype(q_f.dtype))
-    norm = _product("BtHM,BHM->BtH", q_f, z_BHM.astype(q_f.dtype))[..., None]
-    y_BTHV = _divide(sums, norm, v_BTHV.dtype)
-    spoilt = q_bad | (k_bad & visible_BT[..., None]).any(1, keepdims=True)
-    return jnp.where((spoilt & valid_BT[..., None])[..., None], jnp.nan, y_BTHV)
-
-
-def _divide(sums, norm, dtype):
-    """sums / norm, and 0 where the norm has vanished; see linear_attention."""
-    least = 1e-300 if norm.dtype == jnp.float64 else 1e-30
-    there = jnp.abs(norm) > least
-    return jnp.where(there, sums / jnp.where(there, norm, 1), 0).astype(dtype)
-
-
-def _product(spec, *arrays):
-    return jnp.einsum(spec, *arrays, preferred_element_type=wide(arrays[0].dtype))
+def _to_sums(carry: blocks.Carry, start_B) -> Sums:
+    sums_BHUM = lax.stop_gradient(carry.sums)
+    spoilt_BH = carry.last_bad >= start_B[:, None]
+    sums_BHUM = jnp.where(spoilt_BH[..., None, None], jnp.nan, sums_BHUM)
+    return Sums(sums_BHUM[:, :, :-1].swapaxes(2, 3), sums_BHUM[:, :, -1], carry.scale)

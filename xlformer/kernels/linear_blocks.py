@@ -232,9 +232,11 @@ def _finite(arrays):
 
 def _divide(y, spoilt, inputs):
     """The values over the norms, [B, H, S, V]; linear_attention says when 0."""
-    y, norm = y[..., :-1], y[..., -1]
-    least = 1e-300 if norm.dtype == jnp.float64 else 1e-30
-    there = (jnp.abs(norm) > least) & inputs.valid[:, None]
-    y = y / jnp.where(there, norm, 1)[..., None]
+    there = jnp.abs(y[..., -1]) > (1e-300 if y.dtype == jnp.float64 else 1e-30)
+    there &= inputs.valid[:, None]
+    # By a constant first, which leaves norms of 1: the gradient of a quotient squares
+    # the norm, and the square of 1e-20 is 0.
+    y /= lax.stop_gradient(jnp.where(there, y[..., -1], 1))[..., None]
+    y = y[..., :-1] / jnp.where(there, y[..., -1], 1)[..., None]
     y = jnp.where((spoilt & inputs.valid[:, None])[..., None], jnp.nan, y)
     return jnp.where(there[..., None] | jnp.isnan(y), y, 0).astype(inputs.v.dtype)

@@ -257,8 +257,9 @@ def test_what_is_not_finite_spoils_only_the_queries_that_see_it():
     assert all(np.isfinite(x).all() for x in (*sums, *grads))
     assert (y[1, 11:] == 0).all()  # padding
     # Sums that are not finite spoil what sees them, until a reset.
-    sums = sums._replace(keys_BHM=sums.keys_BHM.at[1, 0].set(np.nan))
+    sums = jax.tree.map(lambda x: x.at[0].set(np.nan).at[1, 0].set(np.nan), sums)
     y, sums, _ = run(q, k, v, sums)
+    np.testing.assert_array_equal(np.isnan(y[0]).any(-1), expected[0])
     assert np.isnan(y[1, :11, 0]).all() and np.isfinite(y[1, :, 1]).all()
     assert np.isnan(sums.keys_BHM[1, 0]).all() and np.isfinite(sums.keys_BHM[0]).all()
 
@@ -282,6 +283,21 @@ def test_features_that_exist_already_give_the_same():
     run = jax.jit(lambda *x: linear_attention(*x, features, w))
     expected, expected_sums = run(q, k, v)
     check([found, *sums], [expected, *expected_sums], 1e-6)
+
+
+def test_what_is_not_divided_are_the_sums_themselves():
+    q, k, v, _ = arrays()
+    with jax.enable_x64(True):
+        for causal in (True, False):
+            run = functools.partial(
+                from_features, causal=causal, normalise=False, chunk=4
+            )
+            found, _ = jax.jit(run)(q, None, k, v)
+            a = np.einsum("bthk,bshk->bhts", q, k)
+            expected = np.einsum("bhts,bshv->bthv", np.tril(a) if causal else a, v)
+            check([found], [expected])
+    with pytest.raises(ValueError, match="must have no logarithms"):
+        from_features(q, k[..., 0], k, v, normalise=False)
 
 
 def test_refusals():

@@ -21,11 +21,15 @@ from xlformer.kernels.features import Features
 from xlformer.kernels.products import wide
 from xlformer.kernels.relative_attention import platform
 
-# On 2 CPU cores chunks of 64 take 0.87 to 0.9 of the time of 128 (8 heads of 64, 256
-# features, T = 4,096, forward and backward); a matrix unit is filled by 128.
-CHUNK_SIZE = {"cpu": 64, "accelerator": 128}
-# Features of queries, or keys, that are there at a time.
-BLOCK_SIZE = {"cpu": 1 << 21, "accelerator": 1 << 25}
+CHUNK_SIZE = 128
+# On 2 CPU cores 64 takes 0.87 to 0.9 of the time of 128 (8 heads of 64, 256 features,
+# T = 4,096, forward and backward), whose larger products a matrix unit wants.
+CPU_CHUNK_SIZE = 64
+# How many features of queries there are at a time: on a CPU what its cache holds; on a
+# TPU what leaves room in its vector memory for all that is made of them (of 2^25 the
+# compiler for v5e moves half as many bytes again through HBM); a GPU would rather have
+# few large kernels.
+BLOCK_SIZE = {"cpu": 1 << 21, "tpu": 1 << 22, "gpu": 1 << 25}
 # The sums before each of a block's n chunks are a product of n x n: at 16 a fortieth of
 # what the chunk costs otherwise (K = V = 64, 256 features).
 MOST_CHUNKS = 16
@@ -101,7 +105,7 @@ def linear_attention(
     def query_map(q):
         return key_map(q)[1]
 
-    maps = query_map, key_map
+    maps = blocks.Maps(query_map, key_map)
     y, sums = _attend(maps, q, (k,), v, sums, start_BT, valid_BT, causal, chunk)
     return y.astype(v_BTHV.dtype), sums
 
@@ -117,12 +121,16 @@ def from_features(
     valid_BT: jax.Array | None = None,
     causal: bool = True,
     chunk: int = 0,
+    normalise: bool = True,
 ) -> tuple[jax.Array, Sums | None]:
     """linear_attention of features that are there already.
 
     The factors of queries and keys; the keys' logarithms (None for 0). The queries'
-    would cancel.
+    would cancel. With normalise=False nothing is divided, y = phi(q)^T S: only for keys
+    without logarithms.
     """
+    if not normalise and k_log_BTH is not None:
+        raise ValueError("what is not divided must have no logarithms")
 
     dtype = jnp.result_type(q_BTHM, k_BTHM, v_BTHV)
     q, k, v = (x.astype(dtype) for x in (q_BTHM, k_BTHM, v_BTHV))
@@ -131,14 +139,14 @@ def from_features(
     def key_map(*k):
         return k if len(k) == 2 else (None, *k)
 
-    maps = (lambda q: q), key_map
+    maps = blocks.Maps(lambda q: q, key_map, normalise)
     y, sums = _attend(maps, q, k, v, sums, start_BT, valid_BT, causal, chunk)
     return y.astype(v_BTHV.dtype), sums
 
 
 def _attend(maps, q, k, v_BTHV, sums, start_BT, valid_BT, causal, chunk):
     B, T, H, V = v_BTHV.shape
-    M, dtype = jax.eval_shape(maps[0], q).shape[-1], wide(v_BTHV.dtype)
+    M, dtype = jax.eval_shape(maps.query, q).shape[-1], wide(v_BTHV.dtype)
     if sums is None:
         sums = empty(B, H, M, V, dtype)
     elif not causal:
@@ -150,9 +158,8 @@ def _attend(maps, q, k, v_BTHV, sums, start_BT, valid_BT, causal, chunk):
         valid_BT = jnp.ones((B, T), bool)
     # A reset in the padding is not there.
     start_BT = lax.cummax(jnp.where(valid_BT, start_BT, blocks.CARRIED), axis=1)
-    kind = "cpu" if platform() == "cpu" else "accelerator"
-    C = min(chunk or CHUNK_SIZE[kind], T)
-    n = _chunks_at_once(-(-T // C), BLOCK_SIZE[kind] // (B * H * M * C))
+    C = min(chunk or (CPU_CHUNK_SIZE if platform() == "cpu" else CHUNK_SIZE), T)
+    n = _chunks_at_once(-(-T // C), BLOCK_SIZE[platform()] // (B * H * M * C))
     inputs = blocks.Inputs(q, k, v_BTHV, start_BT, valid_BT)
     carry = _to_carry(sums, dtype)
     with jax.named_scope("linear_attention"):
@@ -171,8 +178,9 @@ def _chunks_at_once(N: int, most: int) -> int:
 def _to_carry(sums: Sums, dtype) -> blocks.Carry:
     values_BHMV, keys_BHM, scale_BH = (lax.stop_gradient(x.astype(dtype)) for x in sums)
     sums_BHUM = jnp.concatenate([values_BHMV.swapaxes(2, 3), keys_BHM[:, :, None]], 2)
-    bad_BH = ~jnp.isfinite(sums_BHUM).all((2, 3))
+    bad_BH = ~(jnp.isfinite(sums_BHUM).all((2, 3)) & jnp.isfinite(scale_BH))
     sums_BHUM = jnp.where(bad_BH[..., None, None], 0, sums_BHUM)
+    scale_BH = jnp.where(bad_BH, blocks.NO_KEY, scale_BH)
     last_bad_BH = jnp.where(bad_BH, blocks.CARRIED, blocks.CARRIED - 1)
     return blocks.Carry(sums_BHUM, scale_BH, last_bad_BH)
 

@@ -11,6 +11,7 @@ column of ones, whose sums are the denominators.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,20 @@ from xlformer.kernels.products import product, wide
 NO_KEY = -1e30
 # As a first visible key: that of the carried sums, which come before key 0.
 CARRIED = -1
+
+
+class Maps(NamedTuple):
+    """What makes features.
+
+    Attributes:
+      query: q -> its factor.
+      key: the arrays of k -> logarithm (or None for 0) and factor.
+      normalise: whether the values are divided by the norms.
+    """
+
+    query: Callable
+    key: Callable
+    normalise: bool = True
 
 
 class Carry(NamedTuple):
@@ -56,10 +71,11 @@ class Inputs(NamedTuple):
         T = self.v.shape[1]
         N = -(-T // size)
 
+        rest = N * size - T
+
         def split(x):
-            if N * size > T:
-                end = (0, N * size - T)
-                x = jnp.pad(x, [(0, 0), end, *[(0, 0)] * (x.ndim - 2)], mode="edge")
+            if rest:
+                x = jnp.concatenate([x, jnp.repeat(x[:, -1:], rest, 1)], 1)
             return jnp.moveaxis(x.reshape(-1, N, size, *x.shape[2:]), 1, 0)
 
         there_NBS = (jnp.arange(N * size) < T).reshape(N, 1, size)
@@ -68,14 +84,14 @@ class Inputs(NamedTuple):
         return first_N, inputs._replace(valid=inputs.valid & there_NBS)
 
 
-def causal(maps, carry: Carry, inputs: Inputs, n: int, C: int):
-    """(y [B, T, H, V], the last Carry); maps: features of q, and of the arrays of k."""
+def causal(maps: Maps, carry: Carry, inputs: Inputs, n: int, C: int):
+    """y [B, T, H, V], and the last Carry."""
     one = functools.partial(_causal_block, maps, n)
     carry, y = _scan(one, carry, *inputs.blocks(n * C))
     return _joined(y, inputs.v.shape[1]), carry
 
 
-def bidirectional(maps, carry: Carry, inputs: Inputs, size: int):
+def bidirectional(maps: Maps, carry: Carry, inputs: Inputs, size: int):
     """y [B, T, H, V]: every query sees every key from the row's start on."""
     first_N, split = inputs.blocks(size)
     add = functools.partial(_add_block, maps, inputs.start[:, -1:])
@@ -86,7 +102,7 @@ def bidirectional(maps, carry: Carry, inputs: Inputs, size: int):
         q_f, bad = _queries(maps, inputs)
         y = product("BHtM,BHUM->BHtU", q_f, carry.sums.astype(q_f.dtype))
         spoilt = bad | (carry.last_bad >= 0)[..., None]
-        return None, _divide(y, spoilt, inputs)
+        return None, _values(y, spoilt, inputs, maps.normalise)
 
     _, y = _scan(attend, None, first_N, split)
     return _joined(y, inputs.v.shape[1])
@@ -149,7 +165,7 @@ def _causal_block(maps, n, carry, block):
     last_bad = jnp.where(k_bad, position[None, None], CARRIED - 1)
     last_bad = jnp.maximum(lax.cummax(last_bad, axis=2), carry.last_bad[..., None])
     spoilt = q_bad | (last_bad >= inputs.start[:, None])
-    y = _divide(y.reshape(B, H, size, -1), spoilt, inputs)
+    y = _values(y.reshape(B, H, size, -1), spoilt, inputs, maps.normalise)
     return Carry(carry_sums, carry_scale, last_bad[..., -1]), y
 
 
@@ -192,7 +208,7 @@ def _add_block(maps, start_B1, carry, block):
 def _queries(maps, inputs):
     """Their features, [B, H, S, M], and which are not finite."""
     (q,), ok = _finite([inputs.q])
-    return maps[0](q), ~ok
+    return maps.query(q), ~ok
 
 
 def _keys(maps, inputs, there_BS):
@@ -202,7 +218,7 @@ def _keys(maps, inputs, there_BS):
     0. So it is taken out, and put back in what the queries that see it get.
     """
     (*k, v), ok = _finite([*inputs.k, inputs.v])
-    log, f = maps[1](*k)
+    log, f = maps.key(*k)
     there = there_BS[:, None]
     u = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
     if log is None:
@@ -230,13 +246,17 @@ def _finite(arrays):
     return [clean(x) for x in arrays], ok
 
 
-def _divide(y, spoilt, inputs):
+def _values(y, spoilt, inputs, normalise):
     """The values over the norms, [B, H, S, V]; linear_attention says when 0."""
-    there = jnp.abs(y[..., -1]) > (1e-300 if y.dtype == jnp.float64 else 1e-30)
-    there &= inputs.valid[:, None]
-    # By a constant first, which leaves norms of 1: the gradient of a quotient squares
-    # the norm, and the square of 1e-20 is 0.
-    y /= lax.stop_gradient(jnp.where(there, y[..., -1], 1))[..., None]
-    y = y[..., :-1] / jnp.where(there, y[..., -1], 1)[..., None]
-    y = jnp.where((spoilt & inputs.valid[:, None])[..., None], jnp.nan, y)
-    return jnp.where(there[..., None] | jnp.isnan(y), y, 0).astype(inputs.v.dtype)
+    there = inputs.valid[:, None]
+    if normalise:
+        least = 1e-300 if y.dtype == jnp.float64 else 1e-30
+        there &= ~(jnp.abs(y[..., -1]) <= least)  # NaN stays
+        norm = jnp.where(there, y[..., -1], 1)
+        # By a constant first, which leaves norms of 1: the gradient of a quotient
+        # squares the norm, and the square of 1e-20 is 0.
+        constant = lax.stop_gradient(norm)
+        y = y / constant[..., None] / (norm / constant)[..., None]
+    y = jnp.where(there[..., None], y[..., :-1], 0)
+    spoilt = (spoilt & inputs.valid[:, None])[..., None]
+    return jnp.where(spoilt, jnp.nan, y).astype(inputs.v.dtype)

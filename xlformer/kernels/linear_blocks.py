@@ -178,6 +178,8 @@ def _prefix(carry, sums, scale, start_n, first):
       start_n: the first that this query sees, [B, 1, n].
       first: the first position of the block.
     """
+    if sums.shape[2] == 1:
+        return _prefix_of_one(carry, sums[:, :, 0], scale[..., 0], start_n < first)
     sums = jnp.concatenate([carry.sums[:, :, None], sums], 2)
     scale = jnp.concatenate([carry.scale[:, :, None], scale], 2)
     # What ends with another start is of another text.
@@ -190,6 +192,17 @@ def _prefix(carry, sums, scale, start_n, first):
     decay = jnp.where(sees_ks, jnp.exp(scale - most[..., None]), 0)
     sums = jnp.einsum("BHks,BHsUM->BHkUM", decay, sums, precision=lax.Precision.HIGHEST)
     return sums[:, :, :-1], sums[:, :, -1], most[..., :-1], most[..., -1]
+
+
+def _prefix_of_one(carry, sums, scale, sees_B1):
+    """_prefix of one chunk: a step of generation reads and writes the sums once."""
+    before = jnp.where(sees_B1[..., 0], carry.scale, NO_KEY)
+    most = jnp.maximum(before, scale)
+    old = jnp.where(sees_B1[..., 0], jnp.exp(before - most), 0)
+    sums = old[..., None, None] * carry.sums + (
+        jnp.exp(scale - most)[..., None, None] * sums
+    )
+    return carry.sums[:, :, None], sums, carry.scale[..., None], most
 
 
 def _add_block(maps, start_B1, carry, block):

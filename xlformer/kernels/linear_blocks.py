@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from xlformer.kernels.products import product, wide
 
@@ -24,6 +25,9 @@ from xlformer.kernels.products import product, wide
 NO_KEY = -1e30
 # As a first visible key: that of the carried sums, which come before key 0.
 CARRIED = -1
+# Kept for the backward pass: what is divided, U numbers a query; to make it again would
+# be a tenth of all products.
+_KEPT = "linear_attention_undivided"
 
 
 class Maps(NamedTuple):
@@ -110,7 +114,8 @@ def bidirectional(maps: Maps, carry: Carry, inputs: Inputs, size: int):
 
 def _scan(one, carry, first_N, blocks):
     """lax.scan whose backward pass computes each block again."""
-    one = jax.checkpoint(one, prevent_cse=len(first_N) == 1)
+    policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
+    one = jax.checkpoint(one, prevent_cse=len(first_N) == 1, policy=policy)
     if len(first_N) > 1:
         return lax.scan(one, carry, (first_N, blocks))
     carry, y = one(carry, jax.tree.map(lambda x: x[0], (first_N, blocks)))
@@ -261,6 +266,7 @@ def _finite(arrays):
 
 def _values(y, spoilt, inputs, normalise):
     """The values over the norms, [B, H, S, V]; linear_attention says when 0."""
+    y = checkpoint_name(y, _KEPT)
     there = inputs.valid[:, None]
     if normalise:
         least = 1e-300 if y.dtype == jnp.float64 else 1e-30

@@ -91,9 +91,9 @@ def linear_attention(
       query gives 0 where its denominator, relative to the largest key that it sees, is
       less than 1e-30 (float64: 1e-300): it sees no key, or its features and those of
       all its keys hardly meet. A softmax map's denominators reach this only where,
-      over the rows of the projection, w . x spreads by more than 69 (690) for the query
+      over the rows of the projection, w . x spreads by more than 63 (680) for the query
       and for the key of the largest logarithm as well; with the largest of 256 rows
-      at |w . x| = 3 |x| that takes norms of 11 (110).
+      at |w . x| = 3 |x| that takes norms of 10 (110).
     """
 
     dtype = jnp.result_type(q_BTHK, k_BTHK, v_BTHV)
@@ -159,7 +159,9 @@ def _attend(maps, q, k, v_BTHV, sums, start_BT, valid_BT, causal, chunk):
     # A reset in the padding is not there.
     start_BT = lax.cummax(jnp.where(valid_BT, start_BT, blocks.CARRIED), axis=1)
     C = min(chunk or (CPU_CHUNK_SIZE if platform() == "cpu" else CHUNK_SIZE), T)
-    n = _chunks_at_once(-(-T // C), BLOCK_SIZE[platform()] // (B * H * M * C))
+    n = _chunks_at_once(
+        -(-T // C), BLOCK_SIZE.get(platform(), BLOCK_SIZE["gpu"]) // (B * H * M * C)
+    )
     inputs = blocks.Inputs(q, k, v_BTHV, start_BT, valid_BT)
     carry = _to_carry(sums, dtype)
     with jax.named_scope("linear_attention"):

@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib.metadata
 
 import jax
+import linear
 import naive
 import numpy as np
 import worker
-from settings import Recurrent, Setting, SingleHead, Step
+from settings import Linear, Recurrent, Setting, SingleHead, Step
 
 from xlformer import models, scoring, sharding
 from xlformer.config import default_config
@@ -36,6 +37,8 @@ def build(setting: Step, form: str):
     if form == NAIVE:
         run, parameters = naive.build(setting, worker.batches(setting))
         return run, facts(parameters, "float32")
+    if isinstance(setting, Linear):
+        return linear.build(setting), facts(0, "float32")
     config = config_of(setting, "auto" if form == PLAIN else form)
     model = models.build(config.model, vocab_size=setting.vocab_size)
     if form == PLAIN:

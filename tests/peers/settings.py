@@ -13,7 +13,7 @@ class Step:
 
     Attributes:
       train: forward, backward, clip and optimizer; else scoring, memory carried on.
-      peer: the program to compare with, original, nvidia, awd_lstm or sha_rnn.
+      peer: the program to compare with: original, nvidia, awd_lstm, sha_rnn, performer.
       half: 16 bits where the program has them (bf16, NVIDIA's fp16), else float32.
     """
 
@@ -114,6 +114,25 @@ class SingleHead(Step):
         return f"{self.n_layer} blocks of {self.d_model}, memory {self.memory_length:,}"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear(Step):
+    """The attention operation of the Performer alone, of random q, k and v."""
+
+    causal: bool
+    relu: bool = False
+    n_head: int = 8
+    d_head: int = 64
+    n_features: int = 256
+
+    def tiny_sizes(self) -> dict:
+        return {"n_head": 2, "d_head": 8, "n_features": 16}
+
+    def shape(self) -> str:
+        kind = "causal" if self.causal else "bidirectional"
+        features = f"{self.n_features} {'relu' if self.relu else 'softmax'} features"
+        return f"{kind}, {self.n_head} heads of {self.d_head}, {features}"
+
+
 def _cpu(**fields) -> Setting:
     sizes = {"n_layer": 6, "d_model": 256, "n_head": 8, "d_head": 32, "d_inner": 1024}
     rest = {"peer": "original", "batch_size": 8, "half": False, "gpu": False}
@@ -209,6 +228,23 @@ SETTINGS = {
         segment_length=256,
         memory_length=1280,
     ),
+    **{
+        f"performer_{kind}_{'train' if train else 'infer'}": Linear(
+            train=train,
+            peer="performer",
+            batch_size=1,
+            segment_length=4096,
+            half=False,
+            gpu=False,
+            **fields,
+        )
+        for kind, fields in {
+            "softmax": {"causal": False},
+            "relu": {"causal": False, "relu": True},
+            "causal": {"causal": True},
+        }.items()
+        for train in (True, False)
+    },
     "wt103_base_train_64": _nvidia(BASE, 192, 192, 64, **_TRAIN),
     "wt103_large_train_16": _nvidia(LARGE, 384, 384, 16, **_TRAIN),
     "wt103_base_train_32": _nvidia(BASE, 192, 192, 32, **_TRAIN),

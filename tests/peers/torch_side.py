@@ -103,7 +103,7 @@ def training(forward, model, setting, *, mems, optimizer, dtype, scaler=None):
         else:
             optimizer.step()
 
-    return _times(step, setting)
+    return times(step, setting)
 
 
 def scoring(forward, setting, *, mems):
@@ -117,10 +117,12 @@ def scoring(forward, setting, *, mems):
             loss, mems = forward(*next(data), mems)
             total.add_(loss.float().mean())
 
-    return _times(step, setting)
+    return times(step, setting)
 
 
-def _times(step, setting):
+def times(step, setting):
+    """run(times) of a step."""
+
     def run(times: int) -> int:
         for _ in range(times):
             step()

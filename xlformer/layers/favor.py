@@ -1,8 +1,8 @@
 """Random projections of Performer, and when they are drawn (Choromanski et al. 2020).
 
-A row of W is a direction w of a feature such as exp(w . x - |x|^2 / 2). With w ~ N(0, I)
-the features estimate exp(x . y) without bias; rows that are also orthogonal in blocks
-of K (section 2.4, theorem 2) do so with less error.
+A row w of W makes a feature, such as exp(w . x - |x|^2 / 2). With w ~ N(0, I) features
+estimate exp(x . y) without bias; rows that are also orthogonal in blocks of K (section
+2.4, theorem 2) do so with less error.
 
 Both public programs take Q of a QR decomposition as it comes, with R thrown away. That
 is no uniform rotation: LAPACK's first entry of Q is never positive, and features with

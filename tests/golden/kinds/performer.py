@@ -1,0 +1,225 @@
+"""Performer's attention: Google's JAX program, performer-pytorch, and formulas.
+
+Both programs' forms are kernels.published; formulas are kernels.linear_attention. The
+name of an array says what it is: TAG/{query,key}_features, TAG/MODE/out and
+TAG/MODE/grad/{q,k,v}, where gradients are of sum(out * cotangent).
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from golden.comparison import Comparison
+
+from xlformer.errors import UserError
+from xlformer.kernels import published
+from xlformer.kernels.features import Features
+from xlformer.kernels.linear_attention import linear_attention
+from xlformer.kernels.published import Original
+from xlformer.kernels.relative_attention import relative_attention
+from xlformer.layers import favor
+
+NAME = "performer"
+INPUTS = ("q", "k", "v")
+GIVEN = (*INPUTS, "cotangent", "projection")
+MODES = ("bidirectional", "causal")
+# How the gradients that an array holds went through the maxima.
+MAXIMA = {"grad": "differentiated", "grad_max_constant": "constant"}
+# Names that Google's program registers its functions under, and ours.
+KERNELS = {
+    "relu": "relu",
+    "jshiftedelu": "elu",
+    "jexp": "exp",
+    "jidentity": "identity",
+    "jrequ": "square",
+    "jsigmoid": "sigmoid",
+    "jtanh": "tanh",
+    "jgelu": "gelu",
+    "jcos": "cos",
+    "jsin": "sin",
+}
+SOFTMAX = {"softmax_positive": "positive", "softmax_trig": "trigonometric"}
+# Random rows are drawn in float32, ours always, the programs' unless told otherwise.
+ROWS = 1e-6
+
+
+def matches(names, config):
+    del config
+    return {*INPUTS, "projection"} <= names
+
+
+def compare(arrays, config, dtype):
+    if "softmax_kernel" in arrays:
+        return _formulas(arrays)
+    if "causal_eps" in config:
+        form = functools.partial(_lucidrains, config)
+        return _compare(arrays, form, heads_first=True)
+    found = _compare(arrays, functools.partial(_google, config), heads_first=False)
+    # The denominators of trigonometric features cancel.
+    lax = {} if dtype is np.float64 else {"softmax_trig/causal/out": 1e-3}
+    kernel_epsilon = config["kernel_epsilon"]
+    for name in (n for n in arrays if n.startswith("kernel_fn/")):
+        kernel = Features(_kernel(name.split("/")[1]), kernel_epsilon)
+        found.values[name] = kernel(jnp.asarray(arrays["q"]), None)[1]
+    matrices = [n for n in arrays if n.startswith("matrices/")]
+    properties = {name: _rows_error(name, arrays[name]) for name in matrices}
+    return dataclasses.replace(
+        found,
+        properties=properties,
+        tolerances=lax | dict.fromkeys(matrices, ROWS),
+    )
+
+
+# The programs -------------------------------------------------------------------------
+
+
+def _google(config, tag, causal, maxima):
+    """Of a tag: our features, whether they are projected, our options."""
+    del causal
+    tag, unnormalised = re.subn("_unnormalised$", "", tag)
+    normalised = not unnormalised and config.get("renormalize_attention", True)
+    if tag in SOFTMAX:
+        delta = config["numerical_stabilizer"]
+        return (
+            SOFTMAX[tag],
+            True,
+            Original(
+                feature_epsilon=delta,
+                renormaliser=delta,
+                maxima=maxima,
+                normalised=normalised,
+            ),
+        )
+    kernel, projected = re.subn("_projected$", "", tag.removeprefix("generalised_"))
+    epsilon = config["kernel_epsilon"]
+    original = Original(feature_epsilon=epsilon, scaled=False, normalised=normalised)
+    return _kernel(kernel), bool(projected), original
+
+
+def _lucidrains(config, tag, causal, maxima):
+    del maxima
+    softmax = tag == "softmax"
+    original = Original(
+        feature_epsilon=config["eps" if softmax else "kernel_epsilon"],
+        sum_epsilon=config["causal_eps"] if causal else 0.0,
+        maxima="constant",
+    )
+    kernel = "positive" if softmax else _kernel(tag.removeprefix("generalised_"))
+    return kernel, True, original
+
+
+def _kernel(name):
+    if name not in KERNELS:
+        raise UserError(f"a kernel function named {name!r} is not known")
+    return KERNELS[name]
+
+
+def _compare(arrays, form, *, heads_first):
+    def turned(x):
+        """[B, T, H, *] to the file's axes, and back."""
+        return jnp.swapaxes(x, 1, 2) if heads_first else x
+
+    names = {tuple(n.split("/")) for n in arrays if n.count("/")}
+    tags = {name[0] for name in names} - {"kernel_fn", "matrices"}
+    q, k, v, cotangent = (turned(jnp.asarray(arrays[n])) for n in GIVEN[:4])
+    w_MK = jnp.asarray(arrays["projection"])
+    values, gradients = {}, {}
+    for tag in sorted(tags):
+        kernel, projected, original = form(tag, False, "constant")
+        rows_MK = w_MK if projected else None
+        made = published.features(q, k, kernel, rows_MK, original)
+        for which, f_BTHM in zip(("query", "key"), made, strict=True):
+            # Heads come first in the features of both programs.
+            values[f"{tag}/{which}_features"] = jnp.swapaxes(f_BTHM, 1, 2)
+    forms = {n[:3] for n in names if n[0] in tags and n[1] in MODES and len(n) == 4}
+    for tag, mode, grad in sorted(forms):
+        kernel, projected, original = form(tag, mode == "causal", MAXIMA[grad])
+        rows_MK = w_MK if projected else None
+        attend = functools.partial(
+            published.attention,
+            features_name=kernel,
+            projection_MK=rows_MK,
+            original=original,
+            causal=mode == "causal",
+        )
+        y_BTHV, grads = _with_gradient(attend, cotangent, q, k, v)
+        values[f"{tag}/{mode}/out"] = turned(y_BTHV)
+        for name, g in zip(INPUTS, grads, strict=True):
+            gradients[f"{tag}/{mode}/{grad}/{name}"] = turned(g)
+    return Comparison(values, gradients, GIVEN)
+
+
+def _with_gradient(attend, cotangent, *inputs):
+    def loss(*inputs):
+        y = attend(*inputs)
+        return (y * cotangent).sum(), y
+
+    grads, y = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*inputs)
+    return y, grads
+
+
+def _rows_error(name, w_NMK):
+    """How far random rows are from what they must be; infinity if ours are."""
+    N, m, K = w_NMK.shape
+    one_length = name.endswith("scaling1")
+    features_name = favor.REGULARISED if one_length else "positive"
+    ours_NMK = [
+        favor.projection(0, 0, draw, features_name=features_name, m=m, K=K)
+        for draw in range(N)
+    ]
+    theirs, ours = (_defect(x, one_length) for x in (w_NMK, np.stack(ours_NMK)))
+    # Ours are drawn in float32, whatever the file is compared in.
+    return theirs if ours < ROWS else np.inf
+
+
+def _defect(w_NMK, one_length):
+    """Rows of a K x K block are orthogonal, with the length sqrt(K), or with lengths
+    whose square is K on average."""
+    N, m, K = w_NMK.shape
+    square_NM = np.square(w_NMK, dtype=np.float64).sum(-1)
+    unit_NMK = w_NMK / np.sqrt(square_NM)[..., None]
+    error = np.abs(square_NM / K - 1).max() if one_length else 0.0
+    for first in range(0, m, K):
+        block_NRK = unit_NMK[:, first : first + K]
+        between_NRR = block_NRK @ np.swapaxes(block_NRK, 1, 2)
+        error = max(error, np.abs(between_NRR - np.eye(block_NRK.shape[1])).max())
+    # A chi-squared number has the variance 2 K: five standard errors of their mean.
+    mean_off = abs(square_NM.mean() / K - 1) > 5 * np.sqrt(2 / (K * N * m))
+    return np.inf if mean_off else error
+
+
+# Formulas -----------------------------------------------------------------------------
+
+
+def _formulas(arrays):
+    """Features, attention and the last sums, from formulas without any stabiliser."""
+    q, k, v = (jnp.swapaxes(jnp.asarray(arrays[n]), 1, 2) for n in INPUTS)
+    K = q.shape[-1]
+    x, y = q * K**-0.25, k * K**-0.25
+    values = {"softmax_kernel": jnp.exp(jnp.einsum("BTHK,BSHK->BHTS", x, y))}
+    for mode in MODES:
+        out = relative_attention(q * K**-0.5, None, k, v, None, causal=mode == "causal")
+        values[f"exact/{mode}/out"] = jnp.swapaxes(out, 1, 2)
+    for tag in ("positive", "hyperbolic", "trigonometric", "regularised"):
+        features, w_MK = Features(tag), jnp.asarray(arrays["projection"])
+        if tag == favor.REGULARISED:
+            w_MK = favor.unit(w_MK) * K**0.5
+        made = {}
+        for which, z in ("query", x), ("key", y):
+            log, f = features(z, w_MK)
+            made[which] = jnp.swapaxes(jnp.exp(log)[..., None] * f, 1, 2)
+            values[f"{tag}/{which}_features"] = made[which]
+        kernel = jnp.einsum("BHTM,BHSM->BHTS", made["query"], made["key"])
+        values[f"{tag}/kernel"] = kernel
+        for mode in MODES:
+            out, sums = linear_attention(
+                x, y, v, features, w_MK, causal=mode == "causal"
+            )
+            values[f"{tag}/{mode}/out"] = jnp.swapaxes(out, 1, 2)
+        unit = jnp.exp(sums.scale_BH)[..., None]
+        values[f"{tag}/causal/state_S"] = sums.values_BHMV * unit[..., None]
+        values[f"{tag}/causal/state_z"] = sums.keys_BHM * unit
+    return Comparison(values, given={*INPUTS, "projection"})

@@ -1,0 +1,186 @@
+"""Linear attention as the original programs stabilise it, to agree with their weights.
+
+Google's fast_attention.py (JAX) and performer-pytorch subtract from a key's exponents
+the greatest one of ALL keys, and add an epsilon to every feature after that. So
+
+- outputs depend on keys that come after them, also where they are causal: at unit
+  norms another last key moves earlier outputs by 0.2 with an epsilon of 1e-6, by 0.6
+  with 1e-4. With 0 it moves none, but keys far below the greatest then vanish;
+- an epsilon is a bias, relative to the largest feature anywhere in the sequence;
+- sums cannot be carried from a segment to the next: their unit is not known before it.
+
+`linear_attention.linear_attention` has none of this. What the programs are:
+
+                    Google, JAX         performer-pytorch     Google, TensorFlow
+    feature_epsilon 1e-6                1e-4                  1e-6
+      generalised   1e-3                1e-3                  1e-3
+    maxima          differentiated      constant (now)        differentiated
+    renormaliser    feature_epsilon     0                     0
+      generalised   0                   0                     0
+    sum_epsilon     0                   1e-6 where causal     0
+    scaled          softmax features    all features          softmax features
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from xlformer.errors import UserError, did_you_mean
+from xlformer.kernels.features import FEATURES, Features, wide
+
+STABILISERS = ("original", "original_batch")
+MAXIMA = ("differentiated", "constant")
+# Softmax features that a program has; the generalised ones have no maxima.
+SOFTMAX = ("positive", "regularised", "trigonometric")
+
+
+@dataclasses.dataclass(frozen=True)
+class Original:
+    """How an original program computes linear attention; see the module for which does.
+
+    Attributes:
+      stabiliser: of what the greatest exponent of keys is taken: 'original' in each row
+        and head, 'original_batch' over all rows and heads too (older versions of both
+        programs, in which a row depends on its batch mates).
+      feature_epsilon: added to positive and generalised features, not to trigonometric.
+      renormaliser: delta; a denominator D with |D| <= delta is taken for D + 2 delta.
+      sum_epsilon: added to every entry of the summed keys.
+      maxima: whether gradients pass through the greatest exponents, or those are
+        constants. Without epsilon it makes no difference.
+      scaled: whether queries and keys are divided by K^(1/4).
+      normalised: whether outputs are divided by the sum of their weights.
+    """
+
+    stabiliser: str = "original"
+    feature_epsilon: float = 1e-6
+    renormaliser: float = 0.0
+    sum_epsilon: float = 0.0
+    maxima: str = "differentiated"
+    scaled: bool = True
+    normalised: bool = True
+
+    def __post_init__(self):
+        for name, known in (("stabiliser", STABILISERS), ("maxima", MAXIMA)):
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"{name}={value!r}{did_you_mean(value, list(known))}")
+
+
+def attention(
+    q_BTHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHV: jax.Array,
+    features_name: str,
+    projection_MK: jax.Array | None,
+    original: Original,
+    *,
+    start_BT: jax.Array | None = None,
+    valid_BS: jax.Array | None = None,
+    causal: bool = True,
+) -> jax.Array:
+    """Attention of an original program, y [B, T, H, V] in the dtype of v.
+
+    Causal only in that no later value is read: see the module.
+
+    Args:
+      q_BTHK, k_BSHK, v_BSHV: neither scaled nor divided; S is T where causal.
+      features_name: of FEATURES; 'hyperbolic' is in neither program.
+      projection_MK: rows of random features, or None for generalised ones without.
+      start_BT: the first key that each query sees.
+      valid_BS: which keys count; the others' features are 0, and no maximum is theirs.
+    """
+    q_BTHM, k_BSHM = features(
+        q_BTHK, k_BSHK, features_name, projection_MK, original, valid_BS=valid_BS
+    )
+    # The sum of the weights is one more value, which is 1 at every key.
+    v_BSHV = v_BSHV.astype(wide(v_BSHV.dtype))
+    ones_BSH1 = jnp.ones_like(v_BSHV[..., :1])
+    summed_BTHV = _weighted(
+        q_BTHM, k_BSHM, jnp.concatenate([v_BSHV, ones_BSH1], -1), start_BT, causal
+    )
+    y_BTHV, sum_BTH1 = summed_BTHV[..., :-1], summed_BTHV[..., -1:]
+    if original.normalised:
+        delta = original.renormaliser
+        sum_BTH1 += original.sum_epsilon * q_BTHM.sum(-1, keepdims=True)
+        sum_BTH1 += 2 * delta * (jnp.abs(sum_BTH1) <= delta)
+        y_BTHV = y_BTHV / sum_BTH1
+    return y_BTHV
+
+
+def features(
+    q_BTHK, k_BSHK, features_name, projection_MK, original: Original, *, valid_BS=None
+):
+    """Features of queries [B, T, H, M] and keys [B, S, H, M], in float32 at least."""
+    if FEATURES[features_name].softmax and features_name not in SOFTMAX:
+        raise UserError(f"no original program has features={features_name!r}")
+    dtype = wide(q_BTHK.dtype)
+    scale = q_BTHK.shape[-1] ** -0.25 if original.scaled else 1.0
+    q_BTHK, k_BSHK = (x.astype(dtype) * scale for x in (q_BTHK, k_BSHK))
+    if not FEATURES[features_name].softmax:
+        generalised = Features(features_name, original.feature_epsilon)
+        q_BTHM, k_BSHM = (generalised(x, projection_MK)[1] for x in (q_BTHK, k_BSHK))
+    else:
+        make = _trigonometric if features_name == "trigonometric" else _positive
+        w_MK = lax.stop_gradient(projection_MK).astype(dtype)
+        q_BTHM = make(q_BTHK, w_MK, original, None, is_query=True)
+        k_BSHM = make(k_BSHK, w_MK, original, valid_BS, is_query=False)
+    if valid_BS is not None:
+        k_BSHM = jnp.where(valid_BS[..., None, None], k_BSHM, 0)
+    return q_BTHM, k_BSHM
+
+
+def _positive(x_BTHK, w_MK, original, valid_BT, *, is_query):
+    """(exp(w . x - |x|^2 / 2 - greatest w . x) + epsilon) / sqrt(m)."""
+    p_BTHM = jnp.einsum("BTHK,MK->BTHM", x_BTHK, w_MK)
+    # Of a query there is one for each position, which cancels but for the epsilon.
+    axes = (-1,) if is_query else _axes(original)
+    most = _greatest(p_BTHM, axes, valid_BT, original)
+    f_BTHM = _exp(p_BTHM - _half_square(x_BTHK) - most, valid_BT)
+    return (f_BTHM + original.feature_epsilon) * w_MK.shape[0] ** -0.5
+
+
+def _trigonometric(x_BTHK, w_MK, original, valid_BT, *, is_query):
+    """exp(|x|^2 / 2 - the greatest of a sequence) (cos, sin)(w . x) / sqrt(m)."""
+    p_BTHM = jnp.einsum("BTHK,MK->BTHM", x_BTHK, w_MK)
+    half_BTH1 = _half_square(x_BTHK)
+    most = _greatest(half_BTH1, _axes(original), valid_BT, original)
+    f_BTHM = jnp.concatenate([jnp.cos(p_BTHM), jnp.sin(p_BTHM)], -1)
+    return f_BTHM * _exp(half_BTH1 - most, valid_BT) * w_MK.shape[0] ** -0.5
+
+
+def _axes(original) -> tuple:
+    return (0, 1, 2, 3) if original.stabiliser == "original_batch" else (1, 3)
+
+
+def _greatest(x_BTHM, axes, valid_BT, original):
+    if valid_BT is not None:
+        x_BTHM = jnp.where(valid_BT[..., None, None], x_BTHM, -jnp.inf)
+    most = x_BTHM.max(axes, keepdims=True)
+    return lax.stop_gradient(most) if original.maxima == "constant" else most
+
+
+def _exp(x_BTHM, valid_BT):
+    if valid_BT is not None:
+        # What does not count may lie far above the greatest of what does.
+        x_BTHM = jnp.where(valid_BT[..., None, None], x_BTHM, 0)
+    return jnp.exp(x_BTHM)
+
+
+def _half_square(x_BTHK):
+    return 0.5 * jnp.square(x_BTHK).sum(-1, keepdims=True)
+
+
+def _weighted(q_BTHM, k_BSHM, v_BSHV, start_BT, causal):
+    """sum_j (q . k_j) v_j over what each query sees."""
+    weight_BHTS = jnp.einsum("BTHM,BSHM->BHTS", q_BTHM, k_BSHM)
+    S = k_BSHM.shape[1]
+    if causal:
+        weight_BHTS = jnp.tril(weight_BHTS)
+    if start_BT is not None:
+        seen_BTS = jnp.arange(S)[None, None] >= start_BT[..., None]
+        weight_BHTS = jnp.where(seen_BTS[:, None], weight_BHTS, 0)
+    return jnp.einsum("BHTS,BSHV->BTHV", weight_BHTS, v_BSHV)

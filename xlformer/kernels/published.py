@@ -79,40 +79,40 @@ def attention(
     original: Original,
     *,
     start_BT: jax.Array | None = None,
-    valid_BS: jax.Array | None = None,
+    valid_BT: jax.Array | None = None,
     causal: bool = True,
 ) -> jax.Array:
     """Attention of an original program, y [B, T, H, V] in the dtype of v.
 
-    Causal only in that no later value is read: see the module.
+    Causal only in that no later value is read: see the module. What sees no key is 0.
 
     Args:
       q_BTHK, k_BSHK, v_BSHV: neither scaled nor divided; S is T where causal.
       features_name: of FEATURES; 'hyperbolic' is in neither program.
       projection_MK: rows of random features, or None for generalised ones without.
       start_BT: the first key that each query sees.
-      valid_BS: which keys count; the others' features are 0, and no maximum is theirs.
+      valid_BT: which keys count; the others' features are 0, and no maximum is theirs.
     """
     q_BTHM, k_BSHM = features(
-        q_BTHK, k_BSHK, features_name, projection_MK, original, valid_BS=valid_BS
+        q_BTHK, k_BSHK, features_name, projection_MK, original, valid_BT=valid_BT
     )
     # The sum of the weights is one more value, which is 1 at every key.
-    v_BSHV = v_BSHV.astype(wide(v_BSHV.dtype))
-    ones_BSH1 = jnp.ones_like(v_BSHV[..., :1])
-    summed_BTHV = _weighted(
-        q_BTHM, k_BSHM, jnp.concatenate([v_BSHV, ones_BSH1], -1), start_BT, causal
-    )
+    values_BSHV = v_BSHV.astype(wide(v_BSHV.dtype))
+    values_BSHV = jnp.pad(values_BSHV, ((0, 0),) * 3 + ((0, 1),), constant_values=1)
+    summed_BTHV = _weighted(q_BTHM, k_BSHM, values_BSHV, start_BT, causal)
     y_BTHV, sum_BTH1 = summed_BTHV[..., :-1], summed_BTHV[..., -1:]
     if original.normalised:
         delta = original.renormaliser
         sum_BTH1 += original.sum_epsilon * q_BTHM.sum(-1, keepdims=True)
         sum_BTH1 += 2 * delta * (jnp.abs(sum_BTH1) <= delta)
-        y_BTHV = y_BTHV / sum_BTH1
-    return y_BTHV
+        # 0 / 0 in the programs: padding that sees nothing, whose NaN would spread.
+        there = sum_BTH1 != 0
+        y_BTHV = jnp.where(there, y_BTHV / jnp.where(there, sum_BTH1, 1), 0)
+    return y_BTHV.astype(v_BSHV.dtype)
 
 
 def features(
-    q_BTHK, k_BSHK, features_name, projection_MK, original: Original, *, valid_BS=None
+    q_BTHK, k_BSHK, features_name, projection_MK, original: Original, *, valid_BT=None
 ):
     """Features of queries [B, T, H, M] and keys [B, S, H, M], in float32 at least."""
     if FEATURES[features_name].softmax and features_name not in SOFTMAX:
@@ -127,9 +127,9 @@ def features(
         make = _trigonometric if features_name == "trigonometric" else _positive
         w_MK = lax.stop_gradient(projection_MK).astype(dtype)
         q_BTHM = make(q_BTHK, w_MK, original, None, is_query=True)
-        k_BSHM = make(k_BSHK, w_MK, original, valid_BS, is_query=False)
-    if valid_BS is not None:
-        k_BSHM = jnp.where(valid_BS[..., None, None], k_BSHM, 0)
+        k_BSHM = make(k_BSHK, w_MK, original, valid_BT, is_query=False)
+    if valid_BT is not None:
+        k_BSHM = jnp.where(valid_BT[..., None, None], k_BSHM, 0)
     return q_BTHM, k_BSHM
 
 

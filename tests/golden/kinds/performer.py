@@ -112,9 +112,10 @@ def _lucidrains(config, tag, causal, maxima):
 
 
 def _kernel(name):
-    if name not in KERNELS:
+    known = KERNELS | {theirs.removeprefix("j"): x for theirs, x in KERNELS.items()}
+    if name not in known:
         raise UserError(f"a kernel function named {name!r} is not known")
-    return KERNELS[name]
+    return known[name]
 
 
 def _compare(arrays, form, *, heads_first):

@@ -145,3 +145,30 @@ def test_half_precision_is_summed_in_float32():
     exact = [x.astype(jnp.float32) for x in arrays]
     expected = published.attention(*exact, "relu", None, Original(feature_epsilon=1e-3))
     np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
+
+
+def test_chunks_change_nothing_and_cost_linear_memory(monkeypatch):
+    original = Original(feature_epsilon=1e-3)
+    options = {"start_BT": START, "valid_BT": VALID}
+    whole = theirs(KEYS, original, **options)
+    slopes = gradients(original, **options)
+    monkeypatch.setattr(published, "CHUNK_SIZE", 3)
+
+    def loss(k):
+        y = published.attention(Q, k, VALUES, "positive", W, original, **options)
+        return (y * WEIGHTS).sum(), y
+
+    found, y = jax.jit(jax.grad(loss, has_aux=True))(KEYS)
+    np.testing.assert_allclose(y, whole, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(found, slopes, rtol=1e-9, atol=1e-12)
+
+    def temporaries(length):
+        arrays = [jnp.zeros((1, length, 1, 4), jnp.float32) for _ in range(3)]
+
+        def total(*arrays):
+            return published.attention(*arrays, "relu", None, original).sum()
+
+        step = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*arrays).compile()
+        return step.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(1200) < 4.5 * temporaries(300)

@@ -33,6 +33,7 @@ from xlformer.errors import UserError, did_you_mean
 from xlformer.kernels.features import FEATURES, Features, wide
 
 STABILISERS = ("original", "original_batch")
+CHUNK_SIZE = 128
 MAXIMA = ("differentiated", "constant")
 # Softmax features that a program has; the generalised ones have no maxima.
 SOFTMAX = ("positive", "regularised", "trigonometric")
@@ -90,7 +91,8 @@ def attention(
       q_BTHK, k_BSHK, v_BSHV: neither scaled nor divided; S is T where causal.
       features_name: of FEATURES; 'hyperbolic' is in neither program.
       projection_MK: rows of random features, or None for generalised ones without.
-      start_BT: the first key that each query sees.
+      start_BT: the first key that each query sees, never decreasing in t; [B, 1] where
+        causal is False.
       valid_BT: which keys count; the others' features are 0, and no maximum is theirs.
     """
     q_BTHM, k_BSHM = features(
@@ -99,7 +101,7 @@ def attention(
     # The sum of the weights is one more value, which is 1 at every key.
     values_BSHV = v_BSHV.astype(wide(v_BSHV.dtype))
     values_BSHV = jnp.pad(values_BSHV, ((0, 0),) * 3 + ((0, 1),), constant_values=1)
-    summed_BTHV = _weighted(q_BTHM, k_BSHM, values_BSHV, start_BT, causal)
+    summed_BTHV = _summed(q_BTHM, k_BSHM, values_BSHV, start_BT, causal)
     y_BTHV, sum_BTH1 = summed_BTHV[..., :-1], summed_BTHV[..., -1:]
     if original.normalised:
         delta = original.renormaliser
@@ -174,13 +176,47 @@ def _half_square(x_BTHK):
     return 0.5 * jnp.square(x_BTHK).sum(-1, keepdims=True)
 
 
-def _weighted(q_BTHM, k_BSHM, v_BSHV, start_BT, causal):
-    """sum_j (q . k_j) v_j over what each query sees."""
-    weight_BHTS = jnp.einsum("BTHM,BSHM->BHTS", q_BTHM, k_BSHM)
+def _summed(q_BTHM, k_BSHM, v_BSHV, start_BT, causal):
+    """sum_s (q_t . k_s) v_s over the keys s that each query t sees, [B, T, H, V]."""
     S = k_BSHM.shape[1]
     if causal:
-        weight_BHTS = jnp.tril(weight_BHTS)
+        if start_BT is None:
+            start_BT = jnp.zeros(q_BTHM.shape[:2], jnp.int32)
+        return _prefix_sums(q_BTHM, k_BSHM, v_BSHV, start_BT)
     if start_BT is not None:
-        seen_BTS = jnp.arange(S)[None, None] >= start_BT[..., None]
-        weight_BHTS = jnp.where(seen_BTS[:, None], weight_BHTS, 0)
-    return jnp.einsum("BHTS,BSHV->BTHV", weight_BHTS, v_BSHV)
+        seen_BS = jnp.arange(S)[None] >= start_BT[:, -1:]
+        k_BSHM = jnp.where(seen_BS[..., None, None], k_BSHM, 0)
+    sums_BHMV = jnp.einsum("BSHM,BSHV->BHMV", k_BSHM, v_BSHV)
+    return jnp.einsum("BTHM,BHMV->BTHV", q_BTHM, sums_BHMV)
+
+
+def _prefix_sums(q_BTHM, k_BTHM, v_BTHV, start_BT):
+    """The same where s <= t, a chunk at a time: memory is linear in T."""
+    B, T, H, M = q_BTHM.shape
+    C = min(T, CHUNK_SIZE)
+    N = -(-T // C)
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, N * C - T)) + ((0, 0),) * (x.ndim - 2), mode="edge")
+        return jnp.moveaxis(x.reshape(B, N, C, *x.shape[2:]), 1, 0)
+
+    def one(sums_BHMV, chunk):
+        first, q, k, v, start_BC = chunk
+        position_C = first + jnp.arange(C)
+        sees_Bts = position_C[None, None] >= start_BC[..., None]
+        sees_Bts &= jnp.tril(jnp.ones((C, C), bool))[None]
+        weight_BHts = jnp.einsum("BtHM,BsHM->BHts", q, k)
+        weight_BHts = jnp.where(sees_Bts[:, None], weight_BHts, 0)
+        before_Bt = start_BC < first
+        past = jnp.einsum("BtHM,BHMV->BtHV", q, sums_BHMV)
+        y = jnp.where(before_Bt[..., None, None], past, 0)
+        y += jnp.einsum("BHts,BsHV->BtHV", weight_BHts, v)
+        # What the last query sees is what the next chunk's first may.
+        kept = jnp.where(before_Bt[:, -1, None, None, None], sums_BHMV, 0)
+        k = jnp.where(sees_Bts[:, -1, :, None, None], k, 0)
+        return kept + jnp.einsum("BsHM,BsHV->BHMV", k, v), y
+
+    chunks = jnp.arange(N) * C, *map(split, (q_BTHM, k_BTHM, v_BTHV, start_BT))
+    sums_BHMV = jnp.zeros((B, H, M, v_BTHV.shape[-1]), q_BTHM.dtype)
+    _, y = lax.scan(jax.checkpoint(one), sums_BHMV, chunks)
+    return jnp.moveaxis(y, 0, 1).reshape(B, N * C, H, -1)[:, :T]

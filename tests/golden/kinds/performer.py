@@ -151,9 +151,10 @@ def _compare(arrays, form, dtype, *, heads_first):
         found = {f"{tag}/{mode}/{grad}/{n}": turned(g) for n, g in grads}
         gradients |= found
         lost = _lost(*made[tag], mode == "causal", dtype) if original.normalised else 0
-        # One key has all the weight, whatever it and the query are: rounding is left.
-        if lost > VALUES[dtype] / 4 or k.shape[1] == 1:
-            least = 10 * max(GRADIENTS[dtype], lost)
+        # One key has all the weight, one feature cancels: to nothing but rounding.
+        zero = min(k.shape[1], made[tag][0].shape[-1]) == 1
+        if zero or lost > VALUES[dtype] / 4:
+            least = max(GRADIENTS[dtype] * (100 if zero else 1), 10 * lost)
             tolerances |= {f"{tag}/{mode}/out": max(VALUES[dtype], 4 * lost)}
             tolerances |= dict.fromkeys(found, least)
     return Comparison(values, gradients, GIVEN, tolerances=tolerances)

@@ -20,6 +20,12 @@ X, Y = np.array([[0.3, -0.2, 0.1, 0.25, -0.1], [0.1, 0.3, -0.2, 0.3, 0.1]])
 PAIRS = np.array([[E1, E1], [-E1, -E1], [X, Y]])
 
 
+projection = jax.jit(
+    favor.projection,
+    static_argnames=("features_name", "m", "K", "orthogonal", "dtype"),
+)
+
+
 @functools.cache
 def draws(orthogonal, m, features_name="positive", K=K):
     """N matrices, as N draws of one layer."""
@@ -152,16 +158,16 @@ def test_a_draw_is_the_same_in_every_precision_and_transformation():
     def layer(carry, number):
         return carry, favor.projection(7, number, 2, **kind)
 
-    alone = np.stack([favor.projection(7, n, 2, **kind) for n in range(3)])
-    together = jax.vmap(lambda n: favor.projection(7, n, 2, **kind))(numbers)
+    alone = np.stack([projection(7, n, 2, **kind) for n in range(3)])
+    together = jax.vmap(lambda n: projection(7, n, 2, **kind))(numbers)
     in_turn = jax.jit(lambda n: jax.lax.scan(layer, 0, n)[1])(numbers)
     np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(in_turn, alone, rtol=1e-5, atol=1e-6)
     with jax.enable_x64(True):
-        double = favor.projection(7, 1, 2, dtype=jnp.float64, **kind)
+        double = projection(7, 1, 2, dtype=jnp.float64, **kind)
     assert double.dtype == np.float64
     np.testing.assert_array_equal(double, alone[1])
-    half = favor.projection(7, 1, 2, dtype=jnp.bfloat16, **kind)
+    half = projection(7, 1, 2, dtype=jnp.bfloat16, **kind)
     np.testing.assert_array_equal(half, alone[1].astype(jnp.bfloat16))
 
 
@@ -169,11 +175,11 @@ def test_a_draw_is_the_same_in_every_precision_and_transformation():
 @pytest.mark.parametrize("features_name", ["positive", favor.REGULARISED])
 def test_seeds_layers_and_draws_differ(features_name, orthogonal):
     kind = dict(features_name=features_name, m=4, K=3, orthogonal=orthogonal)
-    first = favor.projection(7, 1, 2, **kind)
+    first = projection(7, 1, 2, **kind)
     for other in ((8, 1, 2), (7, 2, 2), (7, 1, 3), (7, 2, 1)):
-        found = favor.projection(*other, **kind)
+        found = projection(*other, **kind)
         assert np.abs(found - first).max() > 0.1
-    np.testing.assert_array_equal(first, favor.projection(7, 1, 2, **kind))
+    np.testing.assert_array_equal(first, projection(7, 1, 2, **kind))
 
 
 def test_one_column_has_both_signs():

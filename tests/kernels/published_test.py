@@ -20,7 +20,7 @@ VALUES = RANDOM.normal(size=(B, T, H, V))
 W = RANDOM.normal(size=(M, K))
 WEIGHTS = RANDOM.normal(size=(B, T, H, V))
 # A row with a reset, one that begins in what is carried, one of padding alone.
-START = np.array([[-1, -1, -1, 3, 3, 3, 3], [-1] * T, [0] * T])
+START = np.array([[-1, -1, -1, -1, 4, 4, 4], [-1] * T, [0] * T])
 VALID = np.arange(T)[None] < np.array([[5], [T], [0]])
 
 
@@ -135,13 +135,13 @@ def test_chunks_change_nothing_and_cost_linear_memory(monkeypatch):
     np.testing.assert_allclose(y, whole, rtol=1e-10, atol=1e-13)
     np.testing.assert_allclose(found, slopes, rtol=1e-9, atol=1e-12)
 
-    def temporaries(length):
-        arrays = [jnp.zeros((1, length, 1, 4), jnp.float32) for _ in range(3)]
+    arrays = [jnp.zeros((1, 1200, 1, 4), jnp.float32) for _ in range(3)]
 
-        def total(*arrays):
-            return published.attention(*arrays, "relu", None, original).sum()
+    def total(*arrays):
+        return published.attention(*arrays, "relu", None, original).sum()
 
-        step = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*arrays).compile()
-        return step.memory_analysis().temp_size_in_bytes
-
-    assert temporaries(1200) < 4.5 * temporaries(300)
+    monkeypatch.undo()
+    step = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*arrays).compile()
+    # Less than a number for each query and key of a chunk.
+    most = 1200 * published.CHUNK_SIZE * 4
+    assert step.memory_analysis().temp_size_in_bytes < most

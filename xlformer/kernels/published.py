@@ -216,7 +216,10 @@ def _prefix_sums(q_BTHM, k_BTHM, v_BTHV, start_BT):
         k = jnp.where(sees_Bts[:, -1, :, None, None], k, 0)
         return kept + jnp.einsum("BsHM,BsHV->BHMV", k, v), y
 
-    chunks = jnp.arange(N) * C, *map(split, (q_BTHM, k_BTHM, v_BTHV, start_BT))
+    inputs = q_BTHM, k_BTHM, v_BTHV, start_BT
     sums_BHMV = jnp.zeros((B, H, M, v_BTHV.shape[-1]), q_BTHM.dtype)
+    if N == 1:
+        return one(sums_BHMV, (0, *inputs))[1]
+    chunks = jnp.arange(N) * C, *map(split, inputs)
     _, y = lax.scan(jax.checkpoint(one), sums_BHMV, chunks)
     return jnp.moveaxis(y, 0, 1).reshape(B, N * C, H, -1)[:, :T]

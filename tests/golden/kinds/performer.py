@@ -131,7 +131,9 @@ def _compare(arrays, form, dtype, *, heads_first):
     for tag in sorted({n[0] for n in names}):
         kernel, projected, original = form(tag, False, "constant")
         rows_MK = arrays["projection"] if projected else None
-        made[tag] = published.features(q, k, kernel, rows_MK, original)
+        made[tag] = _features(
+            q, k, features_name=kernel, projection_MK=rows_MK, original=original
+        )
         for which, f_BTHM in zip(("query", "key"), made[tag], strict=True):
             # Heads come first in the features of both programs.
             values[f"{tag}/{which}_features"] = jnp.swapaxes(f_BTHM, 1, 2)
@@ -172,6 +174,9 @@ def _lost(q_BTHM, k_BSHM, causal, dtype):
     return worst * np.finfo(dtype).eps / 2
 
 
+_features = jax.jit(published.features, static_argnames=("features_name", "original"))
+
+
 def _with_gradient(attend, cotangent, *inputs):
     def loss(*inputs):
         y = attend(*inputs)
@@ -186,11 +191,12 @@ def _rows_error(name, w_NMK):
     N, m, K = w_NMK.shape
     one_length = name.endswith("scaling1")
     features_name = favor.REGULARISED if one_length else "positive"
-    ours_NMK = [
-        favor.projection(0, 0, draw, features_name=features_name, m=m, K=K)
-        for draw in range(N)
-    ]
-    theirs, ours = (_defect(x, one_length) for x in (w_NMK, np.stack(ours_NMK)))
+
+    def ours(draw):
+        return favor.projection(0, 0, draw, features_name=features_name, m=m, K=K)
+
+    ours_NMK = jax.jit(jax.vmap(ours))(jnp.arange(N))
+    theirs, ours = (_defect(np.asarray(x), one_length) for x in (w_NMK, ours_NMK))
     # Ours are drawn in float32, whatever the file is compared in.
     return theirs if ours < ROWS else np.inf
 
@@ -217,33 +223,39 @@ def _defect(w_NMK, one_length):
 def _formulas(arrays, dtype):
     """Features, attention and the last sums, from formulas without any stabiliser."""
     q, k, v = (jnp.swapaxes(jnp.asarray(arrays[n]), 1, 2) for n in INPUTS)
-    K = q.shape[-1]
+    K, w_MK = q.shape[-1], jnp.asarray(arrays["projection"])
     x, y = q * K**-0.25, k * K**-0.25
-    tolerances = {}
     values = {"softmax_kernel": jnp.exp(jnp.einsum("BTHK,BSHK->BHTS", x, y))}
+    tolerances = {}
     for mode in MODES:
         out = relative_attention(q * K**-0.5, None, k, v, None, causal=mode == "causal")
         values[f"exact/{mode}/out"] = jnp.swapaxes(out, 1, 2)
     for tag in ("positive", "hyperbolic", "trigonometric", "regularised"):
-        features, w_MK = Features(tag), jnp.asarray(arrays["projection"])
-        if tag == favor.REGULARISED:
-            w_MK = favor.unit(w_MK) * K**0.5
-        made = {}
-        for which, z in ("query", x), ("key", y):
-            log, f = features(z, w_MK)
-            made[which] = jnp.swapaxes(jnp.exp(log)[..., None] * f, 1, 2)
-            values[f"{tag}/{which}_features"] = made[which]
-        by_position = [jnp.swapaxes(f, 1, 2) for f in made.values()]
-        kernel = jnp.einsum("BHTM,BHSM->BHTS", made["query"], made["key"])
-        values[f"{tag}/kernel"] = kernel
+        found, by_position = jax.jit(functools.partial(_formula, tag))(x, y, v, w_MK)
+        values |= {f"{tag}/{name}": value for name, value in found.items()}
         for mode in MODES:
-            causal, name = mode == "causal", f"{tag}/{mode}/out"
-            out, sums = linear_attention(x, y, v, features, w_MK, causal=causal)
-            values[name] = jnp.swapaxes(out, 1, 2)
-            lost = _lost(*by_position, causal, dtype)
+            lost = _lost(*by_position, mode == "causal", dtype)
             if lost > VALUES[dtype] / 4:
-                tolerances[name] = 4 * lost
-        unit = jnp.exp(sums.scale_BH)[..., None]
-        values[f"{tag}/causal/state_S"] = sums.values_BHMV * unit[..., None]
-        values[f"{tag}/causal/state_z"] = sums.keys_BHM * unit
+                tolerances[f"{tag}/{mode}/out"] = 4 * lost
     return Comparison(values, given={*INPUTS, "projection"}, tolerances=tolerances)
+
+
+def _formula(tag, x, y, v, w_MK):
+    """What the file has of one map; and the features [B, T, H, M]."""
+    features, found = Features(tag), {}
+    if tag == favor.REGULARISED:
+        w_MK = favor.unit(w_MK) * w_MK.shape[1] ** 0.5
+    made = [
+        jnp.exp(log)[..., None] * f for log, f in map(features, (x, y), (w_MK,) * 2)
+    ]
+    for which, f_BTHM in zip(("query", "key"), made, strict=True):
+        found[f"{which}_features"] = jnp.swapaxes(f_BTHM, 1, 2)
+    found["kernel"] = jnp.einsum("BTHM,BSHM->BHTS", *made)
+    for mode in MODES:
+        causal = mode == "causal"
+        out, sums = linear_attention(x, y, v, features, w_MK, causal=causal)
+        found[f"{mode}/out"] = jnp.swapaxes(out, 1, 2)
+    unit = jnp.exp(sums.scale_BH)[..., None]
+    found["causal/state_S"] = sums.values_BHMV * unit[..., None]
+    found["causal/state_z"] = sums.keys_BHM * unit
+    return found, made

@@ -14,11 +14,14 @@ the greatest one of ALL keys, and add an epsilon to every feature after that. So
                     Google, JAX         performer-pytorch     Google, TensorFlow
     feature_epsilon 1e-6                1e-4                  1e-6
       generalised   1e-3                1e-3                  1e-3
-    maxima          differentiated      constant (now)        differentiated
+    maxima          differentiated      constant since 2022   differentiated
     renormaliser    feature_epsilon     0                     0
       generalised   0                   0                     0
     sum_epsilon     0                   1e-6 where causal     0
     scaled          softmax features    all features          softmax features
+
+The last one also divides projected generalised features by the root of their number
+before their function: hand it such a projection.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from xlformer.kernels.features import FEATURES, Features, wide
 
 STABILISERS = ("original", "original_batch")
 CHUNK_SIZE = 128
+ROW = (1, 3)  # positions and features, of a row and head
 MAXIMA = ("differentiated", "constant")
 # Softmax features that a program has; the generalised ones have no maxima.
 SOFTMAX = ("positive", "regularised", "trigonometric")
@@ -45,8 +49,9 @@ class Original:
 
     Attributes:
       stabiliser: of what the greatest exponent of keys is taken: 'original' in each row
-        and head, 'original_batch' over all rows and heads too (older versions of both
-        programs, in which a row depends on its batch mates).
+        and head, 'original_batch' over all rows and heads too, where positive (Google's
+        fast_self_attention.py and performer-pytorch until October 2021, in which a row
+        depends on its batch mates).
       feature_epsilon: added to positive and generalised features, not to trigonometric.
       renormaliser: delta; a denominator D with |D| <= delta is taken for D + 2 delta.
       sum_epsilon: added to every entry of the summed keys.
@@ -139,7 +144,9 @@ def _positive(x_BTHK, w_MK, original, valid_BT, *, is_query):
     """(exp(w . x - |x|^2 / 2 - greatest w . x) + epsilon) / sqrt(m)."""
     p_BTHM = jnp.einsum("BTHK,MK->BTHM", x_BTHK, w_MK)
     # Of a query there is one for each position, which cancels but for the epsilon.
-    axes = (-1,) if is_query else _axes(original)
+    axes = (-1,) if is_query else ROW
+    if not is_query and original.stabiliser == "original_batch":
+        axes = (0, 1, 2, 3)
     most = _greatest(p_BTHM, axes, valid_BT, original)
     f_BTHM = _exp(p_BTHM - _half_square(x_BTHK) - most, valid_BT)
     return (f_BTHM + original.feature_epsilon) * w_MK.shape[0] ** -0.5
@@ -149,13 +156,9 @@ def _trigonometric(x_BTHK, w_MK, original, valid_BT, *, is_query):
     """exp(|x|^2 / 2 - the greatest of a sequence) (cos, sin)(w . x) / sqrt(m)."""
     p_BTHM = jnp.einsum("BTHK,MK->BTHM", x_BTHK, w_MK)
     half_BTH1 = _half_square(x_BTHK)
-    most = _greatest(half_BTH1, _axes(original), valid_BT, original)
+    most = _greatest(half_BTH1, ROW, valid_BT, original)
     f_BTHM = jnp.concatenate([jnp.cos(p_BTHM), jnp.sin(p_BTHM)], -1)
     return f_BTHM * _exp(half_BTH1 - most, valid_BT) * w_MK.shape[0] ** -0.5
-
-
-def _axes(original) -> tuple:
-    return (0, 1, 2, 3) if original.stabiliser == "original_batch" else (1, 3)
 
 
 def _greatest(x_BTHM, axes, valid_BT, original):
@@ -197,7 +200,7 @@ def _prefix_sums(q_BTHM, k_BTHM, v_BTHV, start_BT):
     N = -(-T // C)
 
     def split(x):
-        x = jnp.pad(x, ((0, 0), (0, N * C - T)) + ((0, 0),) * (x.ndim - 2), mode="edge")
+        x = jnp.pad(x, ((0, 0), (0, N * C - T)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, N, C, *x.shape[2:]), 1, 0)
 
     def one(sums_BHMV, chunk):

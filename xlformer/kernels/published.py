@@ -4,7 +4,7 @@ Google's fast_attention.py (JAX) and performer-pytorch subtract from a key's exp
 the greatest one of ALL keys, and add an epsilon to every feature after that. So
 
 - outputs depend on keys that come after them, also where they are causal: at unit
-  norms another last key moves earlier outputs by 0.2 with an epsilon of 1e-6, by 0.6
+  norms another last key moves earlier outputs by up to 0.2 with an epsilon of 1e-6, 0.6
   with 1e-4. With 0 it moves none, but keys far below the greatest then vanish;
 - an epsilon is a bias, relative to the largest feature anywhere in the sequence;
 - sums cannot be carried from a segment to the next: their unit is not known before it.

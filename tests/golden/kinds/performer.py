@@ -88,7 +88,8 @@ def _google(config, tag, causal, maxima):
             True,
             Original(
                 feature_epsilon=delta,
-                renormaliser=delta,
+                # Google's program for TensorFlow has none.
+                renormaliser=config.get("renormaliser", delta),
                 maxima=maxima,
                 normalised=normalised,
             ),

@@ -34,9 +34,9 @@ from jax import lax
 
 from xlformer.errors import UserError, did_you_mean
 from xlformer.kernels.features import FEATURES, Features, wide
+from xlformer.kernels.linear_attention import from_features
 
 STABILISERS = ("original", "original_batch")
-CHUNK_SIZE = 128
 ROW = (1, 3)  # positions and features, of a row and head
 MAXIMA = ("differentiated", "constant")
 # Softmax features that a program has; the generalised ones have no maxima.
@@ -78,8 +78,8 @@ class Original:
 
 def attention(
     q_BTHK: jax.Array,
-    k_BSHK: jax.Array,
-    v_BSHV: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHV: jax.Array,
     features_name: str,
     projection_MK: jax.Array | None,
     original: Original,
@@ -93,20 +93,29 @@ def attention(
     Causal only in that no later value is read: see the module. What sees no key is 0.
 
     Args:
-      q_BTHK, k_BSHK, v_BSHV: neither scaled nor divided; S is T where causal.
+      q_BTHK, k_BTHK, v_BTHV: neither scaled nor divided.
       features_name: of FEATURES; 'hyperbolic' is in neither program.
       projection_MK: rows of random features, or None for generalised ones without.
       start_BT: the first key that each query sees, never decreasing in t; [B, 1] where
         causal is False.
       valid_BT: which keys count; the others' features are 0, and no maximum is theirs.
     """
-    q_BTHM, k_BSHM = features(
-        q_BTHK, k_BSHK, features_name, projection_MK, original, valid_BT=valid_BT
+    q_BTHM, k_BTHM = features(
+        q_BTHK, k_BTHK, features_name, projection_MK, original, valid_BT=valid_BT
     )
     # The sum of the weights is one more value, which is 1 at every key.
-    values_BSHV = v_BSHV.astype(wide(v_BSHV.dtype))
-    values_BSHV = jnp.pad(values_BSHV, ((0, 0),) * 3 + ((0, 1),), constant_values=1)
-    summed_BTHV = _summed(q_BTHM, k_BSHM, values_BSHV, start_BT, causal)
+    values_BTHV = v_BTHV.astype(wide(v_BTHV.dtype))
+    values_BTHV = jnp.pad(values_BTHV, ((0, 0),) * 3 + ((0, 1),), constant_values=1)
+    summed_BTHV, _ = from_features(
+        q_BTHM,
+        None,
+        k_BTHM,
+        values_BTHV,
+        start_BT=start_BT,
+        valid_BT=valid_BT,
+        causal=causal,
+        normalise=False,
+    )
     y_BTHV, sum_BTH1 = summed_BTHV[..., :-1], summed_BTHV[..., -1:]
     if original.normalised:
         delta = original.renormaliser
@@ -115,29 +124,29 @@ def attention(
         # 0 / 0 in the programs: padding that sees nothing, whose NaN would spread.
         there = sum_BTH1 != 0
         y_BTHV = jnp.where(there, y_BTHV / jnp.where(there, sum_BTH1, 1), 0)
-    return y_BTHV.astype(v_BSHV.dtype)
+    return y_BTHV.astype(v_BTHV.dtype)
 
 
 def features(
-    q_BTHK, k_BSHK, features_name, projection_MK, original: Original, *, valid_BT=None
+    q_BTHK, k_BTHK, features_name, projection_MK, original: Original, *, valid_BT=None
 ):
-    """Features of queries [B, T, H, M] and keys [B, S, H, M], in float32 at least."""
+    """Features of queries and of keys, [B, T, H, M], in float32 at least."""
     if FEATURES[features_name].softmax and features_name not in SOFTMAX:
         raise UserError(f"no original program has features={features_name!r}")
     dtype = wide(q_BTHK.dtype)
     scale = q_BTHK.shape[-1] ** -0.25 if original.scaled else 1.0
-    q_BTHK, k_BSHK = (x.astype(dtype) * scale for x in (q_BTHK, k_BSHK))
+    q_BTHK, k_BTHK = (x.astype(dtype) * scale for x in (q_BTHK, k_BTHK))
     if not FEATURES[features_name].softmax:
         generalised = Features(features_name, original.feature_epsilon)
-        q_BTHM, k_BSHM = (generalised(x, projection_MK)[1] for x in (q_BTHK, k_BSHK))
+        q_BTHM, k_BTHM = (generalised(x, projection_MK)[1] for x in (q_BTHK, k_BTHK))
     else:
         make = _trigonometric if features_name == "trigonometric" else _positive
         w_MK = lax.stop_gradient(projection_MK).astype(dtype)
         q_BTHM = make(q_BTHK, w_MK, original, None, is_query=True)
-        k_BSHM = make(k_BSHK, w_MK, original, valid_BT, is_query=False)
+        k_BTHM = make(k_BTHK, w_MK, original, valid_BT, is_query=False)
     if valid_BT is not None:
-        k_BSHM = jnp.where(valid_BT[..., None, None], k_BSHM, 0)
-    return q_BTHM, k_BSHM
+        k_BTHM = jnp.where(valid_BT[..., None, None], k_BTHM, 0)
+    return q_BTHM, k_BTHM
 
 
 def _positive(x_BTHK, w_MK, original, valid_BT, *, is_query):
@@ -177,52 +186,3 @@ def _exp(x_BTHM, valid_BT):
 
 def _half_square(x_BTHK):
     return 0.5 * jnp.square(x_BTHK).sum(-1, keepdims=True)
-
-
-def _summed(q_BTHM, k_BSHM, v_BSHV, start_BT, causal):
-    """sum_s (q_t . k_s) v_s over the keys s that each query t sees, [B, T, H, V]."""
-    S = k_BSHM.shape[1]
-    if causal:
-        if start_BT is None:
-            start_BT = jnp.zeros(q_BTHM.shape[:2], jnp.int32)
-        return _prefix_sums(q_BTHM, k_BSHM, v_BSHV, start_BT)
-    if start_BT is not None:
-        seen_BS = jnp.arange(S)[None] >= start_BT[:, -1:]
-        k_BSHM = jnp.where(seen_BS[..., None, None], k_BSHM, 0)
-    sums_BHMV = jnp.einsum("BSHM,BSHV->BHMV", k_BSHM, v_BSHV)
-    return jnp.einsum("BTHM,BHMV->BTHV", q_BTHM, sums_BHMV)
-
-
-def _prefix_sums(q_BTHM, k_BTHM, v_BTHV, start_BT):
-    """The same where s <= t, a chunk at a time: memory is linear in T."""
-    B, T, H, M = q_BTHM.shape
-    C = min(T, CHUNK_SIZE)
-    N = -(-T // C)
-
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, N * C - T)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, N, C, *x.shape[2:]), 1, 0)
-
-    def one(sums_BHMV, chunk):
-        first, q, k, v, start_BC = chunk
-        position_C = first + jnp.arange(C)
-        sees_Bts = position_C[None, None] >= start_BC[..., None]
-        sees_Bts &= jnp.tril(jnp.ones((C, C), bool))[None]
-        weight_BHts = jnp.einsum("BtHM,BsHM->BHts", q, k)
-        weight_BHts = jnp.where(sees_Bts[:, None], weight_BHts, 0)
-        before_Bt = start_BC < first
-        past = jnp.einsum("BtHM,BHMV->BtHV", q, sums_BHMV)
-        y = jnp.where(before_Bt[..., None, None], past, 0)
-        y += jnp.einsum("BHts,BsHV->BtHV", weight_BHts, v)
-        # What the last query sees is what the next chunk's first may.
-        kept = jnp.where(before_Bt[:, -1, None, None, None], sums_BHMV, 0)
-        k = jnp.where(sees_Bts[:, -1, :, None, None], k, 0)
-        return kept + jnp.einsum("BsHM,BsHV->BHMV", k, v), y
-
-    inputs = q_BTHM, k_BTHM, v_BTHV, start_BT
-    sums_BHMV = jnp.zeros((B, H, M, v_BTHV.shape[-1]), q_BTHM.dtype)
-    if N == 1:
-        return one(sums_BHMV, (0, *inputs))[1]
-    chunks = jnp.arange(N) * C, *map(split, inputs)
-    _, y = lax.scan(jax.checkpoint(one), sums_BHMV, chunks)
-    return jnp.moveaxis(y, 0, 1).reshape(B, N * C, H, -1)[:, :T]

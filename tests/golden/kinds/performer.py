@@ -127,6 +127,10 @@ def _compare(arrays, form, dtype, *, heads_first):
     names = {tuple(n.split("/")) for n in arrays if n.count("/")}
     names = {n for n in names if n[0] not in ("kernel_fn", "matrices")}
     q, k, v = (turned(jnp.asarray(arrays[n])) for n in INPUTS)
+    if q.shape[1] != k.shape[1]:
+        raise UserError(
+            f"{q.shape[1]} queries and {k.shape[1]} keys: not of a sequence"
+        )
     cotangent = turned(jnp.asarray(arrays.get("cotangent", 0.0)))
     values, gradients, tolerances, made = {}, {}, {}, {}
     for tag in sorted({n[0] for n in names}):
@@ -163,12 +167,12 @@ def _compare(arrays, form, dtype, *, heads_first):
     return Comparison(values, gradients, GIVEN, tolerances=tolerances)
 
 
-def _lost(q_BTHM, k_BSHM, causal, dtype):
+def _lost(q_BTHM, k_BTHM, causal, dtype):
     """What rounding makes of the worst denominator, relatively: features of both signs
     cancel in it."""
-    q_BTHM, k_BSHM = (np.asarray(x, np.float64) for x in (q_BTHM, k_BSHM))
+    q_BTHM, k_BTHM = (np.asarray(x, np.float64) for x in (q_BTHM, k_BTHM))
     sums_BHT = []
-    for q, k in (q_BTHM, k_BSHM), (np.abs(q_BTHM), np.abs(k_BSHM)):
+    for q, k in (q_BTHM, k_BTHM), (np.abs(q_BTHM), np.abs(k_BTHM)):
         weight_BHTS = np.einsum("BTHM,BSHM->BHTS", q, k)
         sums_BHT.append((np.tril(weight_BHTS) if causal else weight_BHTS).sum(-1))
     worst = np.max(sums_BHT[1] / np.abs(sums_BHT[0]))

@@ -32,7 +32,7 @@ def projection(
     """The rows W [m, K] of a layer's features.
 
     Args:
-      seed: of the model's features, a number from 0 to 2^31 - 1.
+      seed: of the features, from 0 to 2^32 - 1; beyond, draws depend on jax_enable_x64.
       layer, draw: numbers, or traced ones: a vmap over layers is one batched QR.
       features_name: of kernels.features; rows of `regularised` have the norm sqrt(K),
         all others the norms of Gaussian vectors.

@@ -63,6 +63,20 @@ def test_sha_rnns_lamb_equals_its_authors(name):
     assert agrees(name).compared == 30
 
 
+@pytest.mark.parametrize(
+    ("name", "arrays"),
+    [
+        ("performer_formulas", 31),
+        ("performer_google", 51),
+        ("performer_google_renormaliser", 12),
+        ("performer_lucidrains", 19),
+    ],
+)
+def test_performers_attention_equals_both_programs_and_the_formulas(name, arrays):
+    found = agrees(f"{name}.npz")
+    assert found.compared == arrays and max(found.values, found.gradients) < 1e-12
+
+
 # The tool -----------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ ORIGINAL=44781ed21dbaec88b280f74d9ae2877f52b492a5
 NVIDIA=729963dd47e7c8bd462ad10bfac7a7b0b604e6dd
 AWD_LSTM=1d466ec5875675ca6b6f0caacbb741240a29da9e
 SHA_RNN=218d748022dbcf32d50bbbb4d151a9b6de3f8bba
+PERFORMER=fc8b78441b1e27eb5d9b01fc738a8772cee07127
 MODE=measure RESULTS=${OUT:-"$ROOT/runs/gpu"} ONLY="${SECTIONS[*]}"
 
 usage() {
@@ -89,6 +90,8 @@ prepare() {
     # Measured on the CPU. What it is lies at the top, which is always checked out.
     fetch awd-lstm-lm https://github.com/salesforce/awd-lstm-lm "$AWD_LSTM" data
     fetch sha-rnn https://github.com/Smerity/sha-rnn "$SHA_RNN" data
+    fetch performer-pytorch https://github.com/lucidrains/performer-pytorch \
+        "$PERFORMER" performer_pytorch
     "$python" -m pip download --quiet --no-deps --only-binary=:all: \
         --dest "$ROOT/peers" ml_collections==1.1.0
     say "ready; take peers/ along"

@@ -1,0 +1,150 @@
+"""Performer (Choromanski et al. 2020, arXiv:2009.14794).
+
+TODO
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from xlformer.kernels import linear_attention
+from xlformer.layers import adaptive, attention, feed_forward
+from xlformer.models import base, checks
+from xlformer.models.base import Model
+from xlformer.models.performer import flops as flops_lib
+from xlformer.models.performer import layer, trunk
+from xlformer.models.performer.config import LSH, SOFTMAX, PerformerConfig
+from xlformer.models.performer.trunk import Hashes, State, TrunkModule
+from xlformer.models.tokens import TokenModel, Tokens
+from xlformer.models.windowed import Windowed
+
+
+class Performer(TokenModel):
+    """The Performer behind the contract of `Model`, and what it is compared with."""
+
+    Config = PerformerConfig
+
+    def trunk_module(self, dtype) -> TrunkModule:
+        return TrunkModule(self.config, dtype)
+
+    def tokens(self) -> Tokens:
+        """One table, tied."""
+        normal = nn.initializers.normal(self.config.init_std)
+        return Tokens(self.config.bins, table_init=normal)
+
+    def _options(self, x_BT, resets_BT, *more, **options):
+        # Before a segment there is nothing that a reset would hide, and without one
+        # positions are constants of the program.
+        if resets_BT is not None and resets_BT.shape[1] == 1:
+            resets_BT = resets_BT if self.config.carries else None
+        return super()._options(x_BT, resets_BT, *more, **options)
+
+    @property
+    def causal(self) -> bool:
+        return self.config.causal
+
+    @property
+    def memory_length(self) -> int | None:
+        """None where FAVOR's sums are carried; 0 otherwise."""
+        return None if self.config.carries else 0
+
+    @property
+    def extended_length(self) -> int:
+        return self.config.extended_length
+
+    @property
+    def longest_segment(self) -> int | None:
+        config = self.config
+        if not config.bounded:
+            return None
+        return config.context_length - config.extended_length
+
+    @property
+    def segments_equal_one_pass(self) -> bool:
+        return self.config.carries
+
+    @property
+    def positions_from_end(self) -> bool:
+        """True of lsh, whose sorted tokens are cut into chunks, later ones too."""
+        return self.config.mechanism == LSH
+
+    @property
+    def resets_in_segment(self) -> bool:
+        return self.config.resets_inside
+
+    @property
+    def needs_rngs(self) -> bool:
+        return bool(self.config.dropout or self.config.attention_dropout)
+
+    def init_state(self, batch_size: int, dtype=None):
+        config = self.config
+        if config.mechanism == LSH:
+            words_W = jax.random.key_data(jax.random.key(config.feature_seed))
+            return Hashes(jnp.broadcast_to(words_W, (batch_size, *words_W.shape)))
+        if not config.carries:
+            return ()
+        one = linear_attention.empty(
+            batch_size,
+            config.n_head,
+            config.feature_width,
+            config.head_width,
+            jnp.promote_types(dtype or self.dtype(), jnp.float32),
+        )
+        sums = jax.tree.map(lambda x: jnp.stack([x] * config.n_layer), one)
+        zero_B = jnp.zeros(batch_size, jnp.int32)
+        return State(sums, zero_B, zero_B)
+
+    def state_axes(self):
+        if self.config.mechanism == LSH:
+            return Hashes(("batch", None))
+        if not self.config.carries:
+            return ()
+        rows = "layers", "batch", "heads"
+        sums = linear_attention.Sums((*rows, None, None), (*rows, None), rows)
+        return State(sums, ("batch",), ("batch",))
+
+    def param_axes(self, params):
+        tables = attention.PARAM_AXES | feed_forward.PARAM_AXES | adaptive.PARAM_AXES
+        return base.param_axes(params, tables | layer.PARAM_AXES | trunk.PARAM_AXES)
+
+    def for_generation(self) -> Model:
+        """FAVOR's sums are carried, and a token costs the same however many came.
+
+        Without them it is the model on the last context_length tokens, which slide.
+        """
+        if self.causal and not self.config.carries:
+            model = self.for_reading(extended_length=0)
+            return Windowed.of(model, self.config.context_length)
+        return super().for_generation()
+
+    def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
+        checks.heads(self.config, mesh)
+
+    def flops(self, **options) -> flops_lib.Flops:
+        return flops_lib.segment(self.config, **options)
+
+    def kept_for_backward(self) -> float:
+        return flops_lib.kept_for_backward(self.config)
+
+    def summed_activations(self) -> float:
+        """Four sums of the width in each layer (Shoeybi et al. 2019)."""
+        return 4.0 * self.config.n_layer * self.config.d_model
+
+    def to_save_memory(self) -> dict:
+        return {} if self.config.remat != "none" else {"remat": "full"}
+
+    def card(self) -> dict:
+        config = self.config
+        said = {"mechanism": config.mechanism}
+        if config.mechanism == "favor":
+            said |= {
+                "features": config.features,
+                "n_features": config.feature_width,
+                "redraw_interval": config.redraw_interval,
+                "stabiliser": config.stabiliser,
+            }
+        if not config.carries:
+            said["context_length"] = config.context_length
+        return {**super().card(), **said}

@@ -7,6 +7,7 @@ import math
 
 from xlformer.errors import UserError
 from xlformer.fields import FREE, REFUSED, TAKEN, Rule
+from xlformer.kernels.features import FEATURES
 from xlformer.kernels.relative_attention import IMPLEMENTATIONS
 from xlformer.layers.adaptive import Bins
 from xlformer.layers.stack import REMAT
@@ -23,11 +24,6 @@ FAVOR, SOFTMAX, LSH, LINFORMER, IDENTITY = MECHANISMS = (
     "linformer",
     "identity",
 )
-# Feature maps that estimate exp(q.k); those of other kernels; of these the ones that
-# can be negative, so that a sum of products may be 0 or less.
-ESTIMATORS = ("positive", "hyperbolic", "regularised", "trigonometric")
-POSITIVE_KERNELS = ("relu", "elu", "exp", "square", "sigmoid")
-OTHER_KERNELS = ("identity", "tanh", "gelu", "cos", "sin")
 # What only some mechanisms read: set for another one, it is a mistake.
 ONLY_OF = {
     "features": (FAVOR,),
@@ -65,15 +61,13 @@ RULES = {
     "context_length": _SIZE,
     "extended_length": _LENGTH,
     "causal": _PLAIN,
-    "features": Rule(
-        REFUSED, choices=(*ESTIMATORS, *POSITIVE_KERNELS, *OTHER_KERNELS)
-    ),
+    "features": Rule(REFUSED, choices=tuple(FEATURES)),
     "n_features": _LENGTH,
     "projected": _PLAIN,
     "orthogonal": _PLAIN,
     # Another interval counts from here on: rows begin anew where their draw changes.
     "redraw_interval": Rule(TAKEN, least=0),
-    "feature_seed": Rule(REFUSED, least=0, most=(1 << 32) - 1),
+    "feature_seed": _LENGTH,
     "feature_epsilon": Rule(REFUSED, least=0),
     "stabiliser": Rule(REFUSED, choices=("running", "original", "original_batch")),
     "maxima": Rule(TAKEN, choices=("differentiated", "constant")),
@@ -165,8 +159,12 @@ class PerformerConfig:
         """Features of a query or a key."""
         if not self.projected:
             return self.head_width
-        pairs = self.features in ("hyperbolic", "trigonometric")
-        return (2 if pairs else 1) * self.projection_rows
+        return FEATURES[self.features].width * self.projection_rows
+
+    @property
+    def estimates(self) -> bool:
+        """Whether features are those of exp(q.k), and not of a kernel of their own."""
+        return FEATURES[self.features].softmax
 
     @property
     def epsilon(self) -> float:
@@ -176,7 +174,7 @@ class PerformerConfig:
         """
         if self.feature_epsilon is not None:
             return self.feature_epsilon
-        if self.features not in ESTIMATORS:
+        if not self.estimates:
             return 1e-3
         return 0.0 if self.stabiliser == "running" else 1e-6
 
@@ -185,7 +183,7 @@ class PerformerConfig:
         """renormaliser; by default Google's."""
         if self.renormaliser is not None:
             return self.renormaliser
-        return 1e-6 if self.features in ESTIMATORS else 0.0
+        return 1e-6 if self.estimates else 0.0
 
     @property
     def carries(self) -> bool:
@@ -272,19 +270,25 @@ class PerformerConfig:
 
     def _check_features(self):
         shown = f"config.model.features={self.features!r}"
-        estimates = self.features in ESTIMATORS
-        if self.features in OTHER_KERNELS and self.stabiliser == "running":
+        # Trigonometric ones cancel too, but they estimate what is positive.
+        divides = FEATURES[self.features].nonnegative or self.estimates
+        if not divides and self.stabiliser == "running":
+            fine = [n for n, f in FEATURES.items() if f.nonnegative or f.softmax]
             raise UserError(
-                f"{shown} can be negative, and what is divided by 0: choose one of "
-                f"{', '.join((*ESTIMATORS, *POSITIVE_KERNELS))}, or "
-                "stabiliser='original' to have it as it was published"
+                f"{shown} can be negative, and the sums divided by 0: choose one "
+                f"of {', '.join(fine)}; stabiliser='original' has it as published"
             )
-        if not self.projected and (estimates or self.n_features):
-            n = self.n_features
+        if not self.projected and (self.estimates or self.n_features):
             raise UserError(
-                f"config.model.projected=False with {shown} and n_features={n}: "
-                "features without a projection are those of a kernel, one for each "
-                "number of a query"
+                f"config.model.projected=False with {shown} and config.model."
+                f"n_features={self.n_features}: without a projection a feature is made "
+                "of each number of a query, and exp(q.k) is not estimated"
+            )
+        if self.discount_duplicates and not self.same_bucket_only:
+            raise UserError(
+                "config.model.discount_duplicates=True with config.model."
+                "same_bucket_only=False: pairs of different rounds would count 1e9 "
+                "times; set both"
             )
 
     def _check_lengths(self):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from xlformer.kernels import linear_attention, published
+from xlformer.kernels import linear_attention
 from xlformer.kernels.call import OUTPUT_NAME
 from xlformer.kernels.dropout import fold
 from xlformer.kernels.features import Features
@@ -20,7 +20,6 @@ from xlformer.layers import memory as memory_lib
 from xlformer.layers.attention import LEARNED_ABSOLUTE, Attention
 from xlformer.layers.feed_forward import FeedForward, LayerNorm
 from xlformer.models.performer.config import (
-    ESTIMATORS,
     FAVOR,
     IDENTITY,
     LINFORMER,
@@ -152,26 +151,27 @@ class Layer(nn.Module):
 
     def _favor(self, q_BTHK, k_BTHK, v_BTHK, segment: Segment, own: Own, key):
         config, K = self.config, self.config.head_width
-        estimates = config.features in ESTIMATORS
         options: dict[str, Any] = {
             "start_BT": segment.start_BT,
             "valid_BT": segment.valid_BT,
             "causal": config.causal,
         }
         if config.stabiliser != "running":
+            from xlformer.kernels import published
+
             original = published.Original(
                 stabiliser=config.stabiliser,
                 feature_epsilon=config.epsilon,
                 renormaliser=config.delta,
                 maxima=config.maxima,
-                scaled=estimates,
+                scaled=config.estimates,
             )
             arrays = q_BTHK * K**0.5, k_BTHK, v_BTHK
             arguments = *arrays, config.features, own.projection_MK, original
             return published.attention(*arguments, **options), None
         # exp(q.k) of two vectors that are each divided by K^(1/4); other kernels are of
         # q and k as they are (Google's).
-        scale = K**-0.25 if estimates else 1.0
+        scale = K**-0.25 if config.estimates else 1.0
         y_BTHK, sums = linear_attention.linear_attention(
             q_BTHK * (K**0.5 * scale),
             k_BTHK * scale,
@@ -212,23 +212,29 @@ class Layer(nn.Module):
 
     def _lsh(self, q_BTHK, k_BTHK, v_BTHK, segment: Segment, own: Own, key):
         config, K = self.config, self.config.head_width
-        rotations = lsh.rotations(
+        rotations_BHKRN = lsh.rotations(
             fold(segment.hash_B, own.index),
-            n_head=config.n_head,
-            K=K,
-            rounds=config.rounds,
-            buckets=config.buckets,
+            config.n_head,
+            K,
+            config.rounds,
+            config.buckets,
+            q_BTHK.dtype,
+        )
+        options = lsh.Lsh(
+            config.chunk,
+            causal=config.causal,
+            after=0 if config.causal else 1,
+            scaling=config.scaling,
+            same_bucket_only=config.same_bucket_only,
+            discount_duplicates=config.discount_duplicates,
         )
         # Queries are keys: what was learnt as the projection of keys is not read.
         y_BTHK = lsh.lsh_attention(
             q_BTHK * K**0.5,
             v_BTHK,
-            rotations,
-            causal=config.causal,
-            chunk_length=config.chunk,
-            scaling=config.scaling,
-            same_bucket_only=config.same_bucket_only,
-            discount_duplicates=config.discount_duplicates,
+            rotations_BHKRN,
+            options,
+            buckets=config.buckets,
             valid_BT=segment.valid_BT,
         )
         return y_BTHK, None
@@ -243,6 +249,8 @@ class Layer(nn.Module):
             constrain(self.param(name, normal, shape).astype(self.dtype), None, None)
             for name in ("length_keys", "length_values")
         )
+        if config.share_kv:
+            v_BTHK, f_NP = k_BTHK, e_NP
         y_BTHK = linformer.linformer_attention(
             q_BTHK, k_BTHK, v_BTHK, e_NP, f_NP, valid_BT=segment.valid_BT
         )

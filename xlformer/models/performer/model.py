@@ -15,7 +15,7 @@ from xlformer.models import base, checks
 from xlformer.models.base import Model
 from xlformer.models.performer import flops as flops_lib
 from xlformer.models.performer import layer, trunk
-from xlformer.models.performer.config import LSH, SOFTMAX, PerformerConfig
+from xlformer.models.performer.config import LSH, PerformerConfig
 from xlformer.models.performer.trunk import Hashes, State, TrunkModule
 from xlformer.models.tokens import TokenModel, Tokens
 from xlformer.models.windowed import Windowed

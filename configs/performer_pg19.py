@@ -1,6 +1,6 @@
 """PG-19 in 32,768 pieces, with sums over all of a book that came before: 35.7M.
 
-Paper:    Choromanski et al. 2020 (arXiv 2009.14794), section 4.3 and figure 5
+Paper:    Choromanski et al. 2020 (arXiv 2009.14794)
 Command:  python -m xlformer.train --config=performer_pg19 --workdir=runs/pg19
 Hardware: not tried
 Expected: published as curves only: positive features that are drawn anew come to the
@@ -18,7 +18,7 @@ Differs:  the length of a segment, which the paper's text does not say, and the 
 from xlformer.config import default_config, shrink
 
 VOCAB_SIZE = 32_768  # SentencePiece
-PARAMETERS = 0
+PARAMETERS = 35_713_024
 
 SEGMENT = 2048
 

@@ -1,6 +1,6 @@
 """Proteins of TrEMBL, up to 1,024 residues, by 36 layers: causal or masked, 75.7M.
 
-Paper:    Choromanski et al. 2020 (arXiv 2009.14794), section 4.4, appendix C.2
+Paper:    Choromanski et al. 2020 (arXiv 2009.14794)
 Command:  python -m xlformer.train --config=performer_protein --workdir=runs/protein
           python -m xlformer.train --config=performer_protein:causal=False ...
 Hardware: not tried
@@ -14,13 +14,13 @@ Data:     trembl is not built in yet: `:debug` runs on your own text, with
           --config.data.corpus=text --config.data.path=FILE
 Differs:  the paper's ReLU model is its program's default, without a projection:
           projected=False. The batch is ours. Masked, each hidden residue is behind the
-          mask (training/objectives.py), one id and 512 numbers more.
+          mask (training/objectives.py), one id and 513 parameters more.
 """
 
 from xlformer.config import default_config, shrink
 
 VOCAB_SIZE = 25  # the 20 standard residues, and B, O, U, X, Z
-PARAMETERS = 0
+PARAMETERS = 75_640_345
 
 LENGTH = 1024
 

@@ -1,6 +1,6 @@
 """The Performer on the bytes of Python's own standard library: minutes on a CPU.
 
-Paper:    Choromanski et al. 2020 (arXiv 2009.14794), in small: the sizes of vanilla_small
+Paper:    Choromanski et al. 2020 (arXiv 2009.14794), in small: vanilla_small's sizes
 Command:  python -m xlformer.train --config=performer_small --workdir=runs/performer
 Hardware: 2 CPU cores
 Expected: not measured
@@ -23,7 +23,9 @@ OPTIONS = {
 }
 
 
-def get_config(debug=False, batch=0, mechanism="favor", features="positive", causal=True):
+def get_config(
+    debug=False, batch=0, mechanism="favor", features="positive", causal=True
+):
     options = OPTIONS.get(mechanism, {})
     if mechanism == "favor":
         options = {"features": features}

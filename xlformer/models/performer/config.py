@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from xlformer.errors import UserError
 from xlformer.fields import FREE, REFUSED, TAKEN, Rule
@@ -47,8 +48,9 @@ ONLY_OF = {
     "attention_dropout": (SOFTMAX,),
     "attention": (SOFTMAX,),
 }
-# What only the published forms of the estimator have.
+# What only the published forms of the estimator have, and only random projections.
 OF_ORIGINAL = ("maxima", "renormaliser")
+OF_PROJECTION = ("n_features", "orthogonal", "redraw_interval", "feature_seed")
 RULES = {
     "vocab_size": _SIZE,
     "n_layer": _SIZE,
@@ -69,7 +71,7 @@ RULES = {
     "redraw_interval": Rule(TAKEN, least=0),
     "feature_seed": _LENGTH,
     "feature_epsilon": Rule(REFUSED, least=0),
-    "stabiliser": Rule(REFUSED, choices=("running", "original", "original_batch")),
+    "stabiliser": Rule(REFUSED, choices=("running", "original")),
     "maxima": Rule(TAKEN, choices=("differentiated", "constant")),
     "renormaliser": Rule(REFUSED, least=0),
     "rounds": _SIZE,
@@ -120,7 +122,7 @@ class PerformerConfig:
     feature_epsilon: float | None = None  # added to features; None: see `epsilon`
     stabiliser: str = "running"  # strictly causal; original: as published, it leaks
     maxima: str = "differentiated"  # as Google's; constant: as lucidrains'
-    renormaliser: float | None = None  # published: moves denominators off 0; None: 1e-6
+    renormaliser: float | None = None  # published: keeps denominators off 0
     # Reformer's attention
     rounds: int = 4  # of hashing
     buckets: int = 32
@@ -162,6 +164,11 @@ class PerformerConfig:
         return FEATURES[self.features].width * self.projection_rows
 
     @property
+    def interval(self) -> int:
+        """redraw_interval, 0 where nothing is drawn."""
+        return self.redraw_interval if self.projected else 0
+
+    @property
     def estimates(self) -> bool:
         """Whether features are those of exp(q.k), and not of a kernel of their own."""
         return FEATURES[self.features].softmax
@@ -183,7 +190,7 @@ class PerformerConfig:
         """renormaliser; by default Google's."""
         if self.renormaliser is not None:
             return self.renormaliser
-        return 1e-6 if self.estimates else 0.0
+        return self.epsilon if self.estimates else 0.0
 
     @property
     def carries(self) -> bool:
@@ -220,7 +227,7 @@ class PerformerConfig:
 
     def tiny(self) -> PerformerConfig:
         """Returns a model with these options that a CPU trains in seconds: ':debug'."""
-        sizes = {
+        sizes: dict[str, Any] = {
             "n_layer": 2,
             "d_model": 16,
             "n_head": 2,
@@ -228,17 +235,15 @@ class PerformerConfig:
             "d_inner": 32,
             "context_length": 11,
         }
-        # Only where they are read.
-        of_mechanism = {
-            FAVOR: {"n_features": 11 if self.n_features else 0, "redraw_interval": 2},
+        # Only where they are read, and where the model has it at all.
+        sizes |= {
             LSH: {"rounds": 2, "buckets": 4, "chunk": 3},
             LINFORMER: {"projection_length": 5},
-        }
-        sizes |= of_mechanism.get(self.mechanism, {})
-        if not self.redraw_interval:
-            sizes.pop("redraw_interval", None)
-        if self.extended_length:
-            sizes["extended_length"] = 3
+        }.get(self.mechanism, {})
+        optional = {"n_features": 11, "redraw_interval": 2, "extended_length": 3}
+        if not (self.mechanism == FAVOR and self.projected):
+            optional.pop("redraw_interval")
+        sizes |= {name: n for name, n in optional.items() if getattr(self, name)}
         return dataclasses.replace(self, **sizes)
 
     def __post_init__(self):
@@ -257,6 +262,8 @@ class PerformerConfig:
             self._check_read(field, self.mechanism in readers, "mechanism")
         for field in OF_ORIGINAL:
             self._check_read(field, self.stabiliser != "running", "stabiliser")
+        for field in OF_PROJECTION:
+            self._check_read(field, self.projected, "projected")
         self._check_features()
         self._check_lengths()
 
@@ -278,11 +285,15 @@ class PerformerConfig:
                 f"{shown} can be negative, and the sums divided by 0: choose one "
                 f"of {', '.join(fine)}; stabiliser='original' has it as published"
             )
-        if not self.projected and (self.estimates or self.n_features):
+        if not self.projected and self.estimates:
             raise UserError(
-                f"config.model.projected=False with {shown} and config.model."
-                f"n_features={self.n_features}: without a projection a feature is made "
-                "of each number of a query, and exp(q.k) is not estimated"
+                f"config.model.projected=False with {shown}, which estimates exp(q.k) "
+                "by random projections"
+            )
+        if self.stabiliser != "running" and self.features == "hyperbolic":
+            raise UserError(
+                f"{shown} with config.model.stabiliser={self.stabiliser!r}: no program "
+                "has published them"
             )
         if self.discount_duplicates and not self.same_bucket_only:
             raise UserError(

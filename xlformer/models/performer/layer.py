@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from xlformer.kernels import linear_attention
+from xlformer.kernels import linear_attention, published
 from xlformer.kernels.call import OUTPUT_NAME
 from xlformer.kernels.dropout import fold
 from xlformer.kernels.features import Features
@@ -157,10 +157,7 @@ class Layer(nn.Module):
             "causal": config.causal,
         }
         if config.stabiliser != "running":
-            from xlformer.kernels import published
-
             original = published.Original(
-                stabiliser=config.stabiliser,
                 feature_epsilon=config.epsilon,
                 renormaliser=config.delta,
                 maxima=config.maxima,

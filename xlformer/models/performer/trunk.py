@@ -79,7 +79,7 @@ class TrunkModule(nn.Module):
             resets_BT = None  # They lie before the segment, of which there is nothing.
         elif resets_BT is not None and valid_BT is not None:
             resets_BT = resets_BT & valid_BT  # One in the padding is of what follows.
-        draw = favor.draw_number(step, config.redraw_interval)
+        draw = favor.draw_number(step, config.interval)
         before_B, start_BT = _before(config, state, resets_BT, draw, (B, T))
         segment = Segment(
             start_BT,

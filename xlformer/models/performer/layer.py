@@ -113,8 +113,10 @@ class Layer(nn.Module):
             z_BTD, z_BTD, None, keys=(None, keys[1]), attend=turned
         )
         # A query that does see such a vector gives NaN, as if nothing were hidden.
-        visibility = segment.visibility(config.causal)
-        sees_BT = visibility.sees(bad_BT, x_BTD.shape[1])
+        sees_BT = bad_BT
+        if config.mechanism != IDENTITY:
+            visibility = segment.visibility(config.causal)
+            sees_BT = visibility.sees(bad_BT, x_BTD.shape[1])
         y_BTD = x_BTD + jnp.where(sees_BT[..., None], jnp.nan, more_BTD)
         if sums is not None:
             sums = _spoilt(sums, sees_BT[:, -1])

@@ -1,6 +1,50 @@
-"""Performer (Choromanski et al. 2020, arXiv:2009.14794).
+"""Performer (Choromanski et al. 2020, arXiv:2009.14794), and its rivals.
 
-TODO
+A pre-norm Transformer whose attention is one of five mechanisms, all with the same
+parameters, so that weights of one begin a run of another (train --init_from):
+
+- favor: softmax attention estimated by random features, or that of another kernel, in
+  time linear in the length (kernels/features.py, kernels/linear_attention.py). Causal
+  with rotary positions, it carries the sums of all that came before: segments equal one
+  pass, and a generated token costs the same however many there were.
+- softmax: the exact one, of a segment.
+- lsh: Reformer's (layers/lsh.py). Queries are keys: the projection of keys is carried
+  and not read. Its hashes are drawn from a key a row in the state, the same for all
+  rows, anew in each step. Later tokens move the borders of its chunks, so outputs can
+  depend on their hashes, causal or not, and a reset lies only before a segment.
+- linformer: keys and values projected along the length (layers/linformer.py), by E and
+  F of each layer, which no other mechanism has. It looks ahead: causal=False only.
+- identity: each token attends to itself alone; the paper's bound on speed.
+
+From the paper and its programs (Google's, and performer-pytorch) FAVOR differs so:
+
+- Strictly causal. The programs subtract from exponents the largest of all keys, later
+  ones too, and add an epsilon after that; here it is the largest so far, nothing is
+  added, and all is exact with logarithms. stabiliser='original' is as published
+  (kernels/published.py), with feature_epsilon, renormaliser and maxima; it leaks the
+  future through its maximum, and carries nothing.
+- Orthogonal rows are uniform over rotations: the programs take Q of a QR decomposition
+  as it comes, which is biased (layers/favor.py).
+- A projection is drawn from (feature_seed, layer, step // redraw_interval), where
+  Google's program takes the sum of the queries for a seed, in evaluation too, and
+  performer-pytorch counts calls. Evaluation and generation use the checkpoint's draw.
+  Sums of another draw are of other features: rows that carry some begin anew.
+- Padding has no features. performer-pytorch puts zeros in place of keys, whose features
+  are not zero.
+- Features of other kernels (relu, ...) are of q and k as they are, with 1e-3 added, as
+  in Google's program; without a projection (projected=False) as is its default. Those
+  that can be negative need stabiliser='original'; trigonometric ones can cancel too.
+
+And the model: positions are rotary, counted from the row's last reset on (a feature of
+a turned vector knows more than distances), or a learned table, counted from the
+segment's beginning; norms come before each sub-layer, and one at the end; networks are
+ReLU's; no projection of attention has a bias; the one table is tied, and not scaled;
+parameters begin normal (init_std). Attention dropout is of softmax alone, since the
+others have no probabilities of pairs, or drop none here. Not here: reversible layers,
+chunked networks, encoder and decoder, local heads.
+
+What carries nothing continues a text by a window of context_length tokens that slides
+(models/windowed.py), and is scored so too (`evaluate --stride`, extended_length).
 """
 
 from __future__ import annotations
@@ -15,7 +59,7 @@ from xlformer.models import base, checks
 from xlformer.models.base import Model
 from xlformer.models.performer import flops as flops_lib
 from xlformer.models.performer import layer, trunk
-from xlformer.models.performer.config import LSH, PerformerConfig
+from xlformer.models.performer.config import FAVOR, LSH, PerformerConfig
 from xlformer.models.performer.trunk import Hashes, State, TrunkModule
 from xlformer.models.tokens import TokenModel, Tokens
 from xlformer.models.windowed import Windowed
@@ -138,11 +182,11 @@ class Performer(TokenModel):
     def card(self) -> dict:
         config = self.config
         said = {"mechanism": config.mechanism}
-        if config.mechanism == "favor":
+        if config.mechanism == FAVOR:
             said |= {
                 "features": config.features,
                 "n_features": config.feature_width,
-                "redraw_interval": config.redraw_interval,
+                "redraw_interval": config.interval,
                 "stabiliser": config.stabiliser,
             }
         if not config.carries:

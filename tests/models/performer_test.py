@@ -67,8 +67,22 @@ def float64():
         yield
 
 
-def test_keeps_the_contract():
-    testing.check_model(build(dropout=0.3))
+CONTRACT = {
+    "sums": build(dropout=0.3),
+    "window": build(
+        "softmax",
+        positions="learned",
+        context_length=31,
+        extended_length=3,
+        attention_dropout=0.3,
+    ),
+    "both sides": build("linformer", projection_length=5),
+}
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_keeps_the_contract(name):
+    testing.check_model(CONTRACT[name])
 
 
 # FAVOR.

@@ -180,7 +180,12 @@ class Layer(nn.Module):
             sums=own.sums,
             **options,
         )
-        return y_BTHK, sums if config.carries else None
+        if not config.carries:
+            return y_BTHK, None
+        # Each device has those of its own rows and heads.
+        return y_BTHK, jax.tree.map(
+            lambda x: constrain(x, "batch", "heads", *(None,) * (x.ndim - 2)), sums
+        )
 
     def _softmax(self, q_BTHK, k_BTHK, v_BTHK, segment: Segment, own: Own, key):
         config, visibility = self.config, segment.visibility(self.config.causal)

@@ -1,26 +1,23 @@
 """The Performer: the contract, what its estimate comes to, and what it refuses."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_runs import write_text
 
-from xlformer import evaluate, generate, models, runs, testing, train
+from xlformer import generate, models, testing
 from xlformer.errors import UserError
 from xlformer.fields import REFUSED
 from xlformer.models import PerformerConfig
-from xlformer.runs import leaves
-from xlformer.training import start as start_lib
 
 V, D, B, T = 19, 8, 3, 7
 FIELDS = dict(vocab_size=V, n_layer=2, d_model=D, n_head=2, d_inner=11, dropout=0.0)
 FIELDS |= dict(scan_layers=True, context_length=T)
-FAVOR = dict(n_features=5, redraw_interval=7)
-# Two layers with K = 4.
+# A QR decomposition in each program doubles the time to compile: all_models_test.py has
+# orthogonal rows, and one test below.
+FAVOR = dict(n_features=5, redraw_interval=7, orthogonal=False)
 OTHERS = {
     "softmax": {},
     "lsh": dict(chunk=2, buckets=4, rounds=1),
@@ -76,7 +73,6 @@ CONTRACT = {
         extended_length=3,
         attention_dropout=0.3,
     ),
-    "both sides": build("linformer", projection_length=5),
 }
 
 
@@ -97,7 +93,10 @@ def test_many_features_come_to_softmax(float64):
     errors = []
     for m in (16, 1024):
         steps = 7 * np.arange(5, dtype=np.int32)
-        draws = [run(build(n_features=m), x_BTD, params=params, step=s) for s in steps]
+        draws = [
+            run(build(n_features=m, orthogonal=True), x_BTD, params=params, step=s)
+            for s in steps
+        ]
         errors += [np.mean([np.square(y_BTD - exact_BTD) for y_BTD, _ in draws]) ** 0.5]
     seen = np.mean((exact_BTD - alone_BTD) ** 2) ** 0.5
     assert errors[1] < 0.02 * seen and 4 < errors[0] / errors[1] < 16
@@ -151,18 +150,18 @@ def test_positions_count_on_from_the_last_reset(float64):
     options = dict(resets_BT=resets_BT, lengths_B=np.array([T, T, 6]))
     _, state = run(model, x_BTD, **options)
     assert state.position_B.tolist() == [T, 2, 6]  # that of row 2 lies in its padding
-    far = state._replace(position_B=np.full(B, 3_000_017, np.int32))
+    far = state._replace(position_B=np.full(B, 200_000_017, np.int32))
     y_BTD, after = run(model, x_BTD, far)
-    assert after.position_B.tolist() == [3_000_017 + T] * B
+    assert after.position_B.tolist() == [200_000_017 + T] * B
     params, low = jax.tree.map(
         lambda x: np.asarray(x, np.float32) if x.dtype == float else x,
         (weights(model), far),
     )
     with jax.enable_x64(False):
         found_BTD, _ = run(model, x_BTD.astype(np.float32), low, params=params)
-    np.testing.assert_allclose(found_BTD, y_BTD, 0, 3e-3)
+    np.testing.assert_allclose(found_BTD, y_BTD, 0, 1e-3)
     near = state._replace(position_B=np.zeros(B, np.int32))
-    assert np.abs(run(model, x_BTD, near)[0] - y_BTD).max() > 0.03
+    assert np.abs(run(model, x_BTD, near)[0] - y_BTD).max() > 5e-3
 
 
 def test_a_generated_token_costs_the_same_however_many_came():
@@ -263,102 +262,7 @@ def test_flops_grow_with_what_is_seen():
     assert of(T).training == 3 * of(T).forward
 
 
-# Runs.
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("performer")
-    write_text(path / "text.txt")
-    return path
-
-
-def trained(folder, name, form, *flags):
-    """The exit code of a run of the small config on characters."""
-    data = f"--config.data.path={folder / 'text.txt'}", "--config.data.unit=chars"
-    return train.main(
-        [
-            f"--config=performer_small:debug,{form}",
-            f"--workdir={folder / name}",
-            "--config.data.corpus=text",
-            *data,
-            *flags,
-        ]
-    )
-
-
-@pytest.fixture(scope="module")
-def softmax_run(folder):
-    assert trained(folder, "softmax", "mechanism=softmax") == 0
-    return folder / "softmax"
-
-
-def one_line(capsys):
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
-
-
-def test_a_run_goes_on_from_the_weights_of_another_mechanism(
-    folder, softmax_run, capsys
-):
-    start = f"--init_from={softmax_run}:latest"
-    still = "--config.optimizer.learning_rate=0"
-    favor = "--config.model.mechanism=favor"
-    assert trained(folder, "favor", "batch=2", start, still, favor) == 0
-    given, taken = (runs.load(folder / name) for name in ("softmax", "favor"))
-    assert taken.config.model.mechanism == "favor" and taken.model.config.carries
-    jax.tree.map(np.testing.assert_array_equal, given.params, taken.params)
-    # Another number of features is another model.
-    capsys.readouterr()
-    assert (
-        trained(folder, "favor", "batch=2", still, "--config.model.n_features=9") == 2
-    )
-    line = one_line(capsys)
-    assert "config.model.n_features" in line and "9" in line
-    for name in ("lsh", "identity"):
-        config = start_lib.with_model(
-            given.config, str(softmax_run), folder / name, [f"model.mechanism={name}"]
-        )
-        model = models.build(config.model, given.model.vocab_size)
-        shapes = jax.eval_shape(model.init, jax.random.key(0))
-        assert leaves.layouts(shapes) == leaves.layouts(given.params)
-
-
-def test_linformers_projections_are_in_no_other_weights(folder, softmax_run, capsys):
-    flags = (
-        f"--init_from={softmax_run}:latest",
-        "--config.model.mechanism=linformer",
-        "--config.model.causal=False",
-    )
-    form = "mechanism=linformer,causal=False"
-    assert trained(folder, "linformer", form, *flags) == 2
-    line = one_line(capsys)
-    assert "its weights have other shapes than" in line
-    assert "config.model.mechanism='linformer' ('softmax' there)" in line
-
-
-def test_hidden_tokens_are_said_from_both_sides(folder, capsys):
-    assert trained(folder, "masked", "causal=False") == 0
-    card = evaluate.evaluate(folder / "masked", split="test")
-    assert card["objective"] == "masked" and math.isfinite(card["nats_per_token"])
-    assert card["mechanism"] == "favor" and card["redraw_interval"] == 2
-    capsys.readouterr()
-    assert generate.main([f"--workdir={folder / 'masked'}", "--prompt=the"]) == 2
-    assert "cannot continue a text" in one_line(capsys)
-
-
-@pytest.mark.parametrize(
-    ("flag", "line"),
-    [
-        ("model.window=5", "config.model has no field 'window'"),
-        ("model.memory_length=5", "config.model has no field 'memory_length'"),
-        ("eval.memory_length=5", "Performer has no memory_length"),
-    ],
-)
-def test_a_window_or_a_memory_is_not_for_sums(folder, flag, line, capsys):
-    assert trained(folder, "none", "batch=2", f"--config.{flag}") == 2
-    assert line in one_line(capsys)
+# What is refused.
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,11 @@ class PerformerConfig:
         )
 
     @property
+    def caches(self) -> bool:
+        """Whether projections are drawn that reading may keep beside the state."""
+        return self.carries and self.projected
+
+    @property
     def resets_inside(self) -> bool:
         """Whether a reset may lie inside a segment.
 

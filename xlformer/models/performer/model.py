@@ -60,7 +60,7 @@ from xlformer.models.base import Model
 from xlformer.models.performer import flops as flops_lib
 from xlformer.models.performer import layer, trunk
 from xlformer.models.performer.config import FAVOR, LSH, PerformerConfig
-from xlformer.models.performer.trunk import Hashes, State, TrunkModule
+from xlformer.models.performer.trunk import Cached, Hashes, State, TrunkModule
 from xlformer.models.tokens import TokenModel, Tokens
 from xlformer.models.windowed import Windowed
 
@@ -148,6 +148,19 @@ class Performer(TokenModel):
         rows = "layers", "batch", "heads"
         sums = linear_attention.Sums((*rows, None, None), (*rows, None), rows)
         return State(sums, ("batch",), ("batch",))
+
+    def to_cache(self, params, state, *, segment_length: int = 1):
+        """The state, with room for the projections, which then are drawn once."""
+        config = self.config
+        if not config.caches:
+            return state
+        shape = config.n_layer, config.projection_rows, config.head_width
+        dtype = jnp.promote_types(self.dtype(params), jnp.float32)
+        return Cached(state, jnp.zeros(shape, dtype), jnp.full((), -1, jnp.int32))
+
+    def cache_axes(self, *, segment_length: int = 1):
+        axes = self.state_axes()
+        return Cached(axes, (None,) * 3, ()) if self.config.caches else axes
 
     def param_axes(self, params):
         tables = attention.PARAM_AXES | feed_forward.PARAM_AXES | adaptive.PARAM_AXES

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from xlformer.errors import UserError
 from xlformer.kernels.dropout import dropout, fold
@@ -38,6 +39,20 @@ class State(NamedTuple):
     sums: Any
     position_B: Any
     draw_B: Any
+
+
+class Cached(NamedTuple):
+    """A State for reading: what was drawn last is at hand for the next call.
+
+    Attributes:
+      state: the State.
+      w_LMK: the projections of all layers, of all rows.
+      draw: the number of their draw, int32; -1 before there is one.
+    """
+
+    state: Any
+    w_LMK: Any
+    draw: Any
 
 
 class Hashes(NamedTuple):
@@ -80,6 +95,9 @@ class TrunkModule(nn.Module):
         elif resets_BT is not None and valid_BT is not None:
             resets_BT = resets_BT & valid_BT  # One in the padding is of what follows.
         draw = favor.draw_number(step, config.interval)
+        cached = state if isinstance(state, Cached) else None
+        state = cached.state if cached else state
+        w_LMK = self._projections(draw, cached)
         before_B, start_BT = _before(config, state, resets_BT, draw, (B, T))
         segment = Segment(
             start_BT,
@@ -91,20 +109,23 @@ class TrunkModule(nn.Module):
             x_BTD = x_BTD + self._learned(start_BT, T)
         key = None if keys is None else keys.rows_B
         x_BTD = dropout(x_BTD, config.dropout, fold(key, INPUT_KEY))
-        sums = state.sums if config.carries else None
-        y_BTD, sums = self._layers(x_BTD, segment, sums, draw, fold(key, LAYERS_KEY))
+        own = Own(
+            jnp.arange(config.n_layer), w_LMK, state.sums if config.carries else None
+        )
+        y_BTD, sums = self._layers(x_BTD, segment, own, fold(key, LAYERS_KEY))
         y_BTD = LayerNorm(config.norm_epsilon, name="final_norm")(y_BTD)
         if config.carries:
             counts = memory_lib.next_length(before_B, resets_BT, end, M=FARTHEST)
             state = State(sums, counts, jnp.full_like(state.draw_B, draw))
+        if cached:
+            state = Cached(state, w_LMK, draw)
         return y_BTD, state, Aux(0.0, {})
 
-    def _layers(self, x_BTD, segment: Segment, sums, draw, key):
+    def _layers(self, x_BTD, segment: Segment, own: Own, key):
         """All layers: (the output of the last one, their new sums or None)."""
         config = self.config
         # Not a submodule (parent=None): the parameters of all layers are stacked.
         layer = Layer(config, self.dtype, parent=None)
-        own = Own(jnp.arange(config.n_layer), self._projections(draw), sums)
 
         def run_layer(x_BTD, part):
             params, own = part
@@ -136,7 +157,7 @@ class TrunkModule(nn.Module):
 
         return init
 
-    def _projections(self, draw):
+    def _projections(self, draw, cached: Cached | None):
         """The projections of all layers, drawn at once: [L, M, K], or None."""
         config = self.config
         if config.mechanism != FAVOR or not config.projected:
@@ -154,10 +175,16 @@ class TrunkModule(nn.Module):
                 dtype=jnp.promote_types(self.dtype, jnp.float32),
             )
 
-        with jax.named_scope("projections"):
-            # Every device draws all of them: they are small, and a split QR is slow.
+        def drawn():
+            # On every device all of them: they are small, and a split QR is slow.
             w_LMK = jax.vmap(one)(jnp.arange(config.n_layer))
             return constrain(w_LMK, None, None, None)
+
+        with jax.named_scope("projections"):
+            if cached is None:
+                return drawn()
+            # For one token a QR of each layer would cost as much as all the rest.
+            return lax.cond(cached.draw == draw, lambda: cached.w_LMK, drawn)
 
     # Positions ------------------------------------------------------------------------
 

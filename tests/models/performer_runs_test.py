@@ -1,0 +1,107 @@
+"""The Performer in runs: from other weights, on both sides, refused in one line."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from training_runs import write_text
+
+from xlformer import evaluate, generate, models, runs, train
+from xlformer.runs import leaves
+from xlformer.training import start as start_lib
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("performer")
+    write_text(path / "text.txt")
+    return path
+
+
+def trained(folder, name, form, *flags):
+    """The exit code of a run of the small config on characters."""
+    data = f"--config.data.path={folder / 'text.txt'}", "--config.data.unit=chars"
+    return train.main(
+        [
+            f"--config=performer_small:debug,{form}",
+            f"--workdir={folder / name}",
+            "--config.data.corpus=text",
+            *data,
+            *flags,
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def softmax_run(folder):
+    assert trained(folder, "softmax", "mechanism=softmax") == 0
+    return folder / "softmax"
+
+
+def one_line(capsys):
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+def test_a_run_goes_on_from_the_weights_of_another_mechanism(
+    folder, softmax_run, capsys
+):
+    start = f"--init_from={softmax_run}:latest"
+    still = "--config.optimizer.learning_rate=0"
+    favor = "--config.model.mechanism=favor"
+    assert trained(folder, "favor", "batch=2", start, still, favor) == 0
+    given, taken = (runs.load(folder / name) for name in ("softmax", "favor"))
+    assert taken.config.model.mechanism == "favor" and taken.model.config.carries
+    jax.tree.map(np.testing.assert_array_equal, given.params, taken.params)
+    # Another number of features is another model.
+    capsys.readouterr()
+    assert (
+        trained(folder, "favor", "batch=2", still, "--config.model.n_features=9") == 2
+    )
+    line = one_line(capsys)
+    assert "config.model.n_features" in line and "9" in line
+    for name in ("lsh", "identity"):
+        config = start_lib.with_model(
+            given.config, str(softmax_run), folder / name, [f"model.mechanism={name}"]
+        )
+        model = models.build(config.model, given.model.vocab_size)
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        assert leaves.layouts(shapes) == leaves.layouts(given.params)
+
+
+def test_linformers_projections_are_in_no_other_weights(folder, softmax_run, capsys):
+    flags = (
+        f"--init_from={softmax_run}:latest",
+        "--config.model.mechanism=linformer",
+        "--config.model.causal=False",
+    )
+    form = "mechanism=linformer,causal=False"
+    assert trained(folder, "linformer", form, *flags) == 2
+    line = one_line(capsys)
+    assert "its weights have other shapes than" in line
+    assert "config.model.mechanism='linformer' ('softmax' there)" in line
+
+
+def test_hidden_tokens_are_said_from_both_sides(folder, capsys):
+    assert trained(folder, "masked", "causal=False") == 0
+    card = evaluate.evaluate(folder / "masked", split="test")
+    assert card["objective"] == "masked" and math.isfinite(card["nats_per_token"])
+    assert card["mechanism"] == "favor" and card["redraw_interval"] == 2
+    capsys.readouterr()
+    assert generate.main([f"--workdir={folder / 'masked'}", "--prompt=the"]) == 2
+    assert "cannot continue a text" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("flag", "line"),
+    [
+        ("model.window=5", "config.model has no field 'window'"),
+        ("model.memory_length=5", "config.model has no field 'memory_length'"),
+        ("eval.memory_length=5", "Performer has no memory_length"),
+    ],
+)
+def test_a_window_or_a_memory_is_not_for_sums(folder, flag, line, capsys):
+    assert trained(folder, "none", "batch=2", f"--config.{flag}") == 2
+    assert line in one_line(capsys)

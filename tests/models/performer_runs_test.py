@@ -11,6 +11,8 @@ from xlformer import evaluate, generate, models, runs, train
 from xlformer.runs import leaves
 from xlformer.training import start as start_lib
 
+STILL = "--config.optimizer.learning_rate=0"  # the weights stay what they were
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -35,7 +37,7 @@ def trained(folder, name, form, *flags):
 
 @pytest.fixture(scope="module")
 def softmax_run(folder):
-    assert trained(folder, "softmax", "mechanism=softmax") == 0
+    assert trained(folder, "softmax", "mechanism=softmax,causal=False") == 0
     return folder / "softmax"
 
 
@@ -45,30 +47,32 @@ def one_line(capsys):
     return line
 
 
-def test_a_run_goes_on_from_the_weights_of_another_mechanism(
-    folder, softmax_run, capsys
-):
+@pytest.fixture(scope="module")
+def favor_run(folder, softmax_run):
     start = f"--init_from={softmax_run}:latest"
-    still = "--config.optimizer.learning_rate=0"
     favor = "--config.model.mechanism=favor"
-    assert trained(folder, "favor", "batch=2", start, still, favor) == 0
-    given, taken = (runs.load(folder / name) for name in ("softmax", "favor"))
-    assert taken.config.model.mechanism == "favor" and taken.model.config.carries
+    assert trained(folder, "favor", "causal=False", start, STILL, favor) == 0
+    return folder / "favor"
+
+
+def test_a_run_goes_on_from_the_weights_of_another_mechanism(softmax_run, favor_run):
+    given, taken = runs.load(softmax_run), runs.load(favor_run)
+    assert taken.config.model.mechanism == "favor"
     jax.tree.map(np.testing.assert_array_equal, given.params, taken.params)
-    # Another number of features is another model.
-    capsys.readouterr()
-    assert (
-        trained(folder, "favor", "batch=2", still, "--config.model.n_features=9") == 2
-    )
-    line = one_line(capsys)
-    assert "config.model.n_features" in line and "9" in line
     for name in ("lsh", "identity"):
         config = start_lib.with_model(
-            given.config, str(softmax_run), folder / name, [f"model.mechanism={name}"]
+            given.config, str(softmax_run), "none", [f"model.mechanism={name}"]
         )
         model = models.build(config.model, given.model.vocab_size)
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         assert leaves.layouts(shapes) == leaves.layouts(given.params)
+
+
+def test_other_features_are_no_way_to_go_on(folder, favor_run, capsys):
+    for field in ("n_features=9", "feature_seed=1", "features=relu"):
+        flags = STILL, f"--config.model.{field}"
+        assert trained(folder, "favor", "causal=False", *flags) == 2
+        assert f"config.model.{field.partition('=')[0]}" in one_line(capsys)
 
 
 def test_linformers_projections_are_in_no_other_weights(folder, softmax_run, capsys):
@@ -84,13 +88,12 @@ def test_linformers_projections_are_in_no_other_weights(folder, softmax_run, cap
     assert "config.model.mechanism='linformer' ('softmax' there)" in line
 
 
-def test_hidden_tokens_are_said_from_both_sides(folder, capsys):
-    assert trained(folder, "masked", "causal=False") == 0
-    card = evaluate.evaluate(folder / "masked", split="test")
+def test_hidden_tokens_are_said_from_both_sides(favor_run, capsys):
+    card = evaluate.evaluate(favor_run, split="test")
     assert card["objective"] == "masked" and math.isfinite(card["nats_per_token"])
-    assert card["mechanism"] == "favor" and card["redraw_interval"] == 2
+    assert card["mechanism"] == "favor" and card["redraw_interval"] == 1000
     capsys.readouterr()
-    assert generate.main([f"--workdir={folder / 'masked'}", "--prompt=the"]) == 2
+    assert generate.main([f"--workdir={favor_run}", "--prompt=the"]) == 2
     assert "cannot continue a text" in one_line(capsys)
 
 

@@ -3,11 +3,10 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlformer import generate, models, testing
+from xlformer import models, testing
 from xlformer.errors import UserError
 from xlformer.fields import REFUSED
 from xlformer.models import PerformerConfig
@@ -164,24 +163,21 @@ def test_positions_count_on_from_the_last_reset(float64):
     assert np.abs(run(model, x_BTD, near)[0] - y_BTD).max() > 5e-3
 
 
-def test_a_generated_token_costs_the_same_however_many_came():
-    model = build()
-    assert model.for_generation() is model and model.memory_length is None
-    assert model.replay(5) is None
-    params = jax.tree.map(jnp.float32, weights(model))
-    prompts, step = [np.arange(11) % V, np.arange(3)], 15
-    options = dict(num_tokens=6, sampling=generate.Sampling(temperature=0.0))
-    tokens_RN, chosen_RN = generate.generate(
-        model, params, prompts, step=step, **options
-    )
-    for prompt, tokens_N, chosen_N in zip(prompts, tokens_RN, chosen_RN, strict=True):
-        text = np.concatenate([prompt, tokens_N])[None]
-        log_probs_1TV, _ = model.log_probs(
-            params, text[:, :-1], model.init_state(1), step=step
-        )
-        last_NV = log_probs_1TV[0, -6:]
-        np.testing.assert_array_equal(last_NV.argmax(1), tokens_N)
-        np.testing.assert_allclose(last_NV.max(1), chosen_N, 0, 1e-4)
+def test_what_is_not_finite_spoils_those_who_see_it(float64):
+    model, x_BTD = build(), vectors()
+    resets_BT = np.zeros((B, T), bool)
+    resets_BT[1, 5] = True
+    options = dict(resets_BT=resets_BT, lengths_B=np.full(B, T))
+    clean_BTD, state = run(model, x_BTD, **options)
+    x_BTD[:2, 3, 1] = np.nan
+    y_BTD, after = run(model, x_BTD, **options)
+    bad_BT = np.zeros((B, T), bool)
+    bad_BT[0, 3:] = bad_BT[1, 3:5] = True
+    np.testing.assert_array_equal(np.isnan(y_BTD).any(2), bad_BT)
+    np.testing.assert_allclose(y_BTD[~bad_BT], clean_BTD[~bad_BT], 0, 1e-12)
+    next_BTD, again_BTD = (run(model, vectors(), x)[0] for x in (after, state))
+    assert np.isnan(next_BTD[0]).all()
+    np.testing.assert_allclose(next_BTD[1:], again_BTD[1:], 0, 1e-12)
 
 
 # The others.
@@ -285,6 +281,7 @@ def test_flops_grow_with_what_is_seen():
         ),
         (dict(features="hyperbolic", stabiliser="original"), "no program"),
         (dict(mechanism="lsh", discount_duplicates=True), "same_bucket_only=False"),
+        (dict(mechanism="lsh", buckets=5), "buckets=5 must be even"),
         (dict(extended_length=3), "extended_length=3 with .*sums have it"),
         (
             dict(positions="learned", extended_length=T),
@@ -322,6 +319,8 @@ def test_other_features_are_another_model():
 
 
 def test_what_carries_nothing_continues_by_a_window():
+    assert build().for_generation() == build() and build().memory_length is None
+    assert build().replay(5) is None
     for model in (build("softmax"), build("lsh"), build(positions="learned")):
         assert model.memory_length == 0 and model.for_generation().sight == T
     with pytest.raises(UserError, match="causal=False"):

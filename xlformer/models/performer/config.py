@@ -300,6 +300,11 @@ class PerformerConfig:
                 f"{shown} with config.model.stabiliser={self.stabiliser!r}: no program "
                 "has published them"
             )
+        if self.buckets % 2:
+            raise UserError(
+                f"config.model.buckets={self.buckets} must be even: vectors and their "
+                "opposites are hashed alike"
+            )
         if self.discount_duplicates and not self.same_bucket_only:
             raise UserError(
                 "config.model.discount_duplicates=True with config.model."

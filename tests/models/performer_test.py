@@ -9,6 +9,7 @@ import pytest
 from xlformer import models, testing
 from xlformer.errors import UserError
 from xlformer.fields import REFUSED
+from xlformer.layers import favor
 from xlformer.models import PerformerConfig
 
 V, D, B, T = 19, 8, 3, 7
@@ -139,6 +140,17 @@ def test_a_step_has_the_projections_of_its_interval(float64):
     assert np.abs(seven_BTD - six_BTD).max() > 1e-3
     never = build(redraw_interval=0)
     np.testing.assert_array_equal(run(never, x_BTD, step=np.int32(7))[0], six_BTD)
+    # Each layer has its own; reading keeps them beside the state.
+    state = model.to_cache(weights(model), model.init_state(B, float))
+    cached_BTD, kept = run(model, x_BTD, state, step=np.int32(7))
+    np.testing.assert_allclose(cached_BTD, seven_BTD, 0, 1e-12)
+    options = dict(features_name="positive", m=5, K=4, orthogonal=False)
+    for layer, w_MK in enumerate(kept.w_LMK):
+        expected_MK = favor.projection(0, layer, 1, **options)
+        np.testing.assert_allclose(w_MK, expected_MK, 1e-6)
+    later_BTD, _ = run(model, x_BTD, kept, step=np.int32(14))
+    expected_BTD, _ = run(model, x_BTD, step=np.int32(14))
+    np.testing.assert_allclose(later_BTD, expected_BTD, 0, 1e-12)
 
 
 def test_positions_count_on_from_the_last_reset(float64):
@@ -166,14 +178,15 @@ def test_positions_count_on_from_the_last_reset(float64):
 def test_what_is_not_finite_spoils_those_who_see_it(float64):
     model, x_BTD = build(), vectors()
     resets_BT = np.zeros((B, T), bool)
-    resets_BT[1, 5] = True
-    options = dict(resets_BT=resets_BT, lengths_B=np.full(B, T))
+    resets_BT[1, 5] = resets_BT[0, 6] = True  # that of row 0 lies in its padding
+    options = dict(resets_BT=resets_BT, lengths_B=np.array([6, T, T]))
     clean_BTD, state = run(model, x_BTD, **options)
     x_BTD[:2, 3, 1] = np.nan
     y_BTD, after = run(model, x_BTD, **options)
     bad_BT = np.zeros((B, T), bool)
-    bad_BT[0, 3:] = bad_BT[1, 3:5] = True
-    np.testing.assert_array_equal(np.isnan(y_BTD).any(2), bad_BT)
+    bad_BT[0, 3:6] = bad_BT[1, 3:5] = True
+    np.testing.assert_array_equal(np.isnan(y_BTD).any(2)[:, :6], bad_BT[:, :6])
+    bad_BT[0, 6] = True
     np.testing.assert_allclose(y_BTD[~bad_BT], clean_BTD[~bad_BT], 0, 1e-12)
     next_BTD, again_BTD = (run(model, vectors(), x)[0] for x in (after, state))
     assert np.isnan(next_BTD[0]).all()

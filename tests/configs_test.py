@@ -23,6 +23,7 @@ FAMILIES = [
     ("lstm_penn", "lstm_enwik8", "lstm_small"),
     ("universal_base",),
     ("universal_small",),
+    ("performer_imagenet64", "performer_pg19"),
 ]
 CHARACTER = {"attn_type", "pre_norm", "final_norm", "gate", "untie_r", "same_length"}
 CHARACTER |= {"dropout", "attention_dropout", "init_std", "scan_layers"}

@@ -9,7 +9,8 @@ import pytest
 from xlformer import models, testing
 from xlformer.errors import UserError
 from xlformer.fields import REFUSED
-from xlformer.layers import favor
+from xlformer.kernels import linear_attention, published
+from xlformer.layers import favor, lsh
 from xlformer.models import PerformerConfig
 
 V, D, B, T = 19, 8, 3, 7
@@ -248,6 +249,63 @@ def test_hashes_are_of_the_step_and_equal_for_all_rows(float64):
     x_BTD = vectors()
     x_BTD[:, 5:] += 1
     np.testing.assert_array_equal(run(model, x_BTD)[0][:, :5], whole_BTD[:, :5])
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "fields", "where", "found"),
+    [
+        ("lsh", dict(scaling="unit_scaled"), 3, dict(scaling="unit_scaled", after=0)),
+        ("lsh", dict(causal=False, chunk=3), 3, dict(chunk_length=3, after=1)),
+        (
+            "lsh",
+            dict(same_bucket_only=True, discount_duplicates=True),
+            3,
+            dict(same_bucket_only=True, discount_duplicates=True),
+        ),
+        ("favor", dict(feature_epsilon=0.1), 3, dict(name="positive", epsilon=0.1)),
+        ("favor", dict(features="elu"), 3, dict(name="elu", epsilon=1e-3)),
+        (
+            "favor",
+            dict(stabiliser="original", maxima="constant", renormaliser=0.2),
+            5,
+            dict(feature_epsilon=1e-6, maxima="constant", renormaliser=0.2),
+        ),
+        (
+            "favor",
+            dict(stabiliser="original", feature_epsilon=0.1),
+            5,
+            dict(feature_epsilon=0.1, maxima="differentiated", renormaliser=0.1),
+        ),
+    ],
+)
+def test_options_reach_their_operation(monkeypatch, mechanism, fields, where, found):
+    """As Lsh, Features or Original, one of its arguments; nothing is computed."""
+    operation = {
+        "lsh": (lsh, "lsh_attention"),
+        "favor": (linear_attention, "linear_attention"),
+    }[mechanism]
+    if "stabiliser" in fields:
+        operation = published, "attention"
+    seen, real = [], getattr(*operation)
+
+    def spy(*args, **options):
+        seen.append(args[where])
+        return real(*args, **options)
+
+    monkeypatch.setattr(*operation, spy)
+    model, ids_BT = build(mechanism, **fields), np.zeros((B, T), np.int32)
+    arrays = weights(model), ids_BT, ids_BT, model.init_state(B)
+    jax.eval_shape(model.apply, *arrays)
+    assert {name: getattr(seen[0], name) for name in found} == found
+
+
+def test_linformer_may_take_keys_for_values(float64):
+    model = build("linformer", share_kv=True)
+    params = jax.tree.map(np.copy, weights(model))
+    y_BTD, _ = run(model, vectors())
+    layers = params["trunk"]["layers"]
+    layers["attention"]["qkv"][:, :, 2] = layers["length_values"][:] = 7.0
+    np.testing.assert_array_equal(run(model, vectors(), params=params)[0], y_BTD)
 
 
 def test_flops_grow_with_what_is_seen():

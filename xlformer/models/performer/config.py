@@ -287,7 +287,7 @@ class PerformerConfig:
         if not divides and self.stabiliser == "running":
             fine = [n for n, f in FEATURES.items() if f.nonnegative or f.softmax]
             raise UserError(
-                f"{shown} can be negative, and the sums divided by 0: choose one "
+                f"{shown} can be negative, so that a denominator may be 0: choose one "
                 f"of {', '.join(fine)}; stabiliser='original' has it as published"
             )
         if not self.projected and self.estimates:

@@ -1,13 +1,18 @@
 """The Performer in runs: from other weights, on both sides, refused in one line."""
 
 import math
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from training_runs import write_text
 
-from xlformer import evaluate, generate, models, runs, train
+from xlformer import evaluate, generate, models, runs, sharding, train
+from xlformer.kernels import linear_attention
+from xlformer.kernels.features import Features
 from xlformer.runs import leaves
 from xlformer.training import start as start_lib
 
@@ -108,3 +113,22 @@ def test_hidden_tokens_are_said_from_both_sides(favor_run, capsys):
 def test_a_window_or_a_memory_is_not_for_sums(folder, flag, line, capsys):
     assert trained(folder, "none", "batch=2", f"--config.{flag}") == 2
     assert line in one_line(capsys)
+
+
+def test_rows_and_heads_stay_on_their_devices():
+    """Attention exchanges nothing, forward or backward, however long a segment is."""
+    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2})
+    split = NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor"))
+    x_BTHK = jax.ShapeDtypeStruct((4, 600, 4, 4), jnp.float32, sharding=split)
+    w_MK = jax.ShapeDtypeStruct((5, 4), jnp.float32, sharding=sharding.replicated(mesh))
+
+    def attend(q_BTHK, k_BTHK, v_BTHK, d_BTHK, w_MK):
+        def y(*arrays):
+            return linear_attention.linear_attention(*arrays, Features(), w_MK)[0]
+
+        return jax.vjp(y, q_BTHK, k_BTHK, v_BTHK)[1](d_BTHK)
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(attend).lower(*[x_BTHK] * 4, w_MK).compile()
+    exchanged = r"all-gather|all-reduce|all-to-all|collective|reduce-scatter"
+    assert not re.findall(exchanged, compiled.as_text())

@@ -44,6 +44,7 @@ SIZES = {
     "universal": dict(n_step=4, d_model=92, n_head=4, d_inner=368),
     # Its memory is what attention reads, the segment's own vectors among them.
     "sha_rnn": dict(n_layer=2, d_model=62, d_inner=248, memory_length=128),
+    "performer": dict(n_layer=2, d_model=64, n_head=4, d_inner=256),
 }
 # A sequence is read in one segment, and begins with nothing.
 ALONE = {"memory_length": 0}

@@ -23,11 +23,13 @@ FAMILIES = [
     ("lstm_penn", "lstm_enwik8", "lstm_small"),
     ("universal_base",),
     ("universal_small",),
+    ("performer_imagenet64", "performer_pg19"),
 ]
 CHARACTER = {"attn_type", "pre_norm", "final_norm", "gate", "untie_r", "same_length"}
 CHARACTER |= {"dropout", "attention_dropout", "init_std", "scan_layers"}
 CHARACTER |= {"tie_weights", "word_dropout", "weight_dropout", "activation_penalty"}
-CORPORA = {*sources.CORPORA, "stdlib", "text", "lm1b"}  # lm1b is not built in yet
+LATER = {"lm1b", "imagenet64", "pg19", "trembl"}  # not built in yet
+CORPORA = {*sources.CORPORA, "stdlib", "text", *LATER}
 
 
 def shapes(name, vocab_size, **fields):

@@ -91,8 +91,10 @@ def _project(x, projection_MK):
     if projection_MK is None:
         return x.astype(wide(x.dtype))
     rows_MK = lax.stop_gradient(projection_MK).astype(x.dtype)
-    p_NM = product("NK,MK->NM", x.reshape(-1, x.shape[-1]), rows_MK)
-    return p_NM.reshape(*x.shape[:-1], -1)
+    # Not as one matrix [N, K]: rows and heads that are split over different axes of a
+    # mesh would be gathered for it.
+    names = "BHST"[: x.ndim - 1]
+    return product(f"{names}K,MK->{names}M", x, rows_MK)
 
 
 def _half_square(x):

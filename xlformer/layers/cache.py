@@ -213,7 +213,7 @@ def _turned_back(k_BHNK, distance_N):
     dtype = jnp.promote_types(k_BHNK.dtype, jnp.float32)
     table_NK = positions.sinusoid(-np.arange(N), K, dtype)[distance_N]
     k_BNHK = jnp.swapaxes(k_BHNK, 1, 2)
-    return jnp.swapaxes(positions.rotate(k_BNHK, table_NK), 1, 2)
+    return jnp.swapaxes(positions.rotate(k_BNHK, table_NK[None]), 1, 2)
 
 
 def _one_query(qu_BTHK, qw_BTHK, k_BHNK, v_BHNK, r_NHK, visible_BN) -> jax.Array:

@@ -122,3 +122,8 @@ def finite(x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     bad_BS = ~jnp.isfinite(x_BSD).all(axis=-1)
     return jnp.where(bad_BS[..., None], 0, x_BSD), bad_BS
+
+
+def turned(x_BT, turn_B):
+    """Each row turned round to the right by so many positions."""
+    return jax.vmap(lambda x, turn: jnp.roll(x, turn, axis=0))(x_BT, turn_B)

@@ -54,15 +54,16 @@ def _waves(positions, frequencies: np.ndarray, dtype) -> jax.Array:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1).astype(dtype)
 
 
-def rotate(x_BSHK: jax.Array, table_SK: jax.Array) -> jax.Array:
+def rotate(x_BSHK: jax.Array, table_BSK: jax.Array) -> jax.Array:
     """Turns pairs (i, i + K/2) by an angle for each position (rotary positions).
 
     Products of a query and a key that are both turned depend on their distance only (Su
-    et al. 2021, arXiv:2104.09864). table_SK is the sinusoid of each position. The paper
-    pairs neighbours (2i, 2i + 1): the same up to the order of a head's columns.
+    et al. 2021, arXiv:2104.09864). table_BSK is the sinusoid of each position, of each
+    row or [1, S, K]. The paper pairs neighbours (2i, 2i + 1): the same up to the order
+    of a head's columns.
     """
-    sin, cos = (part[None, :, None] for part in jnp.split(table_SK, 2, axis=-1))
-    a, b = jnp.split(x_BSHK.astype(table_SK.dtype), 2, axis=-1)
+    sin, cos = (part[:, :, None] for part in jnp.split(table_BSK, 2, axis=-1))
+    a, b = jnp.split(x_BSHK.astype(table_BSK.dtype), 2, axis=-1)
     turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
     return turned.astype(x_BSHK.dtype)
 
@@ -72,8 +73,9 @@ def rotated(q_BTHK: jax.Array, k_BSHK: jax.Array) -> tuple[jax.Array, jax.Array]
     S, K = k_BSHK.shape[1], k_BSHK.shape[-1]
     # Angles need at least float32, whatever the keys are: see `sinusoid`.
     dtype = jnp.promote_types(k_BSHK.dtype, jnp.float32)
-    table_SK = sinusoid(np.arange(S), K, dtype)
-    return rotate(q_BTHK, table_SK[S - q_BTHK.shape[1] :]), rotate(k_BSHK, table_SK)
+    table_1SK = sinusoid(np.arange(S)[None], K, dtype)
+    T = q_BTHK.shape[1]
+    return rotate(q_BTHK, table_1SK[:, S - T :]), rotate(k_BSHK, table_1SK)
 
 
 def distances(S: int, clamp_length: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from xlformer.errors import UserError, did_you_mean
 from xlformer.fields import REFUSED, Rule
 from xlformer.models.base import Aux, Model
 from xlformer.models.lstm import LSTM, LSTMConfig
+from xlformer.models.performer import Performer, PerformerConfig
 from xlformer.models.sha_rnn import SHARNN, SHARNNConfig
 from xlformer.models.transformer_xl import TransformerXL, TransformerXLConfig
 from xlformer.models.universal import UniversalConfig, UniversalTransformer
@@ -21,6 +22,8 @@ __all__ = [
     "Aux",
     "LSTMConfig",
     "Model",
+    "Performer",
+    "PerformerConfig",
     "SHARNNConfig",
     "TransformerXL",
     "TransformerXLConfig",
@@ -39,6 +42,7 @@ MODELS: dict[str, type[Model]] = {
     "sha_rnn": SHARNN,
     "universal": UniversalTransformer,
     "vanilla": VanillaTransformer,
+    "performer": Performer,
 }
 
 

@@ -113,7 +113,7 @@ class TrunkModule(nn.Module):
                 # Only what comes before a position can be hidden, by where it begins to
                 # see. So the padding is turned round to the front.
                 turn_B = T - jnp.broadcast_to(lengths, x_BTD.shape[:1])
-                x_BTD = _turned(x_BTD, turn_B)
+                x_BTD = memory_lib.turned(x_BTD, turn_B)
         start_BT = self._start(state, resets_BT, turn_B, T)
         key = None if keys is None else keys.rows_B
         segment = Segment(
@@ -129,7 +129,7 @@ class TrunkModule(nn.Module):
             y_BTD = LayerNorm(config.norm_epsilon, name="final_norm")(y_BTD)
         if turn_B is not None:
             y_BTD, halting = jax.tree.map(
-                lambda x: _turned(x, -turn_B), (y_BTD, halting)
+                lambda x: memory_lib.turned(x, -turn_B), (y_BTD, halting)
             )
         position_B = memory_lib.next_length(
             state.position_B, resets_BT, end, M=farthest(config)
@@ -289,11 +289,6 @@ class TrunkModule(nn.Module):
 def _valid(shape, lengths):
     lengths_B = jnp.broadcast_to(lengths, shape[:1])
     return jnp.arange(shape[1])[None] < lengths_B[:, None]
-
-
-def _turned(x_BT, turn_B):
-    """Each row turned round to the right by so many positions."""
-    return jax.vmap(lambda x, turn: jnp.roll(x, turn, axis=0))(x_BT, turn_B)
 
 
 def _mean(x_BT, lengths):

@@ -1,0 +1,51 @@
+"""PG-19 in 32,768 pieces, with sums over all of a book that came before: 35.7M.
+
+Paper:    Choromanski et al. 2020 (arXiv 2009.14794)
+Command:  python -m xlformer.train --config=performer_pg19 --workdir=runs/pg19
+Hardware: not tried
+Expected: published as curves only: positive features that are drawn anew come to the
+          exact Transformer, without new draws they stay above it, trigonometric ones
+          are unstable, and performer_pg19:features=regularised converges sooner. Words
+          are counted from pieces: perplexity per word = exp(1.5487 loss) on validation,
+          exp(1.5359 loss) on test. Not measured here.
+Data:     pg19 is not built in yet: `:debug` runs on your own text, with
+          --config.data.corpus=text --config.data.path=FILE
+Variant:  performer_pg19:mechanism=softmax, whose weights --init_from takes
+Differs:  the length of a segment, which the paper's text does not say, and the batch
+          are ours; sums are carried from segment to segment, where the paper has none.
+"""
+
+from xlformer.config import default_config, shrink
+
+VOCAB_SIZE = 32_768  # SentencePiece
+PARAMETERS = 35_713_024
+
+SEGMENT = 2048
+
+
+def get_config(debug=False, batch=0, mechanism="favor", features="positive"):
+    favor = {"features": features, "n_features": 256}
+    config = default_config(
+        "performer",
+        n_layer=6,
+        d_model=512,
+        n_head=8,
+        d_inner=2048,
+        mechanism=mechanism,
+        context_length=SEGMENT,
+        dropout=0.1,
+        scan_layers=True,
+        **(favor if mechanism == "favor" else {}),
+    )
+    config.data.corpus = "pg19"
+    config.train.update(steps=100_000, batch_size=64, segment_length=SEGMENT)
+    config.train.update(log_every=200, eval_every=4000, save_every=4000)
+    config.optimizer.update(name="adamw", learning_rate=1e-3, schedule="constant")
+    config.optimizer.update(b1=0.9, b2=0.98, epsilon=1e-9, clip_norm=0.5)
+    config.optimizer.weight_decay = 0.1
+    config.eval.update(segment_length=SEGMENT, batch_size=8)
+    config.eval.max_tokens = 1_000_000  # in training: a part of the split
+    if debug:
+        shrink(config)
+    config.train.batch_size = batch or config.train.batch_size
+    return config

@@ -89,3 +89,17 @@ def test_more_positions_than_rows_are_refused():
         linformer_attention(q, k, v, e, e)
     y = linformer_attention(q, k[:, :N], v[:, :N], e, e)
     assert y.shape == (B, 12, H, V)
+
+
+def test_bfloat16_trains_on_a_cpu_too():
+    given = floats((B, T, H, K), (B, T, H, K), (B, T, H, V), (N, P), (N, P))
+
+    def grads(dtype):
+        def loss(arrays):
+            return jnp.square(linformer_attention(*arrays).astype(jnp.float32)).sum()
+
+        return jax.jit(jax.grad(loss))([x.astype(dtype) for x in given])
+
+    for rough, fine in zip(grads(jnp.bfloat16), grads(jnp.float32), strict=True):
+        error = np.linalg.norm(rough.astype(jnp.float32) - fine)
+        assert error < 0.05 * np.linalg.norm(fine)

@@ -51,7 +51,9 @@ def linformer_attention(
         return jnp.einsum(letters, *arrays, preferred_element_type=exact)
 
     def projected(x_BSHK, e_NP):
-        x_BPHK = product("BSHK,SP->BPHK", x_BSHK, e_NP[:S]).astype(x_BSHK.dtype)
+        # Rounded to its dtype at once: for a gradient of this product in bfloat16 that
+        # is summed in float32 XLA has no program on a CPU (jaxlib 0.10.2).
+        x_BPHK = jnp.einsum("BSHK,SP->BPHK", x_BSHK, e_NP[:S])
         return jnp.broadcast_to(x_BPHK, (B, x_BPHK.shape[1], H, x_BPHK.shape[3]))
 
     with jax.named_scope("length"):

@@ -130,6 +130,18 @@ def test_a_row_whose_sums_are_of_another_draw_begins_anew(float64):
     np.testing.assert_array_equal(after.sums.keys_BHM[:, 0], on.sums.keys_BHM[:, 0])
 
 
+def test_a_row_without_a_token_keeps_the_draw_of_its_sums(float64):
+    """Else the next call took sums of the old draw for those of the new one."""
+    model, x_BTD = build(), vectors()
+    _, state = run(model, x_BTD, step=np.int32(6))
+    _, after = run(model, x_BTD, state, step=np.int32(7), lengths_B=np.array([0, T, 2]))
+    assert after.draw_B.tolist() == [0, 1, 1]
+    assert after.position_B.tolist() == [T, T, 2]
+    y_BTD, _ = run(model, x_BTD, after, step=np.int32(7))
+    fresh_BTD, _ = run(model, x_BTD, step=np.int32(7))
+    np.testing.assert_array_equal(y_BTD[0], fresh_BTD[0])
+
+
 def test_a_step_has_the_projections_of_its_interval(float64):
     model, x_BTD = build(), vectors()
     none_BTD, zero_BTD, six_BTD, seven_BTD = (

@@ -116,7 +116,11 @@ class TrunkModule(nn.Module):
         y_BTD = LayerNorm(config.norm_epsilon, name="final_norm")(y_BTD)
         if config.carries:
             counts = memory_lib.next_length(before_B, resets_BT, end, M=FARTHEST)
-            state = State(sums, counts, jnp.full_like(state.draw_B, draw))
+            # A row without a token keeps its sums, and so what these are made of.
+            some_B = jnp.broadcast_to(jnp.asarray(end) > 0, (B,))
+            position_B = jnp.where(some_B, counts, state.position_B)
+            draw_B = jnp.where(some_B, draw, state.draw_B)
+            state = State(sums, position_B, draw_B)
         if cached:
             state = Cached(state, w_LMK, draw)
         return y_BTD, state, Aux(0.0, {})

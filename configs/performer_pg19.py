@@ -24,7 +24,6 @@ SEGMENT = 2048
 
 
 def get_config(debug=False, batch=0, mechanism="favor", features="positive"):
-    favor = {"features": features, "n_features": 256}
     config = default_config(
         "performer",
         n_layer=6,
@@ -32,10 +31,11 @@ def get_config(debug=False, batch=0, mechanism="favor", features="positive"):
         n_head=8,
         d_inner=2048,
         mechanism=mechanism,
+        features=features,
+        n_features=256 if mechanism == "favor" else 0,
         context_length=SEGMENT,
         dropout=0.1,
         scan_layers=True,
-        **(favor if mechanism == "favor" else {}),
     )
     config.data.corpus = "pg19"
     config.train.update(steps=100_000, batch_size=64, segment_length=SEGMENT)

@@ -26,9 +26,6 @@ OPTIONS = {
 def get_config(
     debug=False, batch=0, mechanism="favor", features="positive", causal=True
 ):
-    options = OPTIONS.get(mechanism, {})
-    if mechanism == "favor":
-        options = {"features": features}
     config = default_config(
         "performer",
         n_layer=3,
@@ -36,10 +33,11 @@ def get_config(
         n_head=4,
         d_inner=512,
         mechanism=mechanism,
+        features=features,
         context_length=SEGMENT,
         causal=causal,
         dropout=0.0,  # less than one epoch: nothing to overfit
-        **options,
+        **OPTIONS.get(mechanism, {}),
     )
     config.data.corpus = "stdlib"
     config.train.update(steps=3200, batch_size=16, segment_length=SEGMENT)

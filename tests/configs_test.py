@@ -151,3 +151,14 @@ def test_text_takes_your_own_text():
 def test_unknown_argument_names_the_nearest():
     with pytest.raises(UserError, match="'debgu', did you mean 'debug'?"):
         config.load("enwik8_base:debgu")
+
+
+def test_arguments_of_the_performer_that_nothing_reads_are_refused():
+    for name in ("performer_small", "performer_pg19", "performer_protein"):
+        with pytest.raises(UserError, match="features=elu with .*mechanism='softmax'"):
+            config.load(f"{name}:mechanism=softmax,features=elu")
+        config.load(f"{name}:mechanism=softmax,debug")
+    found = config.load("performer_protein:features=positive,projected").model
+    assert (found.features, found.n_features) == ("positive", 256)
+    found = config.load("performer_protein").model
+    assert (found.features, found.projected, found.n_features) == ("relu", False, 0)

@@ -359,6 +359,10 @@ def test_flops_grow_with_what_is_seen():
         (dict(maxima="constant"), "maxima=constant with .*stabiliser='running'"),
         (dict(renormaliser=0.1), "renormaliser=0.1 with .*stabiliser='running'"),
         (
+            dict(features="tanh", stabiliser="original", maxima="constant"),
+            "maxima=constant with .*features='tanh'.*: leave it differentiated",
+        ),
+        (
             dict(features="relu", projected=False, n_features=5),
             "n_features=5 with .*projected=False",
         ),
@@ -366,6 +370,11 @@ def test_flops_grow_with_what_is_seen():
         (dict(mechanism="lsh", discount_duplicates=True), "same_bucket_only=False"),
         (dict(mechanism="lsh", buckets=5), "buckets=5 must be even"),
         (dict(extended_length=3), "extended_length=3 with .*sums have it"),
+        (dict(mechanism="lsh", extended_length=3), "=3 with .*mechanism='lsh'.*hidden"),
+        (
+            dict(mechanism="softmax", causal=False, extended_length=3),
+            "extended_length=3 with .*causal=False.*hidden",
+        ),
         (
             dict(positions="learned", extended_length=T),
             f"extended_length={T} must be below config.model.context_length={T}",
@@ -381,8 +390,9 @@ def test_refuses_in_one_line(fields, line):
 
 
 def test_what_is_published_may_be_had():
-    for features in ("tanh", "cos", "trigonometric"):
-        build(features=features, stabiliser="original", maxima="constant")
+    for features in ("tanh", "cos"):
+        build(features=features, stabiliser="original")
+    build(features="trigonometric", stabiliser="original", maxima="constant")
     assert build(features="trigonometric").config.carries
     assert not build(stabiliser="original").config.carries
 

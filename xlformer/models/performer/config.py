@@ -269,15 +269,18 @@ class PerformerConfig:
             self._check_read(field, self.stabiliser != "running", "stabiliser")
         for field in OF_PROJECTION:
             self._check_read(field, self.projected, "projected")
+        # The greatest exponents are of those that estimate exp(q.k).
+        self._check_read("maxima", self.estimates, "features")
         self._check_features()
         self._check_lengths()
 
     def _check_read(self, field: str, read: bool, decides: str) -> None:
-        value = getattr(self, field)
-        if not read and value != getattr(PerformerConfig, field):
+        value, default = getattr(self, field), getattr(PerformerConfig, field)
+        if not read and value != default:
             raise UserError(
                 f"config.model.{field}={value} with config.model.{decides}="
-                f"{getattr(self, decides)!r}, which does not read it"
+                f"{getattr(self, decides)!r}, which does not read it: leave it "
+                f"{default}"
             )
 
     def _check_features(self):
@@ -323,6 +326,13 @@ class PerformerConfig:
             raise UserError(
                 f"config.model.extended_length={self.extended_length} with config."
                 "model.mechanism='favor', whose sums have it already; set it to 0"
+            )
+        if self.extended_length and not self.resets_inside:
+            why = f"mechanism={self.mechanism!r}" if self.causal else "causal=False"
+            raise UserError(
+                f"config.model.extended_length={self.extended_length} with config."
+                f"model.{why}: what comes before a text could not be hidden within a "
+                "segment; set it to 0"
             )
         if self.bounded and self.extended_length >= self.context_length:
             raise UserError(

@@ -43,8 +43,9 @@ parameters begin normal (init_std). Attention dropout is of softmax alone, since
 others have no probabilities of pairs, or drop none here. Not here: reversible layers,
 chunked networks, encoder and decoder, local heads.
 
-What carries nothing continues a text by a window of context_length tokens that slides
-(models/windowed.py), and is scored so too (`evaluate --stride`, extended_length).
+What is causal and carries no sums continues a text by a window of context_length tokens
+that slides (models/windowed.py), and is scored so too (`evaluate --stride`,
+extended_length), but for lsh, where no reset lies inside a window.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PG-19 in 32,768 pieces, with sums over all of a book that came before: 35.7M.
+"""PG-19 in 32,768 pieces, in segments that see themselves alone: 35.7M.
 
 Paper:    Choromanski et al. 2020 (arXiv 2009.14794)
 Command:  python -m xlformer.train --config=performer_pg19 --workdir=runs/pg19
@@ -10,9 +10,10 @@ Expected: published as curves only: positive features that are drawn anew come t
           exp(1.5359 loss) on test. Not measured here.
 Data:     pg19 is not built in yet: `:debug` runs on your own text, with
           --config.data.corpus=text --config.data.path=FILE
-Variant:  performer_pg19:mechanism=softmax, whose weights --init_from takes
+Variant:  performer_pg19:mechanism=softmax, whose weights --init_from takes;
+          performer_pg19:carry=True, with sums over all of a book that came before
 Differs:  the length of a segment, which the paper's text does not say, and the batch
-          are ours; sums are carried from segment to segment, where the paper has none.
+          are ours.
 """
 
 from xlformer.config import default_config, shrink
@@ -23,7 +24,9 @@ PARAMETERS = 35_713_024
 SEGMENT = 2048
 
 
-def get_config(debug=False, batch=0, mechanism="favor", features="positive"):
+def get_config(
+    debug=False, batch=0, mechanism="favor", features="positive", carry=False
+):
     config = default_config(
         "performer",
         n_layer=6,
@@ -31,6 +34,7 @@ def get_config(debug=False, batch=0, mechanism="favor", features="positive"):
         n_head=8,
         d_inner=2048,
         mechanism=mechanism,
+        carry_sums=carry or mechanism != "favor",
         features=features,
         n_features=256 if mechanism == "favor" else 0,
         context_length=SEGMENT,

@@ -41,6 +41,7 @@ def get_config(
         n_head=8,
         d_inner=1024,
         mechanism=mechanism,
+        carry_sums=not favor,  # a protein sees no other
         # The model's own default where no features are read.
         features=features or ("relu" if favor else "positive"),
         projected=projected or not favor,

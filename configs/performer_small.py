@@ -9,6 +9,9 @@ Variant:  performer_small:mechanism=softmax, or lsh, linformer, identity: the sa
           after a token, so it is trained to say hidden ones; no score of it compares.
           performer_small:mechanism=linformer,causal=False; causal=False for the others
           makes them comparable with it.
+          performer_small:carry=False, whose segments see themselves alone: 3.14 bits
+          after 300 steps of 4 x 256 bytes, 3.45 with sums of all that came before
+          (2026-11-26).
 """
 
 from xlformer.config import default_config, shrink
@@ -24,7 +27,12 @@ OPTIONS = {
 
 
 def get_config(
-    debug=False, batch=0, mechanism="favor", features="positive", causal=True
+    debug=False,
+    batch=0,
+    mechanism="favor",
+    features="positive",
+    carry=True,
+    causal=True,
 ):
     config = default_config(
         "performer",
@@ -33,6 +41,7 @@ def get_config(
         n_head=4,
         d_inner=512,
         mechanism=mechanism,
+        carry_sums=carry,
         features=features,
         context_length=SEGMENT,
         causal=causal,

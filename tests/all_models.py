@@ -29,8 +29,17 @@ def folder(path):
 
 @functools.cache
 def config_name(model):
-    """A config of this model that comes with the package."""
-    return next(n for n in config_lib.names() if _model(n) == model)
+    """A config of this model that comes with the package.
+
+    The first one that carries something from step to step, if any does.
+    """
+    found = [n for n in config_lib.names() if _model(n) == model]
+    return next(filter(_carries, found), found[0])
+
+
+def _carries(name):
+    model = models.build(config_lib.load(f"{name}:debug").model, len(set(TEXT)))
+    return bool(jax.tree.leaves(jax.eval_shape(lambda: model.init_state(1))))
 
 
 @functools.cache

@@ -411,10 +411,23 @@ def test_other_features_are_another_model():
         assert rules[field].resume == REFUSED
 
 
+def test_a_segment_that_carries_nothing_is_one_at_the_beginning():
+    carrying, alone = build(), build(carry_sums=False)
+    params, ids_BT = (
+        carrying.init(jax.random.key(0)),
+        np.arange(B * T).reshape(B, T) % V,
+    )
+    first, _ = jax.jit(carrying.log_probs)(params, ids_BT, carrying.init_state(B))
+    found, state = jax.jit(alone.log_probs)(params, ids_BT, alone.init_state(B))
+    np.testing.assert_array_equal(found, first)
+    assert not jax.tree.leaves(state)
+
+
 def test_what_carries_nothing_continues_by_a_window():
     assert build().for_generation() == build() and build().memory_length is None
     assert build().replay(5) is None
-    for model in (build("softmax"), build("lsh"), build(positions="learned")):
+    alone = build(positions="learned"), build(carry_sums=False)
+    for model in (build("softmax"), build("lsh"), *alone):
         assert model.memory_length == 0 and model.for_generation().sight == T
     with pytest.raises(UserError, match="causal=False"):
         build("linformer").for_generation()

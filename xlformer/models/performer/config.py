@@ -27,6 +27,7 @@ FAVOR, SOFTMAX, LSH, LINFORMER, IDENTITY = MECHANISMS = (
 )
 # What only some mechanisms read: set for another one, it is a mistake.
 ONLY_OF = {
+    "carry_sums": (FAVOR,),
     "features": (FAVOR,),
     "n_features": (FAVOR,),
     "projected": (FAVOR,),
@@ -63,6 +64,7 @@ RULES = {
     "context_length": _SIZE,
     "extended_length": _LENGTH,
     "causal": _PLAIN,
+    "carry_sums": _PLAIN,
     "features": Rule(REFUSED, choices=tuple(FEATURES)),
     "n_features": _LENGTH,
     "projected": _PLAIN,
@@ -113,6 +115,7 @@ class PerformerConfig:
     extended_length: int = 0  # leading inputs without a target: `evaluate --stride`
     causal: bool = True
     # FAVOR
+    carry_sums: bool = True  # into the next segment, where positions are rotary
     features: str = "positive"  # or another map of kernels/features.py
     n_features: int = 0  # rows of the projection; 0: K ln K of heads of width K
     projected: bool = True  # False: features of a kernel are those of q and k itself
@@ -201,6 +204,7 @@ class PerformerConfig:
         """
         return (
             self.mechanism == FAVOR
+            and self.carry_sums
             and self.causal
             and self.positions == "rotary"
             and self.stabiliser == "running"

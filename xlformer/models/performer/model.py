@@ -6,7 +6,8 @@ parameters, so that weights of one begin a run of another (train --init_from):
 - favor: softmax attention estimated by random features, or that of another kernel, in
   time linear in the length (kernels/features.py, kernels/linear_attention.py). Causal
   with rotary positions, it carries the sums of all that came before: segments equal one
-  pass, and a generated token costs the same however many there were.
+  pass, and a generated token costs the same however many there were. The paper's runs
+  do not: carry_sums=False.
 - softmax: the exact one, of a segment.
 - lsh: Reformer's (layers/lsh.py). Queries are keys: the projection of keys is carried
   and not read. Its hashes are drawn from a key a row in the state, the same for all

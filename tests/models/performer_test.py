@@ -1,4 +1,4 @@
-"""The Performer: the contract, what its estimate comes to, and what it refuses."""
+"""The Performer: the contract, what its estimate comes to, and its rivals."""
 
 import functools
 
@@ -8,7 +8,6 @@ import pytest
 
 from xlformer import models, testing
 from xlformer.errors import UserError
-from xlformer.fields import REFUSED
 from xlformer.kernels import linear_attention, published
 from xlformer.layers import favor, lsh
 from xlformer.models import PerformerConfig
@@ -341,60 +340,7 @@ def test_flops_grow_with_what_is_seen():
     assert of(T).training == 3 * of(T).forward
 
 
-# What is refused.
-
-
-@pytest.mark.parametrize(
-    ("fields", "line"),
-    [
-        (dict(mechanism="linformer", causal=True), "'linformer' with .*causal=True"),
-        (dict(features="tanh"), "features='tanh' can be negative.* choose one of pos"),
-        (dict(features="identity", projected=False), "'identity' can be negative"),
-        (dict(features="positiv"), "did you mean 'positive'"),
-        (dict(projected=False), "projected=False with .*features='positive'"),
-        (dict(mechanism="softmax", features="relu"), "features=relu with .*'softmax'"),
-        (dict(mechanism="softmax", n_features=5), "n_features=5 with .*'softmax'"),
-        (dict(attention_dropout=0.1), "attention_dropout=0.1 with .*'favor'"),
-        (dict(rounds=2), "rounds=2 with .*mechanism='favor'"),
-        (dict(maxima="constant"), "maxima=constant with .*stabiliser='running'"),
-        (dict(renormaliser=0.1), "renormaliser=0.1 with .*stabiliser='running'"),
-        (
-            dict(features="tanh", stabiliser="original", maxima="constant"),
-            "maxima=constant with .*features='tanh'.*: leave it differentiated",
-        ),
-        (
-            dict(features="relu", projected=False, n_features=5),
-            "n_features=5 with .*projected=False",
-        ),
-        (dict(features="hyperbolic", stabiliser="original"), "no program"),
-        (dict(mechanism="lsh", discount_duplicates=True), "same_bucket_only=False"),
-        (dict(mechanism="lsh", buckets=5), "buckets=5 must be even"),
-        (dict(extended_length=3), "extended_length=3 with .*sums have it"),
-        (dict(mechanism="lsh", extended_length=3), "=3 with .*mechanism='lsh'.*hidden"),
-        (
-            dict(mechanism="softmax", causal=False, extended_length=3),
-            "extended_length=3 with .*causal=False.*hidden",
-        ),
-        (
-            dict(positions="learned", extended_length=T),
-            f"extended_length={T} must be below config.model.context_length={T}",
-        ),
-        (dict(d_head=3), "rotary.* width 3"),
-        (dict(n_head=3), "n_head=3 does not divide config.model.d_model=8"),
-        (dict(feature_seed=-1), "feature_seed=-1 must be at least 0"),
-    ],
-)
-def test_refuses_in_one_line(fields, line):
-    with pytest.raises(UserError, match=line):
-        models.build(PerformerConfig(**FIELDS | fields))
-
-
-def test_what_is_published_may_be_had():
-    for features in ("tanh", "cos"):
-        build(features=features, stabiliser="original")
-    build(features="trigonometric", stabiliser="original", maxima="constant")
-    assert build(features="trigonometric").config.carries
-    assert not build(stabiliser="original").config.carries
+# Segments.
 
 
 @pytest.mark.parametrize("fields", [dict(positions="learned"), "linformer"])
@@ -403,12 +349,6 @@ def test_no_segment_is_longer_than_what_was_learnt(fields):
     assert model.longest_segment == T and build().longest_segment is None
     with pytest.raises(UserError, match=f"{T + 1} tokens.*context_length={T}"):
         run(model, vectors(T + 1))
-
-
-def test_other_features_are_another_model():
-    rules = models.rules("performer")
-    for field in ("features", "n_features", "feature_seed", "mechanism", "orthogonal"):
-        assert rules[field].resume == REFUSED
 
 
 def test_a_segment_that_carries_nothing_is_one_at_the_beginning():

@@ -23,6 +23,8 @@ MAPS = [Features(n, 0.1 if m.nonnegative else 2.0) for n, m in FEATURES.items()]
 class Chosen:
     """The map of a number that is known when running: all of them compile at once."""
 
+    map = FEATURES["exp"]  # the most careful one: its features may overflow
+
     def __init__(self, index):
         self.index = index
 
@@ -262,6 +264,30 @@ def test_what_is_not_finite_spoils_only_the_queries_that_see_it():
     np.testing.assert_array_equal(np.isnan(y[0]).any(-1), expected[0])
     assert np.isnan(y[1, :11, 0]).all() and np.isfinite(y[1, :, 1]).all()
     assert np.isnan(sums.keys_BHM[1, 0]).all() and np.isfinite(sums.keys_BHM[0]).all()
+
+
+@pytest.mark.parametrize("name", ["exp", "square"])
+def test_features_that_overflow_hide_behind_a_reset(name):
+    q, k, v, w = arrays(dtype=np.float32)
+    large = k.copy()
+    large[0, 0] = 1e25 * w[0]
+
+    @jax.jit
+    def run(k):
+        def loss(k):
+            options = dict(start_BT=START, chunk=4)
+            y, sums = linear_attention(q, k, v, Features(name), w, **options)
+            return jnp.where(jnp.isfinite(y), y, 0).sum(), (y, sums)
+
+        return jax.grad(loss, has_aux=True)(k)
+
+    grad, (y, sums) = run(large)
+    _, (expected, _) = run(k)
+    after = np.flatnonzero(START[0] > 0)
+    assert len(after) and np.isnan(y[0, : after[0]]).all()
+    np.testing.assert_array_equal(y[0, after], expected[0, after])
+    np.testing.assert_array_equal(y[1], expected[1])
+    assert all(np.isfinite(x).all() for x in (grad, *sums))
 
 
 def test_a_query_that_meets_no_key_gives_zero_and_no_gradient():

@@ -27,12 +27,15 @@ class Map:
       softmax: whether phi(x) . phi(y) estimates exp(x . y); they need rows.
       nonnegative: whether all features are, so that a sum of them cancels nothing.
       width: features per row of the projection.
+      overflows: whether vectors that a model may well have give features that are not
+        finite: exp(89) is none in float32. Those vectors then count as not finite.
     """
 
     factor: Callable
     softmax: bool
     nonnegative: bool
     width: int = 1
+    overflows: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,13 +133,13 @@ def _trigonometric(x, projection_MK, epsilon):
     return _half_square(x), f * p.shape[-1] ** -0.5
 
 
-def _generalised(function, *, nonnegative):
+def _generalised(function, *, nonnegative, overflows=False):
     """function(W x) or function(x), without any factor (as the original's JAX code)."""
 
     def factor(x, projection_MK, epsilon):
         return None, function(_project(x, projection_MK)) + epsilon
 
-    return Map(factor, softmax=False, nonnegative=nonnegative)
+    return Map(factor, softmax=False, nonnegative=nonnegative, overflows=overflows)
 
 
 _POSITIVE = Map(_positive, softmax=True, nonnegative=True)
@@ -148,8 +151,10 @@ FEATURES = {
     "trigonometric": Map(_trigonometric, softmax=True, nonnegative=False, width=2),
     "relu": _generalised(jax.nn.relu, nonnegative=True),
     "elu": _generalised(lambda x: jax.nn.elu(x) + 1, nonnegative=True),
-    "exp": _generalised(jnp.exp, nonnegative=True),
-    "square": _generalised(lambda x: jnp.square(jax.nn.relu(x)), nonnegative=True),
+    "exp": _generalised(jnp.exp, nonnegative=True, overflows=True),
+    "square": _generalised(
+        lambda x: jnp.square(jax.nn.relu(x)), nonnegative=True, overflows=True
+    ),
     "sigmoid": _generalised(jax.nn.sigmoid, nonnegative=True),
     "identity": _generalised(lambda x: x, nonnegative=False),
     "tanh": _generalised(jnp.tanh, nonnegative=False),

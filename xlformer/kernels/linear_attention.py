@@ -105,7 +105,7 @@ def linear_attention(
     def query_map(q):
         return key_map(q)[1]
 
-    maps = blocks.Maps(query_map, key_map)
+    maps = blocks.Maps(query_map, key_map, overflows=features.map.overflows)
     y, sums = _attend(maps, q, (k,), v, sums, start_BT, valid_BT, causal, chunk)
     return y.astype(v_BTHV.dtype), sums
 

@@ -37,11 +37,13 @@ class Maps(NamedTuple):
       query: q -> its factor.
       key: the arrays of k -> logarithm (or None for 0) and factor.
       normalise: whether the values are divided by the norms.
+      overflows: whether features of what is finite may not be.
     """
 
     query: Callable
     key: Callable
     normalise: bool = True
+    overflows: bool = False
 
 
 class Carry(NamedTuple):
@@ -226,6 +228,8 @@ def _add_block(maps, start_B1, carry, block):
 def _queries(maps, inputs):
     """Their features, [B, H, S, M], and which are not finite."""
     (q,), ok = _finite([inputs.q])
+    if maps.overflows:
+        (q,), ok = _no_overflow(maps.query(q), [q], ok)
     return maps.query(q), ~ok
 
 
@@ -236,6 +240,8 @@ def _keys(maps, inputs, there_BS):
     0. So it is taken out, and put back in what the queries that see it get.
     """
     (*k, v), ok = _finite([*inputs.k, inputs.v])
+    if maps.overflows:
+        k, ok = _no_overflow(maps.key(*k)[1], k, ok)
     log, f = maps.key(*k)
     there = there_BS[:, None]
     u = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
@@ -249,6 +255,16 @@ def _keys(maps, inputs, there_BS):
         log = constant.astype(wide(u.dtype))
     u = jnp.where((ok & there)[..., None], u, 0)
     return jnp.where(ok & there, log, NO_KEY), f, u, ~ok & there
+
+
+def _no_overflow(f, arrays, ok):
+    """Arrays with zeros where the features made of them are not finite either.
+
+    The features are made again of what is left: the gradient of exp would be 0 times
+    infinity.
+    """
+    ok &= jnp.isfinite(lax.stop_gradient(f)).all(-1)
+    return [jnp.where(ok[..., None], x, 0) for x in arrays], ok
 
 
 def _finite(arrays):

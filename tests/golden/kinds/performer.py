@@ -41,6 +41,8 @@ KERNELS = {
     "jcos": "cos",
     "jsin": "sin",
 }
+# The most that denominators which cancel may take of a number's precision.
+MOST_LOST = 2.5e-3
 SOFTMAX = {"softmax_positive": "positive", "softmax_trig": "trigonometric"}
 # Random rows are drawn in float32, ours always, the programs' unless told otherwise.
 ROWS = 1e-6
@@ -168,15 +170,18 @@ def _compare(arrays, form, dtype, *, heads_first):
 
 
 def _lost(q_BTHM, k_BTHM, causal, dtype):
-    """What rounding makes of the worst denominator, relatively: features of both signs
-    cancel in it."""
+    """What rounding makes of the worst denominator, relatively.
+
+    Features of both signs cancel in it. No more than MOST_LOST: of what has cancelled
+    to nothing no number can be compared.
+    """
     q_BTHM, k_BTHM = (np.asarray(x, np.float64) for x in (q_BTHM, k_BTHM))
     sums_BHT = []
     for q, k in (q_BTHM, k_BTHM), (np.abs(q_BTHM), np.abs(k_BTHM)):
         weight_BHTS = np.einsum("BTHM,BSHM->BHTS", q, k)
         sums_BHT.append((np.tril(weight_BHTS) if causal else weight_BHTS).sum(-1))
     worst = np.max(sums_BHT[1] / np.abs(sums_BHT[0]))
-    return worst * np.finfo(dtype).eps / 2
+    return min(worst * np.finfo(dtype).eps / 2, MOST_LOST)
 
 
 _features = jax.jit(published.features, static_argnames=("features_name", "original"))

@@ -10,7 +10,8 @@ Expected: published as curves only: positive features that are drawn anew come t
           exp(1.5359 loss) on test. Not measured here.
 Data:     pg19 is not built in yet: `:debug` runs on your own text, with
           --config.data.corpus=text --config.data.path=FILE
-Variant:  performer_pg19:mechanism=softmax, whose weights --init_from takes;
+Variant:  performer_pg19:mechanism=softmax, from whose weights a run goes on with
+          --init_from=DIR --config.model.mechanism=favor;
           performer_pg19:carry=True, with sums over all of a book that came before
 Differs:  the length of a segment, which the paper's text does not say, and the batch
           are ours.

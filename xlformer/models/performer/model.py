@@ -1,7 +1,8 @@
 """Performer (Choromanski et al. 2020, arXiv:2009.14794), and its rivals.
 
 A pre-norm Transformer whose attention is one of five mechanisms, all with the same
-parameters, so that weights of one begin a run of another (train --init_from):
+parameters, so that weights of one begin a run of another
+(train --init_from=DIR --config.model.mechanism=NAME):
 
 - favor: softmax attention estimated by random features, or that of another kernel, in
   time linear in the length (kernels/features.py, kernels/linear_attention.py). Causal

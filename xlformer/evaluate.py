@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from xlformer import command, compiled, hosts, runs, scoring, sharding
 from xlformer import fields as fields_lib
-from xlformer.data.local import is_read_once
+from xlformer.data.documents import is_read_once
 from xlformer.errors import Argument, UserError
 from xlformer.progress import Progress
 from xlformer.runs import following

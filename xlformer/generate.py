@@ -68,10 +68,9 @@ def _prompts(args, run: runs.Run) -> list[np.ndarray]:
 def _file(name: str, unit: str, where: str) -> bytes:
     """The text of a file or a pipe, which can be read once."""
     try:
-        data = local.read_once(name)
+        return local.open_text(name, unit, where).read()
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}") from error
-    return local.plain_text(data, unit, where)
 
 
 def _arguments(argv) -> argparse.Namespace:

@@ -30,27 +30,28 @@ class Progress:
         self._what, self._seconds = what, seconds
         self._last, self._begun = time.perf_counter(), None
 
-    def __call__(self, fraction: float) -> bool:
+    def __call__(self, fraction: float, done_bytes: int = 0) -> bool:
         now = time.perf_counter()
         start, done = self._begun = self._begun or (now, fraction)
         if now - self._last > self._seconds and done < fraction < 1:
             self._last = now
             left = tables.duration((now - start) * (1 - fraction) / (fraction - done))
-            line = f"{self._what} {fraction:.0%}, {left} left"
+            rate = f", {done_bytes / 1e6 / (now - start):.1f} MB/s" * bool(done_bytes)
+            line = f"{self._what} {fraction:.0%}{rate}, {left} left"
             print(line, file=sys.stderr, flush=True)
         return False
 
 
 @contextlib.contextmanager
 def counting(what: str, total: int) -> Iterator[None]:
-    """Shows how much of `total` has `passed` inside of it, in this thread."""
+    """Shows how many of `total` bytes have `passed` inside of it, in this thread."""
     progress, count = Progress(what), 0
 
     def add(amount: int) -> None:
         nonlocal count
         count += amount
         # A text may be empty.
-        progress(count / max(total, 1))
+        progress(count / max(total, 1), count)
 
     add(0)
     token = _counting.set(add)

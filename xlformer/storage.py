@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import shutil
 import sys
 
 from etils import epath
@@ -59,6 +60,19 @@ def check_writable(folder, name: str) -> None:
     if not os.access(place, os.W_OK | os.X_OK, effective_ids=effective):
         line = f": {place} cannot be written by this user"
         raise UserError(Argument(name, folder), line)
+
+
+def check_room(folder, size: int, what: str) -> None:
+    """Raises UserError where a local folder has no room for that many bytes."""
+    place = os.path.abspath(folder)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise UserError(
+            f"{folder}: no room for {what}: it needs {size / 1e6:,.0f} MB, "
+            f"{free / 1e6:,.0f} MB are free"
+        )
 
 
 def is_remote(place) -> bool:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import jax
-
 
 def short(number: float) -> str:
     """12345 as '12.3k'."""
@@ -110,6 +108,9 @@ def tree_bytes(tree) -> int:
 
 
 def _flatten(tree):
+    # Here, because what else is in this file serves processes without JAX.
+    import jax
+
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [
         (jax.tree_util.keystr(path, simple=True, separator="/"), x)

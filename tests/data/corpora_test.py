@@ -324,7 +324,7 @@ def test_the_standard_library_is_split_by_hashed_names(tmp_path):
     names = sorted(texts, key=lambda name: sha256(name.encode()))
     data = b"".join(texts[name] for name in names)
     splits = local.read_stdlib(str(tmp_path)).splits
-    found = [b"".join(splits[split]) for split in sources.SPLITS]
+    found = [b"".join(d.read() for d in splits[split]) for split in sources.SPLITS]
     assert found == [data[:90], data[90:95], data[95:]]
     with pytest.raises(UserError, match="no .py files"):
         local.read_stdlib(str(tmp_path / "package" / "tests" / "nothing"))

@@ -16,7 +16,8 @@ RAW = TEXT.encode()
 
 
 def joined(text) -> bytes:
-    return b"".join(b"".join(documents) for documents in text.splits.values())
+    documents = (d for found in text.splits.values() for d in found)
+    return b"".join(document.read() for document in documents)
 
 
 @pytest.fixture
@@ -166,6 +167,6 @@ def test_standard_input_is_a_text(name, stdin, capsys):
     with pytest.raises(UserError, match=f"{name}.: the text is empty: .*{ONCE}"):
         local.read_files(name, "chars")  # as a run does that is resumed
     stdin(RAW)
-    assert prepared.read_text(counting.count_bytes([RAW]), name) == RAW
+    assert prepared.open_text(counting.count_bytes([RAW]), name).read() == RAW
     with pytest.raises(UserError, match=f"no such file: /dev/fd/987: .*{ONCE}"):
         local.read_files("/dev/fd/987", "chars")

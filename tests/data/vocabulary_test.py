@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizer_files import hugging_face
 
-from xlformer.data import counting, pieces, vocabularies, vocabulary
+from xlformer.data import counting, parts, pieces, vocabularies, vocabulary
 from xlformer.errors import UserError
 
 LINES = b"b a <unk>\n a A c\n\nb a"
@@ -72,13 +72,13 @@ def test_words_may_be_lower_cased_and_unknown_ones_refused():
 
 def test_blocks_of_lines_do_not_change_words(monkeypatch):
     whole = counting.count_words([LINES])
-    monkeypatch.setattr(vocabulary, "BLOCK", 7)
+    monkeypatch.setattr(parts, "SIZE", 7)
     assert counting.count_words([LINES]).symbols == whole.symbols
     assert whole.encode(LINES).tolist() == [2, 1, 3, 0, 1, 4, 5, 0, 0, 2, 1, 0]
 
 
 def test_wrong_utf8_is_found_by_file_and_offset(monkeypatch):
-    monkeypatch.setattr(vocabulary, "BLOCK", 4)
+    monkeypatch.setattr(parts, "SIZE", 4)
     found = counting.count_words([b"ab cd\n"])
     with pytest.raises(UserError, match="f.txt: byte 0xff at offset 9 is not valid"):
         found.encode(b"ab\ncd\nab \xff", where="f.txt")

@@ -16,7 +16,7 @@ from xlformer import command, runs
 from xlformer.convert import awd_lstm, sha_rnn, transformer_xl
 from xlformer.convert.adopt import VOCAB_HELP, adopt, read_vocabulary
 from xlformer.convert.files import read_json, read_state
-from xlformer.data.local import is_read_once
+from xlformer.data.documents import is_read_once
 from xlformer.data.prepared import encode_file
 from xlformer.errors import UserError
 from xlformer.scoring import evaluation

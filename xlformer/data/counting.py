@@ -1,54 +1,146 @@
-"""Making a vocabulary: counting the symbols of a text and ordering them."""
+"""Making a vocabulary: counting the symbols of a text and ordering them.
+
+A text is counted part by part, and what was counted of two texts that follow each other
+adds up to what is counted of both. The memory that this takes is bounded: bytes and
+characters are few, and of words those that stand least often are given up, with a
+stated error, when there are more than WORDS of them.
+"""
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from xlformer.data import parts
+from xlformer.data.utf8 import CODE_POINTS, code_points
 from xlformer.data.vocabulary import (
     NEWLINE,
     ByteVocabulary,
     CharVocabulary,
     WordVocabulary,
-    code_points,
     split_words,
 )
 
-# All that Unicode has: U+10FFFF is the last.
-CODE_POINTS = 0x110000
+# Different words of one's own text that are counted at a time: about 120 bytes each.
+WORDS = 1 << 21
+
+
+class Codes:
+    """How often each byte or character stands in a text, and where it stands first."""
+
+    def __init__(self, unit: str):
+        self.unit = unit
+        size = 256 if unit == "bytes" else CODE_POINTS
+        # Ties are broken by first appearance, as Python's Counter does for words;
+        # numpy's unique would sort the whole text to find it.
+        self.counts, self.first = np.zeros(size, np.int64), np.full(size, -1)
+        self.size = 0
+
+    def add(self, part: parts.Part, where: str) -> None:
+        if self.unit == "bytes":
+            codes = np.frombuffer(part.data, np.uint8)
+        else:
+            codes = code_points(part.data, where, part.offset)
+        here = np.bincount(codes)
+        self.counts[: len(here)] += here
+        new = np.flatnonzero(here)
+        new = new[self.first[new] < 0]
+        if new.size:
+            place = np.full(len(here), -1)
+            # Of a repeated index numpy keeps the last value, so the text is taken
+            # backwards: what stays is the first position.
+            place[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)
+            self.first[new] = self.size + place[new]
+        self.size += len(codes)
+
+    def found(self) -> Found:
+        codes = np.flatnonzero(self.counts)
+        return Found(codes, self.counts[codes], self.first[codes], self.size)
+
+    def follow(self, found: Found) -> None:
+        """Takes in what was counted of the text that comes next."""
+        self.counts[found.codes] += found.counts
+        new = self.first[found.codes] < 0
+        self.first[found.codes[new]] = self.size + found.first[new]
+        self.size += found.size
+
+    def ordered(self) -> np.ndarray:
+        """The codes that were seen, by how often; of equals the earlier comes first."""
+        codes = np.flatnonzero(self.counts)
+        # lexsort sorts by its last key first.
+        return codes[np.lexsort((self.first[codes], -self.counts[codes]))]
+
+
+class Found(NamedTuple):
+    """What Codes has counted, without what does not occur."""
+
+    codes: np.ndarray
+    counts: np.ndarray
+    first: np.ndarray
+    size: int
+
+
+class Words:
+    """How often each word stands in a text, in the order of their first appearance.
+
+    limit: of different words; 0 keeps all. Beyond it the rarest half is forgotten: what
+    is found of a word is then too low by at most `error`, and a word that is not found
+    stands at most so often.
+    """
+
+    def __init__(self, specials: Sequence[str], lower: bool = False, limit: int = 0):
+        self.specials, self.lower, self.limit = specials, lower, limit
+        self.counts = collections.Counter()
+        self.total = self.error = 0
+
+    def add(self, part: parts.Part, where: str) -> None:
+        words = split_words(part, self.specials[0], self.lower, True, where)
+        self.counts.update(words)
+        self.total += len(words)
+        self._forget()
+
+    def found(self) -> tuple[dict, int, int]:
+        return dict(self.counts), self.total, self.error
+
+    def follow(self, found: tuple[dict, int, int]) -> None:
+        """Takes in what was counted of the text that comes next."""
+        counts, total, error = found
+        self.counts.update(counts)
+        self.total += total
+        self.error += error
+        self._forget()
+
+    def _forget(self) -> None:
+        # As lossy counting does (Manku and Motwani, 2002).
+        if not self.limit or len(self.counts) <= self.limit:
+            return
+        counts = np.fromiter(self.counts.values(), np.int64, len(self.counts))
+        least = int(np.partition(counts, len(counts) // 2)[len(counts) // 2])
+        kept = {w: n for w, n in self.counts.items() if n > least or w in self.specials}
+        self.counts = collections.Counter(kept)
+        self.error += least
 
 
 def count_bytes(
-    texts: Iterable[bytes], *, newline: str = "keep", every: bool = True
+    texts: Iterable, *, newline: str = "keep", every: bool = True
 ) -> ByteVocabulary:
     """Counts byte values and orders them, the most common first.
 
     `every` appends the values that were not seen, so that any prompt can be encoded.
     """
-    codes = (np.frombuffer(text, np.uint8) for text in texts)
-    counts, first = _count(codes, 256)
-    if newline == "drop":
-        # Where newlines are dropped, as in the original's enwik8, they have no id.
-        counts[NEWLINE] = 0
-    values = _by_frequency(counts, first)
-    if every:
-        rest = np.setdiff1d(np.arange(256), values)
-        values = np.concatenate([values, rest])
-    return ByteVocabulary(values.tolist(), counts[values].tolist(), newline)
+    return byte_vocabulary(_counted(Codes("bytes"), texts), newline, every)
 
 
-def count_chars(texts: Iterable[bytes], *, where: str = "text") -> CharVocabulary:
+def count_chars(texts: Iterable, *, where: str = "text") -> CharVocabulary:
     """Counts characters and orders them; a text that is not UTF-8 is a UserError."""
-    codes = (code_points(text, where) for text in texts)
-    counts, first = _count(codes, CODE_POINTS)
-    values = _by_frequency(counts, first)
-    return CharVocabulary([chr(v) for v in values], counts[values].tolist())
+    return char_vocabulary(_counted(Codes("chars"), texts, where))
 
 
 def count_words(
-    texts: Iterable[bytes],
+    texts: Iterable,
     *,
     specials: Sequence[str] = ("<eos>",),
     min_count: int = 1,
@@ -62,52 +154,44 @@ def count_words(
     Words seen fewer than `min_count` times, and those beyond `max_size` symbols in all
     (0: no bound), are left out and counted as `<unk>`, which must be a special then.
     """
-    counts = collections.Counter()
+    counted = _counted(Words(specials, lower), texts, where)
+    return word_vocabulary(counted, min_count, max_size, unit)
+
+
+def _counted(counter, texts: Iterable, where: str = "text"):
     for text in texts:
-        for words in split_words(text, specials[0], lower, True, where):
-            counts.update(words)
+        for part in parts.of(text):
+            counter.add(part, where)
+    return counter
+
+
+def byte_vocabulary(codes: Codes, newline: str, every: bool) -> ByteVocabulary:
+    if newline == "drop":
+        # Where newlines are dropped, as in the original's enwik8, they have no id.
+        codes.counts[NEWLINE] = 0
+    values = codes.ordered()
+    if every:
+        values = np.concatenate([values, np.setdiff1d(np.arange(256), values)])
+    return ByteVocabulary(values.tolist(), codes.counts[values].tolist(), newline)
+
+
+def char_vocabulary(codes: Codes) -> CharVocabulary:
+    values = codes.ordered()
+    return CharVocabulary([chr(v) for v in values], codes.counts[values].tolist())
+
+
+def word_vocabulary(
+    words: Words, min_count: int, max_size: int, unit: str
+) -> WordVocabulary:
     # most_common is stable: ties stay in the order of their first appearance.
-    common = (w for w, n in counts.most_common() if n >= min_count)
+    common = (w for w, n in words.counts.most_common() if n >= min_count)
+    specials = words.specials
     # `<eos>` gets id 0 and words follow by frequency, as in the original: adaptive
     # cutoffs rely on that order.
     symbols = [*specials, *(word for word in common if word not in specials)]
     # Specials come first and count: a bound cuts words only.
     symbols = symbols[: max_size or None]
-    ordered = [counts[symbol] for symbol in symbols]
-    if left_out := counts.total() - sum(ordered):
+    ordered = [words.counts[symbol] for symbol in symbols]
+    if left_out := words.total - sum(ordered):
         ordered[symbols.index("<unk>")] += left_out
-    return WordVocabulary(symbols, ordered, unit, lower, specials[0])
-
-
-def _count(texts: Iterable[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each code stands in texts, and its first position (-1: nowhere)."""
-    # Ties are broken by first appearance, as Python's Counter does for words; numpy's
-    # unique would sort the whole text to find it.
-    counts, first, base = np.zeros(size, np.int64), np.full(size, -1), 0
-    for codes in texts:
-        here = np.bincount(codes)
-        counts[: len(here)] += here
-        new = np.flatnonzero(here)
-        new = new[first[new] < 0]
-        found = np.full(len(here), -1)
-        for start in range(0, len(codes), 1 << 20):
-            # Most codes stand in the first block, so that the rest of a text is rarely
-            # looked at.
-            if not (found[new] < 0).any():
-                break
-            chunk = codes[start : start + (1 << 20)]
-            place = np.full(len(here), -1)
-            # Of a repeated index numpy keeps the last value, so the text is taken
-            # backwards: what stays is the first position.
-            place[chunk[::-1]] = np.arange(start + len(chunk) - 1, start - 1, -1)
-            found = np.where(found < 0, place, found)
-        first[new] = base + found[new]
-        base += len(codes)
-    return counts, first
-
-
-def _by_frequency(counts: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """The codes that were seen, by how often; of equals the earlier one comes first."""
-    codes = np.flatnonzero(counts)
-    # lexsort sorts by its last key first.
-    return codes[np.lexsort((first[codes], -counts[codes]))]
+    return WordVocabulary(symbols, ordered, unit, words.lower, specials[0])

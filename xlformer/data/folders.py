@@ -1,6 +1,7 @@
 """Folders that are either complete or absent, however many processes make them.
 
-A folder is filled under another name and renamed. One lock per parent directory lets
+A folder is filled under another name and renamed. One that a killed process has left is
+filled on by the next, which need not begin again. One lock per parent directory lets
 one process work while the others wait; the kernel frees it when that process is killed.
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
+from xlformer.data import shards
 from xlformer.errors import UserError
 
 # It stands in the name of a folder that is not finished, before the process id.
@@ -50,13 +52,16 @@ def complete(
             # Out of the way in one step, for `_sweep` to delete: half deleted in its
             # place it would be a folder that looks complete.
             folder.rename(unfinished)
-        _sweep(folder.parent)
-        unfinished.mkdir()
+        _adopt(folder, unfinished)
+        _sweep(folder.parent, unfinished)
+        unfinished.mkdir(exist_ok=True)
         try:
             _fill(unfinished, build, remote)
             unfinished.rename(folder)
-        finally:
+        # What an interrupt leaves is worth as much as what a kill leaves.
+        except Exception:
             shutil.rmtree(unfinished, ignore_errors=True)
+            raise
         # The rename itself is an entry of the parent directory.
         _sync(folder.parent)
     return folder
@@ -82,12 +87,15 @@ def _fill(folder: pathlib.Path, build, remote: epath.Path | None) -> None:
 
 def damaged(folder: pathlib.Path) -> str:
     """The name of a file that is not what the folder's card says, '' if all are."""
+    name = CARD
     try:
-        splits = json.loads((folder / CARD).read_bytes()).get("splits", {})
-        sums = {f"{split}.npy": about["sha256"] for split, about in splits.items()}
-    # A card that is damaged may hold any JSON, or none.
+        card = {"splits": {}} | json.loads((folder / CARD).read_bytes())
+        name = shards.INDEX
+        found = shards.read_index(folder, card)
+        sums = {x.file: x.sha256 for split in found.values() for x in split}
+    # What is damaged may hold any JSON, or none.
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return CARD
+        return name
     for name, expected in sums.items():
         try:
             with open(folder / name, "rb") as file:
@@ -119,9 +127,18 @@ def _locked(root: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def _sweep(root: pathlib.Path) -> None:
+def _adopt(folder: pathlib.Path, unfinished: pathlib.Path) -> None:
+    """Takes over what a killed process has made of the folder."""
+    for left in sorted(folder.parent.glob(f"{folder.name}{INCOMPLETE}*")):
+        # With a card it was complete, and may be damaged.
+        if not (left / CARD).exists() and not unfinished.exists():
+            left.rename(unfinished)
+
+
+def _sweep(root: pathlib.Path, kept: pathlib.Path) -> None:
     """Removes what killed runs left; the lock says that no other run is alive."""
     left = [*root.glob(f"*{INCOMPLETE}*"), *root.glob("tfds/*/*/*incomplete*")]
+    left = [path for path in left if path != kept or (kept / CARD).exists()]
     for path in [*left, *root.glob("downloads/**/*.tmp.*")]:
         shutil.rmtree(path, ignore_errors=True)
 

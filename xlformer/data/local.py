@@ -5,22 +5,31 @@ The standard library is the corpus that every machine has without a network.
 
 from __future__ import annotations
 
+import array
+import bisect
 import codecs
 import glob
 import hashlib
-import itertools
 import os
 import pathlib
 import platform
-import re
 import sys
 import sysconfig
 
 import numpy as np
 
-from xlformer import storage
-from xlformer.data.sources import SPLITS, Text, check_not_empty
-from xlformer.data.vocabulary import SPACES, decode_utf8
+from xlformer import progress, storage
+from xlformer.data import documents
+from xlformer.data.documents import (
+    BLOCK,
+    OF_A_PROCESS,
+    Document,
+    Source,
+    Text,
+    is_read_once,
+)
+from xlformer.data.sources import SPLITS, check_not_empty
+from xlformer.data.utf8 import IS_SPACE, Utf8
 from xlformer.errors import UserError, reason
 
 # Tests and generated tables would be a large part of the text, and site-packages is not
@@ -30,10 +39,6 @@ LEFT_OUT |= {"site-packages"}
 # Units that a text needs: of 10 both cuts, at 90 % and at 95 %, fall behind the ninth,
 # and nothing is left between them.
 LEAST = 11
-# The line end of old Macintosh files. In \r\n the newline is there already.
-LONE_RETURN = re.compile(rb"\r(?!\n)")
-# These names are another file in each process, and in a resumed run.
-OF_A_PROCESS = ("/dev/stdin", "/dev/fd/", "/proc/")
 ONCE = "a pipe can be read only once: save the text as a file, and name that to resume"
 # How files begin that look like a text to people, and what makes a text of them. UTF-32
 # comes first, because its little-endian mark begins with that of UTF-16.
@@ -50,6 +55,8 @@ KINDS = {
     b"\xfd7zXZ": ("compressed by xz", "unxz it"),
     b"\x28\xb5\x2f\xfd": ("compressed by zstd", "unzstd it"),
 }
+# Bytes in which all of these can be seen.
+HEAD = 16
 
 
 def read_stdlib(root: str | None = None) -> Text:
@@ -70,21 +77,25 @@ def read_stdlib(root: str | None = None) -> Text:
         raise UserError(f"config.data.corpus=stdlib: no .py files in {root}")
     relative = {path: path.relative_to(root).as_posix() for path in found}
     found.sort(key=lambda path: hashlib.sha256(relative[path].encode()).digest())
-    data = b"".join(path.read_bytes() for path in found)
-    splits = _split_bytes([data], [len(data) * 90 // 100, len(data) * 95 // 100])
+    data = documents.of_bytes(b"".join(path.read_bytes() for path in found))
+    bounds = [0, len(data) * 90 // 100, len(data) * 95 // 100, len(data)]
+    splits = dict(zip(SPLITS, documents.cut([data], bounds), strict=True))
     check_not_empty(splits, f"stdlib ({root})")
     facts = {"python": platform.python_version(), "files": len(found)}
     return Text(splits, facts)
 
 
 def read_files(path: str, unit: str) -> Text:
-    """Reads your own files, each a document, cut into 90/5/5 % of all their units.
+    """Your own files, each a document, cut into 90/5/5 % of all their units.
 
     With unit 'pieces', those of a tokenizer, the splits are counted in characters.
     """
     try:
         paths = _expand(path)
-        documents = [(name, read_once(name)) for name in paths]
+        sources = [documents.source(name) for name in paths]
+        with progress.counting(f"reading {path}", sum(s.size for s in sources)):
+            counted = _Units("chars" if unit == "pieces" else unit)
+            texts = [plain_text(source, unit, counted) for source in sources]
     except UserError:
         raise
     # Libraries that read gs:// raise errors of their own, without a common class.
@@ -92,86 +103,111 @@ def read_files(path: str, unit: str) -> Text:
         line = f"config.data.path={path}: cannot be read: {reason(error)}"
         raise UserError(line) from error
     once = [name for name in paths if is_read_once(name)]
-    texts = [plain_text(data, unit, name) for name, data in documents]
     # An empty file would be a document without a token.
     texts = [text for text in texts if text]
-    unit = "chars" if unit == "pieces" else unit
-    starts = _unit_starts(texts, unit)
-    total = int(np.count_nonzero(starts))
-    if total < LEAST:
+    if counted.total < LEAST:
         origin = f"config.data.path ({paths[0]}{', ...' if len(paths) > 1 else ''})"
         if not texts:
             why = f": {ONCE}" if once else ""
             raise UserError(f"{origin}: the text is empty{why}")
         raise UserError(
-            f"{origin}: {total} {unit} are too few: train, validation and test"
-            f" (90/5/5 %) need {LEAST} or more"
+            f"{origin}: {counted.total} {counted.unit} are too few: train, validation"
+            f" and test (90/5/5 %) need {LEAST} or more"
         )
     for name in once:
         print(f"xlformer: config.data.path={name}: {ONCE}", file=sys.stderr)
-    cuts = [_offset(starts, total * share // 100) for share in (90, 95)]
-    splits = _split_bytes(texts, cuts)
+    cuts = [counted.place(counted.total * share // 100) for share in (90, 95)]
+    parts = documents.cut(texts, [0, *cuts, sum(map(len, texts))])
+    splits = dict(zip(SPLITS, parts, strict=True))
     return Text(splits, {"files": len(texts), "path": path})
 
 
-def read_once(path) -> bytes:
-    """The bytes of a file or a pipe; '-' is standard input."""
-    if str(path) == "-":
-        with open(0, "rb", closefd=False) as file:
-            return file.read()
-    return storage.path(path).read_bytes()
+def open_text(name: str, unit: str, where: str | None = None) -> Document:
+    """A file or a pipe as one document; OSError where it cannot be read.
+
+    where: what it is called in errors.
+    """
+    return plain_text(documents.source(name, where), unit)
 
 
-def plain_text(data: bytes, unit: str, where: str) -> bytes:
+def plain_text(source: Source, unit: str, units: _Units | None = None) -> Document:
     """Returns what of a file is text; UserError where it is not UTF-8.
 
     Bytes are taken as they are. A byte order mark in front is no part of the text. For
     words and pieces a lone carriage return ends a line, as it does when Python opens a
-    text file; characters keep their line ends.
+    text file; characters keep their line ends. `units` is given what is in it.
     """
-    kind = next((kind for kind in KINDS if data.startswith(kind)), None)
+    where = source.name
+    head = b"".join(source.pieces(0, min(HEAD, source.size)))
+    kind = next((kind for kind in KINDS if head.startswith(kind)), None)
     if kind and unit == "bytes":
         name, remedy = KINDS[kind]
         line = f"{where} is {name}, whose bytes are taken as they are: {remedy}"
         print(f"xlformer: {line}", file=sys.stderr)
     if unit == "bytes":
-        return data
+        document = Document(source, 0, source.size)
+        if units:
+            units.add_document(document, 0)
+            progress.passed(source.size)
+        return document
     if kind:
         name, remedy = KINDS[kind]
         raise UserError(f"{where} is {name} and no UTF-8 text: {remedy}")
-    zeros = data.count(0)
+    mark = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+    document = Document(source, mark, source.size, returns=unit != "chars")
+    _check_utf8(source, mark, document, units)
+    return document
+
+
+def _check_utf8(source: Source, mark: int, document: Document, units) -> None:
+    """Looks at every block once: NUL bytes, UTF-8, and where units begin."""
+    zeros, first, even, size, wrong = 0, 0, 0, 0, None
+    check = Utf8(source.name)
+    if units:
+        units.add_document(document)
+    for block in source.pieces(0, source.size):
+        if found := block.count(0):
+            first = first if zeros else size + block.index(0)
+            zeros, even = zeros + found, even + block[size % 2 :: 2].count(0)
+        if wrong is None:
+            try:
+                check.add(block)
+            # In UTF-16 without a mark, which the NUL bytes of all of it tell.
+            except UserError as error:
+                wrong = error
+        if units:
+            units.add(block[mark:] if size == 0 else block)
+        size += len(block)
+        progress.passed(len(block))
     if zeros:
-        line = f"{where} has NUL bytes ({zeros}, the first at offset {data.index(0)})"
+        line = f"{source.name} has NUL bytes ({zeros}, the first at offset {first})"
     # A few stray NULs do not spoil a text. In UTF-16 every other byte of English is
     # one, the first of each pair where the order is big-endian.
-    if zeros * 100 > len(data):
-        order = "BE" if 2 * data[::2].count(0) > zeros else "LE"
+    if zeros * 100 > size:
+        order = "BE" if 2 * even > zeros else "LE"
         raise UserError(
             f"{line}: it is no text, or UTF-16 without a mark (iconv -f UTF-16{order}"
             " -t UTF-8 converts that); config.data.unit=bytes takes any file"
         )
-    decode_utf8(data, where)
+    if wrong:
+        raise wrong
+    check.end()
     if zeros:
         print(f"xlformer: {line}", file=sys.stderr)
-    data = data.removeprefix(codecs.BOM_UTF8)
-    return data if unit == "chars" else LONE_RETURN.sub(b"\n", data)
-
-
-def is_read_once(name: str) -> bool:
-    """Whether a name is that of a pipe, or of another file in each process."""
-    if name == "-" or name.startswith(OF_A_PROCESS):
-        return True
-    return "://" not in name and os.path.exists(name) and not os.path.isfile(name)
 
 
 def fingerprint(text: Text) -> str:
     """A sha256 of the documents and where they end."""
     digest = hashlib.sha256()
-    for split in SPLITS:
-        for document in text.splits[split]:
-            # With its length, so that a boundary that moves is another text.
-            digest.update(len(document).to_bytes(8, "little") + document)
-        digest.update(b"end of split")
+    with progress.counting("looking for the text", text.size):
+        for split in SPLITS:
+            for document in text.splits[split]:
+                # With its length, so that a boundary that moves is another text.
+                digest.update(len(document).to_bytes(8, "little"))
+                for block in document.blocks():
+                    digest.update(block)
+                    progress.passed(len(block))
+            digest.update(b"end of split")
     return digest.hexdigest()
 
 
@@ -206,47 +242,69 @@ def _expand(path: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _unit_starts(texts: list[bytes], unit: str) -> np.ndarray:
-    """True at every byte of the joined texts where a unit begins."""
-    data = np.frombuffer(b"".join(texts), np.uint8)
-    if unit == "bytes":
-        return np.ones(len(data), bool)
-    if unit == "chars":
-        # In UTF-8 every byte but the first of a character is 10xxxxxx.
-        return (data & 0xC0) != 0x80
-    inside = ~np.isin(data, SPACES)
-    starts = inside.copy()
-    starts[1:] &= ~inside[:-1]
-    offsets = list(itertools.accumulate(map(len, texts), initial=0))[:-1]
-    # A word does not run on from the end of a file into the next one.
-    starts[offsets] |= inside[offsets]
-    return starts
+class _Units:
+    """Where the units of several documents begin, counted block by block."""
 
+    def __init__(self, unit: str):
+        self.unit, self.total = unit, 0
+        # Of each block: the units before it, and where it begins in the joined text.
+        self._before, self._places = array.array("q"), array.array("q")
+        self._documents: list[Document] = []
+        self._firsts = array.array("q")  # the first block of each document
+        self._size, self._inside = 0, False
 
-def _offset(starts: np.ndarray, number: int) -> int:
-    """The position of the unit of that number, without listing all of them."""
-    # The positions of all bytes would take 8 bytes each: 800 MB for enwik8.
-    block = 1 << 20
-    counts = [
-        np.count_nonzero(starts[i : i + block]) for i in range(0, len(starts), block)
-    ]
-    ends = np.cumsum(counts)
-    i = int(np.searchsorted(ends, number, side="right"))
-    if i == len(ends):
-        return len(starts)
-    inside = np.flatnonzero(starts[i * block : (i + 1) * block])
-    return i * block + int(inside[number - (ends[i] - counts[i])])
+    def add_document(self, document: Document, units: int | None = None) -> None:
+        """The next document, whose blocks follow; of bytes every one is a unit."""
+        self._documents.append(document)
+        self._firsts.append(len(self._before))
+        # A word does not run on from the end of a file into the next one.
+        self._inside = False
+        if units is not None:
+            self._note(len(document), len(document))
 
+    def add(self, block: bytes) -> None:
+        self._note(int(np.count_nonzero(self._starts(block))), len(block))
 
-def _split_bytes(texts: list[bytes], cuts: list[int]) -> dict[str, list[bytes]]:
-    """Cuts the joined texts at two offsets; a cut document goes on as a new one."""
-    bounds = [0, *cuts, sum(map(len, texts))]
-    splits = {split: [] for split in SPLITS}
-    base = 0
-    for text in texts:
-        for split, low, high in zip(SPLITS, bounds, bounds[1:], strict=False):
-            piece = text[max(low - base, 0) : max(high - base, 0)]
-            if piece:
-                splits[split].append(piece)
-        base += len(text)
-    return splits
+    def place(self, number: int) -> int:
+        """The position of the unit of that number in the joined documents."""
+        i = bisect.bisect_right(self._before, number) - 1
+        inside = number - self._before[i]
+        if self.unit == "bytes":
+            return self._places[i] + inside
+        document = bisect.bisect_right(self._firsts, i) - 1
+        place = self._places[i]
+        begin = place - self._places[self._firsts[document]]
+        self._inside = begin > 0 and self._is_inside(self._documents[document], begin)
+        # Counted again, in smaller blocks than it was read in.
+        for piece in self._documents[document].part(begin, begin + BLOCK).blocks():
+            starts = np.flatnonzero(self._starts(piece))
+            if inside < len(starts):
+                return place + int(starts[inside])
+            inside -= len(starts)
+            place += len(piece)
+        raise AssertionError(f"unit {number} of {self.total} is nowhere")
+
+    def _note(self, units: int, size: int) -> None:
+        self._before.append(self.total)
+        self._places.append(self._size)
+        self.total += units
+        self._size += size
+
+    def _starts(self, block: bytes) -> np.ndarray:
+        """True at every byte where a unit begins."""
+        data = np.frombuffer(block, np.uint8)
+        if self.unit == "chars":
+            # In UTF-8 every byte but the first of a character is 10xxxxxx.
+            return (data & 0xC0) != 0x80
+        inside = ~IS_SPACE[data]
+        starts = inside.copy()
+        starts[1:] &= ~inside[:-1]
+        if len(block):
+            starts[0] &= not self._inside
+            self._inside = bool(inside[-1])
+        return starts
+
+    def _is_inside(self, document: Document, place: int) -> bool:
+        """Whether the byte before a place belongs to a word."""
+        before = document.part(place - 1, place).read()
+        return not IS_SPACE[before[0]]

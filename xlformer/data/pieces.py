@@ -9,19 +9,16 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
+import itertools
 import json
 from collections.abc import Iterable
 
 import numpy as np
 
-from xlformer import storage
-from xlformer.data.vocabulary import (
-    Vocabulary,
-    as_bytes,
-    decode_utf8,
-    line_blocks,
-    require,
-)
+from xlformer import progress, storage
+from xlformer.data import parts
+from xlformer.data.utf8 import CODE_POINTS, code_points, decode_utf8
+from xlformer.data.vocabulary import Vocabulary, require
 from xlformer.errors import UserError
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character.
@@ -71,30 +68,40 @@ class PieceVocabulary(Vocabulary):
         counts = counts_V.tolist()
         return PieceVocabulary(self.symbols, counts, self.model, self.newline_id)
 
-    def encode(self, text, *, close_line=True, where="text"):
-        parts = [np.zeros(0, self.dtype)]
-        for start, block in line_blocks(as_bytes(text)):
-            lines = decode_utf8(block, where, start).split("\n")
-            ends = [True] * (len(lines) - 1) + [
-                close_line and self._backend.closes_lines
-            ]
-            # After a newline at the block's end `split` leaves an empty line.
-            if not lines[-1]:
-                lines, ends = lines[:-1], ends[:-1]
-            for ids in self._backend.encode(lines, ends):
-                parts.append(np.asarray(ids, self.dtype))
-        return np.concatenate(parts)
+    def encode_part(self, part, *, close_line=True, where="text"):
+        lines = decode_utf8(part.data, where, part.offset).split("\n")
+        closes = close_line and part.ends and self._backend.closes_lines
+        ends = [True] * (len(lines) - 1) + [closes]
+        # After a newline at the part's end `split` leaves an empty line.
+        if not lines[-1]:
+            lines, ends = lines[:-1], ends[:-1]
+        # Of a line that is longer than a part the rest begins with white space.
+        if part.in_line and lines[0][:1] == " " and not self._keeps_space:
+            lines[0] = lines[0][1:]
+        found = self._backend.encode(lines, ends)
+        size = sum(map(len, found))
+        return np.fromiter(itertools.chain.from_iterable(found), self.dtype, size)
+
+    @functools.cached_property
+    def _keeps_space(self) -> bool:
+        """Whether the rest of a line that is cut before a space is as in the line."""
+        backend = self._backend
+        whole, first, rest = backend.encode(["the cat", "the", " cat"], [False] * 3)
+        return [*whole] == [*first, *rest]
 
     def decode(self, ids) -> str:
         return self._backend.decode(self._checked(ids).tolist())
 
     def dropped(self, texts: Iterable[bytes]) -> str:
         """The characters of texts, white space apart, of which no token is left."""
-        found = set()
+        seen = np.zeros(CODE_POINTS, bool)
         for text in texts:
-            found.update(decode_utf8(text, "text"))
+            for part in parts.of(text):
+                seen[code_points(part.data, "text", part.offset)] = True
+                progress.passed(len(part.data))
+        found = map(chr, np.flatnonzero(seen).tolist())
         # Tokenizers treat white space in many ways; line ends are asked of separately.
-        visible = sorted(c for c in found if not c.isspace())
+        visible = (c for c in found if not c.isspace())
         return "".join(c for c in visible if not self.encode(c, close_line=False).size)
 
     def spelled(self) -> list[bytes]:
@@ -278,7 +285,8 @@ class _HuggingFace:
     def encode(self, lines: list[str], ends: list[bool]) -> list[list[int]]:
         texts = [f"{a}\n" if end else a for a, end in zip(lines, ends, strict=True)]
         # Special tokens, such as BERT's, would stand at the ends of every line.
-        found = self.model.encode_batch(texts, add_special_tokens=False)
+        # `fast` leaves out where in the line each token came from.
+        found = self.model.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: list[int]) -> str:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 
 import numpy as np
 
-from xlformer.data import local, vocabularies
+from xlformer.data import local, shards, vocabularies
+from xlformer.data.documents import Document
 from xlformer.data.sources import SPLITS
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError
 
 # The format of a prepared folder: another number prepares everything again.
 FORMAT = 1
+VOCABULARY = "vocabulary.json"
+# Tokens of a split that are all looked at before anything begins: a second or two.
+LOOKED_AT = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A corpus as tokens, mapped from disk; keys are train, validation and test."""
+    """A corpus as tokens, read from disk; keys are train, validation and test."""
 
-    tokens: Mapping[str, np.memmap]
+    tokens: Mapping[str, shards.Tokens]
     documents: Mapping[str, np.ndarray | None]  # Where each document begins.
     vocabulary: Vocabulary
     card: dict  # What every result says about its data.
@@ -30,28 +35,41 @@ class Prepared:
 
 
 def load(directory) -> Prepared:
-    """Maps a prepared folder; a missing or damaged file in it is a UserError."""
+    """Opens a prepared folder; a missing or damaged file in it is a UserError."""
     folder = pathlib.Path(directory)
     card = _read_card(folder / "card.json")
-    vocabulary = vocabularies.load(folder / "vocabulary.json")
+    vocabulary = vocabularies.load(folder / VOCABULARY)
+    try:
+        listed = shards.read_index(folder, card)
+    # Whatever is in it: it may be a stranger's.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        line = f"{folder / shards.INDEX}: {type(error).__name__}: {error}"
+        raise UserError(f"{line}; {_again(folder)}") from None
     tokens, documents = {}, {}
     for split in SPLITS:
-        path = folder / f"{split}.npy"
-        tokens[split] = _map(path, vocabulary.dtype, card["splits"][split]["tokens"])
-        # All tokens are looked at now, because an id beyond the embedding's rows is no
-        # error in JAX.
-        top = int(tokens[split].max())
-        if top >= vocabulary.size or int(tokens[split].min()) < 0:
-            raise UserError(
-                f"{path}: token id out of range: {top} in a vocabulary of"
-                f" {vocabulary.size}; {_again(folder)}"
-            )
+        files = [_shard(folder, shard, vocabulary.dtype) for shard in listed[split]]
+        tokens[split] = shards.Tokens(files, vocabulary.dtype, vocabulary.size)
+        # An id beyond the embedding's rows is no error in JAX. Of a text that takes
+        # minutes to look through the ids are looked at when they are read.
+        if len(tokens[split]) <= LOOKED_AT:
+            tokens[split].check()
         documents[split] = None
         if card["documents"]:
-            documents[split] = _map(
-                folder / f"{split}-documents.npy", np.dtype("int64")
-            )
+            path = folder / f"{split}-documents.npy"
+            documents[split] = _map(path, np.dtype("int64"))
     return Prepared(tokens, documents, vocabulary, card, folder)
+
+
+def _shard(folder: pathlib.Path, shard: shards.Shard, dtype: np.dtype) -> tuple:
+    """(path, where its first token is in bytes, tokens) of a file that is whole."""
+    path = folder / shard.file
+    found = _map(path, dtype, shard.tokens)
+    size = path.stat().st_size
+    if shard.size not in (size, shards.UNKNOWN):
+        raise UserError(
+            f"{path}: expected {shard.size} bytes, found {size}; {_again(folder)}"
+        )
+    return path, found.offset, shard.tokens
 
 
 def _read_card(path: pathlib.Path) -> dict:
@@ -90,21 +108,20 @@ def _again(folder: pathlib.Path) -> str:
     return f"delete {folder} and prepare again"
 
 
-def read_text(vocabulary: Vocabulary, path) -> bytes:
+def open_text(vocabulary: Vocabulary, path) -> Document:
     """A text file as it is encoded: without a byte order mark. '-' is standard input.
 
-    It is read once, because it may be a pipe.
+    What is no file is copied first, because a pipe can be read only once.
     """
     try:
-        data = local.read_once(path)
+        found = local.open_text(os.fspath(path), vocabulary.unit)
     except OSError as error:
         raise UserError(f"{path}: cannot read the text: {error.strerror}") from None
-    data = local.plain_text(data, vocabulary.unit, str(path))
-    if not data:
+    if not found:
         raise UserError(f"{path}: the text is empty")
-    return data
+    return found
 
 
 def encode_file(vocabulary: Vocabulary, path) -> np.ndarray:
     """The tokens of a text file, for scoring it."""
-    return vocabulary.encode(read_text(vocabulary, path), where=str(path))
+    return vocabulary.encode(open_text(vocabulary, path), where=str(path))

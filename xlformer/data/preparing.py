@@ -11,20 +11,29 @@ import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Mapping
 
 import numpy as np
+from etils import epath
 
 from xlformer import progress, storage
-from xlformer.data import corpora, counting, recipes, sources
+from xlformer.data import (
+    corpora,
+    counting,
+    documents,
+    encoding,
+    recipes,
+    shards,
+    sources,
+    vocabularies,
+)
+from xlformer.data.documents import Text
+from xlformer.data.encoding import Encoded, Job
 from xlformer.data.folders import CARD, complete
-from xlformer.data.prepared import FORMAT, Prepared, load
+from xlformer.data.prepared import FORMAT, VOCABULARY, Prepared, load
 from xlformer.data.recipes import Recipe
-from xlformer.data.vocabulary import SPACES, Vocabulary
+from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError, some
 
-# Bytes in which words are counted at a time, which bounds what the masks take.
-BLOCK = 1 << 24
 # The symbols before the words of one's own text; public corpora bring their own <unk>.
 OWN_SPECIALS = ("<eos>", "<unk>")
 
@@ -68,65 +77,147 @@ def _build(folder: pathlib.Path, recipe: Recipe) -> None:
     )
     # Read back from the TFDS form and not taken from `read`: what is encoded is what is
     # stored.
-    texts = {split: corpora.read_split(builder, split) for split in sources.SPLITS}
+    text = corpora.stored(builder)
+    total = sum(about["bytes"] for about in text["splits"].values())
     # Words are counted first, and then found: twice through the text.
-    total = sum(len(x) for documents in texts.values() for x in documents)
-    total *= 1 if recipe.tokenizer else 2
-    with progress.counting(f"preparing {recipe.name}", total):
-        _encode(folder, recipe, builder, texts)
+    with progress.counting(f"preparing {recipe.name}", 2 * total):
+        vocabulary = _vocabulary(folder, recipe, builder)
+        _check_room(folder, vocabulary, text)
+        encoded = _encode(folder, recipe, builder, vocabulary)
+    _finish(folder, recipe, builder, vocabulary, encoded)
 
 
-def _encode(folder: pathlib.Path, recipe: Recipe, builder, texts) -> None:
-    """Fills the folder: tokens and documents of each split, vocabulary and card."""
-    vocabulary = _count(recipe, texts)
+def _jobs(recipe: Recipe, builder, split: str) -> list[Job]:
+    bounds = corpora.stored(builder)["splits"][split]["shards"]
+    store = str(builder.data_path)
+    return [
+        Job(store, recipe.name, split, start, stop)
+        for start, stop in zip(bounds, bounds[1:], strict=False)
+    ]
+
+
+def _vocabulary(folder: pathlib.Path, recipe: Recipe, builder) -> Vocabulary:
+    """That of the recipe, counted; or the one that was counted before a kill."""
     if recipe.tokenizer:
-        _say_what_is_lost(recipe.tokenizer, texts)
-    splits = {}
-    for split, documents in texts.items():
-        where = f"{recipe.name} {split}"
-        parts = [vocabulary.encode(document, where=where) for document in documents]
-        tokens = np.concatenate(parts)
-        if not tokens.size:
-            size = sum(map(len, documents))
+        _say_what_is_lost(recipe.tokenizer, builder)
+        return recipe.tokenizer
+    path = folder / VOCABULARY
+    if not path.exists():
+        storage.write(epath.Path(path), _count(recipe, builder).to_json())
+    return vocabularies.load(path)
+
+
+def _encode(
+    folder: pathlib.Path, recipe: Recipe, builder, vocabulary: Vocabulary
+) -> dict[str, list[Encoded]]:
+    spaced = bool(recipe.corpus and recipe.corpus.spaced)
+    counts = encoding.Counts(spaced, recipe.lines)
+    found = {}
+    for split in sources.SPLITS:
+        jobs = _jobs(recipe, builder, split)
+        paths = [
+            str(folder / shards.name(split, number, len(jobs)))
+            for number in range(len(jobs))
+        ]
+        found[split] = [
+            encoding.encode(job, vocabulary, path, counts)
+            for job, path in zip(jobs, paths, strict=True)
+        ]
+    return found
+
+
+def _finish(folder, recipe: Recipe, builder, vocabulary, encoded) -> None:
+    """Writes what is known of the shards: documents, vocabulary, index and card."""
+    text, splits = corpora.stored(builder), {}
+    for split, found in encoded.items():
+        size = text["splits"][split]["bytes"]
+        count = sum(one.shard.tokens for one in found)
+        if not count:
+            where = f"{recipe.name} {split}"
             raise UserError(f"{where}: its {size} bytes make no token")
-        if split == "train" and recipe.tokenizer:
-            # A tokenizer's file has no counts; those of train are what others have.
-            counts = np.bincount(tokens, minlength=vocabulary.size)
-            vocabulary = vocabulary.with_counts(counts)
-        np.save(folder / f"{split}.npy", tokens, allow_pickle=False)
-        if recipe.documents:
-            starts = np.cumsum([0, *(len(part) for part in parts[:-1])])
-            np.save(folder / f"{split}-documents.npy", starts.astype(np.int64))
-        splits[split] = {
-            "tokens": len(tokens),
-            "bytes": sum(map(len, documents)),
-            "words": _words(recipe, documents, len(tokens)),
-            "sha256": _sha256((folder / f"{split}.npy").read_bytes()),
-        }
+        files = [folder / one.shard.file for one in found]
         # In the public corpora `<unk>` is a word of the published text.
         unk_id = None if recipe.corpus else getattr(vocabulary, "unk_id", None)
+        is_counted = bool(recipe.tokenizer) or unk_id is not None
+        sha256, ids = _look_through(files, vocabulary, count, is_counted)
+        if split == "train" and recipe.tokenizer:
+            # A tokenizer's file has no counts; those of train are what others have.
+            vocabulary = vocabulary.with_counts(ids)
+        if recipe.documents:
+            _write_documents(folder / f"{split}-documents.npy", found)
+        words = sum(one.words for one in found)
+        splits[split] = {
+            "tokens": count,
+            "bytes": size,
+            "words": count if recipe.unit == "words" else words,
+            "sha256": sha256,
+        }
         if unk_id is not None:
-            unknown = np.count_nonzero(tokens == unk_id)
-            splits[split]["unknown_share"] = round(unknown / len(tokens), 6)
+            splits[split]["unknown_share"] = round(int(ids[unk_id]) / count, 6)
+    card = _card(recipe, builder, vocabulary, splits)
+    (folder / VOCABULARY).write_text(vocabulary.to_json(), encoding="utf-8")
+    listed = {split: [one.shard for one in found] for split, found in encoded.items()}
+    shards.write_index(folder, card, listed)
+    for path in folder.glob(f"*{encoding.DONE}"):
+        path.unlink()
+    (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
+
+
+def _card(recipe: Recipe, builder, vocabulary: Vocabulary, splits: dict) -> dict:
+    facts = dict(builder.info.metadata)
+    text = facts.pop(corpora.STORED)
     bounds = {"min_count": recipe.min_count, "max_vocab": recipe.max_vocab}
-    card = {
+    return {
         "format": FORMAT,
         "corpus": recipe.name,
         "unit": recipe.unit,
         "newline": recipe.newline,
         "documents": recipe.documents,
         "vocabulary_size": vocabulary.size,
-        "payload_sha256": payload(texts),
+        "payload_sha256": text["sha256"],
         "words_are": words_are(recipe.lines),
-        **dict(builder.info.metadata),
+        **facts,
         **(bounds if recipe.own_words else {}),
         "splits": splits,
     }
-    (folder / "vocabulary.json").write_text(vocabulary.to_json(), encoding="utf-8")
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
 
 
-def payload(texts: Mapping[str, list[bytes]]) -> str:
+def _look_through(
+    files, vocabulary: Vocabulary, count: int, is_counted: bool
+) -> tuple[str, np.ndarray]:
+    """The sha256 of all tokens as one file, and perhaps how often each occurs."""
+    # Of one .npy file, whatever the shards are: runs find their tokens by it.
+    beginning = shards.header(vocabulary.dtype, count)
+    digest, ids = hashlib.sha256(beginning), np.zeros(vocabulary.size, np.int64)
+    for path in files:
+        with open(path, "rb") as file:
+            file.seek(len(beginning))
+            while block := file.read(documents.BLOCK):
+                digest.update(block)
+                if is_counted:
+                    found = np.frombuffer(block, vocabulary.dtype)
+                    ids += np.bincount(found, minlength=vocabulary.size)
+    return digest.hexdigest(), ids
+
+
+def _write_documents(path: pathlib.Path, found: list[Encoded]) -> None:
+    base, starts = 0, []
+    for one in found:
+        starts.append(np.array(one.documents, np.int64) + base)
+        base += one.shard.tokens
+    np.save(path, np.concatenate(starts), allow_pickle=False)
+
+
+def _check_room(folder: pathlib.Path, vocabulary: Vocabulary, text: dict) -> None:
+    """Raises UserError where the tokens will not fit onto the disk."""
+    size = sum(about["bytes"] for about in text["splits"].values())
+    # Tokens of a byte, a character in bytes; words and pieces are longer on average.
+    per_token = 1 if vocabulary.unit in ("bytes", "chars") else 3
+    need = size * vocabulary.dtype.itemsize // per_token
+    storage.check_room(folder, need, "the tokens")
+
+
+def payload(text: Text) -> str:
     """The sha256 of a text, given by splits.
 
     A run finds its text again by it, and a result says what it was measured on.
@@ -134,16 +225,18 @@ def payload(texts: Mapping[str, list[bytes]]) -> str:
     # Of the raw bytes: a checksum of tokens would depend on the vocabulary too.
     digest = hashlib.sha256()
     for split in sources.SPLITS:
-        for document in texts[split]:
-            digest.update(document)
+        for document in text.splits[split]:
+            for block in document.blocks():
+                digest.update(block)
     return digest.hexdigest()
 
 
-def _say_what_is_lost(tokenizer, texts: Mapping[str, list[bytes]]) -> None:
+def _say_what_is_lost(tokenizer, builder) -> None:
     lines = []
     if not tokenizer.line_ends:
         lines.append("does not keep line ends: newlines are lost")
-    if lost := tokenizer.dropped(itertools.chain(*texts.values())):
+    found = (corpora.read_parts(builder, split) for split in sources.SPLITS)
+    if lost := tokenizer.dropped(itertools.chain.from_iterable(found)):
         shown = some(map(repr, lost))
         lines.append(f"makes no token of {len(lost)} characters of the text: {shown}")
     for line in lines:
@@ -151,43 +244,50 @@ def _say_what_is_lost(tokenizer, texts: Mapping[str, list[bytes]]) -> None:
         print(f"xlformer: {line}", file=sys.stderr, flush=True)
 
 
-def _count(recipe: Recipe, texts: Mapping[str, list[bytes]]) -> Vocabulary:
-    if recipe.tokenizer:
-        return recipe.tokenizer
-    everything = (document for split in texts.values() for document in split)
+def _count(recipe: Recipe, builder) -> Vocabulary:
     corpus = recipe.corpus
-    if recipe.unit == "words" or (corpus and corpus.spaced):
-        found = counting.count_words(
-            # Words of validation and test alone would have no trained vectors;
-            # characters and bytes are few, and all are taken, as the original does.
-            texts["train"] if recipe.unit == "words" else everything,
-            specials=("<eos>",) if corpus else OWN_SPECIALS,
-            min_count=recipe.min_count,
-            max_size=recipe.max_vocab,
-            unit=recipe.unit,
+    of_words = recipe.unit == "words" or bool(corpus and corpus.spaced)
+    # Words of validation and test alone would have no trained vectors; characters and
+    # bytes are few, and all are taken, as the original does.
+    splits = ("train",) if recipe.unit == "words" else sources.SPLITS
+    empty = functools.partial(counting.Codes, recipe.unit)
+    if of_words:
+        empty = functools.partial(
+            counting.Words,
+            ("<eos>",) if corpus else OWN_SPECIALS,
             lower=bool(corpus and corpus.lower),
-            where=recipe.name,
+            limit=counting.WORDS if recipe.own_words else 0,
         )
-        if recipe.own_words and found.size == len(OWN_SPECIALS):
-            raise UserError(
-                f"config.data.min_count={recipe.min_count} leaves no word: all"
-                f" {found.counts_V[1]} of train would be <unk>;"
-                " config.data.min_count=1 keeps them"
-            )
-        return found
+    counted = empty()
+    for split in splits:
+        for job in _jobs(recipe, builder, split):
+            counted.follow(encoding.count(job, empty()))
+    if of_words:
+        return _words(recipe, counted)
     if recipe.unit == "chars":
-        return counting.count_chars(everything, where=recipe.name)
+        return counting.char_vocabulary(counted)
     # A public corpus has the symbols its field counts; elsewhere any byte may come.
-    return counting.count_bytes(
-        everything, newline=recipe.newline, every=corpus is None or recipe.every_byte
+    every = corpus is None or recipe.every_byte
+    return counting.byte_vocabulary(counted, recipe.newline, every)
+
+
+def _words(recipe: Recipe, counted: counting.Words) -> Vocabulary:
+    found = counting.word_vocabulary(
+        counted, recipe.min_count, recipe.max_vocab, recipe.unit
     )
-
-
-def _words(recipe: Recipe, documents: list[bytes], tokens: int) -> int:
-    if recipe.unit == "words":
-        return tokens
-    spaced = bool(recipe.corpus and recipe.corpus.spaced)
-    return words(documents, spaced=spaced, lines=recipe.lines)
+    if recipe.own_words and found.size == len(OWN_SPECIALS):
+        raise UserError(
+            f"config.data.min_count={recipe.min_count} leaves no word: all"
+            f" {found.counts_V[1]} of train would be <unk>;"
+            " config.data.min_count=1 keeps them"
+        )
+    if counted.error:
+        line = (
+            f"more than {counting.WORDS:,} different words: the rarest were forgotten,"
+            f" and counts may be too low by {counted.error}"
+        )
+        print(f"xlformer: {line}", file=sys.stderr, flush=True)
+    return found
 
 
 def words_are(lines: bool) -> str:
@@ -195,36 +295,6 @@ def words_are(lines: bool) -> str:
     return "between white space" + ", and <eos> of each line" * lines
 
 
-def words(documents: list[bytes], *, spaced: bool, lines: bool) -> int:
-    """Words by which a per-word perplexity divides, whatever the unit is.
-
-    Args:
-      documents: of a text.
-      spaced: whether its characters stand between spaces.
-      lines: whether the end of each line is a word.
-    """
-    total = 0
-    for document in documents:
-        if spaced:
-            # Penn's characters stand between spaces, and '_' is the space of the text.
-            document = document.replace(b" ", b"").replace(b"_", b" ")
-        if lines:
-            total += document.count(b"\n") + (not document.endswith(b"\n"))
-        # Whether the byte before the block is a space: words go on across blocks.
-        outside = True
-        for start in range(0, len(document), BLOCK):
-            codes = np.frombuffer(document[start : start + BLOCK], np.uint8)
-            space = np.isin(codes, SPACES)
-            total += np.count_nonzero(space[:-1] & ~space[1:])
-            total += int(outside and not space[0])
-            outside = bool(space[-1])
-    return int(total)
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def _digest(key: dict) -> str:
     # 64 bits tell a user's folders apart and keep their names short.
-    return _sha256(json.dumps(key, sort_keys=True).encode())[:16]
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from xlformer import fields
 from xlformer.data import local, pieces, sources
+from xlformer.data.documents import Text
 from xlformer.data.prepared import FORMAT
 from xlformer.errors import UserError
 
@@ -29,7 +30,7 @@ class Recipe:
     tokenizer: pieces.PieceVocabulary | None
     corpus: sources.Corpus | None  # None for a text of this machine.
     source: dict  # Tells one raw text from another.
-    read: Callable[[object], sources.Text]  # Takes a TFDS download manager.
+    read: Callable[[object], Text]  # Takes a TFDS download manager.
 
     @property
     def lines(self) -> bool:
@@ -167,7 +168,7 @@ def recipe(data) -> Recipe:
     )
 
 
-def raw_text(data) -> sources.Text | None:
+def raw_text(data) -> Text | None:
     """A text of this machine, as it is prepared; None where it is a public corpus."""
     if data.corpus == "stdlib":
         return local.read_stdlib()

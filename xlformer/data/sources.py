@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import logging
+import os
 import tarfile
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import BinaryIO
 
 from etils import epath
 
-from xlformer import storage
+from xlformer import progress, storage
+from xlformer.data import documents
+from xlformer.data.documents import Document, Text
 from xlformer.errors import Argument, UserError, did_you_mean
 from xlformer.fields import SPLITS
 
@@ -134,14 +138,6 @@ CORPORA = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """A corpus in memory: the documents of each split, and where they came from."""
-
-    splits: Mapping[str, list[bytes]]
-    facts: dict  # For the card: checksums of the sources, what was not pinned, ...
-
-
 def public(name: str) -> Corpus:
     """The public corpus of that name."""
     if name not in CORPORA:
@@ -216,78 +212,91 @@ def _read_manual(corpus: Corpus, folder: epath.Path) -> Text:
             raise UserError(
                 f"{corpus.name}: {folder} holds neither {corpus.archive} nor {name}"
             )
-        data = path.read_bytes()
-        found[member] = _verified(corpus, data, expected, str(path))
+        source = documents.source(os.fspath(path))
+        found[member] = source, _verified(corpus, source, expected)
     return _cut(corpus, found)
 
 
-def _read_members(corpus: Corpus, path: epath.Path, origin: str) -> dict[str, bytes]:
-    data = path.read_bytes()
+def _read_members(corpus: Corpus, path: epath.Path, origin: str) -> dict:
     # Before it is opened: a parser sees only what the checksum allows, where there is
     # one.
-    _verified(corpus, data, corpus.archive_sha256, origin)
+    archive = documents.source(os.fspath(path), origin)
+    _verified(corpus, archive, corpus.archive_sha256)
     found = {}
     for member, expected in corpus.files.items():
+        name = f"{origin}: {member}"
+        open_ = functools.partial(_opened, path, corpus.archive, member)
         try:
-            content = _extract(data, corpus.archive, member)
+            with open_() as file:
+                size = file.seek(0, io.SEEK_END)
         # AttributeError: extractfile gives None for a directory or a link.
-        except (OSError, EOFError, KeyError, AttributeError, zlib.error) as error:
+        except (*documents.UNREADABLE, KeyError, AttributeError) as error:
+            if isinstance(error, zipfile.BadZipFile | tarfile.TarError):
+                raise UserError(f"{origin}: not {corpus.archive}: {error}") from None
             raise UserError(f"{origin}: cannot read {member}: {error}") from None
-        except (zipfile.BadZipFile, tarfile.TarError) as error:
-            raise UserError(f"{origin}: not {corpus.archive}: {error}") from None
-        found[member] = _verified(corpus, content, expected, f"{origin}: {member}")
+        source = documents.Member(name, size, open_)
+        found[member] = source, _verified(corpus, source, expected)
     return found
 
 
-def _extract(data: bytes, archive: str, member: str) -> bytes:
-    # Members are read into memory by their names. Nothing is unpacked, so no path in an
-    # archive can lead out of a folder.
-    if archive.endswith(".zip"):
-        with zipfile.ZipFile(io.BytesIO(data)) as opened:
-            return opened.read(member)
-    with tarfile.open(fileobj=io.BytesIO(data)) as opened:
-        # Members of the archive of 2010 begin with './', those of others do not.
-        for name in (member, f"./{member}"):
-            with contextlib.suppress(KeyError):
-                return opened.extractfile(name).read()
-    raise KeyError(member)
+@contextlib.contextmanager
+def _opened(path: epath.Path, archive: str, member: str) -> Iterator[BinaryIO]:
+    # Members are read by their names. Nothing is unpacked, so no path in an archive can
+    # lead out of a folder.
+    with path.open("rb") as file:
+        if archive.endswith(".zip"):
+            with zipfile.ZipFile(file) as opened, opened.open(member) as found:
+                yield found
+            return
+        with tarfile.open(fileobj=file) as opened:
+            # Members of the archive of 2010 begin with './', those of others do not.
+            names = set(opened.getnames())
+            name = next((n for n in (member, f"./{member}") if n in names), None)
+            with opened.extractfile(opened.getmember(name or member)) as found:
+                yield found
 
 
-def _verified(corpus: Corpus, data: bytes, expected: str, origin: str) -> bytes:
-    found = hashlib.sha256(data).hexdigest()
+def _verified(corpus: Corpus, source: documents.Source, expected: str) -> str:
+    """The sha256 of all of a source, which is as expected."""
+    digest = hashlib.sha256()
+    with progress.counting(f"reading {source.name}", source.size):
+        for block in source.pieces(0, source.size):
+            digest.update(block)
+            progress.passed(len(block))
+    found = digest.hexdigest()
     if not expected:
         logging.getLogger(__name__).warning(
             "%s: no checksum is pinned for %s; found sha256 %s",
             corpus.name,
-            origin,
+            source.name,
             found,
         )
     elif found != expected:
         raise UserError(
-            f"{corpus.name}: wrong checksum of {origin}: expected sha256 {expected},"
-            f" found {found} ({len(data)} bytes)"
+            f"{corpus.name}: wrong checksum of {source.name}: expected sha256"
+            f" {expected}, found {found} ({source.size} bytes)"
         )
-    return data
+    return found
 
 
-def _cut(corpus: Corpus, files: Mapping[str, bytes]) -> Text:
+def _cut(corpus: Corpus, files: Mapping[str, tuple]) -> Text:
     facts = {
-        "files_sha256": {n: hashlib.sha256(d).hexdigest() for n, d in files.items()},
+        "files_sha256": {name: found for name, (_, found) in files.items()},
         "unpinned": [n for n, expected in corpus.files.items() if not expected],
     }
     # In the order of corpus.files: train, validation, test.
-    parts = list(files.values())
+    parts = [[Document(source, 0, source.size)] for source, _ in files.values()]
     if corpus.cut:
-        (data,), (train, validation) = parts, corpus.cut
-        stop = train + validation
-        parts = [data[:train], data[train:stop], data[stop:]]
-    splits = dict(zip(SPLITS, ([part] for part in parts), strict=True))
+        (whole,), (train, validation) = parts[0], corpus.cut
+        bounds = [0, train, train + validation, max(len(whole), train + validation)]
+        parts = documents.cut([whole], bounds)
+    splits = dict(zip(SPLITS, parts, strict=True))
     check_not_empty(splits, f"{corpus.name} ({', '.join(files)})")
     return Text(splits, facts)
 
 
-def check_not_empty(splits: Mapping[str, list[bytes]], origin: str) -> None:
+def check_not_empty(splits: Mapping[str, list[Document]], origin: str) -> None:
     """Raises UserError naming the split that has no text."""
-    for split, documents in splits.items():
-        if not any(documents):
+    for split, found in splits.items():
+        if not any(found):
             raise UserError(f"{origin}: the text is empty: split {split!r}")

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from xlformer.data.prepared import Prepared
+from xlformer.data.shards import Tokens, blocks
 from xlformer.data.vocabulary import Vocabulary, WordVocabulary
 from xlformer.errors import Argument, UserError, some
 
@@ -49,7 +50,8 @@ def translated(
         # known.
         used = np.zeros(ours.size, bool)
         for tokens in prepared.tokens.values():
-            used |= np.bincount(tokens, minlength=ours.size) > 0
+            for block in blocks(tokens):
+                used |= np.bincount(block, minlength=ours.size) > 0
         lacks = [ours.symbols[i] for i in missing if used[i]]
         if lacks:
             raise UserError(
@@ -61,7 +63,10 @@ def translated(
     # Where nothing is unknown, these symbols do not occur: any id will do.
     ids[missing] = 0 if unknown is None else unknown
     ids = ids.astype(vocabulary.dtype)
-    tokens = {split: ids[found] for split, found in prepared.tokens.items()}
+    tokens = {
+        split: found.translated(ids) if isinstance(found, Tokens) else ids[found]
+        for split, found in prepared.tokens.items()
+    }
     return dataclasses.replace(prepared, tokens=tokens, vocabulary=vocabulary)
 
 

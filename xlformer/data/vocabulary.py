@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from xlformer import progress
+from xlformer.data import parts
+from xlformer.data.utf8 import code_points, decode_utf8
 from xlformer.errors import UserError, some
 
 FORMAT = "xlformer vocabulary 1"
 NEWLINE = 10
-# What bytes.split() cuts at.
-SPACES = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
-# Bytes of whole lines that are split into words at a time: as Python strings words take
-# many times their size, and a whole corpus of them would not fit into memory.
-BLOCK = 1 << 22
 
 
 def token_dtype(size: int) -> np.dtype:
@@ -79,6 +75,14 @@ class Vocabulary:
         it; for a prompt to be continued pass False. Bytes and characters have no
         `<eos>`. `where` names the text in errors.
         """
+        found = [
+            self.encode_part(part, close_line=close_line, where=where)
+            for part in parts.of(text)
+        ]
+        return np.concatenate([np.zeros(0, self.dtype), *found])
+
+    def encode_part(self, part, *, close_line: bool = True, where="text") -> np.ndarray:
+        """The ids of a parts.Part: those of all parts, joined, are the text's."""
         raise NotImplementedError
 
     def decode(self, ids) -> str | bytes:
@@ -136,8 +140,8 @@ class ByteVocabulary(Vocabulary):
     def options(self) -> dict:
         return {"newline": self.newline}
 
-    def encode(self, text, *, close_line=True, where="text"):
-        codes = np.frombuffer(as_bytes(text), np.uint8)
+    def encode_part(self, part, *, close_line=True, where="text"):
+        codes = np.frombuffer(part.data, np.uint8)
         if self.newline == "drop":
             codes = codes[codes != NEWLINE]
         if self.size < 256 and not self._known[codes].all():
@@ -170,7 +174,15 @@ class CharVocabulary(Vocabulary):
         self._table[self._codes_V] = np.arange(self.size)
 
     def encode(self, text, *, close_line=True, where="text"):
-        codes = code_points(text, where)
+        # Half a surrogate pair, as of a shell, is none of the symbols.
+        if isinstance(text, str):
+            return self._ids(code_points(text, where), where)
+        return super().encode(text, close_line=close_line, where=where)
+
+    def encode_part(self, part, *, close_line=True, where="text"):
+        return self._ids(code_points(part.data, where, part.offset), where)
+
+    def _ids(self, codes: np.ndarray, where: str) -> np.ndarray:
         ids = self._table[np.minimum(codes, len(self._table) - 1)]
         if ids.size and ids.min() < 0:
             self._refuse(map(chr, codes[ids < 0].tolist()), where)
@@ -206,18 +218,16 @@ class WordVocabulary(Vocabulary):
     def options(self) -> dict:
         return {"unit": self.unit, "lower": self.lower, "eos": self.eos}
 
-    def encode(self, text, *, close_line=True, where="text"):
+    def encode_part(self, part, *, close_line=True, where="text"):
         unknown = -1 if self.unk_id is None else self.unk_id
-        parts = [np.zeros(0, self.dtype)]
-        for words in split_words(text, self.eos, self.lower, close_line, where):
-            found = map(self._table.get, words, itertools.repeat(unknown))
-            # Mapped and filled in C: a list of Python numbers would be several times as
-            # large.
-            ids = np.fromiter(found, np.int32, len(words))
-            if ids.size and ids.min() < 0:
-                self._refuse((words[i] for i in np.flatnonzero(ids < 0)), where)
-            parts.append(ids.astype(self.dtype))
-        return np.concatenate(parts)
+        words = split_words(part, self.eos, self.lower, close_line, where)
+        found = map(self._table.get, words, itertools.repeat(unknown))
+        # Mapped and filled in C: a list of Python numbers would be several times as
+        # large.
+        ids = np.fromiter(found, np.int32, len(words))
+        if ids.size and ids.min() < 0:
+            self._refuse((words[i] for i in np.flatnonzero(ids < 0)), where)
+        return ids.astype(self.dtype)
 
     def decode(self, ids) -> str:
         words = (self.symbols[i] for i in self._checked(ids))
@@ -225,53 +235,10 @@ class WordVocabulary(Vocabulary):
         return "\n".join(line.strip(" ") for line in lines.split("\n"))
 
 
-def as_bytes(text: str | bytes) -> bytes:
-    """A text in UTF-8; half a surrogate pair, as of a shell, keeps its own bytes."""
-    return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
-
-
-def decode_utf8(data: bytes, where: str, base: int = 0) -> str:
-    """Decodes UTF-8; a UserError names the first wrong byte, `base` + its offset."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        other = "iconv -f LATIN1 -t UTF-8, or from whatever it is, converts the text"
-        damaged = "iconv -c -f UTF-8 -t UTF-8 leaves out what is damaged"
-        # All ASCII so far: the file is most likely in an older encoding. After valid
-        # UTF-8 it is rather damaged.
-        remedy = other if data[: error.start].isascii() else damaged
-        raise UserError(
-            f"{where}: byte {data[error.start]:#04x} at offset {base + error.start} is"
-            f" not valid UTF-8: {remedy}; config.data.unit=bytes takes any file"
-        ) from None
-
-
-def code_points(text: str | bytes, where: str) -> np.ndarray:
-    """The characters of text as numbers."""
-    text = text if isinstance(text, str) else decode_utf8(text, where)
-    # Four bytes a character, little-endian on any machine.
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-
-
-def line_blocks(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Cuts data after newlines into blocks of about BLOCK bytes, with their offsets."""
-    start = 0
-    while start < len(data):
-        stop = len(data)
-        if stop - start > BLOCK:
-            stop = data.rfind(b"\n", start, start + BLOCK) + 1
-            # A line that is longer than a block stays whole.
-            stop = stop or data.find(b"\n", start) + 1 or len(data)
-        yield start, data[start:stop]
-        progress.passed(stop - start)
-        start = stop
-
-
-def split_words(text, eos, lower, close_line, where) -> Iterator[list[str]]:
-    """The words of text with an `eos` for each newline, in lists of many lines."""
-    for start, block in line_blocks(as_bytes(text)):
-        block = decode_utf8(block, where, start)
-        words = (block.lower() if lower else block).replace("\n", f" {eos} ").split()
-        if close_line and not block.endswith("\n"):
-            words.append(eos)
-        yield words
+def split_words(part, eos: str, lower: bool, close_line: bool, where) -> list[str]:
+    """The words of a part of a text, with an `eos` for each newline."""
+    block = decode_utf8(part.data, where, part.offset)
+    words = (block.lower() if lower else block).replace("\n", f" {eos} ").split()
+    if close_line and part.ends and not block.endswith("\n"):
+        words.append(eos)
+    return words

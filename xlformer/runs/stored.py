@@ -8,6 +8,7 @@ never. The run may be a stranger's, so nothing is made where its config says.
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import json
 import os
@@ -17,9 +18,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from xlformer import runs, storage
-from xlformer.data import folders, local, preparing, recipes
+from xlformer.data import documents, folders, local, parts, preparing, recipes, shards
+from xlformer.data.documents import Text
 from xlformer.data.prepared import FORMAT, Prepared
-from xlformer.data.sources import SPLITS, Text
+from xlformer.data.sources import SPLITS
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import Argument, UserError
 from xlformer.runs import writing
@@ -165,13 +167,14 @@ def _text(data, card: dict, name: str | Argument, *, advice: bool) -> Text | Non
         # Reading says config.data.path, whatever the person has given as the path.
         before, found, after = str(error).partition(PATH)
         raise UserError(before, name if found else "", after, *remedy) from None
-    if text is not None and preparing.payload(text.splits) != card["payload_sha256"]:
+    found = None if text is None else preparing.payload(text)
+    if found not in (None, card["payload_sha256"]):
         where = f"config.data.corpus={data.corpus}"
         if data.path:
             where = f"{PATH}={data.path}"
             if isinstance(name, Argument):
                 where = dataclasses.replace(name, value=data.path)
-        raise _another(where, preparing.payload(text.splits), card, remedy)
+        raise _another(where, found, card, remedy)
     return text
 
 
@@ -202,20 +205,24 @@ def _say_if_changed(data, card: dict, found) -> None:
 def _is_read_once(path: str) -> bool:
     """Whether there is a pipe in it, which another process has emptied."""
     entries = [os.path.expanduser(entry.strip()) for entry in path.split(";")]
-    return any(map(local.is_read_once, entries))
+    return any(map(documents.is_read_once, entries))
 
 
 def _encoded(text: Text, split: str, vocabulary: Vocabulary, card: dict) -> Prepared:
     where = f"{card['corpus']} {split}"
-    parts = [
-        vocabulary.encode(document, where=where) for document in text.splits[split]
-    ]
-    tokens, expected = np.concatenate(parts), card["splits"][split]["tokens"]
+    found = shards.Collector(vocabulary.dtype, vocabulary.size)
+    starts, size = array.array("q"), 0
+    for document in text.splits[split]:
+        starts.append(size)
+        for part in parts.of(document):
+            ids = vocabulary.encode_part(part, where=where)
+            found.add(ids)
+            size += len(ids)
+    tokens, expected = found.tokens(), card["splits"][split]["tokens"]
     if len(tokens) != expected:
         raise UserError(
             f"{where} has {len(tokens)} tokens by {runs.VOCABULARY}, the run had "
             f"{expected}: its text was cut in another way"
         )
-    starts = np.cumsum([0, *(len(part) for part in parts[:-1])]).astype(np.int64)
-    documents = {split: starts if card["documents"] else None}
+    documents = {split: np.array(starts, np.int64) if card["documents"] else None}
     return Prepared({split: tokens}, documents, vocabulary, card, None)

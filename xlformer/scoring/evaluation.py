@@ -9,6 +9,7 @@ import time
 import jax
 
 from xlformer import __version__, models, runs, sharding
+from xlformer.data import shards
 from xlformer.errors import UserError
 from xlformer.scoring import results, texts, units
 from xlformer.scoring.evaluator import Evaluator
@@ -107,7 +108,9 @@ class Scorer:
         )
         # All tokens are kept beside those that are scored: what words and bytes these
         # stand for is known only by comparing the whole split with its card.
-        self._tokens = self._everything[: settings.max_tokens or None]
+        self._tokens = shards.head(
+            self._everything, settings.max_tokens or len(self._everything)
+        )
         self._plan = cut_rows_for(
             self._model,
             len(self._tokens),

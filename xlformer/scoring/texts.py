@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
-from xlformer import runs
-from xlformer.data import preparing, translation
-from xlformer.data.prepared import read_text
+from xlformer import progress, runs
+from xlformer.data import encoding, parts, preparing, shards, translation
+from xlformer.data.prepared import open_text
 from xlformer.data.vocabulary import Vocabulary, WordVocabulary
 from xlformer.errors import Argument, UserError
 from xlformer.runs import stored
@@ -44,19 +44,26 @@ def read(run: runs.Run, split: str, text: str | None, data_path: str | None = No
 
 def own_text(vocabulary: Vocabulary, path: str):
     """What `read` returns, of a file; words are counted as preparation counts them."""
-    content = read_text(vocabulary, path)
-    tokens = vocabulary.encode(content, where=path)
+    document = open_text(vocabulary, path)
     # Characters with spaces between them are words to that vocabulary.
     spaced = isinstance(vocabulary, WordVocabulary) and vocabulary.unit == "chars"
     lines = vocabulary.line_ends
-    words = preparing.words([content], spaced=spaced, lines=lines)
+    digest, words = hashlib.sha256(), 0
+    found = shards.Collector(vocabulary.dtype, vocabulary.size)
+    with progress.counting(f"reading {path}", len(document)):
+        for part in parts.of(document):
+            found.add(vocabulary.encode_part(part, where=path))
+            digest.update(part.data)
+            words += encoding.words(part, spaced=spaced, lines=lines)
+            progress.passed(len(part.data))
+    tokens = found.tokens()
     facts = {
         "corpus": path,
         "unit": vocabulary.unit,
         "newline": getattr(vocabulary, "newline", "keep"),
         "split": "text",
-        "payload_sha256": hashlib.sha256(content).hexdigest(),
-        "bytes": len(content),
+        "payload_sha256": digest.hexdigest(),
+        "bytes": len(document),
         "words": len(tokens) if vocabulary.unit == "words" else words,
         "words_are": preparing.words_are(lines),
     }

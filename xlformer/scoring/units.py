@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from xlformer.data.pieces import PieceVocabulary
+from xlformer.data.utf8 import IS_SPACE
 from xlformer.data.vocabulary import (
-    SPACES,
     ByteVocabulary,
     CharVocabulary,
     Vocabulary,
@@ -99,16 +99,23 @@ def scored(
 
 def _blocks(tokens, start, stop, documents) -> Iterator[tuple]:
     """Yields ids and the id before them: None where the text or a document begins."""
-    cuts = {start, stop, *range(start, stop, BLOCK)}
-    begins = {0}
-    if documents is not None:
-        inside = documents[(documents >= start) & (documents < stop)].tolist()
-        cuts.update(inside)
-        begins.update(inside)
-    cuts = sorted(cuts)
-    for low, high in zip(cuts, cuts[1:], strict=False):
-        before = None if low in begins else int(tokens[low - 1])
-        yield np.asarray(tokens[low:high]), before
+    for first in range(start, stop, BLOCK):
+        last = min(first + BLOCK, stop)
+        ids = np.asarray(tokens[max(first - 1, 0) : last])
+        ids, before = (ids[1:], int(ids[0])) if first else (ids, None)
+        begins = [] if documents is None else _within(documents, first, last)
+        if begins and begins[0] == first:
+            begins, before = begins[1:], None
+        cuts = [first, *begins, last]
+        for low, high in zip(cuts, cuts[1:], strict=False):
+            yield ids[low - first : high - first], before
+            before = None  # A document begins there.
+
+
+def _within(documents: np.ndarray, start: int, stop: int) -> list[int]:
+    """Where documents begin from start on, before stop; each place once."""
+    low, high = np.searchsorted(documents, [start, stop])
+    return sorted(set(documents[low:high].tolist()))
 
 
 def _words(text: bytes, before: bytes) -> int:
@@ -116,7 +123,7 @@ def _words(text: bytes, before: bytes) -> int:
     # By their beginnings, so that a word which goes on from a block into the next is
     # counted once.
     codes = np.frombuffer(before[-1:] or b" ", np.uint8)
-    space = np.isin(np.concatenate([codes, np.frombuffer(text, np.uint8)]), SPACES)
+    space = IS_SPACE[np.concatenate([codes, np.frombuffer(text, np.uint8)])]
     return int(np.count_nonzero(space[:-1] & ~space[1:]))
 
 

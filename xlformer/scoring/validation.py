@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from xlformer.data import shards
 from xlformer.data.prepared import Prepared
 from xlformer.errors import UserError
 from xlformer.models import Model
@@ -20,7 +21,8 @@ class Validation:
         if split not in prepared.tokens:
             known = ", ".join(prepared.tokens)
             raise UserError(f"config.eval.split={split!r} is none of {known}")
-        self._tokens = prepared.tokens[split][: most or None]
+        tokens = prepared.tokens[split]
+        self._tokens = shards.head(tokens, most or len(tokens))
         self._documents = prepared.documents[split]
         self._unit = prepared.vocabulary.unit
         settings = EvalSettings().filled(config.eval)

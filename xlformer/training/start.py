@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
 from xlformer import models, runs, storage
+from xlformer.data import shards
 from xlformer.data.prepared import Prepared
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import Argument, UserError
@@ -193,7 +194,10 @@ def lines(config: ConfigDict, run: runs.Run, prepared: Prepared) -> list[str]:
     )
     said = [first, *(f"{x}: not what they saw" for x in _changed(config, run))]
     tokens, unknown = prepared.tokens["train"], getattr(run.vocabulary, "unk_id", None)
-    if unknown is not None and (share := np.mean(tokens == unknown)):
+    if unknown is None:
+        return said
+    found = sum(np.count_nonzero(block == unknown) for block in shards.blocks(tokens))
+    if share := found / len(tokens):
         said.append(f"{share:.1%} of the training tokens are <unk> in its vocabulary")
     return said
 

@@ -1,0 +1,296 @@
+"""Token files: written and read block by block, in shards that an index lists.
+
+A shard is an .npy file of numbers. A split of one shard is called train.npy, as all
+were up to 0.2.0; of more they are train-00000.npy, train-00001.npy, ... The index says
+what belongs to a split, with sizes and checksums, and to which corpus it belongs.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from xlformer.errors import UserError
+
+INDEX = "index.json"
+# The format of the index and of what it lists: another number cannot be read.
+FORMAT = 1
+BLOCK = 1 << 20  # tokens that are read at a time
+OPEN_FILES = 256
+# Tokens between two that are picked: so few are read along.
+NEAR = 64
+# Tokens of a text to score that stay in memory.
+IN_MEMORY = 1 << 24
+UNKNOWN = -1  # the size of a file that no index lists
+NAME = re.compile(r"\w+(-\d{5,})?\.npy")
+
+
+class Shard(NamedTuple):
+    """A file of tokens, as the index lists it."""
+
+    file: str
+    tokens: int
+    size: int  # bytes
+    sha256: str
+
+
+def name(split: str, number: int, count: int) -> str:
+    return f"{split}.npy" if count == 1 else f"{split}-{number:05}.npy"
+
+
+def header(dtype: np.dtype, tokens: int) -> bytes:
+    """The beginning of an .npy file, of the same length for any number of tokens."""
+    buffer = io.BytesIO()
+    about = {"descr": dtype.str, "fortran_order": False, "shape": (tokens,)}
+    np.lib.format.write_array_header_1_0(buffer, about)
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def writer(path, dtype: np.dtype):
+    """Gives a function that appends ids to a new .npy file; it is there when all are.
+
+    OSError where it cannot be written.
+    """
+    unfinished, size = f"{path}.part", 0
+    with open(unfinished, "wb") as file:
+        file.write(header(dtype, 0))
+
+        def write(ids: np.ndarray) -> None:
+            nonlocal size
+            file.write(np.ascontiguousarray(ids, dtype).data)
+            size += len(ids)
+
+        yield write
+        file.seek(0)
+        file.write(header(dtype, size))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def checksum(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_index(folder, card: dict, shards: dict[str, list[Shard]]) -> None:
+    """Lists the shards of each split; the card's checksums say of which corpus."""
+    splits = {
+        split: {
+            "sha256": card["splits"][split]["sha256"],
+            "shards": [shard._asdict() for shard in found],
+        }
+        for split, found in shards.items()
+    }
+    text = json.dumps({"format": FORMAT, "splits": splits}, indent=1)
+    (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def read_index(folder, card: dict) -> dict[str, list[Shard]]:
+    """The shards of each split; ValueError or another error where it is damaged.
+
+    Up to 0.2.0 there was no index, and one file for each split.
+    """
+    if not (folder / INDEX).exists():
+        about = {split: card["splits"][split] for split in card["splits"]}
+        return {
+            split: [Shard(f"{split}.npy", x["tokens"], UNKNOWN, x.get("sha256", ""))]
+            for split, x in about.items()
+        }
+    found = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    if found["format"] != FORMAT:
+        raise ValueError(f"format {found['format']!r}, expected {FORMAT}")
+    splits = {}
+    for split, about in card["splits"].items():
+        if found["splits"][split]["sha256"] != about["sha256"]:
+            raise ValueError("it is the index of another corpus")
+        splits[split] = [Shard(**shard) for shard in found["splits"][split]["shards"]]
+        for shard in splits[split]:
+            if not NAME.fullmatch(shard.file):
+                raise ValueError(f"{shard.file!r} is no name of a shard")
+            if not all(type(x) is int and x >= 0 for x in (shard.tokens, shard.size)):
+                raise ValueError(f"the size of {shard.file} is no number")
+        if sum(shard.tokens for shard in splits[split]) != about["tokens"]:
+            raise ValueError(f"the shards of {split} are not all of it")
+    return splits
+
+
+class Tokens:
+    """The tokens of a split in files, read where they are asked for and never kept.
+
+    What a memory map reads stays in the process until the kernel needs the room: a
+    process that has gone through a text once would be as large as the text.
+
+    Args:
+      files: (path, offset of the first token in bytes, tokens) of each, in order.
+      dtype: of the files.
+      symbols: an id that is as large is damage, and a UserError.
+    """
+
+    def __init__(self, files, dtype, symbols: int):
+        self._files = [(path, offset) for path, offset, _ in files]
+        # Python's numbers: bisect looks through them five times as fast as numpy.
+        self._ends = list(itertools.accumulate(tokens for *_, tokens in files))
+        self._raw, self._symbols = np.dtype(dtype), symbols
+        self.dtype, self._table = self._raw, None
+        self._size = self._ends[-1]
+        # All numbers of the dtype may be ids.
+        self._is_checked = symbols > np.iinfo(self._raw).max
+        self._open, self._lock = collections.OrderedDict(), threading.Lock()
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (self._size,)
+
+    def __getitem__(self, key):
+        """numpy's, of slices without a step, of numbers and of arrays of numbers."""
+        if isinstance(key, slice):
+            start, stop, step = key.indices(self._size)
+            found = self.read(start, max(stop, start))
+            return found if step == 1 else found[::step]
+        if np.ndim(key) == 0:
+            place = range(self._size)[key]
+            return self.read(place, place + 1)[0]
+        return self._pick(np.asarray(key))
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self.read(0, self._size).astype(dtype or self.dtype, copy=False)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` to `stop`, which must lie within."""
+        return self.rows([start], stop - start)[0]
+
+    def rows(self, starts, length: int) -> np.ndarray:
+        """As many tokens from each of some places on: [places, length]."""
+        width = self._raw.itemsize
+        out = np.empty((len(starts), length), self._raw)
+        view, begin = memoryview(out.reshape(-1)).cast("B"), 0
+        for place in starts:
+            stop = place + length
+            number = bisect.bisect_right(self._ends, place)
+            while place < stop:  # over the end of one file into the next
+                size = min(stop, self._ends[number]) - place
+                before = self._ends[number - 1] if number else 0
+                part = view[begin : begin + size * width]
+                self._fill(number, part, (place - before) * width)
+                begin, place, number = begin + size * width, place + size, number + 1
+        if not self._is_checked:
+            self._check(out, starts)
+        return out if self._table is None else self._table[out]
+
+    def check(self) -> None:
+        """Looks at all ids; they are not looked at again when they are read."""
+        for _ in () if self._is_checked else blocks(self):
+            pass
+        self._is_checked = True
+
+    def head(self, size: int) -> Tokens:
+        """The first of them, which are read from the same files."""
+        return self._with(_size=min(size, self._size))
+
+    def translated(self, table: np.ndarray) -> Tokens:
+        """The same tokens as other ids: table[id] of each."""
+        table = table if self._table is None else table[self._table]
+        return self._with(_table=table, dtype=table.dtype)
+
+    def _with(self, **fields) -> Tokens:
+        other = Tokens.__new__(Tokens)
+        other.__dict__ = self.__dict__ | fields
+        # Files are opened again: whichever goes first closes its own.
+        other._open, other._lock = collections.OrderedDict(), threading.Lock()
+        return other
+
+    def _pick(self, index: np.ndarray) -> np.ndarray:
+        flat = index.ravel()
+        out = np.empty(flat.size, self.dtype)
+        # Rows of a batch are stretches of the text: each is read at once.
+        steps = np.diff(flat)
+        cuts = np.flatnonzero((steps < 0) | (steps > NEAR)) + 1
+        bounds = [0, *cuts.tolist(), flat.size] if flat.size else []
+        for low, high in zip(bounds, bounds[1:], strict=False):
+            first = int(flat[low])
+            found = self.read(first, int(flat[high - 1]) + 1)
+            out[low:high] = found[flat[low:high] - first]
+        return out.reshape(index.shape)
+
+    def _fill(self, number: int, view: memoryview, place: int) -> None:
+        path, offset = self._files[number]
+        with self._lock:
+            file = self._open.pop(number, None)
+            if file is None:
+                if len(self._open) >= OPEN_FILES:
+                    self._open.popitem(last=False)[1].close()
+                file = open(path, "rb", buffering=0)  # noqa: SIM115
+            self._open[number] = file  # the last one that was used
+            if os.preadv(file.fileno(), [view], offset + place) != len(view):
+                raise UserError(f"{path} is shorter than it was")
+
+    def _check(self, ids: np.ndarray, starts) -> None:
+        # numpy would take a negative id from the end.
+        if not ids.size or 0 <= ids.min() and ids.max() < self._symbols:
+            return
+        row, column = np.argwhere((ids < 0) | (ids >= self._symbols))[0].tolist()
+        number = bisect.bisect_right(self._ends, starts[row] + column)
+        path = self._files[number][0]
+        raise UserError(
+            f"{path}: token id out of range: {ids[row, column]} in a vocabulary of"
+            f" {self._symbols}; delete {os.path.dirname(path)} and prepare again"
+        )
+
+    def __del__(self):
+        for file in getattr(self, "_open", {}).values():
+            file.close()
+
+
+class Collector:
+    """Takes the tokens of a text that grows: in memory, or in a temporary file."""
+
+    def __init__(self, dtype, symbols: int):
+        self._dtype, self._symbols = np.dtype(dtype), symbols
+        self._parts, self._size, self._file = [], 0, None
+
+    def add(self, ids: np.ndarray) -> None:
+        self._parts.append(ids)
+        self._size += len(ids)
+        if self._file is None and self._size > IN_MEMORY:
+            self._file = tempfile.NamedTemporaryFile()  # noqa: SIM115
+        if self._file is not None:
+            for part in self._parts:
+                self._file.write(np.ascontiguousarray(part, self._dtype).data)
+            self._parts = []
+
+    def tokens(self) -> np.ndarray | Tokens:
+        if self._file is None:
+            return np.concatenate([np.zeros(0, self._dtype), *self._parts])
+        self._file.flush()
+        found = Tokens([(self._file.name, 0, self._size)], self._dtype, self._symbols)
+        found._kept = self._file  # which is deleted with the last that reads it
+        return found
+
+
+def head(tokens, size: int):
+    """The first tokens of an array or of files, without reading them."""
+    return tokens.head(size) if isinstance(tokens, Tokens) else tokens[:size]
+
+
+def blocks(tokens: np.ndarray | Tokens) -> Iterator[np.ndarray]:
+    """All tokens, of an array or of files, some at a time."""
+    for start in range(0, len(tokens), BLOCK):
+        yield tokens[start : start + BLOCK]

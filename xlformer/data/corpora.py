@@ -68,7 +68,7 @@ def _builder_class(corpus_name: str):
             text = self._read(dl)
             self.info.metadata.update(text.facts)
             # Compressed it takes less.
-            storage.check_room(self.data_dir, text.size, "the text")
+            storage.check_room(self.data_path.parent, text.size, "the text")
             return {s: self._generate_examples(d) for s, d in text.splits.items()}
 
         def _generate_examples(self, documents: list[Document]):

@@ -94,7 +94,7 @@ def damaged(folder: pathlib.Path) -> str:
         found = shards.read_index(folder, card)
         sums = {x.file: x.sha256 for split in found.values() for x in split}
     # What is damaged may hold any JSON, or none.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except shards.DAMAGE:
         return name
     for name, expected in sums.items():
         try:

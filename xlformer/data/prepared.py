@@ -42,7 +42,7 @@ def load(directory) -> Prepared:
     try:
         listed = shards.read_index(folder, card)
     # Whatever is in it: it may be a stranger's.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except shards.DAMAGE as error:
         line = f"{folder / shards.INDEX}: {type(error).__name__}: {error}"
         raise UserError(f"{line}; {_again(folder)}") from None
     tokens, documents = {}, {}

@@ -35,6 +35,8 @@ NEAR = 64
 # Tokens of a text to score that stay in memory.
 IN_MEMORY = 1 << 24
 UNKNOWN = -1  # the size of a file that no index lists
+# What reading JSON that is damaged raises, or that nests too deeply.
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 NAME = re.compile(r"\w+(-\d{5,})?\.npy")
 
 

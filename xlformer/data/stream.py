@@ -53,6 +53,11 @@ class Stream:
                 f" {len(tokens)} tokens in config.train.batch_size={batch_size} rows"
                 f" give rows of {row_length} (one more than a segment is needed)"
             )
+        if row_length > np.iinfo(np.int32).max:
+            raise UserError(
+                f"config.train.batch_size={batch_size} makes rows of {row_length:,}"
+                f" tokens; at most {np.iinfo(np.int32).max:,} are possible"
+            )
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         self._begin_B = (self._rows * row_length).tolist()
         self._tokens = tokens

@@ -52,7 +52,7 @@ class Utf8:
         stop = whole_characters(data)
         decode_utf8(data[:stop], self._where, self._size, self._ascii)
         self._rest, self._size = data[stop:], self._size + stop
-        self._ascii = self._ascii and data.isascii()
+        self._ascii = self._ascii and data[:stop].isascii()
 
     def end(self) -> None:
         decode_utf8(self._rest, self._where, self._size, self._ascii)

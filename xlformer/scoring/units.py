@@ -26,7 +26,7 @@ from xlformer.data.vocabulary import (
     WordVocabulary,
 )
 
-BLOCK = 1 << 20  # tokens that are spelled at a time
+BLOCK = 1 << 17  # tokens that are spelled at a time
 
 
 class Count(NamedTuple):

@@ -18,6 +18,7 @@ from xlformer import __version__, storage, streams
 from xlformer.errors import (
     BAD_INPUT,
     UserError,
+    WorthAnotherTry,
     did_you_mean,
     is_out_of_memory,
     reason,
@@ -131,6 +132,9 @@ def run(main: Callable[[Sequence[str] | None], int], argv=None) -> int:
         sys.stdout.reconfigure(errors="replace")
     try:
         return _written(main, argv)
+    except WorthAnotherTry as error:
+        print(f"error: {line(error)}", file=sys.stderr)
+        return 1
     except UserError as error:
         message = line(error)
     except MemoryError as error:

@@ -73,8 +73,8 @@ class UserError(Exception):
 class WorthAnotherTry(UserError):
     """An error that is perhaps only this host's, or only of this moment.
 
-    In a job of several hosts its exit code is 1: a launcher then starts all of them
-    again, which it does not do for bad input.
+    Its exit code is 1: a launcher then starts again, in a job of several hosts all of
+    them, which it does not do for bad input.
     """
 
 

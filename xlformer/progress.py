@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from xlformer import tables
 
@@ -57,6 +57,22 @@ def counting(what: str, total: int) -> Iterator[None]:
     token = _counting.set(add)
     try:
         yield
+    finally:
+        _counting.reset(token)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[Callable[[], int]]:
+    """Gives a function that says how much has `passed` so far, and shows nothing."""
+    count = 0
+
+    def add(amount: int) -> None:
+        nonlocal count
+        count += amount
+
+    token = _counting.set(add)
+    try:
+        yield lambda: count
     finally:
         _counting.reset(token)
 

@@ -1,5 +1,6 @@
 """Shards: the index, tokens that are read and not kept, resuming, 100 GB of nothing."""
 
+import errno
 import hashlib
 import json
 import os
@@ -209,6 +210,20 @@ def test_no_room_on_the_disk_is_said_before(what, book, tmp_path, monkeypatch, c
     with pytest.raises(UserError, match=f"no room for {what}: it needs"):
         prepare.prepare(options(book, documents=True), directory=tmp_path)
     assert not [path for path in tmp_path.rglob("*incomplete*")]
+
+
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_a_disk_that_is_full_leaves_nothing(kind, book, tmp_path, monkeypatch):
+    def full(*_):
+        number = errno.ENOSPC
+        # The second as the array_record library says it.
+        line = f"write() failed: {os.strerror(number)}; writing train"
+        raise OSError(number, os.strerror(number)) if kind is OSError else kind(line)
+
+    monkeypatch.setattr(shards, "writer", full)
+    with pytest.raises(UserError, match=f"{tmp_path}: No space left on device"):
+        prepare.prepare(options(book), directory=tmp_path)
+    assert not list(tmp_path.glob("text-*"))
 
 
 def test_a_step_of_100_gigabytes_costs_what_one_of_10_megabytes_costs(tmp_path):

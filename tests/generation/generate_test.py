@@ -12,7 +12,7 @@ import trained_run
 from training_runs import Bag, BagConfig
 
 from xlformer import generate, models, sharding
-from xlformer.data import local
+from xlformer.data import documents, local
 from xlformer.errors import UserError
 from xlformer.generate import Sampling
 from xlformer.generation import continuation, sampling
@@ -318,7 +318,9 @@ def _answers(out, size):
 def test_command_reads_standard_input_once(capsys, base, monkeypatch):
     workdir, flags = trained_run.trained(base), ("--num_tokens=7", "--temperature=0")
     said = ["the n\u2603", "the na"]
-    monkeypatch.setattr(local, "read_once", lambda name: said.pop(0).encode())
+    monkeypatch.setattr(
+        local, "open_text", lambda *_: documents.of_bytes(said.pop(0).encode())
+    )
     code, _, err = main(capsys, workdir, "--prompt_file=-", *flags)
     assert code == 2 and "--prompt_file=-" in err  # no such characters
     code, out, _ = main(capsys, workdir, "--prompt_file=-", *flags)

@@ -6,7 +6,6 @@ import pytest
 
 from xlformer import config as config_lib
 from xlformer import progress as progress_lib
-from xlformer.data import counting, vocabulary
 from xlformer.runs import log
 from xlformer.training.profiler import Profiler
 from xlformer.training.progress import Progress
@@ -65,20 +64,14 @@ def test_a_trace_covers_the_chosen_steps_and_ends_with_the_run(tmp_path, monkeyp
     assert str(tmp_path) in cut_short.stop() and calls[-1] == "stop"
 
 
-def test_words_are_counted_and_then_encoded_with_a_line_now_and_then(
-    capsys, monkeypatch
-):
+def test_a_line_now_and_then_says_how_fast_a_text_passes(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    monkeypatch.setattr(vocabulary, "BLOCK", 10)
-    text = b"a bc d ef\n" * 10
-    with progress_lib.counting("preparing words", 2 * len(text)):
-        for words in vocabulary.split_words(text, "<eos>", False, True, "text"):
-            now[0] += len(words)
-        made = counting.count_words([text], specials=("<eos>", "<unk>"))
-        now[0] += 10
-        made.encode(text)
+    with progress_lib.counting("preparing words", 20_000_000):
+        for _ in range(3):
+            now[0] += 3
+            progress_lib.passed(1_000_000)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "preparing words 10%, 0:01:30 left"
+    assert lines == ["preparing words 10%, 0.3 MB/s, 0:00:54 left"]
     progress_lib.passed(10)  # Nothing counts any more.
     assert capsys.readouterr().err == ""

@@ -75,13 +75,16 @@ class Copied(Source):
     __slots__ = ("_file",)
 
     def __init__(self, name: str, read: Callable[[int], bytes]):
-        self.name, self.size = name, 0
+        self.name, self.size, self._file = name, 0, None
         # Deleted by the kernel with its last descriptor, however the process ends.
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
         while block := read(BLOCK):
-            self._file.write(block)
             self.size += len(block)
-        self._file.flush()
+            try:
+                self._file.write(block)
+                self._file.flush()
+            except OSError as error:
+                raise temporary(error) from error
 
     def pieces(self, start, stop):
         while start < stop:
@@ -90,7 +93,8 @@ class Copied(Source):
             yield block
 
     def __del__(self):
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class Member(Source):
@@ -204,6 +208,13 @@ def cut(documents: Iterable[Document], bounds: list[int]) -> list[list[Document]
                 part.append(piece)
         base += len(document)
     return parts
+
+
+def temporary(error: OSError) -> UserError:
+    """What is said where a temporary file cannot be written."""
+    folder = tempfile.gettempdir()
+    line = f"{folder}: {error.strerror}: TMPDIR names another place for such files"
+    return UserError(line)
 
 
 def _state(name: str) -> tuple:

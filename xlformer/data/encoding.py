@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
 from xlformer import progress, storage
-from xlformer.data import corpora, parts, shards
+from xlformer.data import corpora, parts, shards, vocabularies
 from xlformer.data.utf8 import IS_SPACE
 from xlformer.data.vocabulary import Vocabulary
 
@@ -67,15 +68,22 @@ def _records(job: Job):
         progress.passed(len(part.data))
 
 
-def count(job: Job, counter):
-    """What `counter`, which is empty, finds in a shard."""
+@functools.lru_cache(maxsize=1)
+def _vocabulary(path: str) -> Vocabulary:
+    return vocabularies.load(path)
+
+
+def count(job: Job, empty: Callable):
+    """What a counter that empty() makes finds in a shard."""
+    counter = empty()
     for part in _records(job):
         counter.add(part, job.corpus)
     return counter.found()
 
 
-def encode(job: Job, vocabulary: Vocabulary, path: str, counts: Counts) -> Encoded:
+def encode(job: Job, vocabulary_path: str, path: str, counts: Counts) -> Encoded:
     """Writes the tokens of a shard to a path, unless a killed process has done so."""
+    vocabulary = _vocabulary(vocabulary_path)
     if (found := _done(job, path)) is not None:
         return found
     words_, documents, tokens = 0, [], 0

@@ -8,6 +8,7 @@ one process work while the others wait; the kernel frees it when that process is
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -25,6 +26,7 @@ from xlformer.errors import UserError
 # It stands in the name of a folder that is not finished, before the process id.
 INCOMPLETE = ".incomplete-"
 CARD = "card.json"
+FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
 
 
 def complete(
@@ -59,8 +61,13 @@ def complete(
             _fill(unfinished, build, remote)
             unfinished.rename(folder)
         # What an interrupt leaves is worth as much as what a kill leaves.
-        except Exception:
+        except Exception as error:
             shutil.rmtree(unfinished, ignore_errors=True)
+            # The array_record library has no class for it.
+            full = next((x for x in FULL if x in str(error)), None)
+            if full and not isinstance(error, UserError):
+                line = f"{folder.parent}: {full}: nothing is kept of {folder.name}"
+                raise UserError(line) from error
             raise
         # The rename itself is an entry of the parent directory.
         _sync(folder.parent)

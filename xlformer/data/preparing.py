@@ -25,6 +25,7 @@ from xlformer.data import (
     shards,
     sources,
     vocabularies,
+    workers,
 )
 from xlformer.data.documents import Text
 from xlformer.data.encoding import Encoded, Job
@@ -34,6 +35,8 @@ from xlformer.data.recipes import Recipe
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError, some
 
+# Bytes of text for each process that encodes it.
+WORTH = 20_000_000
 # The symbols before the words of one's own text; public corpora bring their own <unk>.
 OWN_SPECIALS = ("<eos>", "<unk>")
 
@@ -83,7 +86,7 @@ def _build(folder: pathlib.Path, recipe: Recipe) -> None:
     with progress.counting(f"preparing {recipe.name}", 2 * total):
         vocabulary = _vocabulary(folder, recipe, builder)
         _check_room(folder, vocabulary, text)
-        encoded = _encode(folder, recipe, builder, vocabulary)
+        encoded = _encode(folder, recipe, builder)
     _finish(folder, recipe, builder, vocabulary, encoded)
 
 
@@ -98,32 +101,37 @@ def _jobs(recipe: Recipe, builder, split: str) -> list[Job]:
 
 def _vocabulary(folder: pathlib.Path, recipe: Recipe, builder) -> Vocabulary:
     """That of the recipe, counted; or the one that was counted before a kill."""
+    path = folder / VOCABULARY
     if recipe.tokenizer:
         _say_what_is_lost(recipe.tokenizer, builder)
-        return recipe.tokenizer
-    path = folder / VOCABULARY
-    if not path.exists():
+        storage.write(epath.Path(path), recipe.tokenizer.to_json())
+    elif not path.exists():
         storage.write(epath.Path(path), _count(recipe, builder).to_json())
     return vocabularies.load(path)
 
 
-def _encode(
-    folder: pathlib.Path, recipe: Recipe, builder, vocabulary: Vocabulary
-) -> dict[str, list[Encoded]]:
+def _encode(folder: pathlib.Path, recipe: Recipe, builder) -> dict:
+    """The shards of each split, which are in the folder then."""
     spaced = bool(recipe.corpus and recipe.corpus.spaced)
     counts = encoding.Counts(spaced, recipe.lines)
-    found = {}
+    calls = []
     for split in sources.SPLITS:
         jobs = _jobs(recipe, builder, split)
-        paths = [
-            str(folder / shards.name(split, number, len(jobs)))
-            for number in range(len(jobs))
-        ]
-        found[split] = [
-            encoding.encode(job, vocabulary, path, counts)
-            for job, path in zip(jobs, paths, strict=True)
-        ]
-    return found
+        for number, job in enumerate(jobs):
+            path = folder / shards.name(split, number, len(jobs))
+            calls.append((job, str(folder / VOCABULARY), str(path), counts))
+    found = workers.shared(encoding.encode, calls, count=_processes(builder))
+    encoded = {split: [] for split in sources.SPLITS}
+    for (job, *_), one in zip(calls, found, strict=True):
+        encoded[job.split].append(one)
+    return encoded
+
+
+def _processes(builder) -> int:
+    """How many processes are worth starting: a second each, for 20 MB or more."""
+    splits = corpora.stored(builder)["splits"].values()
+    size = sum(about["bytes"] for about in splits)
+    return min(workers.processes(), size // WORTH)
 
 
 def _finish(folder, recipe: Recipe, builder, vocabulary, encoded) -> None:
@@ -259,9 +267,9 @@ def _count(recipe: Recipe, builder) -> Vocabulary:
             limit=counting.WORDS if recipe.own_words else 0,
         )
     counted = empty()
-    for split in splits:
-        for job in _jobs(recipe, builder, split):
-            counted.follow(encoding.count(job, empty()))
+    calls = [(job, empty) for x in splits for job in _jobs(recipe, builder, x)]
+    for found in workers.shared(encoding.count, calls, count=_processes(builder)):
+        counted.follow(found)
     if of_words:
         return _words(recipe, counted)
     if recipe.unit == "chars":

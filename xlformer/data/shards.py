@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from xlformer.data.documents import temporary
 from xlformer.errors import UserError
 
 INDEX = "index.json"
@@ -271,17 +272,20 @@ class Collector:
     def add(self, ids: np.ndarray) -> None:
         self._parts.append(ids)
         self._size += len(ids)
-        if self._file is None and self._size > IN_MEMORY:
-            self._file = tempfile.NamedTemporaryFile()  # noqa: SIM115
-        if self._file is not None:
+        if self._file is None and self._size <= IN_MEMORY:
+            return
+        try:
+            self._file = self._file or tempfile.NamedTemporaryFile()  # noqa: SIM115
             for part in self._parts:
                 self._file.write(np.ascontiguousarray(part, self._dtype).data)
-            self._parts = []
+            self._file.flush()
+        except OSError as error:
+            raise temporary(error) from error
+        self._parts = []
 
     def tokens(self) -> np.ndarray | Tokens:
         if self._file is None:
             return np.concatenate([np.zeros(0, self._dtype), *self._parts])
-        self._file.flush()
         found = Tokens([(self._file.name, 0, self._size)], self._dtype, self._symbols)
         found._kept = self._file  # which is deleted with the last that reads it
         return found

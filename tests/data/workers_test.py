@@ -1,0 +1,98 @@
+"""Workers: the same shards for any number of them, kills, errors, scripts."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import shared_jobs
+
+from xlformer import command, config, prepare
+from xlformer.data import corpora, parts, preparing, workers
+from xlformer.errors import UserError, WorthAnotherTry
+
+
+def options(path, **fields):
+    data = config.default_config().data
+    data.update(corpus="text", path=str(path), **fields)
+    return data
+
+
+def test_jobs_are_shared_and_come_in_their_order():
+    jobs = [(number, os.getpid()) for number in range(9)]
+    found = list(workers.shared(shared_jobs.of_this_process, jobs, count=2))
+    assert [number for number, *_ in found] == list(range(9))
+    helpers = {(pid, jax) for _, pid, jax in found if pid != os.getpid()}
+    assert len(helpers) == 1 and {jax for _, jax in helpers} == {False}
+    assert any(pid == os.getpid() for _, pid, _ in found)
+
+
+@pytest.mark.parametrize("lives", [1, 2])
+def test_a_killed_worker_is_replaced_once(lives, tmp_path, capsys):
+    jobs = [(str(tmp_path), number, lives, os.getpid()) for number in range(4)]
+
+    def main(argv):
+        assert list(workers.shared(shared_jobs.die, jobs, count=2)) == [0, 1, 2, 3]
+        return 0
+
+    assert command.run(main, []) == (0 if lives == 1 else 1)
+    assert len(list(tmp_path.iterdir())) == lives
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == lives - 1
+    assert all("was killed, and another in its place" in line for line in lines)
+
+
+def test_what_a_job_raises_is_raised():
+    with pytest.raises(UserError, match="job . is bad") as caught:
+        list(workers.shared(shared_jobs.refuse, [(0,), (1,), (2,)], count=2))
+    assert not isinstance(caught.value, WorthAnotherTry)
+
+
+SCRIPT = """
+import sys
+from xlformer import config, prepare
+from xlformer.data import corpora, parts, preparing
+print("begun")
+parts.SIZE, corpora.SHARD = 101, 997
+preparing._processes = lambda _: int(sys.argv[3])
+data = config.default_config().data
+data.update(corpus="text", path=sys.argv[1], unit="words", min_count=1)
+print(prepare.prepare(data, directory=sys.argv[2]).directory)
+"""
+
+
+def test_the_shards_are_the_same_and_a_script_needs_no_guard(tmp_path):
+    draw = np.random.default_rng(5)
+    words = [f"w{i}" for i in draw.zipf(1.5, 3000) % 200]
+    (tmp_path / "book.txt").write_text(" ".join(words))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    found = []
+    for count in ("1", "3"):
+        command = [sys.executable, str(tmp_path / "script.py")]
+        command += [str(tmp_path / "book.txt"), str(tmp_path / count), count]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        begun, folder = run.stdout.splitlines()
+        files = sorted(os.listdir(folder))
+        assert begun == "begun" and len(files) > 12
+        found.append({name: read(folder, name) for name in files})
+    assert found[0] == found[1]
+
+
+def read(folder, name):
+    with open(os.path.join(folder, name), "rb") as file:
+        return file.read()
+
+
+def test_an_unknown_symbol_is_found_in_a_worker_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "SIZE", 101)
+    monkeypatch.setattr(corpora, "SHARD", 997)
+    monkeypatch.setattr(preparing, "_processes", lambda _: 2)
+    (tmp_path / "book.txt").write_text("abcd " * 2000)
+    whole = prepare.prepare(options(tmp_path / "book.txt", unit="chars"))
+    vocabulary = whole.vocabulary
+    monkeypatch.setattr(preparing, "_count", lambda *_: vocabulary)
+    (tmp_path / "book.txt").write_text("abcd " * 2000 + "xyz")
+    with pytest.raises(UserError, match="text test: not in the vocabulary of 5 chars"):
+        prepare.prepare(options(tmp_path / "book.txt", unit="chars"))

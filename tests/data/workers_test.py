@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -19,9 +20,14 @@ def options(path, **fields):
     return data
 
 
+def done(function, jobs):
+    with workers.Team(2) as team:
+        return list(team.work(function, jobs))
+
+
 def test_jobs_are_shared_and_come_in_their_order():
     jobs = [(number, os.getpid()) for number in range(9)]
-    found = list(workers.shared(shared_jobs.of_this_process, jobs, count=2))
+    found = done(shared_jobs.of_this_process, jobs)
     assert [number for number, *_ in found] == list(range(9))
     helpers = {(pid, jax) for _, pid, jax in found if pid != os.getpid()}
     assert len(helpers) == 1 and {jax for _, jax in helpers} == {False}
@@ -33,7 +39,7 @@ def test_a_killed_worker_is_replaced_once(lives, tmp_path, capsys):
     jobs = [(str(tmp_path), number, lives, os.getpid()) for number in range(4)]
 
     def main(argv):
-        assert list(workers.shared(shared_jobs.die, jobs, count=2)) == [0, 1, 2, 3]
+        assert done(shared_jobs.die, jobs) == [0, 1, 2, 3]
         return 0
 
     assert command.run(main, []) == (0 if lives == 1 else 1)
@@ -45,8 +51,41 @@ def test_a_killed_worker_is_replaced_once(lives, tmp_path, capsys):
 
 def test_what_a_job_raises_is_raised():
     with pytest.raises(UserError, match="job . is bad") as caught:
-        list(workers.shared(shared_jobs.refuse, [(0,), (1,), (2,)], count=2))
+        done(shared_jobs.refuse, [(0,), (1,), (2,)])
     assert not isinstance(caught.value, WorthAnotherTry)
+
+
+KILLED = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import shared_jobs
+from xlformer.data import workers
+with workers.Team(2) as team:
+    jobs = [(number, os.getpid()) for number in range(4)]
+    pids = {pid for _, pid, _ in team.work(shared_jobs.of_this_process, jobs)}
+    print(*pids - {os.getpid()}, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_helpers_end_with_a_process_that_is_killed():
+    folder = os.path.dirname(shared_jobs.__file__)
+    command = [sys.executable, "-c", KILLED, folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        (helper,) = map(int, process.stdout.readline().split())
+        process.kill()
+    end = time.monotonic() + 30
+    while is_running(helper):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 SCRIPT = """

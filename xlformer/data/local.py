@@ -29,7 +29,7 @@ from xlformer.data.documents import (
     is_read_once,
 )
 from xlformer.data.sources import SPLITS, check_not_empty
-from xlformer.data.utf8 import IS_SPACE, Utf8
+from xlformer.data.utf8 import IS_SPACE, WHITE, Utf8
 from xlformer.errors import UserError, reason
 
 # Tests and generated tables would be a large part of the text, and site-packages is not
@@ -296,7 +296,7 @@ class _Units:
         if self.unit == "chars":
             # In UTF-8 every byte but the first of a character is 10xxxxxx.
             return (data & 0xC0) != 0x80
-        inside = ~IS_SPACE[data]
+        inside = ~np.frombuffer(block.translate(WHITE), bool)
         starts = inside.copy()
         starts[1:] &= ~inside[:-1]
         if len(block):

@@ -83,10 +83,13 @@ def _build(folder: pathlib.Path, recipe: Recipe) -> None:
     text = corpora.stored(builder)
     total = sum(about["bytes"] for about in text["splits"].values())
     # Words are counted first, and then found: twice through the text.
-    with progress.counting(f"preparing {recipe.name}", 2 * total):
-        vocabulary = _vocabulary(folder, recipe, builder)
-        _check_room(folder, vocabulary, text)
-        encoded = _encode(folder, recipe, builder)
+    with (
+        progress.counting(f"preparing {recipe.name}", 2 * total),
+        workers.Team(_processes(total)) as team,
+    ):
+        vocabulary = _vocabulary(folder, recipe, builder, team)
+        _check_room(folder, vocabulary, total)
+        encoded = _encode(folder, recipe, builder, team)
     _finish(folder, recipe, builder, vocabulary, encoded)
 
 
@@ -99,18 +102,18 @@ def _jobs(recipe: Recipe, builder, split: str) -> list[Job]:
     ]
 
 
-def _vocabulary(folder: pathlib.Path, recipe: Recipe, builder) -> Vocabulary:
+def _vocabulary(folder: pathlib.Path, recipe: Recipe, builder, team) -> Vocabulary:
     """That of the recipe, counted; or the one that was counted before a kill."""
     path = folder / VOCABULARY
     if recipe.tokenizer:
         _say_what_is_lost(recipe.tokenizer, builder)
         storage.write(epath.Path(path), recipe.tokenizer.to_json())
     elif not path.exists():
-        storage.write(epath.Path(path), _count(recipe, builder).to_json())
+        storage.write(epath.Path(path), _count(recipe, builder, team).to_json())
     return vocabularies.load(path)
 
 
-def _encode(folder: pathlib.Path, recipe: Recipe, builder) -> dict:
+def _encode(folder: pathlib.Path, recipe: Recipe, builder, team) -> dict:
     """The shards of each split, which are in the folder then."""
     spaced = bool(recipe.corpus and recipe.corpus.spaced)
     counts = encoding.Counts(spaced, recipe.lines)
@@ -120,17 +123,15 @@ def _encode(folder: pathlib.Path, recipe: Recipe, builder) -> dict:
         for number, job in enumerate(jobs):
             path = folder / shards.name(split, number, len(jobs))
             calls.append((job, str(folder / VOCABULARY), str(path), counts))
-    found = workers.shared(encoding.encode, calls, count=_processes(builder))
+    found = team.work(encoding.encode, calls)
     encoded = {split: [] for split in sources.SPLITS}
     for (job, *_), one in zip(calls, found, strict=True):
         encoded[job.split].append(one)
     return encoded
 
 
-def _processes(builder) -> int:
-    """How many processes are worth starting: a second each, for 20 MB or more."""
-    splits = corpora.stored(builder)["splits"].values()
-    size = sum(about["bytes"] for about in splits)
+def _processes(size: int) -> int:
+    """How many processes are worth the second that it takes to start them."""
     return min(workers.processes(), size // WORTH)
 
 
@@ -216,9 +217,8 @@ def _write_documents(path: pathlib.Path, found: list[Encoded]) -> None:
     np.save(path, np.concatenate(starts), allow_pickle=False)
 
 
-def _check_room(folder: pathlib.Path, vocabulary: Vocabulary, text: dict) -> None:
-    """Raises UserError where the tokens will not fit onto the disk."""
-    size = sum(about["bytes"] for about in text["splits"].values())
+def _check_room(folder: pathlib.Path, vocabulary: Vocabulary, size: int) -> None:
+    """Raises UserError where the tokens of a text will not fit onto the disk."""
     # Tokens of a byte, a character in bytes; words and pieces are longer on average.
     per_token = 1 if vocabulary.unit in ("bytes", "chars") else 3
     need = size * vocabulary.dtype.itemsize // per_token
@@ -252,7 +252,7 @@ def _say_what_is_lost(tokenizer, builder) -> None:
         print(f"xlformer: {line}", file=sys.stderr, flush=True)
 
 
-def _count(recipe: Recipe, builder) -> Vocabulary:
+def _count(recipe: Recipe, builder, team) -> Vocabulary:
     corpus = recipe.corpus
     of_words = recipe.unit == "words" or bool(corpus and corpus.spaced)
     # Words of validation and test alone would have no trained vectors; characters and
@@ -268,7 +268,7 @@ def _count(recipe: Recipe, builder) -> Vocabulary:
         )
     counted = empty()
     calls = [(job, empty) for x in splits for job in _jobs(recipe, builder, x)]
-    for found in workers.shared(encoding.count, calls, count=_processes(builder)):
+    for found in team.work(encoding.count, calls):
         counted.follow(found)
     if of_words:
         return _words(recipe, counted)

@@ -10,6 +10,8 @@ from xlformer.errors import UserError
 SPACES = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
 IS_SPACE = np.zeros(256, bool)
 IS_SPACE[SPACES] = True
+# For bytes.translate, which is twice as fast as numpy's indexing.
+WHITE = IS_SPACE.tobytes()
 # All that Unicode has: U+10FFFF is the last.
 CODE_POINTS = 0x110000
 

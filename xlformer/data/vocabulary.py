@@ -134,22 +134,25 @@ class ByteVocabulary(Vocabulary):
         self.newline = newline
         self._values_V = np.array(self.symbols, np.uint8)
         self._known = np.isin(np.arange(256), self._values_V)
-        self._table = np.zeros(256, self.dtype)
-        self._table[self._values_V] = np.arange(self.size)
+        table = np.zeros(256, self.dtype)
+        table[self._values_V] = np.arange(self.size)
+        self._table = table.tobytes()
 
     def options(self) -> dict:
         return {"newline": self.newline}
 
     def encode_part(self, part, *, close_line=True, where="text"):
-        codes = np.frombuffer(part.data, np.uint8)
+        data = part.data
         if self.newline == "drop":
-            codes = codes[codes != NEWLINE]
+            data = data.replace(b"\n", b"")
+        codes = np.frombuffer(data, np.uint8)
         if self.size < 256 and not self._known[codes].all():
             unknown = np.unique(codes[~self._known[codes]]).tolist()
             self._refuse(
                 (chr(b) if b < 128 else f"byte {b:#x}" for b in unknown), where
             )
-        return self._table[codes]
+        # Twice as fast as numpy's indexing.
+        return np.frombuffer(data.translate(self._table), self.dtype)
 
     def decode(self, ids) -> bytes:
         return self._values_V[self._checked(ids)].tobytes()

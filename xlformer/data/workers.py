@@ -12,6 +12,7 @@ import contextlib
 import multiprocessing
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from xlformer import progress
 from xlformer.errors import WorthAnotherTry
 
-# Processes that encode at most: each takes about 150 MB.
+# Processes that encode at most: each takes about 120 MB.
 MOST = 8
 
 
@@ -28,87 +29,91 @@ def processes() -> int:
     return min(len(os.sched_getaffinity(0)), MOST)
 
 
-def shared(function: Callable, jobs: Sequence[tuple], *, count: int) -> Iterator:
-    """function(*job) of each job, in their order, by `count` processes with this one.
+class Team:
+    """This process and `count` - 1 helpers, which stay for one work after another."""
 
-    Both must be picklable. What a job raises is raised here; the jobs of a worker that
-    is killed are done again, once.
-    """
-    if count < 2 or len(jobs) < 2:
-        for job in jobs:
-            yield function(*job)
-        return
-    team = _Team(function, jobs, min(count, len(jobs)) - 1)
-    try:
+    def __init__(self, count: int):
+        self._helpers, self._pool, self._is_second = count - 1, None, False
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stop()
+
+    def work(self, function: Callable, jobs: Sequence[tuple]) -> Iterator:
+        """function(*job) of each job, in their order.
+
+        Both must be picklable. What a job raises is raised here; the jobs of a helper
+        that is killed are done again, once.
+        """
+        left, found = collections.deque(range(len(jobs))), {}
+        pending: dict[concurrent.futures.Future, int] = {}
+        helpers = self._helpers if len(jobs) > 1 else 0
         for number in range(len(jobs)):
-            yield team.result(number)
-    finally:
-        team.close()
+            while number not in found:
+                try:
+                    # One more than they work on: none of them waits for this process.
+                    while left and len(pending) < 2 * helpers:
+                        future = self._submit(function, jobs[left[0]])
+                        pending[future] = left.popleft()
+                    if left:
+                        mine = left.popleft()
+                        found[mine] = function(*jobs[mine])
+                    _collect(pending, found, wait=not left)
+                except BrokenProcessPool:
+                    self._begin_again()
+                    left.extendleft(sorted(pending.values(), reverse=True))
+                    pending.clear()
+            yield found.pop(number)
 
-
-class _Team:
-    """This process and its helpers; jobs are begun in their order."""
-
-    def __init__(self, function: Callable, jobs: Sequence[tuple], helpers: int):
-        self._function, self._jobs, self._helpers = function, jobs, helpers
-        self._left, self._found = collections.deque(range(len(jobs))), {}
-        self._pending: dict[concurrent.futures.Future, int] = {}
-        self._pool, self._is_second = self._started(), False
-
-    def result(self, number: int):
-        """What a job gives; every job before it has been asked for."""
-        while number not in self._found:
-            try:
-                # One more than they work on: none of them waits for this process.
-                while self._left and len(self._pending) < 2 * self._helpers:
-                    self._submit()
-                if self._left:
-                    mine = self._left.popleft()
-                    self._found[mine] = self._function(*self._jobs[mine])
-                self._collect()
-            except BrokenProcessPool:
-                self._begin_again()
-        return self._found.pop(number)
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def _started(self) -> concurrent.futures.ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")
-        return concurrent.futures.ProcessPoolExecutor(
-            self._helpers, mp_context=context, initializer=_begin
-        )
-
-    def _submit(self) -> None:
-        number = self._left[0]
+    def _submit(self, function: Callable, job: tuple) -> concurrent.futures.Future:
+        if self._pool is None:
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                self._helpers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_begin,
+            )
         with _no_main():
-            future = self._pool.submit(_counted, self._function, self._jobs[number])
-        self._pending[future] = self._left.popleft()
-
-    def _collect(self) -> None:
-        if not self._left and self._pending:
-            first = concurrent.futures.FIRST_COMPLETED
-            concurrent.futures.wait(self._pending, return_when=first)
-        for future in [future for future in self._pending if future.done()]:
-            found, passed = future.result()
-            self._found[self._pending.pop(future)] = found
-            progress.passed(passed)
+            return self._pool.submit(_counted, function, job)
 
     def _begin_again(self) -> None:
+        self._stop()
         if self._is_second:
             raise WorthAnotherTry(
                 "a process that encodes the text was killed, and another in its place:"
                 " is there enough memory?"
             )
-        self.close()
-        self._left.extendleft(sorted(self._pending.values(), reverse=True))
-        self._pending.clear()
-        self._pool, self._is_second = self._started(), True
+        self._is_second = True
+
+    def _stop(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+
+def _collect(pending: dict, found: dict, *, wait: bool) -> None:
+    """Takes over what helpers have finished; waits for one of them, if asked to."""
+    if wait and pending:
+        first = concurrent.futures.FIRST_COMPLETED
+        concurrent.futures.wait(pending, return_when=first)
+    for future in [future for future in pending if future.done()]:
+        result, passed = future.result()
+        found[pending.pop(future)] = result
+        progress.passed(passed)
 
 
 def _begin() -> None:
     # One process a core: each with as many threads again would be in their own way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # Of a process that is killed nobody would stop the helpers: they would wait for
+    # work for ever.
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _counted(function: Callable, job: tuple):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from xlformer import config, prepare
-from xlformer.data import corpora, encoding, folders, parts, preparing, shards
+from xlformer.data import corpora, counting, encoding, folders, parts, preparing, shards
 from xlformer.data.stream import Stream
 from xlformer.errors import UserError
 
@@ -59,6 +59,22 @@ def test_shards_are_the_same_tokens_and_the_same_card(unit, book, tmp_path):
     one = (whole.directory / "train.npy").read_bytes()
     assert found.card["splits"]["train"]["sha256"] == hashlib.sha256(one).hexdigest()
     assert found.vocabulary.to_json() == whole.vocabulary.to_json()
+
+
+def test_forgotten_words_are_said_and_stand_on_the_card(
+    small, book, tmp_path, capsys, monkeypatch
+):
+    rare = " ".join(f"rare{i}" for i in range(500))
+    book.write_text(rare + book.read_text(encoding="utf-8"), encoding="utf-8")
+    whole = prepare.prepare(options(book, unit="words"), directory=tmp_path / "whole")
+    assert "count_error" not in whole.card
+    monkeypatch.setattr(counting, "WORDS", 100)
+    found = prepare.prepare(options(book, unit="words"), directory=tmp_path / "few")
+    assert found.card["count_error"] >= 1
+    line = f"counts may be too low by {found.card['count_error']}"
+    assert line in capsys.readouterr().err
+    assert set(found.vocabulary.symbols) == set(whole.vocabulary.symbols)
+    assert found.vocabulary.counts_V.sum() == whole.vocabulary.counts_V.sum()
 
 
 def test_documents_cross_shards(small, tmp_path):

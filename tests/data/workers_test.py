@@ -131,7 +131,7 @@ def test_an_unknown_symbol_is_found_in_a_worker_too(tmp_path, monkeypatch):
     (tmp_path / "book.txt").write_text("abcd " * 2000)
     whole = prepare.prepare(options(tmp_path / "book.txt", unit="chars"))
     vocabulary = whole.vocabulary
-    monkeypatch.setattr(preparing, "_count", lambda *_: vocabulary)
+    monkeypatch.setattr(preparing, "_count", lambda *_: (vocabulary, 0))
     (tmp_path / "book.txt").write_text("abcd " * 2000 + "xyz")
     with pytest.raises(UserError, match="text test: not in the vocabulary of 5 chars"):
         prepare.prepare(options(tmp_path / "book.txt", unit="chars"))

@@ -35,6 +35,8 @@ from xlformer.data.recipes import Recipe
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError, some
 
+# Until the card says it.
+COUNT_ERROR = f"counts{encoding.DONE}"
 # Bytes of text for each process that encodes it.
 WORTH = 20_000_000
 # The symbols before the words of one's own text; public corpora bring their own <unk>.
@@ -109,7 +111,9 @@ def _vocabulary(folder: pathlib.Path, recipe: Recipe, builder, team) -> Vocabula
         _say_what_is_lost(recipe.tokenizer, builder)
         storage.write(epath.Path(path), recipe.tokenizer.to_json())
     elif not path.exists():
-        storage.write(epath.Path(path), _count(recipe, builder, team).to_json())
+        vocabulary, error = _count(recipe, builder, team)
+        storage.write(epath.Path(folder / COUNT_ERROR), json.dumps(error))
+        storage.write(epath.Path(path), vocabulary.to_json())
     return vocabularies.load(path)
 
 
@@ -164,6 +168,9 @@ def _finish(folder, recipe: Recipe, builder, vocabulary, encoded) -> None:
         if unk_id is not None:
             splits[split]["unknown_share"] = round(int(ids[unk_id]) / count, 6)
     card = _card(recipe, builder, vocabulary, splits)
+    counted = folder / COUNT_ERROR
+    if counted.exists() and (error := json.loads(counted.read_text())):
+        card["count_error"] = error
     (folder / VOCABULARY).write_text(vocabulary.to_json(), encoding="utf-8")
     listed = {split: [one.shard for one in found] for split, found in encoded.items()}
     shards.write_index(folder, card, listed)
@@ -252,7 +259,8 @@ def _say_what_is_lost(tokenizer, builder) -> None:
         print(f"xlformer: {line}", file=sys.stderr, flush=True)
 
 
-def _count(recipe: Recipe, builder, team) -> Vocabulary:
+def _count(recipe: Recipe, builder, team) -> tuple[Vocabulary, int]:
+    """A vocabulary, and by how much the counts of its words may be too low."""
     corpus = recipe.corpus
     of_words = recipe.unit == "words" or bool(corpus and corpus.spaced)
     # Words of validation and test alone would have no trained vectors; characters and
@@ -271,12 +279,12 @@ def _count(recipe: Recipe, builder, team) -> Vocabulary:
     for found in team.work(encoding.count, calls):
         counted.follow(found)
     if of_words:
-        return _words(recipe, counted)
+        return _words(recipe, counted), counted.error
     if recipe.unit == "chars":
-        return counting.char_vocabulary(counted)
+        return counting.char_vocabulary(counted), 0
     # A public corpus has the symbols its field counts; elsewhere any byte may come.
     every = corpus is None or recipe.every_byte
-    return counting.byte_vocabulary(counted, recipe.newline, every)
+    return counting.byte_vocabulary(counted, recipe.newline, every), 0
 
 
 def _words(recipe: Recipe, counted: counting.Words) -> Vocabulary:

@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import BinaryIO
 
 from xlformer import storage
 from xlformer.errors import UserError, reason
@@ -53,7 +54,7 @@ class File(Source):
         self.size = self._found[0]
 
     def pieces(self, start, stop):
-        with storage.path(self._path).open("rb") as file:
+        with _opened(self._path) as file:
             self._check()
             file.seek(start)
             while start < stop:
@@ -215,6 +216,13 @@ def temporary(error: OSError) -> UserError:
     folder = tempfile.gettempdir()
     line = f"{folder}: {error.strerror}: TMPDIR names another place for such files"
     return UserError(line)
+
+
+def _opened(path: str) -> BinaryIO:
+    if storage.is_remote(path):
+        return storage.path(path).open("rb")
+    # A fifth of the time that etils takes, which shows where a text is many files.
+    return open(os.path.expanduser(path), "rb")
 
 
 def _state(name: str) -> tuple:

@@ -18,7 +18,7 @@ from xlformer.data.utf8 import SPACES, as_bytes, whole_characters
 # cores).
 SIZE = 1 << 18
 # Of a part that has no white space: what a word may have.
-LONGEST = 1 << 22
+LONGEST = 1 << 20
 WHITE = [bytes([value]) for value in SPACES]
 
 

@@ -1,12 +1,13 @@
 """Documents in blocks: parts join to the text, files that change, seams of lines."""
 
+import codecs
 import os
 
 import numpy as np
 import pytest
 from tokenizer_files import hugging_face
 
-from xlformer.data import counting, documents, local, parts, pieces
+from xlformer.data import counting, documents, encoding, local, parts, pieces
 from xlformer.errors import UserError
 
 TEXT = (
@@ -70,7 +71,7 @@ def test_what_is_counted_and_encoded_does_not_depend_on_parts(unit, tmp_path):
 
 
 def test_counts_of_two_texts_add_up_in_their_order():
-    one, two = b"b a a c", b"d c c b e"
+    one, two = b"z a a c", b"y c c b e"
     for make in (lambda: counting.Codes("chars"), lambda: counting.Words(["<eos>"])):
         joined, first, second = make(), make(), make()
         for counter, text in ((first, one), (second, two)):
@@ -103,6 +104,32 @@ def test_words_are_bounded_and_the_error_is_stated():
     assert set(common) <= set(found.symbols)
     # Whatever was forgotten is <unk>: nothing of the text is lost.
     assert found.counts_V.sum() == counted.total
+
+
+@pytest.mark.parametrize("unit", ["chars", "words"])
+def test_files_are_cut_as_one_text_without_marks(unit, small, tmp_path):
+    """Neither a byte order mark nor the end of a file changes where units begin."""
+    text = " ".join("abcdefg")
+    for name in ("one", "two", "three"):
+        (tmp_path / name).write_bytes(codecs.BOM_UTF8 + text.encode())
+    names = (f"{tmp_path}/{name}" for name in ("one", "two", "three"))
+    found = local.read_files(";".join(names), unit)
+    sizes = [sum(map(len, documents)) for documents in found.splits.values()]
+    # 39 characters are cut at 35 and 37, 21 words at the last "e" and "f".
+    assert sizes == ([35, 2, 2] if unit == "chars" else [34, 2, 3])
+
+
+@pytest.mark.parametrize("size", [4, 7, 30])
+def test_a_word_that_is_cut_counts_once(size, monkeypatch):
+    monkeypatch.setattr(parts, "SIZE", size)
+    monkeypatch.setattr(parts, "LONGEST", 23)
+    text = b"a few\n" + b"long" * 20 + b" words\n\n" + b"x" * 60 + b"\tand so on"
+    found = [
+        encoding.words(part, spaced=False, lines=lines)
+        for lines in (False, True)
+        for part in parts.of(text)
+    ]
+    assert sum(found) == 2 * len(text.split()) + 4
 
 
 def test_a_lone_return_is_seen_across_blocks(small, tmp_path):

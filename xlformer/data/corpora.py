@@ -71,6 +71,7 @@ def _builder_class(corpus_name: str):
             self.info.metadata.update(text.facts)
             # Compressed it takes less.
             storage.check_room(self.data_path.parent, text.size, "the text")
+            self._size = text.size
             return {s: self._generate_examples(d) for s, d in text.splits.items()}
 
         def _generate_examples(self, documents: list[Document]):
@@ -81,9 +82,14 @@ def _builder_class(corpus_name: str):
         def _download_and_prepare(self, dl_manager, download_config):
             # TFDS's own writer would hold a gigabyte of the text, and sort what is
             # beyond it in memory; the records come in order.
-            digest, found = hashlib.sha256(), {}
-            infos = []
-            for split, examples in self._split_generators(dl_manager).items():
+            splits = self._split_generators(dl_manager)
+            with progress.counting(f"storing {self.name}", self._size):
+                infos = self._stored(splits)
+            self.info.set_splits(tfds.core.splits.SplitDict(infos))
+
+        def _stored(self, splits) -> list:
+            digest, found, infos = hashlib.sha256(), {}, []
+            for split, examples in splits.items():
                 template = self._get_filename_template(split_name=split)
                 path = template.sharded_filepath(shard_index=0, num_shards=1)
                 size, shards = self._write(os.fspath(path), examples, digest)
@@ -97,7 +103,7 @@ def _builder_class(corpus_name: str):
                     )
                 )
             self.info.metadata[STORED] = {"sha256": digest.hexdigest(), "splits": found}
-            self.info.set_splits(tfds.core.splits.SplitDict(infos))
+            return infos
 
         def _write(self, path: str, examples, digest) -> tuple[int, list[int]]:
             """Writes a split; returns its bytes, and where shards begin and end."""

@@ -239,10 +239,12 @@ def payload(text: Text) -> str:
     """
     # Of the raw bytes: a checksum of tokens would depend on the vocabulary too.
     digest = hashlib.sha256()
-    for split in sources.SPLITS:
-        for document in text.splits[split]:
-            for block in document.blocks():
-                digest.update(block)
+    with progress.counting("looking for the text", text.size):
+        for split in sources.SPLITS:
+            for document in text.splits[split]:
+                for block in document.blocks():
+                    digest.update(block)
+                    progress.passed(len(block))
     return digest.hexdigest()
 
 

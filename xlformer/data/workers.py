@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import types
@@ -106,6 +107,8 @@ def _collect(pending: dict, found: dict, *, wait: bool) -> None:
 def _begin() -> None:
     # One process a core: each with as many threads again would be in their own way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Of a terminal all processes get it; the first one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

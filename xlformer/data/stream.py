@@ -21,6 +21,8 @@ SHARE_OF_HALF = 0.05
 DEVIATION = 5.0
 SHORTEST = 5
 LONGEST_EXTRA = 15
+# Tokens of each row that are read at a time.
+WINDOW = 1 << 12
 
 
 class Stream:
@@ -61,6 +63,8 @@ class Stream:
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         self._begin_B = (self._rows * row_length).tolist()
         self._tokens = tokens
+        # Where in each row it begins, and what is read of all rows from there on.
+        self._window = 0, np.zeros((len(self._rows), 0), np.int32)
         self._documents = None if documents is None else np.asarray(documents, np.int64)
         self.segment_length = segment_length
         self.extended_length = extended_length
@@ -120,10 +124,18 @@ class Stream:
         return self._resets(offset, lack, start, offset + length)
 
     def _read(self, start: int, stop: int) -> np.ndarray:
-        starts = [begin + start for begin in self._begin_B]
-        if isinstance(self._tokens, Tokens):
-            return self._tokens.rows(starts, stop - start)
-        return np.stack([self._tokens[x : x + stop - start] for x in starts])
+        first, window_BL = self._window
+        if not first <= start <= stop <= first + window_BL.shape[1]:
+            # Steps follow each other: a call of the system for each row of each step
+            # takes far longer (64 rows of 128: 142 us, and 8 us this way).
+            length = min(max(stop - start, WINDOW), self.row_length - start)
+            starts = [begin + start for begin in self._begin_B]
+            if isinstance(self._tokens, Tokens):
+                window_BL = self._tokens.rows(starts, length)
+            else:
+                window_BL = np.stack([self._tokens[x : x + length] for x in starts])
+            first, self._window = start, (start, window_BL)
+        return window_BL[:, start - first : stop - first]
 
     def _resets(self, offset: int, lack: int, start: int, stop: int) -> np.ndarray:
         rows = len(self._rows)

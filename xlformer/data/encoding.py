@@ -69,7 +69,8 @@ def _records(job: Job):
 
 
 @functools.lru_cache(maxsize=1)
-def _vocabulary(path: str) -> Vocabulary:
+def vocabulary(path: str) -> Vocabulary:
+    """A stored vocabulary, which is read once for all shards."""
     return vocabularies.load(path)
 
 
@@ -83,20 +84,20 @@ def count(job: Job, empty: Callable):
 
 def encode(job: Job, vocabulary_path: str, path: str, counts: Counts) -> Encoded:
     """Writes the tokens of a shard to a path, unless a killed process has done so."""
-    vocabulary = _vocabulary(vocabulary_path)
+    known = vocabulary(vocabulary_path)
     if (found := _done(job, path)) is not None:
         return found
     words_, documents, tokens = 0, [], 0
-    with shards.writer(path, vocabulary.dtype) as write:
+    with shards.writer(path, known.dtype) as write:
         for part in _records(job):
             if not part.offset:
                 documents.append(tokens)
-            ids = vocabulary.encode_part(part, where=job.where)
+            ids = known.encode_part(part, where=job.where)
             write(ids)
             tokens += len(ids)
             words_ += words(part, spaced=counts.spaced, lines=counts.lines)
     folder, _, file = path.rpartition("/")
-    size = tokens * vocabulary.dtype.itemsize + len(shards.header(vocabulary.dtype, 0))
+    size = tokens * known.dtype.itemsize + len(shards.header(known.dtype, 0))
     shard = shards.Shard(file, tokens, size, shards.checksum(path))
     found = Encoded(shard, words_, documents)
     about = [corpora.VERSION, job.start, job.stop, *found]

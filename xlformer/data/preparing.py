@@ -24,7 +24,6 @@ from xlformer.data import (
     recipes,
     shards,
     sources,
-    vocabularies,
     workers,
 )
 from xlformer.data.documents import Text
@@ -66,7 +65,7 @@ def at_hand(root: str, name: str, build=None) -> pathlib.Path:
     """The local folder of a prepared corpus, made by `build` where there is none."""
     if not storage.is_remote(root):
         return complete(pathlib.Path(storage.path(root)) / name, build)
-    # Tokens are mapped from a local copy of what lies in the remote directory.
+    # Tokens are read from a local copy of what lies in the remote directory.
     remote = storage.path(root) / name
     # XLFORMER_DATA may be the remote directory itself, so copies lie in the home.
     copies = pathlib.Path(storage.path(storage.DEFAULT_CACHE)) / "copies"
@@ -82,6 +81,7 @@ def _build(folder: pathlib.Path, recipe: Recipe) -> None:
     )
     # Read back from the TFDS form and not taken from `read`: what is encoded is what is
     # stored.
+    encoding.vocabulary.cache_clear()  # of another text, of words perhaps a large one
     text = corpora.stored(builder)
     total = sum(about["bytes"] for about in text["splits"].values())
     # Words are counted first, and then found: twice through the text.
@@ -114,7 +114,7 @@ def _vocabulary(folder: pathlib.Path, recipe: Recipe, builder, team) -> Vocabula
         vocabulary, error = _count(recipe, builder, team)
         storage.write(epath.Path(folder / COUNT_ERROR), json.dumps(error))
         storage.write(epath.Path(path), vocabulary.to_json())
-    return vocabularies.load(path)
+    return encoding.vocabulary(str(path))
 
 
 def _encode(folder: pathlib.Path, recipe: Recipe, builder, team) -> dict:

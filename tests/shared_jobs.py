@@ -26,3 +26,13 @@ def die(folder, number, lives, parent):
 
 def refuse(number):
     raise UserError(f"job {number} is bad")
+
+
+def fail_in_a_helper(parent):
+    """Divides by zero, if its process is a helper."""
+    return 1 // (os.getpid() == parent)
+
+
+def many(number, size):
+    """A large result."""
+    return bytes([number]) * size

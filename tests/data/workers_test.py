@@ -1,6 +1,8 @@
 """Workers: the same shards for any number of them, kills, errors, scripts."""
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +16,20 @@ from xlformer.data import corpora, parts, preparing, workers
 from xlformer.errors import UserError, WorthAnotherTry
 
 
+@pytest.fixture(autouse=True)
+def limit():
+    """No test waits for ever for another process."""
+
+    def late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 def options(path, **fields):
     data = config.default_config().data
     data.update(corpus="text", path=str(path), **fields)
@@ -21,8 +37,11 @@ def options(path, **fields):
 
 
 def done(function, jobs):
-    with workers.Team(2) as team:
-        return list(team.work(function, jobs))
+    try:
+        with workers.Team(2) as team:
+            return list(team.work(function, jobs))
+    finally:
+        assert not multiprocessing.active_children()
 
 
 def test_jobs_are_shared_and_come_in_their_order():
@@ -53,6 +72,25 @@ def test_what_a_job_raises_is_raised():
     with pytest.raises(UserError, match="job . is bad") as caught:
         done(shared_jobs.refuse, [(0,), (1,), (2,)])
     assert not isinstance(caught.value, WorthAnotherTry)
+
+
+def test_a_helper_says_where_it_raised():
+    jobs = [(os.getpid(),)] * 2
+    with pytest.raises(ZeroDivisionError) as caught:
+        done(shared_jobs.fail_in_a_helper, jobs)
+    assert "in fail_in_a_helper" in caught.value.__notes__[0]
+
+
+def test_helpers_work_on_while_large_results_wait():
+    """A pipe takes a few hundred KB: what is larger waits for this process."""
+    with workers.Team(3) as team:
+        for _ in range(2):
+            jobs = [(number, 1 << 20) for number in range(8)]
+            found = list(team.work(shared_jobs.many, jobs))
+            assert [x[0] for x in found] == list(range(8))
+            assert {len(x) for x in found} == {1 << 20}
+        next(team.work(shared_jobs.many, jobs))  # The others of them are given up.
+        assert next(team.work(shared_jobs.many, jobs[3:]))[0] == 3
 
 
 KILLED = """

@@ -1,32 +1,40 @@
 """Work on the shards of a text, shared with other processes on this machine.
 
 Which process makes a shard changes nothing in it. Workers are started afresh and import
-what encodes and nothing else, least of all JAX, whose threads no fork survives.
+what encodes and nothing else, least of all JAX, whose threads no fork survives. Each
+has a pipe of its own to this process and shares no lock with anyone, so that one which
+is killed leaves nobody waiting: its pipe ends.
 """
 
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
+import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 
 from xlformer import progress
 from xlformer.errors import WorthAnotherTry
 
 # Processes that encode at most: each takes about 120 MB.
 MOST = 8
+# Jobs that a helper has: while it hands over what it found, the next one is there.
+AHEAD = 2
+# Seconds until a process that was killed is gone; a disk may hold it for a while.
+PATIENCE = 10
 
 
 def processes() -> int:
     """How many processes share the work: one for each core of this process's."""
+    if multiprocessing.current_process().daemon:
+        return 1  # multiprocessing allows it no children
     return min(len(os.sched_getaffinity(0)), MOST)
 
 
@@ -34,7 +42,7 @@ class Team:
     """This process and `count` - 1 helpers, which stay for one work after another."""
 
     def __init__(self, count: int):
-        self._helpers, self._pool, self._is_second = count - 1, None, False
+        self._count, self._helpers, self._is_second = count - 1, [], False
 
     def __enter__(self) -> Team:
         return self
@@ -45,41 +53,57 @@ class Team:
     def work(self, function: Callable, jobs: Sequence[tuple]) -> Iterator:
         """function(*job) of each job, in their order.
 
-        Both must be picklable. What a job raises is raised here; the jobs of a helper
-        that is killed are done again, once.
+        Both must be picklable, and a job small: it waits in a pipe. What a job raises
+        is raised here; the jobs of a helper that is killed are done again, once.
         """
         left, found = collections.deque(range(len(jobs))), {}
-        pending: dict[concurrent.futures.Future, int] = {}
-        helpers = self._helpers if len(jobs) > 1 else 0
-        for number in range(len(jobs)):
-            while number not in found:
-                try:
-                    # One more than they work on: none of them waits for this process.
-                    while left and len(pending) < 2 * helpers:
-                        future = self._submit(function, jobs[left[0]])
-                        pending[future] = left.popleft()
+        try:
+            for number in range(len(jobs)):
+                while number not in found:
+                    self._give(function, jobs, left)
                     if left:
                         mine = left.popleft()
                         found[mine] = function(*jobs[mine])
-                    _collect(pending, found, wait=not left)
-                except BrokenProcessPool:
-                    self._begin_again()
-                    left.extendleft(sorted(pending.values(), reverse=True))
-                    pending.clear()
-            yield found.pop(number)
+                    self._collect(left, found, wait=not left)
+                yield found.pop(number)
+        except BaseException:
+            # What others are still at is nobody's any more.
+            self._stop()
+            raise
 
-    def _submit(self, function: Callable, job: tuple) -> concurrent.futures.Future:
-        if self._pool is None:
-            self._pool = concurrent.futures.ProcessPoolExecutor(
-                self._helpers,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_begin,
-            )
-        with _no_main():
-            return self._pool.submit(_counted, function, job)
+    def _give(self, function: Callable, jobs: Sequence, left: collections.deque):
+        while len(self._helpers) < min(self._count, len(jobs) - 1):
+            self._helpers.append(_Helper())
+        for number in range(AHEAD):
+            for helper in self._helpers:
+                # This process needs one too, before a helper has a second.
+                if len(left) > min(number, 1) and len(helper.jobs) == number:
+                    helper.give(left[0], function, jobs[left.popleft()])
 
-    def _begin_again(self) -> None:
-        self._stop()
+    def _collect(self, left: collections.deque, found: dict, *, wait: bool) -> None:
+        """Takes over what helpers have finished; waits for one of them, if asked to."""
+        timeout = None if wait else 0
+        while busy := {h.connection: h for h in self._helpers if h.jobs}:
+            ready = multiprocessing.connection.wait(busy, timeout)
+            if not ready:
+                return
+            timeout = 0
+            for helper in map(busy.get, ready):
+                try:
+                    error, result, passed = helper.connection.recv()
+                except (EOFError, OSError):
+                    self._bury(helper)
+                    left.extendleft(reversed(helper.jobs))
+                    continue
+                number = helper.jobs.popleft()
+                if error is not None:
+                    raise error
+                found[number] = result
+                progress.passed(passed)
+
+    def _bury(self, helper: _Helper) -> None:
+        helper.end()
+        self._helpers.remove(helper)
         if self._is_second:
             raise WorthAnotherTry(
                 "a process that encodes the text was killed, and another in its place:"
@@ -88,42 +112,65 @@ class Team:
         self._is_second = True
 
     def _stop(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
+        while self._helpers:
+            self._helpers.pop().end()
 
 
-def _collect(pending: dict, found: dict, *, wait: bool) -> None:
-    """Takes over what helpers have finished; waits for one of them, if asked to."""
-    if wait and pending:
-        first = concurrent.futures.FIRST_COMPLETED
-        concurrent.futures.wait(pending, return_when=first)
-    for future in [future for future in pending if future.done()]:
-        result, passed = future.result()
-        found[pending.pop(future)] = result
-        progress.passed(passed)
+class _Helper:
+    """A process that does the jobs that it is given, one after another."""
+
+    def __init__(self):
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.jobs = collections.deque()  # The numbers of those that it has not done.
+        # A daemon: it ends with the program, whatever becomes of this object.
+        self._process = context.Process(target=_serve, args=(other,), daemon=True)
+        with _no_main():
+            self._process.start()
+        # What the process holds is the only one: the pipe ends with it.
+        other.close()
+
+    def give(self, number: int, function: Callable, job: tuple) -> None:
+        self.jobs.append(number)
+        # One that is gone is noticed where its pipe is read.
+        with contextlib.suppress(OSError):
+            self.connection.send((function, job))
+
+    def end(self) -> None:
+        # Killed in whatever it does: a shard is there when all of it is.
+        self._process.kill()
+        self._process.join(PATIENCE)
+        self.connection.close()
 
 
-def _begin() -> None:
+def _serve(connection) -> None:
+    """Does what comes through a pipe, until it ends."""
     # One process a core: each with as many threads again would be in their own way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # Of a terminal all processes get it; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            connection.send(_done(*connection.recv()))
 
 
 def _end_with_parent() -> None:
-    # Of a process that is killed nobody would stop the helpers: they would wait for
-    # work for ever.
+    # Of a process that is killed nobody would stop the helpers, and one that goes on
+    # would write what the next process writes.
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def _counted(function: Callable, job: tuple):
-    """The result of a job, and how many bytes of the text it has gone through."""
+def _done(function: Callable, job: tuple) -> tuple:
+    """What a job raises, what it returns, how many bytes of text it went through."""
     with progress.silent() as count:
-        found = function(*job)
-    return found, count()
+        try:
+            return None, function(*job), count()
+        except Exception as error:
+            # It travels without its traceback, but with its notes, which are shown.
+            error.add_note(traceback.format_exc())
+            return error, None, count()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizer_files import hugging_face
 
-from xlformer.data import counting, documents, encoding, local, parts, pieces
+from xlformer.data import counting, documents, encoding, local, parts, pieces, units
 from xlformer.errors import UserError
 
 TEXT = (
@@ -23,7 +23,7 @@ RAW = TEXT.encode()
 def small(request, monkeypatch):
     """Blocks and parts of a few bytes: every seam is somewhere in the text."""
     monkeypatch.setattr(documents, "BLOCK", request.param)
-    monkeypatch.setattr(local, "BLOCK", request.param)
+    monkeypatch.setattr(units, "BLOCK", request.param)
     monkeypatch.setattr(parts, "SIZE", request.param + 2)
     monkeypatch.setattr(parts, "LONGEST", 97)
 
@@ -152,16 +152,16 @@ def test_splits_are_cut_at_units_wherever_blocks_end(unit, small, tmp_path):
     joined = [b"".join(d.read() for d in found.splits[s]) for s in found.splits]
     assert b"".join(joined).replace(b"\r", b"\n") == whole.replace(b"\r", b"\n")
 
-    def units(data):
+    def length(data):
         if unit == "words":
             return len(data.split())
         return len(data.decode()) if unit == "chars" else len(data)
 
     # A word that goes over the end of a file is two.
     texts = [RAW[: 211 + 97 * i] for i in range(3)]
-    total = sum(map(units, texts))
-    assert units(joined[0]) + (unit == "words") * 2 >= total * 90 // 100
-    assert abs(units(joined[0]) - total * 90 // 100) <= 2
+    total = sum(map(length, texts))
+    assert length(joined[0]) + (unit == "words") * 2 >= total * 90 // 100
+    assert abs(length(joined[0]) - total * 90 // 100) <= 2
 
 
 @pytest.mark.parametrize("change", ["grows", "shrinks", "is replaced"])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from xlformer import config, prepare
-from xlformer.data import corpora, counting, encoding, folders, parts, preparing, shards
+from xlformer.data import corpora, counting, encoding, folders, parts, shards, symbols
 from xlformer.data.stream import Stream
 from xlformer.errors import UserError
 
@@ -205,7 +205,7 @@ def test_it_goes_on_from_the_last_finished_shard(small, book, tmp_path, monkeypa
         return writer(path, dtype)
 
     monkeypatch.setattr(shards, "writer", written)
-    monkeypatch.setattr(preparing, "_count", None)  # the words are known
+    monkeypatch.setattr(symbols, "_count", None)  # the words are known
     found = prepare.prepare(options(book, unit="words"), directory=tmp_path / "out")
     names = [os.path.basename(path) for path in again]
     assert names[:2] == ["train-00002.npy", "train-00005.npy"]

@@ -39,6 +39,16 @@ class Job(NamedTuple):
         return f"{self.corpus} {self.split}"
 
 
+def jobs(builder, name: str, split: str) -> list[Job]:
+    """The shards of a split of a corpus, in their order."""
+    bounds = corpora.stored(builder)["splits"][split]["shards"]
+    store = str(builder.data_path)
+    return [
+        Job(store, name, split, start, stop)
+        for start, stop in zip(bounds, bounds[1:], strict=False)
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class Counts:
     """How words are counted: the arguments of `words`."""

@@ -7,39 +7,32 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import pathlib
-import sys
 
 import numpy as np
-from etils import epath
 
 from xlformer import progress, storage
 from xlformer.data import (
     corpora,
-    counting,
     documents,
     encoding,
     recipes,
     shards,
     sources,
+    symbols,
     workers,
 )
 from xlformer.data.documents import Text
-from xlformer.data.encoding import Encoded, Job
+from xlformer.data.encoding import Encoded
 from xlformer.data.folders import CARD, complete
 from xlformer.data.prepared import FORMAT, VOCABULARY, Prepared, load
 from xlformer.data.recipes import Recipe
 from xlformer.data.vocabulary import Vocabulary
-from xlformer.errors import UserError, some
+from xlformer.errors import UserError
 
-# Until the card says it.
-COUNT_ERROR = f"counts{encoding.DONE}"
 # Bytes of text for each process that encodes it.
 WORTH = 20_000_000
-# The symbols before the words of one's own text; public corpora bring their own <unk>.
-OWN_SPECIALS = ("<eos>", "<unk>")
 
 
 def prepare(data, *, directory=None, stored=False) -> Prepared:
@@ -89,32 +82,10 @@ def _build(folder: pathlib.Path, recipe: Recipe) -> None:
         progress.counting(f"preparing {recipe.name}", 2 * total),
         workers.Team(_processes(total)) as team,
     ):
-        vocabulary = _vocabulary(folder, recipe, builder, team)
+        vocabulary = symbols.vocabulary(folder, recipe, builder, team)
         _check_room(folder, vocabulary, total)
         encoded = _encode(folder, recipe, builder, team)
     _finish(folder, recipe, builder, vocabulary, encoded)
-
-
-def _jobs(recipe: Recipe, builder, split: str) -> list[Job]:
-    bounds = corpora.stored(builder)["splits"][split]["shards"]
-    store = str(builder.data_path)
-    return [
-        Job(store, recipe.name, split, start, stop)
-        for start, stop in zip(bounds, bounds[1:], strict=False)
-    ]
-
-
-def _vocabulary(folder: pathlib.Path, recipe: Recipe, builder, team) -> Vocabulary:
-    """That of the recipe, counted; or the one that was counted before a kill."""
-    path = folder / VOCABULARY
-    if recipe.tokenizer:
-        _say_what_is_lost(recipe.tokenizer, builder)
-        storage.write(epath.Path(path), recipe.tokenizer.to_json())
-    elif not path.exists():
-        vocabulary, error = _count(recipe, builder, team)
-        storage.write(epath.Path(folder / COUNT_ERROR), json.dumps(error))
-        storage.write(epath.Path(path), vocabulary.to_json())
-    return encoding.vocabulary(str(path))
 
 
 def _encode(folder: pathlib.Path, recipe: Recipe, builder, team) -> dict:
@@ -123,7 +94,7 @@ def _encode(folder: pathlib.Path, recipe: Recipe, builder, team) -> dict:
     counts = encoding.Counts(spaced, recipe.lines)
     calls = []
     for split in sources.SPLITS:
-        jobs = _jobs(recipe, builder, split)
+        jobs = encoding.jobs(builder, recipe.name, split)
         for number, job in enumerate(jobs):
             path = folder / shards.name(split, number, len(jobs))
             calls.append((job, str(folder / VOCABULARY), str(path), counts))
@@ -168,7 +139,7 @@ def _finish(folder, recipe: Recipe, builder, vocabulary, encoded) -> None:
         if unk_id is not None:
             splits[split]["unknown_share"] = round(int(ids[unk_id]) / count, 6)
     card = _card(recipe, builder, vocabulary, splits)
-    counted = folder / COUNT_ERROR
+    counted = folder / symbols.COUNT_ERROR
     if counted.exists() and (error := json.loads(counted.read_text())):
         card["count_error"] = error
     (folder / VOCABULARY).write_text(vocabulary.to_json(), encoding="utf-8")
@@ -246,66 +217,6 @@ def payload(text: Text) -> str:
                     digest.update(block)
                     progress.passed(len(block))
     return digest.hexdigest()
-
-
-def _say_what_is_lost(tokenizer, builder) -> None:
-    lines = []
-    if not tokenizer.line_ends:
-        lines.append("does not keep line ends: newlines are lost")
-    found = (corpora.read_parts(builder, split) for split in sources.SPLITS)
-    if lost := tokenizer.dropped(itertools.chain.from_iterable(found)):
-        shown = some(map(repr, lost))
-        lines.append(f"makes no token of {len(lost)} characters of the text: {shown}")
-    for line in lines:
-        line = f"config.data.tokenizer {line}"
-        print(f"xlformer: {line}", file=sys.stderr, flush=True)
-
-
-def _count(recipe: Recipe, builder, team) -> tuple[Vocabulary, int]:
-    """A vocabulary, and by how much the counts of its words may be too low."""
-    corpus = recipe.corpus
-    of_words = recipe.unit == "words" or bool(corpus and corpus.spaced)
-    # Words of validation and test alone would have no trained vectors; characters and
-    # bytes are few, and all are taken, as the original does.
-    splits = ("train",) if recipe.unit == "words" else sources.SPLITS
-    empty = functools.partial(counting.Codes, recipe.unit)
-    if of_words:
-        empty = functools.partial(
-            counting.Words,
-            ("<eos>",) if corpus else OWN_SPECIALS,
-            lower=bool(corpus and corpus.lower),
-            limit=counting.WORDS if recipe.own_words else 0,
-        )
-    counted = empty()
-    calls = [(job, empty) for x in splits for job in _jobs(recipe, builder, x)]
-    for found in team.work(encoding.count, calls):
-        counted.follow(found)
-    if of_words:
-        return _words(recipe, counted), counted.error
-    if recipe.unit == "chars":
-        return counting.char_vocabulary(counted), 0
-    # A public corpus has the symbols its field counts; elsewhere any byte may come.
-    every = corpus is None or recipe.every_byte
-    return counting.byte_vocabulary(counted, recipe.newline, every), 0
-
-
-def _words(recipe: Recipe, counted: counting.Words) -> Vocabulary:
-    found = counting.word_vocabulary(
-        counted, recipe.min_count, recipe.max_vocab, recipe.unit
-    )
-    if recipe.own_words and found.size == len(OWN_SPECIALS):
-        raise UserError(
-            f"config.data.min_count={recipe.min_count} leaves no word: all"
-            f" {found.counts_V[1]} of train would be <unk>;"
-            " config.data.min_count=1 keeps them"
-        )
-    if counted.error:
-        line = (
-            f"more than {counting.WORDS:,} different words: the rarest were forgotten,"
-            f" and counts may be too low by {counted.error}"
-        )
-        print(f"xlformer: {line}", file=sys.stderr, flush=True)
-    return found
 
 
 def words_are(lines: bool) -> str:

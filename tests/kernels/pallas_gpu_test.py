@@ -112,23 +112,36 @@ def test_an_explicit_kernel_that_cannot_run_is_refused(small_tiles, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("shared", "K", "size", "warps"),
+    ("shared", "K", "forward", "backward"),
     [
-        (227, 64, 64, 4),  # H100
-        (227, 41, 64, 4),
-        (227, 128, 64, 8),
-        (99, 64, 64, 4),  # of the RTX cards
-        (99, 128, 32, 4),
-        (48, 128, 16, 4),
+        (227, 64, (64, 128, 1), (64, 64, 3)),  # H100
+        (227, 41, (64, 128, 1), (64, 64, 3)),
+        (227, 128, (64, 64, 1), (64, 64, 1)),
+        (99, 64, (64, 64, 2), (64, 64, 2)),  # of the RTX cards
+        (99, 128, (32, 32, 2), (32, 32, 2)),
+        (48, 128, (16, 16, 2), (16, 16, 2)),
     ],
 )
 def test_tiles_are_as_large_as_the_shared_memory_allows(
-    shared, K, size, warps, monkeypatch
+    shared, K, forward, backward, monkeypatch
 ):
     monkeypatch.setattr(pallas_gpu_tiles, "shared_memory", lambda: shared << 10)
-    found = pallas_gpu_tiles.cut(make_call(K=K, R=K))
-    assert (found.Q, found.N, found.warps) == (size, size, warps)
+    for is_forward, expected in ((True, forward), (False, backward)):
+        found = pallas_gpu_tiles.cut(make_call(K=K, R=K), forward=is_forward)
+        assert (found.Q, found.N, found.stages) == expected
     assert pallas_gpu_tiles.cut(make_call(T=20, K=64)).Q == 32
+
+
+def test_backward_kernels_may_have_other_tiles(small_tiles, monkeypatch):
+    cut = pallas_gpu_tiles.cut
+
+    def other(call, forward=True):
+        return cut(call) if forward else dataclasses.replace(cut(call), Q=8, N=16)
+
+    monkeypatch.setattr(pallas_gpu, "cut", other)
+    # A call of its own: nothing that was traced with other tiles is taken for it.
+    options = dict(window=11, rate=0.2, key_start_BT=())
+    pallas_gpu.compare(make_call(T=23, M=13, K=8, R=8, dtype="float32", **options))
 
 
 # What runs before the first use -------------------------------------------------------

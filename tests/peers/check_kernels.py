@@ -35,7 +35,7 @@ CASES = {
 }
 QUICK = ("128 of 128", "odd sizes")
 FLOAT32 = (*QUICK, "dropout")  # the published shapes are for bfloat16
-THREADS = 4  # most of the time goes into compiling
+THREADS = 8  # most of the time goes into compiling
 B, H = 2, 2
 TIMES, LEAST = 3.0, 1e-5  # of the error of xla; errors are relative to the largest
 

@@ -23,7 +23,7 @@ from xlformer.kernels import pallas_gpu_kernels as kernels
 from xlformer.kernels import xla
 from xlformer.kernels.call import OUTPUT_NAME, Call
 from xlformer.kernels.over_mesh import attention_over_mesh
-from xlformer.kernels.pallas_gpu_tiles import STAGES, GPUTiles, cut
+from xlformer.kernels.pallas_gpu_tiles import GPUTiles, cut
 
 # A share of the largest number, of which rounding to bfloat16 alone takes 0.01.
 TOLERANCE = 0.05
@@ -43,7 +43,7 @@ def attention(
     """See kernels.relative_attention; causal only."""
     call = Call.of(qu_BTHK, k_BSHK, v_BSHK, r_SHK, visibility, dropout_rate)
     return attention_over_mesh(
-        functools.partial(_on_one_device, cut(call)),
+        functools.partial(_on_one_device, (cut(call), cut(call, forward=False))),
         qu_BTHK,
         qw_BTHK,
         k_BSHK,
@@ -54,9 +54,8 @@ def attention(
     )
 
 
-def _on_one_device(tiles: GPUTiles, arrays):
+def _on_one_device(tiles: tuple[GPUTiles, GPUTiles], arrays):
     x = dict(arrays)
-    B = x["qu"].shape[0]
     for name in ("qu", "qw", "k", "v", "r"):
         if name in x:
             # Rows are padded to a multiple of 16 bytes: the GPU reads others one number
@@ -66,24 +65,32 @@ def _on_one_device(tiles: GPUTiles, arrays):
             x[name] = jnp.pad(x[name], edges)
     if "start" in x:
         x["start"] = x["start"].astype(jnp.int32)
-    first = tiles.first_tiles(x.get("start"))
-    x["first"] = jnp.broadcast_to(first, (B, tiles.query_tiles))
     o_BTHV = _attend(tiles, x)
-    return o_BTHV[..., : tiles.call.V]
+    return o_BTHV[..., : tiles[0].call.V]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(tiles, x):
+    """tiles: of the forward and of the backward kernels."""
     return _forward(tiles, x)[0]
 
 
+def _with_first(tiles: GPUTiles, x):
+    """And the first tile of keys of each tile of queries, in tiles of this size."""
+    first = tiles.first_tiles(x.get("start"))
+    shape = x["qu"].shape[0], tiles.query_tiles
+    return {**x, "first": jnp.broadcast_to(first, shape)}
+
+
 def _forward(tiles, x):
+    tiles, _ = tiles
     B, T, H, _ = x["qu"].shape
     out = {
         "o": jax.ShapeDtypeStruct((B, T, H, x["v"].shape[-1]), x["v"].dtype),
         "lse": jax.ShapeDtypeStruct((B, H, T), jnp.float32),
     }
-    y = _run(kernels.forward, tiles, x, out | _ring(tiles, B, H))
+    given = _with_first(tiles, x)
+    y = _run(kernels.forward, tiles, given, out | _ring(tiles, B, H))
     # They have a name, by which a policy of rematerialisation keeps both; then no
     # kernel runs again.
     o, lse = (checkpoint_name(y[name], OUTPUT_NAME) for name in ("o", "lse"))
@@ -91,7 +98,7 @@ def _forward(tiles, x):
 
 
 def _backward(tiles, saved, do):
-    x, o, lse = saved
+    (_, tiles), (x, o, lse) = tiles, saved
     (B, T, H, _), S = x["qu"].shape, x["k"].shape[1]
     # 16 bytes of bfloat16, as for the rows of the inputs.
     pitch = -(-tiles.columns // 8) * 8
@@ -109,13 +116,13 @@ def _backward(tiles, saved, do):
     }
     if "r" in x:
         out["dqw"] = like("qw")
-    given = {**x, "o": o, "lse": lse, "do": do}
+    given = {**_with_first(tiles, x), "o": o, "lse": lse, "do": do}
     y = _run(kernels.backward_queries, tiles, given, out | _ring(tiles, B, H))
     given = {name: given[name] for name in ("qu", "do", "first")}
     given |= {name: y[name] for name in ("p", "dscores")}
     out = {"dk": like("k"), "dv": like("v")}
     dk_dv = _run(kernels.backward_keys, tiles, given, out)
-    # None is the gradient of what has none: first tiles, starts and seeds are integers.
+    # None is the gradient of what has none: starts and seeds are integers.
     dx = dict.fromkeys(x)
     dx |= {"qu": y["dqu"], "k": dk_dv["dk"], "v": dk_dv["dv"]}
     if "r" in x:
@@ -159,7 +166,9 @@ def _run(kernel, tiles, x, out):
         in_specs=[{name: _block(name, a.shape) for name, a in x.items()}],
         out_specs={name: _block(name, a.shape) for name, a in out.items()},
         out_shape=out,
-        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=STAGES),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=tiles.warps, num_stages=tiles.stages
+        ),
         interpret=tiles.call.interpret,
         name=f"relative_attention_{kernel.__name__}",
     )(x)

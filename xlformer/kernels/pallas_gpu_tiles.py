@@ -6,18 +6,24 @@ Everything here is known when a program is traced.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 
 from xlformer.kernels.call import Call, Tiles
 
-# Queries of a tile, and keys. Compiled for an H100 (ptxas -v, head size 64, bfloat16)
-# tiles of 64 need 80 KiB and 136 registers forward, 88 KiB and 252 backward, so two
-# programs share a processor and one computes while the other waits. Tiles of 128 need
-# 192 and 208 KiB and put 120 bytes of registers in memory; float32 does so from 64 on.
-SIZES = {"bfloat16": (64, 32, 16), "float32": (32, 16)}
-# Tiles of keys that are on their way from memory at once: each costs shared memory.
-STAGES = 2
+
+class Size(NamedTuple):
+    """Queries and keys of a tile, and how many tiles of keys are on their way at once.
+
+    Each of those costs shared memory.
+    """
+
+    Q: int
+    N: int
+    stages: int = 2
+
+
 # Bytes that one block may have on an H100, used where there is no GPU to be asked.
 H100_SHARED = 232_448
 
@@ -30,7 +36,8 @@ class GPUTiles(Tiles):
     T' + M - 1 - d, with T' = T rounded up to Q: ascending like the keys.
     """
 
-    warps: int
+    stages: int
+    warps: int = 4
 
     @property
     def columns(self) -> int:
@@ -46,28 +53,43 @@ def padded(width: int | None) -> int:
     return max(16, 1 << ((width or 1) - 1).bit_length())
 
 
-def shared_bytes(call: Call, Q: int, N: int) -> int:
+def sizes(call: Call, *, forward: bool) -> tuple[Size, ...]:
+    """Tiles of the forward or of the backward kernels, the fastest on an H100 first.
+
+    With heads of 64 and 22 rows of 512 queries and 1,024 keys in bfloat16 the forward
+    kernel takes 0.33 ms, and 0.47 with tiles of 64 keys; with heads of 128 and 16 rows
+    of 768 and 1,536 it takes 0.66, and 0.81 with two stages. 8 warps take longer
+    everywhere, and so do tiles of 128 queries (tests/speed/gpu_tiles.py, jax 0.11.2,
+    2026-11-26). float32 puts registers in memory from 64 on.
+    """
+    small = Size(32, 32), Size(16, 16)
+    if call.dtype == "float32":
+        return small
+    if max(call.K, call.V, call.R or 0) > 64:
+        return Size(64, 64, 1), *small
+    return Size(64, 128, 1) if forward else Size(64, 64, 3), Size(64, 64), *small
+
+
+def shared_bytes(call: Call, size: Size) -> int:
     """What the largest kernel, backward_queries, needs; less than this in float32."""
-    size = 2 if call.dtype == "bfloat16" else 4
+    itemsize = 2 if call.dtype == "bfloat16" else 4
     widths = [call.K, call.V] + ([] if call.R is None else [call.R])
-    # Queries stay; keys, values and distances stream, STAGES tiles at once. Added is
-    # one tile of scores in float32.
-    stays_and_streams = (Q + STAGES * N) * sum(map(padded, widths))
-    return size * stays_and_streams + 4 * Q * N
+    # Queries stay; keys, values and distances stream. Added is one tile of scores in
+    # float32.
+    stays_and_streams = (size.Q + size.stages * size.N) * sum(map(padded, widths))
+    return itemsize * stays_and_streams + 4 * size.Q * size.N
 
 
-def cut(call: Call) -> GPUTiles | None:
-    """The largest tiles that the GPU's shared memory holds; None if none do."""
+def cut(call: Call, *, forward: bool = True) -> GPUTiles | None:
+    """The first tiles that the GPU's shared memory holds; None if none do."""
     if call.interpret:
-        return GPUTiles(call, *call.test_tiles, warps=4)
+        return GPUTiles(call, *call.test_tiles, stages=2)
     limit = shared_memory()
-    for size in SIZES[call.dtype]:
+    for size in sizes(call, forward=forward):
         # At least half of such a tile would be padding; 16 is what a matrix unit takes.
-        too_large = size > 16 and size >= 2 * call.T
-        if not too_large and shared_bytes(call, size, size) <= limit:
-            # With 4 warps a head size of 128 would put registers in memory.
-            wide = max(call.K, call.V, call.R or 0) > 64 and size == 64
-            return GPUTiles(call, size, size, 8 if wide else 4)
+        too_large = size.Q > 16 and (size.Q >= 2 * call.T or size.N >= 2 * call.S)
+        if not too_large and shared_bytes(call, size) <= limit:
+            return GPUTiles(call, *size)
     return None
 
 
@@ -88,7 +110,7 @@ def refusal(call: Call, platform: str) -> str | None:
     if call.dtype not in ("float32", "bfloat16"):
         return f"knows float32 and bfloat16, not dtype={call.dtype}"
     if cut(call) is None:
-        least = shared_bytes(call, SIZES[call.dtype][-1], SIZES[call.dtype][-1])
+        least = shared_bytes(call, sizes(call, forward=True)[-1])
         return (
             f"its least tiles with d_head={call.K} in {call.dtype} need "
             f"{least >> 10} KiB of shared memory, this GPU has "

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from tokenizer_files import hugging_face
 
-from xlformer.data import counting, documents, encoding, local, parts, pieces, units
+from xlformer.data import (
+    counting,
+    documents,
+    encoding,
+    local,
+    parts,
+    pieces,
+    units,
+    utf8,
+)
 from xlformer.errors import UserError
 
 TEXT = (
@@ -87,6 +96,19 @@ def test_counts_of_two_texts_add_up_in_their_order():
             assert joined.ordered().tolist() == both.ordered().tolist()
 
 
+def test_words_are_cut_at_all_white_space_of_unicode():
+    """At what str.split() cuts, though it is bytes that are cut."""
+    spaces = [chr(i) for i in range(0x110000) if chr(i).isspace()]
+    # Neighbours of white space, or characters that end as some of it.
+    others = [*"a\u00e9\u2019\u200b\u2080\u3001\u1681\u00ab", "\U0001f600"]
+    draw = np.random.default_rng(4)
+    for _ in range(300):
+        few = [*draw.choice(spaces, 2), *others] if draw.integers(2) else others
+        text = "".join(draw.choice([*few, " "], draw.integers(1, 9)))
+        found = [word.decode() for word in utf8.plain_spaces(text.encode()).split()]
+        assert found == text.split(), ascii(text)
+
+
 def test_words_are_bounded_and_the_error_is_stated():
     draw = np.random.default_rng(3)
     common = [f"c{i}" for i in range(20)]
@@ -99,7 +121,7 @@ def test_words_are_bounded_and_the_error_is_stated():
     assert len(counted.counts) <= 200 and counted.total == len(words) + 140
     assert 0 < counted.error < 100
     for word in common:
-        assert 100 - counted.error <= counted.counts[word] <= 100
+        assert 100 - counted.error <= counted.counts[word.encode()] <= 100
     found = counting.word_vocabulary(counted, 30, 0, "words")
     assert set(common) <= set(found.symbols)
     # Whatever was forgotten is <unk>: nothing of the text is lost.

@@ -93,7 +93,8 @@ class Words:
 
     def __init__(self, specials: Sequence[str], lower: bool = False, limit: int = 0):
         self.specials, self.lower, self.limit = specials, lower, limit
-        self.counts = collections.Counter()
+        self._specials = {special.encode() for special in specials}
+        self.counts = collections.Counter()  # of the words in UTF-8
         self.total = self.error = 0
 
     def add(self, part: parts.Part, where: str) -> None:
@@ -119,7 +120,8 @@ class Words:
             return
         counts = np.fromiter(self.counts.values(), np.int64, len(self.counts))
         least = int(np.partition(counts, len(counts) // 2)[len(counts) // 2])
-        kept = {w: n for w, n in self.counts.items() if n > least or w in self.specials}
+        known = self.counts.items()
+        kept = {w: n for w, n in known if n > least or w in self._specials}
         self.counts = collections.Counter(kept)
         self.error += least
 
@@ -184,14 +186,15 @@ def word_vocabulary(
     words: Words, min_count: int, max_size: int, unit: str
 ) -> WordVocabulary:
     # most_common is stable: ties stay in the order of their first appearance.
-    common = (w for w, n in words.counts.most_common() if n >= min_count)
+    found = words.counts.most_common()
+    common = (w.decode() for w, n in found if n >= min_count)
     specials = words.specials
     # `<eos>` gets id 0 and words follow by frequency, as in the original: adaptive
     # cutoffs rely on that order.
     symbols = [*specials, *(word for word in common if word not in specials)]
     # Specials come first and count: a bound cuts words only.
     symbols = symbols[: max_size or None]
-    ordered = [words.counts[symbol] for symbol in symbols]
+    ordered = [words.counts[symbol.encode()] for symbol in symbols]
     if left_out := words.total - sum(ordered):
         ordered[symbols.index("<unk>")] += left_out
     return WordVocabulary(symbols, ordered, unit, words.lower, specials[0])

@@ -26,7 +26,8 @@ from xlformer.errors import UserError
 # It stands in the name of a folder that is not finished, before the process id.
 INCOMPLETE = ".incomplete-"
 CARD = "card.json"
-FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = [os.strerror(number) for number in FULL]
 
 
 def complete(

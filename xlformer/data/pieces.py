@@ -210,9 +210,12 @@ class _SentencePiece:
         return self.model.unk_id()
 
     def encode(self, lines: list[str], ends: list[bool]) -> list[list[int]]:
-        tail = [self.line_end] if self.line_end >= 0 else []
         found = self.model.encode(lines)
-        return [ids + tail * end for ids, end in zip(found, ends, strict=True)]
+        if self.line_end >= 0:
+            for ids, end in zip(found, ends, strict=True):
+                if end:
+                    ids.append(self.line_end)
+        return found
 
     def decode(self, ids: list[int]) -> str:
         lines = [[]]

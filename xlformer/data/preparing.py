@@ -200,7 +200,7 @@ def _check_room(folder: pathlib.Path, vocabulary: Vocabulary, size: int) -> None
     # Tokens of a byte, a character in bytes; words and pieces are longer on average.
     per_token = 1 if vocabulary.unit in ("bytes", "chars") else 3
     need = size * vocabulary.dtype.itemsize // per_token
-    storage.check_room(folder, need, "the tokens")
+    storage.check_room(folder.parent, need, "the tokens")
 
 
 def payload(text: Text) -> str:

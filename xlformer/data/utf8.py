@@ -14,6 +14,15 @@ IS_SPACE[SPACES] = True
 WHITE = IS_SPACE.tobytes()
 # All that Unicode has: U+10FFFF is the last.
 CODE_POINTS = 0x110000
+# What str.split() cuts at, too, in UTF-8: U+3000 is the last.
+OTHERS = [chr(i) for i in range(0x3001) if chr(i).isspace() and i not in SPACES]
+OTHERS = [space.encode() for space in OTHERS]
+CONTROLS = [space for space in OTHERS if len(space) == 1]
+# The beginnings of the others, and all of them as numbers of three bytes.
+_LEADS = np.isin(np.arange(256), [space[0] for space in OTHERS if len(space) > 1])
+LEADS = _LEADS.tobytes()
+WIDE = [int.from_bytes(space, "big") for space in OTHERS if len(space) == 3]
+NARROW = [space[1] for space in OTHERS if len(space) == 2]  # behind 0xc2
 
 
 def as_bytes(text: str | bytes) -> bytes:
@@ -58,6 +67,30 @@ class Utf8:
 
     def end(self) -> None:
         decode_utf8(self._rest, self._where, self._size, self._ascii)
+
+
+def plain_spaces(data: bytes) -> bytes:
+    """The same words between ASCII's white space, which bytes.split() knows.
+
+    Words of bytes take half the time of words of str.
+    """
+    if any(space in data for space in CONTROLS) or _has_wide_space(data):
+        for space in OTHERS:
+            data = data.replace(space, b" ")
+    return data
+
+
+def _has_wide_space(data: bytes) -> bool:
+    if data.isascii():
+        return False
+    # To look for each of the 19 takes 14 ms/MB, this 1 ms where few characters are.
+    places = np.flatnonzero(np.frombuffer(data.translate(LEADS), bool))
+    codes = np.frombuffer(data + b"  ", np.uint8)
+    first, second = codes[places], codes[places + 1]
+    if (np.isin(second, NARROW) & (first == 0xC2)).any():
+        return True
+    whole = first.astype(np.int32) << 16 | second.astype(np.int32) << 8
+    return bool(np.isin(whole | codes[places + 2], WIDE).any())
 
 
 def whole_characters(data: bytes) -> int:

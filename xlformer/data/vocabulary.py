@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from xlformer.data import parts
-from xlformer.data.utf8 import code_points, decode_utf8
+from xlformer.data.utf8 import code_points, decode_utf8, plain_spaces
 from xlformer.errors import UserError, some
 
 FORMAT = "xlformer vocabulary 1"
@@ -214,9 +214,11 @@ class WordVocabulary(Vocabulary):
         require(eos in symbols, "'eos' is not among the symbols")
         super().__init__(symbols, counts, unit)
         self.lower, self.eos = lower, eos
-        self._table = {symbol: i for i, symbol in enumerate(self.symbols)}
-        self.eos_id = self._table[eos]
-        self.unk_id = self._table.get("<unk>")
+        # Half a surrogate pair is in no text, but may be in a stranger's file.
+        keys = (symbol.encode("utf-8", "surrogatepass") for symbol in self.symbols)
+        self._table = {key: i for i, key in enumerate(keys)}
+        self.eos_id = self._table[eos.encode()]
+        self.unk_id = self._table.get(b"<unk>")
 
     def options(self) -> dict:
         return {"unit": self.unit, "lower": self.lower, "eos": self.eos}
@@ -229,7 +231,8 @@ class WordVocabulary(Vocabulary):
         # large.
         ids = np.fromiter(found, np.int32, len(words))
         if ids.size and ids.min() < 0:
-            self._refuse((words[i] for i in np.flatnonzero(ids < 0)), where)
+            bad = (words[i].decode() for i in np.flatnonzero(ids < 0))
+            self._refuse(bad, where)
         return ids.astype(self.dtype)
 
     def decode(self, ids) -> str:
@@ -238,10 +241,13 @@ class WordVocabulary(Vocabulary):
         return "\n".join(line.strip(" ") for line in lines.split("\n"))
 
 
-def split_words(part, eos: str, lower: bool, close_line: bool, where) -> list[str]:
-    """The words of a part of a text, with an `eos` for each newline."""
-    block = decode_utf8(part.data, where, part.offset)
-    words = (block.lower() if lower else block).replace("\n", f" {eos} ").split()
-    if close_line and part.ends and not block.endswith("\n"):
-        words.append(eos)
+def split_words(part, eos: str, lower: bool, close_line: bool, where) -> list[bytes]:
+    """The words of a part of a text in UTF-8, with an `eos` for each newline."""
+    data, end = part.data, eos.encode()
+    if lower or not data.isascii():
+        block = decode_utf8(data, where, part.offset)
+        data = block.lower().encode() if lower else data
+    words = plain_spaces(data).replace(b"\n", b" " + end + b" ").split()
+    if close_line and part.ends and not data.endswith(b"\n"):
+        words.append(end)
     return words

@@ -7,13 +7,17 @@ import hashlib
 from collections.abc import Callable
 
 from xlformer import fields
-from xlformer.data import local, pieces, sources
+from xlformer.data import lists, local, pieces, sources, trained
+from xlformer.data.corpus import Corpus
 from xlformer.data.documents import Text
 from xlformer.data.prepared import FORMAT
+from xlformer.data.vocabulary import WordVocabulary
 from xlformer.errors import UserError
 
 # How often a word of one's own text must occur to have a symbol, if nothing is said.
 OWN_MIN_COUNT = 2
+# The symbols before the words of one's own text; public corpora bring their own <unk>.
+OWN_SPECIALS = ("<eos>", "<unk>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,10 @@ class Recipe:
     min_count: int  # Of own words, which have <unk>; others keep every symbol.
     max_vocab: int
     tokenizer: pieces.PieceVocabulary | None
-    corpus: sources.Corpus | None  # None for a text of this machine.
+    # In its place the name of one that is trained on train: sentencepiece:N.
+    trained: str
+    vocabulary: WordVocabulary | None  # Of config.data.vocab_file.
+    corpus: Corpus | None  # None for a text of this machine.
     source: dict  # Tells one raw text from another.
     read: Callable[[object], Text]  # Takes a TFDS download manager.
 
@@ -37,7 +44,24 @@ class Recipe:
         """Whether `<eos>` at each line's end counts as a word."""
         if self.corpus:
             return self.corpus.lines
+        if self.trained:
+            return True
         return self.tokenizer.line_ends if self.tokenizer else self.own_words
+
+    @property
+    def eos(self) -> str:
+        """What stands for the end of a line where words are tokens."""
+        return self.corpus.specials[0] if self.corpus else OWN_SPECIALS[0]
+
+    @property
+    def begins(self) -> bool:
+        """Whether a text begins with a token that is no word of it."""
+        return bool(self.corpus and self.corpus.begins and self.unit == "words")
+
+    @property
+    def counts_unknown(self) -> bool:
+        """Whether unknown words are of our making: others are in the published text."""
+        return self.corpus is None or bool(self.corpus.unknown)
 
     @property
     def own_words(self) -> bool:
@@ -63,6 +87,13 @@ class Recipe:
         if self.tokenizer and not self.tokenizer.line_ends:
             # 0.1.0 counted line ends as words all the same: its folder has other cards.
             key["line_ends"] = False
+        if self.trained:
+            key["tokenizer"] = self.trained
+        if self.corpus and (tokens := self.corpus.tokens()):
+            key["corpus"] = tokens
+        if self.vocabulary:
+            listed = "\n".join(self.vocabulary.symbols)
+            key["vocabulary"] = hashlib.sha256(listed.encode()).hexdigest()
         return key
 
 
@@ -89,6 +120,11 @@ def check(data) -> None:
     _check_alphabet(data, unit)
     if data.corpus != "text" and (data.path or data.documents):
         raise UserError("config.data.path and .documents need config.data.corpus=text")
+    if data.vocab_file and not (corpus and corpus.unknown and not data.tokenizer):
+        with_words = ", ".join(n for n, c in sources.CORPORA.items() if c.unknown)
+        raise UserError(
+            f"config.data.vocab_file={data.vocab_file} is for the words of {with_words}"
+        )
     if _counts_own_words(data):
         return
     for name, free in (("min_count", (0, 1)), ("max_vocab", (0,))):
@@ -125,6 +161,12 @@ def _check_alphabet(data, unit: str) -> None:
         )
 
 
+def tokenizer_of(data) -> str:
+    """What config.data.tokenizer says, or the corpus where that says nothing."""
+    corpus = sources.CORPORA.get(data.corpus)
+    return data.tokenizer or (corpus.pieces if corpus else "")
+
+
 def _counts_own_words(data) -> bool:
     return data.corpus == "text" and data.unit == "words" and not data.tokenizer
 
@@ -133,7 +175,12 @@ def recipe(data) -> Recipe:
     """Reads the tokenizer and a text of this machine, but downloads nothing."""
     check(data)
     name, unit, corpus = data.corpus, data.unit, None
-    tokenizer = pieces.load_tokenizer(data.tokenizer) if data.tokenizer else None
+    tokenizer, named, listed = None, "", None
+    wanted = tokenizer_of(data)
+    if trained.is_named(wanted):
+        named = wanted
+    elif wanted:
+        tokenizer = pieces.load_tokenizer(wanted)
     text = raw_text(data)
     if name == "text":
         source = {"text": local.fingerprint(text)}
@@ -143,25 +190,30 @@ def recipe(data) -> Recipe:
         source = {"stdlib": local.fingerprint(text), **text.facts}
     else:
         corpus = sources.public(name)
-        unit, source = corpus.unit, dataclasses.asdict(corpus)
+        unit, source = corpus.unit, corpus.source()
+        if data.vocab_file:
+            listed = lists.read(data.vocab_file, corpus)
         unit = "bytes" if data.alphabet == "bytes" else unit
     read = (
-        (lambda dl: sources.read_archive(corpus, dl, data.manual_dir))
+        (lambda dl: sources.read(corpus, dl, data.manual_dir))
         if corpus
         else (lambda dl: text)
     )
     # Own words that stand once in train become `<unk>` by default, or it would never be
     # trained; elsewhere every symbol is kept, as the fields of the public corpora do.
     own_words = _counts_own_words(data)
+    floor = corpus.min_count if corpus else 1
     return Recipe(
         name=name,
-        unit="pieces" if tokenizer else unit,
+        unit="pieces" if wanted else unit,
         newline=data.newline,
         every_byte=corpus is not None and data.alphabet == "bytes",
         documents=data.documents,
-        min_count=(data.min_count or OWN_MIN_COUNT) if own_words else 1,
+        min_count=(data.min_count or OWN_MIN_COUNT) if own_words else floor,
         max_vocab=data.max_vocab if own_words else 0,
         tokenizer=tokenizer,
+        trained=named,
+        vocabulary=listed,
         corpus=corpus,
         source=source,
         read=read,

@@ -9,7 +9,7 @@ import time
 import jax
 
 from xlformer import __version__, models, runs, sharding
-from xlformer.data import shards
+from xlformer.data import preparing, shards
 from xlformer.errors import UserError
 from xlformer.scoring import results, texts, units
 from xlformer.scoring.evaluator import Evaluator
@@ -145,7 +145,7 @@ class Scorer:
             self._everything,
             _spans(self._plan),
             units.Count(self._data["bytes"], self._data["words"]),
-            lines="<eos>" in self._data["words_are"],
+            lines=preparing.OF_LINES in self._data["words_are"],
             documents=self._documents,
         )
 

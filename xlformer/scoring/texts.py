@@ -56,7 +56,7 @@ def own_text(vocabulary: Vocabulary, path: str):
             digest.update(part.data)
             words += encoding.words(part, spaced=spaced, lines=lines)
             progress.passed(len(part.data))
-    tokens = found.tokens()
+    tokens, begins = found.tokens(), getattr(vocabulary, "begins", False)
     facts = {
         "corpus": path,
         "unit": vocabulary.unit,
@@ -64,7 +64,7 @@ def own_text(vocabulary: Vocabulary, path: str):
         "split": "text",
         "payload_sha256": digest.hexdigest(),
         "bytes": len(document),
-        "words": len(tokens) if vocabulary.unit == "words" else words,
-        "words_are": preparing.words_are(lines),
+        "words": len(tokens) - begins if vocabulary.unit == "words" else words,
+        "words_are": preparing.words_are(lines, getattr(vocabulary, "eos", "<eos>")),
     }
     return tokens, None, facts

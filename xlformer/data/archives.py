@@ -1,0 +1,236 @@
+"""Finding what a corpus is read from: an archive under manual_dir, or a download.
+
+Mirrors die: the URLs are tried in order, the checksums decide, and the error names the
+file to put under manual_dir.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import logging
+import os
+import tarfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from etils import epath
+
+from xlformer import progress, storage
+from xlformer.data import documents
+from xlformer.data.documents import Document, Source
+from xlformer.errors import Argument, UserError, reason
+
+T = TypeVar("T")
+PACKED = (".gz", ".tgz")
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """A file that is published: its name under manual_dir, and where it lies."""
+
+    file: str
+    urls: tuple[str, ...] = ()  # Tried in order; the checksums decide.
+    # '' where nobody published one that others confirm.
+    sha256: str = ""
+
+
+class Origin:
+    """Where a corpus is read from, and what was seen there.
+
+    Attributes:
+      name: of the corpus, for errors.
+      folder: manual_dir, where people put what they have fetched; None: downloads.
+      scratch: a local folder for temporary files, which may be as large as the corpus.
+      facts: for the card: checksums of what was read, and what no checksum is known of.
+    """
+
+    def __init__(self, name: str, archives: Sequence[Archive], dl, manual_dir: str):
+        self.name, self._archives, self._dl = name, archives, dl
+        self.folder = storage.path(manual_dir) if manual_dir else None
+        self.scratch = os.fspath(dl.download_dir) if dl is not None else None
+        self.facts = {"files_sha256": {}, "unpinned": []}
+        if self.folder is not None and not self.folder.is_dir():
+            line = f"config.data.manual_dir={self.folder}: no such directory"
+            raise UserError(line)
+
+    def has(self, archive: Archive) -> bool:
+        """Whether it can be opened: False where manual_dir lacks it."""
+        return self.folder is None or (self.folder / archive.file).exists()
+
+    def first(self, archive: Archive, read: Callable[[Source], T]) -> T:
+        """What `read` makes of an archive whose checksum is right.
+
+        Of downloads it is the first one that can be read: UserError tries the next.
+        """
+        if self.folder is not None:
+            path = self.folder / archive.file
+            if not path.exists():
+                raise UserError(f"{self.name}: {self.folder} has no {archive.file}")
+            return self._read(archive, path, str(path), read)
+        reasons = []
+        for url in archive.urls:
+            try:
+                _reach(url)
+                path = epath.Path(self._dl.download(url))
+            # Whatever the HTTP library of TFDS raises, the next source is tried.
+            except Exception as error:
+                reasons.append(f"{url}: {type(error).__name__}: {str(error)[:120]}")
+                continue
+            try:
+                return self._read(archive, path, url, read)
+            except UserError as error:
+                reasons.append(str(error))
+                # TFDS would take the same file from its cache the next time.
+                for stale in path.parent.glob(f"{path.name}*"):
+                    stale.unlink()
+        reasons = "; ".join(dict.fromkeys(reasons))
+        raise UserError(f"{self.name}: no source worked: {reasons}")
+
+    def found(self, pattern: str) -> dict[str, Document]:
+        """Files of manual_dir, or of folders in it, by name and in that order.
+
+        pattern: as 'train/*.txt', and so are the names.
+        """
+        depth = pattern.count("/") + 1
+        for place in (pattern, f"*/{pattern}") if self.folder is not None else ():
+            paths = sorted(p for p in self.folder.glob(place) if not p.is_dir())
+            if paths:
+                names = ("/".join(path.parts[-depth:]) for path in paths)
+                sources = (documents.source(os.fspath(path)) for path in paths)
+                pairs = zip(names, sources, strict=True)
+                return {name: Document(s, 0, s.size) for name, s in pairs}
+        return {}
+
+    def verified(self, source: Source, name: str, expected: str) -> None:
+        """Holds all of a source against its sha256, and notes it for the card."""
+        digest = hashlib.sha256()
+        with progress.counting(f"reading {source.name}", source.size):
+            for block in source.pieces(0, source.size):
+                digest.update(block)
+                progress.passed(len(block))
+        found = digest.hexdigest()
+        if not expected:
+            logging.getLogger(__name__).warning(
+                "%s: no checksum is pinned for %s; found sha256 %s",
+                self.name,
+                source.name,
+                found,
+            )
+        elif found != expected:
+            raise UserError(
+                f"{self.name}: wrong checksum of {source.name}: expected sha256"
+                f" {expected}, found {found} ({source.size} bytes)"
+            )
+        self.facts["files_sha256"][name] = found
+        if not expected:
+            self.facts["unpinned"].append(name)
+
+    def remedy(self) -> tuple:
+        """What a person can do, for the end of an error."""
+        named = ", ".join(
+            f"{a.file} ({f'sha256 {a.sha256}' if a.sha256 else 'unpinned'})"
+            for a in self._archives
+        )
+        return (
+            f"put {named} or the files in it into a directory and pass ",
+            Argument("manual_dir", "DIR"),
+            " (config.data.manual_dir)",
+        )
+
+    def _read(self, archive: Archive, path: epath.Path, origin: str, read) -> T:
+        facts = {key: type(value)(value) for key, value in self.facts.items()}
+        # Before it is opened: a parser sees only what the checksum allows, where there
+        # is one.
+        source = documents.source(os.fspath(path), origin)
+        try:
+            self.verified(source, archive.file, archive.sha256)
+            return read(source)
+        except UserError:
+            self.facts = facts
+            raise
+
+
+def members(origin: Origin, source: Source, wanted: Callable) -> Iterator[tuple]:
+    """Yields (name, document) of the files in a tar archive, in its order.
+
+    Documents can be read later and again, in any order: a packed archive (.tar.gz) is
+    unpacked once, into a temporary file without a name. Nothing of it gets a path, so
+    that no name in it can lead out of a folder.
+
+    Args:
+      wanted: of a member's name, whether it is yielded.
+    """
+    where = source.name
+    packed = next(iter(source.pieces(0, 2)), b"") == b"\x1f\x8b"
+    try:
+        if packed:
+            with gzip.open(Reader(source)) as file:
+                os.makedirs(origin.scratch, exist_ok=True)
+                source = documents.Copied(where, file.read, origin.scratch)
+        with tarfile.open(fileobj=Reader(source), mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # It would keep a million of them.
+                if member.isreg() and wanted(name := member.name.removeprefix("./")):
+                    start = member.offset_data
+                    part = Document(source, start, start + member.size)
+                    if part.stop > source.size:
+                        raise tarfile.ReadError("unexpected end of data")
+                    yield name, part
+            # To tarfile damage is the end, and so is a file that is cut between two.
+            if any(next(iter(source.pieces(tar.offset, tar.offset + 512)), b"x")):
+                raise tarfile.ReadError("it goes on with damage, or is cut")
+    except documents.UNREADABLE as error:
+        raise UserError(f"{where}: not a whole archive: {reason(error)}") from None
+
+
+class Reader:
+    """A source as a file that can be read and sought."""
+
+    def __init__(self, source: Source):
+        self._source, self._place = source, 0
+        self._blocks, self._rest = None, b""
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes, fewer only at the end."""
+        left = self._source.size - self._place
+        size = left if size < 0 else min(size, left)
+        if self._blocks is None:
+            self._blocks = self._source.pieces(self._place, self._source.size)
+        while len(self._rest) < size:
+            self._rest += next(self._blocks)
+        found, self._rest = self._rest[:size], self._rest[size:]
+        self._place += size
+        return found
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {
+            os.SEEK_SET: 0,
+            os.SEEK_CUR: self._place,
+            os.SEEK_END: self._source.size,
+        }
+        place = min(max(base[whence] + offset, 0), self._source.size)
+        if self._place <= place <= self._place + len(self._rest):
+            self._rest = self._rest[place - self._place :]
+        else:
+            self._blocks, self._rest = None, b""
+        self._place = place
+        return place
+
+    def tell(self) -> int:
+        return self._place
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _reach(url: str) -> None:
+    """Raises OSError at once where nobody answers: TFDS retries for three minutes."""
+    try:
+        urllib.request.urlopen(url, timeout=30).close()
+    except urllib.error.HTTPError:
+        # Somebody answers: TFDS may ask in another way, or will say what is wrong.
+        pass

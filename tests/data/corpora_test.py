@@ -21,7 +21,6 @@ from xlformer.data.archives import Archive
 from xlformer.errors import UserError
 from xlformer.prepare import prepare
 
-
 # The corpora that are one archive with one file or one a split.
 FILES = [name for name, corpus in sources.CORPORA.items() if not corpus.read]
 

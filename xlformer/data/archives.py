@@ -192,7 +192,7 @@ class Reader:
 
     def __init__(self, source: Source):
         self._source, self._place = source, 0
-        self._blocks, self._rest = None, b""
+        self._blocks, self._block, self._used = None, b"", 0
 
     def read(self, size: int = -1) -> bytes:
         """The next bytes, fewer only at the end."""
@@ -200,23 +200,25 @@ class Reader:
         size = left if size < 0 else min(size, left)
         if self._blocks is None:
             self._blocks = self._source.pieces(self._place, self._source.size)
-        while len(self._rest) < size:
-            self._rest += next(self._blocks)
-        found, self._rest = self._rest[:size], self._rest[size:]
-        self._place += size
-        return found
+        found = []
+        while size > 0:
+            if self._used == len(self._block):
+                self._block, self._used = next(self._blocks), 0
+            # Sliced where it is: of a block of 1 MiB tar headers take 512 bytes each.
+            part = self._block[self._used : self._used + size]
+            found.append(part)
+            self._used, size = self._used + len(part), size - len(part)
+            self._place += len(part)
+        return found[0] if len(found) == 1 else b"".join(found)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {
-            os.SEEK_SET: 0,
-            os.SEEK_CUR: self._place,
-            os.SEEK_END: self._source.size,
-        }
-        place = min(max(base[whence] + offset, 0), self._source.size)
-        if self._place <= place <= self._place + len(self._rest):
-            self._rest = self._rest[place - self._place :]
+        base = (0, self._place, self._source.size)[whence]
+        place = min(max(base + offset, 0), self._source.size)
+        used = self._used + place - self._place
+        if 0 <= used <= len(self._block):
+            self._used = used
         else:
-            self._blocks, self._rest = None, b""
+            self._blocks, self._block, self._used = None, b"", 0
         self._place = place
         return place
 

@@ -25,7 +25,8 @@ from xlformer.data.documents import Document, Source
 from xlformer.errors import Argument, UserError, reason
 
 T = TypeVar("T")
-PACKED = (".gz", ".tgz")
+# What the card says is not pinned where files of an archive lie in manual_dir.
+UNPACKED = "unpacked files"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,8 @@ class Origin:
                 names = ("/".join(path.parts[-depth:]) for path in paths)
                 sources = (documents.source(os.fspath(path)) for path in paths)
                 pairs = zip(names, sources, strict=True)
+                if UNPACKED not in self.facts["unpinned"]:
+                    self.facts["unpinned"].append(UNPACKED)
                 return {name: Document(s, 0, s.size) for name, s in pairs}
         return {}
 
@@ -165,7 +168,7 @@ def members(origin: Origin, source: Source, wanted: Callable) -> Iterator[tuple]
       wanted: of a member's name, whether it is yielded.
     """
     where = source.name
-    packed = next(iter(source.pieces(0, 2)), b"") == b"\x1f\x8b"
+    packed = Reader(source).read(2) == b"\x1f\x8b"
     try:
         if packed:
             with gzip.open(Reader(source)) as file:
@@ -181,7 +184,9 @@ def members(origin: Origin, source: Source, wanted: Callable) -> Iterator[tuple]
                         raise tarfile.ReadError("unexpected end of data")
                     yield name, part
             # To tarfile damage is the end, and so is a file that is cut between two.
-            if any(next(iter(source.pieces(tar.offset, tar.offset + 512)), b"x")):
+            rest = Reader(source)
+            rest.seek(tar.offset)
+            if any(rest.read(tarfile.BLOCKSIZE) or b"cut"):
                 raise tarfile.ReadError("it goes on with damage, or is cut")
     except documents.UNREADABLE as error:
         raise UserError(f"{where}: not a whole archive: {reason(error)}") from None

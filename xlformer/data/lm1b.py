@@ -33,7 +33,7 @@ def read(origin: Origin) -> Text:
     else:
         found = origin.found(f"{_TRAIN}/news.en-*-of-00100")
         found |= origin.found(_TEST)
-        _check(found, f"{origin.folder} without {archive.file}")
+        _check(found, f"{origin.folder} has neither {archive.file} nor its files")
     train = [found[name] for name in sorted(found) if _SHARD.fullmatch(name)]
     if len(train) < _SHARDS:
         line = f"lm1b: these are {len(train)} of its {_SHARDS} training files"

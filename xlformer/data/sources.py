@@ -164,7 +164,8 @@ def _read_files(corpus: Corpus, origin: Origin) -> Text:
         name = member.rpartition("/")[2]
         # The field's scripts rename ptb.char.train.txt to train.txt.
         plain = ".".join(name.split(".")[-2:])
-        path = next((folder / n for n in (name, plain) if (folder / n).is_file()), None)
+        places = (folder / place for place in (name, plain, member))
+        path = next((place for place in places if place.is_file()), None)
         if path is None:
             archive = corpus.archive.file
             line = f"{corpus.name}: {folder} holds neither {archive} nor {name}"

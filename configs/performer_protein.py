@@ -10,8 +10,9 @@ Expected: accuracy in % and perplexity (published). Causal, UNI: 31.58 and 9.17 
           8.36, 24.10 and 12.26 by features=relu; 33.00 and 9.24, 23.48 and 12.41 by
           features=positive,projected; 33.32 and 9.22, 25.07 and 12.09 by
           mechanism=softmax. Frequencies alone: 9.92 and 17.80. Not measured here.
-Data:     trembl is not built in yet: `:debug` runs on your own text, with
-          --config.data.corpus=text --config.data.path=FILE
+Data:     UniProt's current TrEMBL (some 60 GB), or any FASTA file of proteins alone in
+          --config.data.manual_dir=DIR, or train.fasta, valid.fasta and test.fasta there
+          (.gz too). Splits are ours: the card says how, and what the paper did
 Differs:  the paper's ReLU model is its program's default, without a projection:
           projected=False. The batch is ours. Masked, each hidden residue is behind the
           mask (training/objectives.py), one id and 513 parameters more.

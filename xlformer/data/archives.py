@@ -192,6 +192,29 @@ def members(origin: Origin, source: Source, wanted: Callable) -> Iterator[tuple]
         raise UserError(f"{where}: not a whole archive: {reason(error)}") from None
 
 
+def listed(folder: str) -> str:
+    """A digest of what lies in a folder: names, and the sizes of files right in it.
+
+    Where any files of a form make a corpus, it tells one from another.
+    """
+    try:
+        digest = hashlib.sha256()
+        for path in sorted(storage.path(folder).iterdir()):
+            digest.update(f"{path.name}\n".encode())
+            if not path.is_dir():
+                digest.update(b"%d" % path.stat().length)
+                continue
+            for name in sorted(x.name for x in path.iterdir()):
+                digest.update(f"{name}\n".encode())
+    except UserError:
+        raise
+    # Libraries that read gs:// raise errors of their own, without a common class.
+    except Exception as error:
+        line = f"config.data.manual_dir={folder}: cannot be read: {reason(error)}"
+        raise UserError(line) from error
+    return digest.hexdigest()
+
+
 class Reader:
     """A source as a file that can be read and sought."""
 

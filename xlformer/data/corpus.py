@@ -35,8 +35,10 @@ class Corpus:
       min_count: how often a word of train must occur to be a symbol.
       symbols: all symbols in their order, where they are known before the text.
       pieces: what config.data.tokenizer is where nobody says it.
-      line_documents: every line is a document, and its newline no token.
+      documents: it is made of documents, which config.data.documents tells apart.
+      line_documents: every line is one, and its newline no token.
       record: tokens of a document, where all are equal and rows hold whole ones.
+      free: what lies under manual_dir may be any files of its form.
     """
 
     name: str
@@ -55,8 +57,10 @@ class Corpus:
     min_count: int = 1
     symbols: str = ""
     pieces: str = ""
+    documents: bool = False
     line_documents: bool = False
     record: int = 0
+    free: bool = False
 
     @property
     def archive(self) -> Archive:

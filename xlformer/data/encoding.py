@@ -18,7 +18,7 @@ from etils import epath
 from xlformer import progress, storage
 from xlformer.data import corpora, parts, shards, vocabularies
 from xlformer.data.utf8 import WHITE
-from xlformer.data.vocabulary import Vocabulary
+from xlformer.data.vocabulary import NEWLINE, Vocabulary
 
 # What is known of a finished shard lies beside it until all are finished.
 DONE = ".done"
@@ -55,6 +55,7 @@ class Counts:
 
     spaced: bool
     lines: bool
+    line_documents: bool = False  # Each line is a document, and no newline a token.
 
 
 class Encoded(NamedTuple):
@@ -100,7 +101,9 @@ def encode(job: Job, vocabulary_path: str, path: str, counts: Counts) -> Encoded
     words_, documents, tokens = 0, [], 0
     with shards.writer(path, known.dtype) as write:
         for part in _records(job):
-            if not part.offset:
+            if counts.line_documents:
+                documents += (tokens + line_starts(part)).tolist()
+            elif not part.offset:
                 documents.append(tokens)
             ids = known.encode_part(part, where=job.where)
             write(ids)
@@ -126,6 +129,16 @@ def _done(job: Job, path: str) -> Encoded | None:
         return None
     is_it = about == (corpora.VERSION, job.start, job.stop, found.shard.sha256)
     return found if is_it else None
+
+
+def line_starts(part: parts.Part) -> np.ndarray:
+    """Where lines begin among the bytes of a part that are no newlines."""
+    ends = np.flatnonzero(np.frombuffer(part.data, np.uint8) == NEWLINE)
+    # As many newlines stand before a line as lines do.
+    starts = np.concatenate([[0], ends + 1]) - np.arange(len(ends) + 1)
+    if part.data.endswith(b"\n"):
+        starts = starts[:-1]
+    return starts[int(part.in_line) :]
 
 
 def words(part: parts.Part, *, spaced: bool, lines: bool) -> int:

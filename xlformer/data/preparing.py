@@ -93,7 +93,8 @@ def _build(folder: pathlib.Path, recipe: Recipe) -> None:
 def _encode(folder: pathlib.Path, recipe: Recipe, builder, team) -> dict:
     """The shards of each split, which are in the folder then."""
     spaced = bool(recipe.corpus and recipe.corpus.spaced)
-    counts = encoding.Counts(spaced, recipe.lines)
+    line_documents = bool(recipe.corpus and recipe.corpus.line_documents)
+    counts = encoding.Counts(spaced, recipe.lines, line_documents)
     calls = []
     for split in sources.SPLITS:
         jobs = encoding.jobs(builder, recipe.name, split)
@@ -166,6 +167,7 @@ def _card(recipe: Recipe, builder, vocabulary: Vocabulary, splits: dict) -> dict
         "payload_sha256": text["sha256"],
         "words_are": words_are(recipe.lines, recipe.eos),
         **facts,
+        **({"record": recipe.corpus.record} if recipe.has_records else {}),
         **(bounds if recipe.min_count > 1 or recipe.own_words else {}),
         "splits": splits,
     }

@@ -7,11 +7,11 @@ import hashlib
 from collections.abc import Callable
 
 from xlformer import fields
-from xlformer.data import lists, local, pieces, sources, trained
+from xlformer.data import archives, lists, local, pieces, sources, trained
 from xlformer.data.corpus import Corpus
 from xlformer.data.documents import Text
 from xlformer.data.prepared import FORMAT
-from xlformer.data.vocabulary import WordVocabulary
+from xlformer.data.vocabulary import ByteVocabulary, Vocabulary, WordVocabulary
 from xlformer.errors import UserError
 
 # How often a word of one's own text must occur to have a symbol, if nothing is said.
@@ -34,7 +34,8 @@ class Recipe:
     tokenizer: pieces.PieceVocabulary | None
     # In its place the name of one that is trained on train: sentencepiece:N.
     trained: str
-    vocabulary: WordVocabulary | None  # Of config.data.vocab_file.
+    # Of config.data.vocab_file, or of a corpus whose symbols are known.
+    vocabulary: Vocabulary | None
     corpus: Corpus | None  # None for a text of this machine.
     source: dict  # Tells one raw text from another.
     read: Callable[[object], Text]  # Takes a TFDS download manager.
@@ -64,6 +65,11 @@ class Recipe:
         return self.corpus is None or bool(self.corpus.unknown)
 
     @property
+    def has_records(self) -> bool:
+        """Whether documents are of one length, and rows hold whole ones."""
+        return bool(self.corpus and self.corpus.record)
+
+    @property
     def own_words(self) -> bool:
         return self.unit == "words" and self.corpus is None
 
@@ -91,7 +97,7 @@ class Recipe:
             key["tokenizer"] = self.trained
         if self.corpus and (tokens := self.corpus.tokens()):
             key["corpus"] = tokens
-        if self.vocabulary:
+        if isinstance(self.vocabulary, WordVocabulary):
             listed = "\n".join(self.vocabulary.symbols)
             key["vocabulary"] = hashlib.sha256(listed.encode()).hexdigest()
         return key
@@ -113,13 +119,18 @@ def check(data) -> None:
             f"config.data.unit={data.unit} is of config.data.corpus=text; {data.corpus}"
             f" has {unit}"
         )
-    dropping = [name for name, c in sources.CORPORA.items() if c.unit == "bytes"]
+    counted = [c for c in sources.CORPORA.values() if not c.symbols]
+    dropping = [c.name for c in counted if c.unit == "bytes"]
     if data.newline == "drop" and (data.corpus not in dropping or data.tokenizer):
         line = f"config.data.newline=drop is for the bytes of {', '.join(dropping)}"
         raise UserError(line)
     _check_alphabet(data, unit)
-    if data.corpus != "text" and (data.path or data.documents):
-        raise UserError("config.data.path and .documents need config.data.corpus=text")
+    if data.corpus != "text" and data.path:
+        raise UserError("config.data.path needs config.data.corpus=text")
+    if data.documents and data.corpus != "text" and not (corpus and corpus.documents):
+        made = ", ".join(n for n, c in sources.CORPORA.items() if c.documents)
+        line = f"config.data.documents needs config.data.corpus=text, or one of {made}"
+        raise UserError(line)
     if data.vocab_file and not (corpus and corpus.unknown and not data.tokenizer):
         with_words = ", ".join(n for n, c in sources.CORPORA.items() if c.unknown)
         raise UserError(
@@ -139,6 +150,12 @@ def check(data) -> None:
 
 
 def _check_alphabet(data, unit: str) -> None:
+    corpus = sources.CORPORA.get(data.corpus)
+    if corpus and corpus.symbols and (data.tokenizer or data.alphabet != "counted"):
+        raise UserError(
+            f"config.data.tokenizer and .alphabet: the {len(corpus.symbols)} symbols of"
+            f" {data.corpus} are fixed"
+        )
     if data.alphabet == "counted":
         return
     shown = f"config.data.alphabet={data.alphabet}"
@@ -148,7 +165,7 @@ def _check_alphabet(data, unit: str) -> None:
     ours = [
         name
         for name, corpus in sources.CORPORA.items()
-        if corpus.unit in ("bytes", "chars") and not corpus.spaced
+        if corpus.unit in ("bytes", "chars") and not (corpus.spaced or corpus.symbols)
     ]
     if data.corpus not in ours and unit != "bytes":
         raise UserError(
@@ -191,7 +208,11 @@ def recipe(data) -> Recipe:
     else:
         corpus = sources.public(name)
         unit, source = corpus.unit, corpus.source()
-        if data.vocab_file:
+        if corpus.free and data.manual_dir:
+            source["manual_dir"] = archives.listed(data.manual_dir)
+        if corpus.symbols:
+            listed = _fixed(corpus)
+        elif data.vocab_file:
             listed = lists.read(data.vocab_file, corpus)
         unit = "bytes" if data.alphabet == "bytes" else unit
     read = (
@@ -206,7 +227,7 @@ def recipe(data) -> Recipe:
     return Recipe(
         name=name,
         unit="pieces" if wanted else unit,
-        newline=data.newline,
+        newline=getattr(listed, "newline", data.newline),
         every_byte=corpus is not None and data.alphabet == "bytes",
         documents=data.documents,
         min_count=(data.min_count or OWN_MIN_COUNT) if own_words else floor,
@@ -218,6 +239,13 @@ def recipe(data) -> Recipe:
         source=source,
         read=read,
     )
+
+
+def _fixed(corpus: Corpus) -> ByteVocabulary:
+    """The symbols of a corpus in its own order; what stands between lines is none."""
+    symbols = [ord(symbol) for symbol in corpus.symbols]
+    newline = "drop" if corpus.line_documents else "keep"
+    return ByteVocabulary(symbols, [0] * len(symbols), newline)
 
 
 def raw_text(data) -> Text | None:

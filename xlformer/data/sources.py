@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO
 
-from xlformer.data import documents, lm1b
+from xlformer.data import documents, images, lm1b, pg19, proteins
 from xlformer.data.archives import Archive, Origin, Reader
 from xlformer.data.corpus import Corpus
 from xlformer.data.documents import Document, Source, Text
@@ -127,6 +127,9 @@ CORPORA = {
             spaced=True,
         ),
         lm1b.CORPUS,
+        pg19.CORPUS,
+        images.CORPUS,
+        proteins.CORPUS,
     )
 }
 

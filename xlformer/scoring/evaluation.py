@@ -90,6 +90,9 @@ class Scorer:
             "tokens_per_s": round(score.targets / score.seconds, 1),
             **_machine(self._mesh),
         }
+        if "record" in self._data:  # Images, which have no words.
+            card["bits_per_dim"] = card["bits_per_byte"]
+            card |= {"words_scored": None, "word_ppl": None}
         entropy = results.unigram_entropy(self._tokens, run.vocabulary.size)
         if wrong := results.warning(card, entropy):
             card["warning"] = wrong

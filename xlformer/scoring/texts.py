@@ -39,7 +39,7 @@ def read(run: runs.Run, split: str, text: str | None, data_path: str | None = No
         **{k: card["splits"][split][k] for k in ("bytes", "words")},
         "words_are": card["words_are"],
         # What of the corpus one must know to compare.
-        **{k: card[k] for k in ("protocol", "tokenizer") if k in card},
+        **{k: card[k] for k in ("protocol", "tokenizer", "record") if k in card},
     }
     return found.tokens[split], found.documents[split], facts
 

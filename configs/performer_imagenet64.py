@@ -8,10 +8,11 @@ Hardware: not tried
 Expected: 3.69 bits per dimension after 100,000 steps with positive features, 3.67 with
           performer_imagenet64:features=regularised and with features=relu (published).
           Not measured here.
-Data:     train_64x64.tar and valid_64x64.tar of image-net.org/small, or folders of their
-          PNG files, in --config.data.manual_dir=DIR (pip install 'xlformer[images]').
-          There is no test split: validation is the test. `bits_per_dim` is on the card
-          of an evaluation. Segments are images, in training and scoring
+Data:     train_64x64.tar and valid_64x64.tar of image-net.org/small, or folders of
+          their PNG files, in --config.data.manual_dir=DIR; pip install
+          'xlformer[images]'. There is no test split: validation is the test. Segments
+          are images, in training and in scoring; the card of an evaluation has
+          `bits_per_dim`
 Variant:  performer_imagenet64:layers=12
 Differs:  the batch is ours; positions are rotary, norms come first, and the estimator
           is strictly causal (the docstring of models/performer/model.py). An image's

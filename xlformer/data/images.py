@@ -44,11 +44,12 @@ ARCHIVES = {
 }
 IMAGES = {"train": 1_281_149, "validation": 49_999}
 PROTOCOL = (
-    "bits per dimension, of each of an image's 64 x 64 x 3 bytes given those before it"
-    " (Choromanski et al. 2020: sequences of 12,288): `bits_per_dim`. There is no test"
-    " split: validation is the test, and both names give it. Ours: images in the archive's"
-    " order; rows begin with images; an image's first byte is said from the image before"
-    " it, of which a model with a state sees more unless config.data.documents"
+    "bits per dimension, of each of an image's 64 x 64 x 3 bytes given those before"
+    " it (Choromanski et al. 2020: sequences of 12,288): `bits_per_dim`. There is no"
+    " test split: validation is the test, and both names give it. Ours: images in the"
+    " archive's order; rows begin with images; an image's first byte is said from the"
+    " image before it, of which a model that carries a state knows more unless"
+    " config.data.documents"
 )
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

@@ -25,11 +25,12 @@ BUCKET = "gs://deepmind-gutenberg"
 BOOKS = dict(zip(SPLITS, (28_602, 50, 100), strict=True))
 WORDS = dict(zip(SPLITS, (1_973_136_207, 3_007_061, 6_966_499), strict=True))
 PROTOCOL = (
-    "PG-19's README: perplexity per word, exp(nats of the whole split / its words), with"
-    " `words_published`. Choromanski et al. 2020: 32,768 SentencePiece pieces of a model"
-    " that is not published, and exp(m x loss) with m pieces a word: 1.5634 on train,"
-    " 1.5487 on validation, 1.5359 on test. Here: the pieces of `tokenizer`, which leave"
-    " out nothing of the text, and `words` between white space of the text that was read"
+    "PG-19's README: perplexity per word, exp(nats of the whole split / its words),"
+    " with `words_published`. Choromanski et al. 2020: 32,768 SentencePiece pieces of"
+    " a model that is not published, and exp(m x loss) with m pieces a word: 1.5634 on"
+    " train, 1.5487 on validation, 1.5359 on test. Ours: the pieces of `tokenizer`,"
+    " which leave out nothing of the text, and `words` between white space of the text"
+    " that was read"
 )
 # Requests that are under way at once, of a bucket.
 AT_ONCE = 32

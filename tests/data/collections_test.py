@@ -313,7 +313,7 @@ def test_another_folder_is_another_corpus(tmp_path):
         ("trembl", {"alphabet": "bytes"}, "the 25 symbols of trembl are fixed"),
         ("imagenet64", {"tokenizer": "x"}, "the 256 symbols of imagenet64 are fixed"),
         ("trembl", {"newline": "drop"}, "newline=drop is for the bytes of enwik8$"),
-        ("penn", {"documents": True}, "one of pg19, imagenet64, trembl"),
+        ("penn", {"documents": True}, "are of pg19, imagenet64, trembl too"),
     ],
 )
 def test_what_does_not_fit_them_is_refused(corpus, fields, message, tmp_path):

@@ -192,11 +192,11 @@ def _look_through(
 
 
 def _write_documents(path: pathlib.Path, found: list[Encoded]) -> None:
-    base, starts = 0, []
-    for one in found:
-        starts.append(np.array(one.documents, np.int64) + base)
-        base += one.shard.tokens
-    np.save(path, np.concatenate(starts), allow_pickle=False)
+    base = 0
+    with shards.writer(path, np.dtype(np.int64)) as write:
+        for one in found:
+            write(one.starts(path.parent) + base)
+            base += one.shard.tokens
 
 
 def _check_room(folder: pathlib.Path, vocabulary: Vocabulary, size: int) -> None:

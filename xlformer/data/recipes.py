@@ -125,12 +125,13 @@ def check(data) -> None:
         line = f"config.data.newline=drop is for the bytes of {', '.join(dropping)}"
         raise UserError(line)
     _check_alphabet(data, unit)
-    if data.corpus != "text" and data.path:
-        raise UserError("config.data.path needs config.data.corpus=text")
-    if data.documents and data.corpus != "text" and not (corpus and corpus.documents):
+    has_documents = data.corpus == "text" or (corpus and corpus.documents)
+    if (data.path and data.corpus != "text") or (data.documents and not has_documents):
         made = ", ".join(n for n, c in sources.CORPORA.items() if c.documents)
-        line = f"config.data.documents needs config.data.corpus=text, or one of {made}"
-        raise UserError(line)
+        raise UserError(
+            "config.data.path and .documents need config.data.corpus=text; documents,"
+            f" but no path, are of {made} too"
+        )
     if data.vocab_file and not (corpus and corpus.unknown and not data.tokenizer):
         with_words = ", ".join(n for n, c in sources.CORPORA.items() if c.unknown)
         raise UserError(

@@ -69,7 +69,7 @@ def write_pg19(folder):
     (folder / "metadata.csv").write_text("1,Moby Dick,1851,http://x/1\n")
 
 
-def write_images(folder, train=5, validation=2):
+def write_images(folder, train=5, validation=1):
     """Folders of PNG files, as the archives have them."""
     for name, count, seed in (("train", train, 0), ("valid", validation, 1)):
         (folder / f"{name}_64x64").mkdir(parents=True)

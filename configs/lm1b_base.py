@@ -8,11 +8,14 @@ Expected: not published for this model; a user reached 30.25 test perplexity per
           with the PyTorch script (the original's issue 69). Evaluation:
           python -m xlformer.evaluate --workdir=runs/lm1b_base --split=test
           with segment 32, memory 128, no clamp, same_length (config.eval)
+Data:     lm1b (docs/data.md): the words that occur three times in train, or those of
+          --config.data.vocab_file=1b_word_vocab.txt, which the original reads
 Differs:  the script leaves out the square projection of bin 0 in front of embedding and
           softmax (model.proj_same_dim=False: 355,749,746); here all bins have one, as
           in PyTorch. Cold memory is masked (model.attend_zero_memory). PyTorch's script
           has no dropout, 224 rows of 32 tokens, 20,000 + 480,000 steps. The originals'
-          validation and test sets are the same file.
+          validation and test sets are the same file; TensorFlow's has two <S> between
+          sentences and scores both, here and in PyTorch there is one.
 """
 
 from xlformer.config import default_config, shrink

@@ -8,6 +8,8 @@ Hardware: not published
 Expected: 23.5 test perplexity per word (published), by
           python -m xlformer.evaluate --workdir=runs/lm1b_paper --split=test
           with segment 32, memory 128, no clamp, same_length (config.eval)
+Data:     lm1b (docs/data.md): the words that occur three times in train, or those of
+          --config.data.vocab_file=1b_word_vocab.txt, which the original reads
 Differs:  rows, lengths, rate and steps are lm1b_base's, for want of published ones; so
           are its differences. Without bin 0's projections (model.proj_same_dim=False):
           466,962,290.

@@ -3,15 +3,20 @@
 Paper:    Choromanski et al. 2020 (arXiv 2009.14794): 6 layers are near a Reformer of
           12, 12 layers near one of 24
 Command:  python -m xlformer.train --config=performer_imagenet64 --workdir=runs/images
+          python -m xlformer.evaluate --workdir=runs/images
 Hardware: not tried
 Expected: 3.69 bits per dimension after 100,000 steps with positive features, 3.67 with
           performer_imagenet64:features=regularised and with features=relu (published).
           Not measured here.
-Data:     imagenet64 is not built in yet: `:debug` runs on your own text, with
-          --config.data.corpus=text --config.data.path=FILE
+Data:     train_64x64.tar and valid_64x64.tar of image-net.org/small, or folders of
+          their PNG files, in --config.data.manual_dir=DIR; pip install
+          'xlformer[images]'. There is no test split: validation is the test. Segments
+          are images, in training and in scoring; the card of an evaluation has
+          `bits_per_dim`
 Variant:  performer_imagenet64:layers=12
 Differs:  the batch is ours; positions are rotary, norms come first, and the estimator
-          is strictly causal (the docstring of models/performer/model.py).
+          is strictly causal (the docstring of models/performer/model.py). An image's
+          first byte is said from the image before it, with nothing to know about it.
 """
 
 from xlformer.config import default_config, shrink
@@ -30,7 +35,7 @@ def get_config(debug=False, batch=0, layers=6, features="positive"):
         n_head=8,
         d_inner=2048,
         features=features,
-        carry_sums=False,  # an image sees no other
+        carry_sums=False,  # an image sees no other: segments are images
         n_features=256,
         context_length=IMAGE,
         dropout=0.1,

@@ -1,4 +1,4 @@
-"""Proteins of TrEMBL, up to 1,024 residues, by 36 layers: causal or masked, 75.7M.
+"""Proteins of TrEMBL, in segments of 1,024, by 36 layers: causal or masked, 75.7M.
 
 Paper:    Choromanski et al. 2020 (arXiv 2009.14794)
 Command:  python -m xlformer.train --config=performer_protein --workdir=runs/protein
@@ -10,11 +10,17 @@ Expected: accuracy in % and perplexity (published). Causal, UNI: 31.58 and 9.17 
           8.36, 24.10 and 12.26 by features=relu; 33.00 and 9.24, 23.48 and 12.41 by
           features=positive,projected; 33.32 and 9.22, 25.07 and 12.09 by
           mechanism=softmax. Frequencies alone: 9.92 and 17.80. Not measured here.
-Data:     trembl is not built in yet: `:debug` runs on your own text, with
-          --config.data.corpus=text --config.data.path=FILE
+Data:     UniProt's current TrEMBL (some 60 GB), or any FASTA file of proteins alone in
+          --config.data.manual_dir=DIR, or train.fasta, valid.fasta and test.fasta there
+          (.gz too). Splits are ours: the card says how, and what the paper did
 Differs:  the paper's ReLU model is its program's default, without a projection:
-          projected=False. The batch is ours. Masked, each hidden residue is behind the
-          mask (training/objectives.py), one id and 513 parameters more.
+          projected=False. The batch is ours. The paper has one protein a row, clipped
+          at 1,024; here rows are filled, one protein after the other, without a symbol
+          between them. Causal, each sees itself alone and all of itself: sums go over
+          the ends of segments, and begin anew with a protein (not with another
+          mechanism: there the end of a segment cuts it). Masked, a segment sees all
+          proteins that are in it. Each hidden residue is behind the mask
+          (training/objectives.py), one id and 513 parameters more.
 """
 
 from xlformer.config import default_config, shrink
@@ -41,7 +47,6 @@ def get_config(
         n_head=8,
         d_inner=1024,
         mechanism=mechanism,
-        carry_sums=not favor,  # a protein sees no other
         # The model's own default where no features are read.
         features=features or ("relu" if favor else "positive"),
         projected=projected or not favor,
@@ -52,7 +57,8 @@ def get_config(
         scan_layers=True,
         remat="full",
     )
-    config.data.corpus = "trembl"
+    # A masked model cannot forget within a segment what is before a protein.
+    config.data.update(corpus="trembl", documents=causal and mechanism != "lsh")
     config.train.update(steps=100_000, batch_size=256, segment_length=LENGTH)
     config.train.update(log_every=200, eval_every=4000, save_every=4000)
     config.train.objective = "next_token" if causal else "masked"

@@ -5,10 +5,12 @@
 Paper:    Merity 2019, Single Headed Attention RNN (arXiv 1911.11423), whose second
           version takes its figures of this corpus back ("normalization issues")
 Command:  python -m xlformer.train --workdir=runs/sha_rnn_wt103
-          --config=sha_rnn_wt103_wordpiece:tokenizer=pieces.model
-          with a file of SentencePiece or of Hugging Face's tokenizers, such as
-          spm.SentencePieceTrainer.train(input="wiki.train.tokens", vocab_size=8000,
-          model_prefix="pieces", model_type="bpe")
+          --config=sha_rnn_wt103_wordpiece
+Variant:  sha_rnn_wt103_wordpiece:tokenizer=FILE, of SentencePiece or of Hugging Face's
+          tokenizers; tokenizer=sentencepiece:N trains one of N pieces
+Data:     wikitext103 (docs/data.md), in byte pairs that Hugging Face's tokenizers
+          train on its training split; the original's program names a file of
+          YouTokenToMe, which is not published
 Hardware: not published
 Expected: no valid figure is published. The card gives perplexity per word, the nats of
           all pieces by the words of the text, which compares with wt103_base whatever
@@ -24,7 +26,7 @@ VOCAB_SIZE = 8000  # whatever the tokenizer has
 PARAMETERS = 61_787_968
 
 
-def get_config(debug=False, batch=0, tokenizer="pieces.model"):
+def get_config(debug=False, batch=0, tokenizer="tokenizers:8000"):
     config = default_config(
         "sha_rnn",
         n_layer=4,

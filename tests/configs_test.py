@@ -28,8 +28,7 @@ FAMILIES = [
 CHARACTER = {"attn_type", "pre_norm", "final_norm", "gate", "untie_r", "same_length"}
 CHARACTER |= {"dropout", "attention_dropout", "init_std", "scan_layers"}
 CHARACTER |= {"tie_weights", "word_dropout", "weight_dropout", "activation_penalty"}
-LATER = {"lm1b", "imagenet64", "pg19", "trembl"}  # not built in yet
-CORPORA = {*sources.CORPORA, "stdlib", "text", *LATER}
+CORPORA = {*sources.CORPORA, "stdlib", "text"}
 
 
 def shapes(name, vocab_size, **fields):

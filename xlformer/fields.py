@@ -147,8 +147,11 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         "max_vocab": _field(0, FREE, least=3, off=0),
         # Whether memory is reset where a file begins.
         "documents": _field(False, REFUSED),
-        # A file of SentencePiece or of Hugging Face's tokenizers.
+        # A file of SentencePiece or of Hugging Face's tokenizers; sentencepiece:N and
+        # tokenizers:N train one of N pieces on train.
         "tokenizer": _field("", FREE),
+        # The words that are symbols, a line each: of lm1b, whose own have such a file.
+        "vocab_file": _field("", FREE),
         # Of enwik8: the original's own preparation drops byte 10.
         "newline": _field("keep", REFUSED, choices=("keep", "drop")),
         # Of enwik8 and text8: the symbols that occur, or all 256 values of a byte.

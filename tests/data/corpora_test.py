@@ -17,8 +17,12 @@ from conftest import SHARED
 
 from xlformer import config
 from xlformer.data import local, recipes, sources
+from xlformer.data.archives import Archive
 from xlformer.errors import UserError
 from xlformer.prepare import prepare
+
+# The corpora that are one archive with one file or one a split.
+FILES = [name for name, corpus in sources.CORPORA.items() if not corpus.read]
 
 
 def sha256(data):
@@ -45,7 +49,7 @@ def content(corpus, position):
 
 def archive_of(corpus, files):
     buffer = io.BytesIO()
-    if corpus.archive.endswith(".zip"):
+    if corpus.archive.file.endswith(".zip"):
         with zipfile.ZipFile(buffer, "w") as opened:
             for name, data in files.items():
                 opened.writestr(name, data)
@@ -63,10 +67,10 @@ def tiny(monkeypatch, name, urls=(), pin_archive=True):
     corpus = sources.CORPORA[name]
     files = {path: content(corpus, i) for i, path in enumerate(corpus.files)}
     archive = archive_of(corpus, files)
+    pinned = sha256(archive) if pin_archive else ""
     corpus = dataclasses.replace(
         corpus,
-        urls=urls,
-        archive_sha256=sha256(archive) if pin_archive else "",
+        archives=(Archive(corpus.archive.file, urls, pinned),),
         files={path: sha256(data) for path, data in files.items()},
         cut=(301, 103) if corpus.cut else (),
     )
@@ -82,13 +86,16 @@ def expected_splits(corpus, files):
 
 
 @pytest.mark.parametrize("form", ["archive", "plain"])
-@pytest.mark.parametrize("name", sources.CORPORA)
+@pytest.mark.parametrize("name", FILES)
 def test_a_manual_directory_gives_every_corpus(name, form, monkeypatch, tmp_path):
     corpus, files, archive = tiny(monkeypatch, name)
     if form == "archive":
-        (tmp_path / corpus.archive).write_bytes(archive)
+        (tmp_path / corpus.archive.file).write_bytes(archive)
     for path, data in files.items() if form == "plain" else ():
-        (tmp_path / path.rpartition("/")[2]).write_bytes(data)
+        # As it is unpacked, or without the archive's folders.
+        place = tmp_path / (path if name == "penn" else path.rpartition("/")[2])
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(data)
     found = prepare(data_config(name, manual_dir=str(tmp_path)), directory=tmp_path)
     texts = expected_splits(corpus, files)
     assert found.card["payload_sha256"] == sha256(b"".join(texts.values()))
@@ -113,7 +120,7 @@ def test_a_manual_directory_gives_every_corpus(name, form, monkeypatch, tmp_path
 
 def test_enwik8_can_drop_its_newlines(monkeypatch, tmp_path):
     corpus, files, archive = tiny(monkeypatch, "enwik8")
-    (tmp_path / corpus.archive).write_bytes(archive)
+    (tmp_path / corpus.archive.file).write_bytes(archive)
     options = data_config("enwik8", manual_dir=str(tmp_path), newline="drop")
     found = prepare(options, directory=tmp_path)
     for split, text in expected_splits(corpus, files).items():
@@ -127,7 +134,7 @@ def test_enwik8_can_drop_its_newlines(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["enwik8", "text8"])
 def test_every_byte_may_be_a_symbol(name, monkeypatch, tmp_path):
     corpus, files, archive = tiny(monkeypatch, name)
-    (tmp_path / corpus.archive).write_bytes(archive)
+    (tmp_path / corpus.archive.file).write_bytes(archive)
     options = data_config(name, manual_dir=str(tmp_path))
     counted = prepare(options, directory=tmp_path)
     options.alphabet = "bytes"
@@ -258,8 +265,8 @@ def test_an_archive_that_is_none_is_one_line(name, monkeypatch, tmp_path):
     options = data_config(name, manual_dir=str(tmp_path))
     other = archive_of(corpus, {"readme": b"no"})
     for data in (b"", b"no archive", other, other[: len(other) // 2]):
-        (tmp_path / corpus.archive).write_bytes(data)
-        with pytest.raises(UserError, match=f"{corpus.archive}.*manual_dir"):
+        (tmp_path / corpus.archive.file).write_bytes(data)
+        with pytest.raises(UserError, match=f"{corpus.archive.file}.*manual_dir"):
             prepare(options, directory=tmp_path)
 
 
@@ -267,7 +274,7 @@ def test_what_no_sum_is_known_of_is_said(monkeypatch, tmp_path, caplog):
     corpus, files, archive = tiny(monkeypatch, "wikitext2")
     unpinned = dataclasses.replace(corpus, files=dict.fromkeys(files, ""))
     monkeypatch.setitem(sources.CORPORA, "wikitext2", unpinned)
-    (tmp_path / corpus.archive).write_bytes(archive)
+    (tmp_path / corpus.archive.file).write_bytes(archive)
     options = data_config("wikitext2", manual_dir=str(tmp_path))
     with caplog.at_level(logging.WARNING):
         card = prepare(options, directory=tmp_path).card

@@ -3,14 +3,15 @@
 import fcntl
 import re
 import sys
+import tarfile
 
 import object_store
 import pytest
 from processes import finish, start
 from training_runs import refusal, text_config, write_text
 
-from xlformer import prepare, storage
-from xlformer.data import folders
+from xlformer import config, prepare, storage
+from xlformer.data import folders, lm1b
 from xlformer.runs import log
 from xlformer.runs.locks import WorkdirLock
 
@@ -112,6 +113,32 @@ def test_a_part_is_uploaded_after_some_time_and_ends_at_some_size(
         for step in range(20):
             writer.write(step, {"train/bpc": step})
         assert len([x for x in requests()[before:] if x.startswith("POST")]) == 0
+
+
+# Corpora ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["archive", "files"])
+def test_a_manual_directory_may_be_a_bucket(form, place, tmp_path):
+    name, folder = lm1b.CORPUS.archive.file, tmp_path / "here"
+    train = "training-monolingual.tokenized.shuffled/news.en-00001-of-00100"
+    test = "heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050"
+    for path, text in ((train, "a b a\na a b b\n"), (test, "a b\n")):
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_text(text)
+        if form == "files":
+            (place / "unpacked" / path).write_text(text)
+    if form == "archive":
+        with tarfile.open(tmp_path / name, "w:gz") as archive:
+            archive.add(folder, "benchmark")
+        (place / name).write_bytes((tmp_path / name).read_bytes())
+    data = config.load("lm1b_base").data
+    data.update(manual_dir=str(place), directory=str(tmp_path / "out"))
+    found = prepare.prepare(data)
+    assert found.vocabulary.decode(found.tokens["test"][:]) == "\na b\n"
+    data.manual_dir = str(place / "nothing")
+    data.directory = str(tmp_path / "other")
+    assert f"manual_dir={place}/nothing: no such dir" in refusal(prepare.prepare, data)
 
 
 # Locks --------------------------------------------------------------------------------

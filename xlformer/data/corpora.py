@@ -12,13 +12,14 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from xlformer import progress, storage
 from xlformer.data import parts
 from xlformer.data.documents import Document, Text
+from xlformer.errors import UserError
 
 # Text of one shard of tokens, which is encoded by one process at a time.
 SHARD = 1 << 25
@@ -68,13 +69,13 @@ def _builder_class(corpus_name: str):
 
         def _split_generators(self, dl):
             text = self._read(dl)
-            self.info.metadata.update(text.facts)
+            self._facts = text.facts
             # Compressed it takes less.
             storage.check_room(self.data_path.parent, text.size, "the text")
             self._size = text.size
             return {s: self._generate_examples(d) for s, d in text.splits.items()}
 
-        def _generate_examples(self, documents: list[Document]):
+        def _generate_examples(self, documents: Iterable[Document]):
             for number, document in enumerate(documents):
                 for part in parts.of(document):
                     yield number, part
@@ -85,6 +86,8 @@ def _builder_class(corpus_name: str):
             splits = self._split_generators(dl_manager)
             with progress.counting(f"storing {self.name}", self._size):
                 infos = self._stored(splits)
+            # Some facts of a text are known when all of it has been read.
+            self.info.metadata.update(self._facts)
             self.info.set_splits(tfds.core.splits.SplitDict(infos))
 
         def _stored(self, splits) -> list:
@@ -102,6 +105,9 @@ def _builder_class(corpus_name: str):
                         filename_template=template,
                     )
                 )
+            for split, about in found.items():
+                if not about["bytes"]:
+                    raise UserError(f"{self.name}: the text is empty: split {split!r}")
             self.info.metadata[STORED] = {"sha256": digest.hexdigest(), "splits": found}
             return infos
 

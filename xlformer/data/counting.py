@@ -91,14 +91,22 @@ class Words:
     stands at most so often.
     """
 
-    def __init__(self, specials: Sequence[str], lower: bool = False, limit: int = 0):
+    def __init__(
+        self,
+        specials: Sequence[str],
+        lower: bool = False,
+        limit: int = 0,
+        begins: bool = False,
+    ):
         self.specials, self.lower, self.limit = specials, lower, limit
+        self.begins = begins
         self._specials = {special.encode() for special in specials}
         self.counts = collections.Counter()  # of the words in UTF-8
         self.total = self.error = 0
 
     def add(self, part: parts.Part, where: str) -> None:
-        words = split_words(part, self.specials[0], self.lower, True, where)
+        eos = self.specials[0]
+        words = split_words(part, eos, self.lower, True, where, begins=self.begins)
         self.counts.update(words)
         self.total += len(words)
         self._forget()
@@ -183,7 +191,7 @@ def char_vocabulary(codes: Codes) -> CharVocabulary:
 
 
 def word_vocabulary(
-    words: Words, min_count: int, max_size: int, unit: str
+    words: Words, min_count: int, max_size: int, unit: str, unknown: str = "<unk>"
 ) -> WordVocabulary:
     # most_common is stable: ties stay in the order of their first appearance.
     found = words.counts.most_common()
@@ -196,5 +204,6 @@ def word_vocabulary(
     symbols = symbols[: max_size or None]
     ordered = [words.counts[symbol.encode()] for symbol in symbols]
     if left_out := words.total - sum(ordered):
-        ordered[symbols.index("<unk>")] += left_out
-    return WordVocabulary(symbols, ordered, unit, words.lower, specials[0])
+        ordered[symbols.index(unknown)] += left_out
+    options = {"eos": specials[0], "unknown": unknown, "begins": words.begins}
+    return WordVocabulary(symbols, ordered, unit, words.lower, **options)

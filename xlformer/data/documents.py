@@ -75,17 +75,17 @@ class Copied(Source):
 
     __slots__ = ("_file",)
 
-    def __init__(self, name: str, read: Callable[[int], bytes]):
+    def __init__(self, name: str, read: Callable[[int], bytes], folder=None):
         self.name, self.size, self._file = name, 0, None
         # Deleted by the kernel with its last descriptor, however the process ends.
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         while block := read(BLOCK):
             self.size += len(block)
             try:
                 self._file.write(block)
                 self._file.flush()
             except OSError as error:
-                raise temporary(error) from error
+                raise temporary(error, folder) from error
 
     def pieces(self, start, stop):
         while start < stop:
@@ -119,6 +119,22 @@ class Member(Source):
                     raise _changed(self.name)
                 start += len(block)
                 yield block
+
+
+class Joined(Source):
+    """Documents that follow each other, as one text."""
+
+    __slots__ = ("_documents",)
+
+    def __init__(self, name: str, documents: list[Document]):
+        self.name, self.size = name, sum(map(len, documents))
+        self._documents = documents
+
+    def pieces(self, start, stop):
+        base = 0
+        for document in self._documents:
+            yield from document.part(start - base, stop - base).blocks()
+            base += len(document)
 
 
 class Document:
@@ -167,14 +183,24 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A raw corpus: each split is a list of documents."""
+    """A raw corpus: each split is a list of documents.
 
-    splits: Mapping[str, list[Document]]
-    facts: dict  # For the card: checksums of the sources, what was not pinned, ...
+    Of a corpus that is larger than memory it may be anything that yields them, once
+    and when they are asked for: only data/corpora.py goes through it. Then `expected`
+    says how many bytes there are, more or less.
+    """
+
+    splits: Mapping[str, Iterable[Document]]
+    # For the card: checksums of the sources, what was not pinned, ... It may be filled
+    # while the documents are read.
+    facts: dict
+    expected: int = 0
 
     @property
     def size(self) -> int:
-        return sum(len(d) for documents in self.splits.values() for d in documents)
+        return self.expected or sum(
+            len(d) for documents in self.splits.values() for d in documents
+        )
 
 
 def of_bytes(data: bytes, name: str = "text") -> Document:
@@ -211,8 +237,10 @@ def cut(documents: Iterable[Document], bounds: list[int]) -> list[list[Document]
     return parts
 
 
-def temporary(error: OSError) -> UserError:
+def temporary(error: OSError, folder=None) -> UserError:
     """What is said where a temporary file cannot be written."""
+    if folder:
+        return UserError(f"{folder}: {error.strerror}: a temporary file has no room")
     folder = tempfile.gettempdir()
     line = f"{folder}: {error.strerror}: TMPDIR names another place for such files"
     return UserError(line)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,10 +19,12 @@ from etils import epath
 from xlformer import progress, storage
 from xlformer.data import corpora, parts, shards, vocabularies
 from xlformer.data.utf8 import WHITE
-from xlformer.data.vocabulary import Vocabulary
+from xlformer.data.vocabulary import NEWLINE, Vocabulary
 
 # What is known of a finished shard lies beside it until all are finished.
 DONE = ".done"
+# Where its documents begin: of proteins there may be more than fit into memory.
+STARTS = f".documents{DONE}"
 
 
 class Job(NamedTuple):
@@ -55,6 +58,7 @@ class Counts:
 
     spaced: bool
     lines: bool
+    line_documents: bool = False  # Each line is a document, and no newline a token.
 
 
 class Encoded(NamedTuple):
@@ -62,7 +66,11 @@ class Encoded(NamedTuple):
 
     shard: shards.Shard
     words: int
-    documents: list[int]  # Where documents begin, in tokens from its beginning.
+    documents: int  # So many begin in it.
+
+    def starts(self, folder) -> np.ndarray:
+        """Where documents begin, in tokens from the shard's beginning."""
+        return np.fromfile(f"{folder}/{self.shard.file}{STARTS}", np.int64)
 
 
 @functools.lru_cache(maxsize=2)
@@ -97,11 +105,14 @@ def encode(job: Job, vocabulary_path: str, path: str, counts: Counts) -> Encoded
     known = vocabulary(vocabulary_path)
     if (found := _done(job, path)) is not None:
         return found
-    words_, documents, tokens = 0, [], 0
-    with shards.writer(path, known.dtype) as write:
+    words_, documents, tokens = 0, 0, 0
+    with shards.writer(path, known.dtype) as write, open(path + STARTS, "wb") as file:
         for part in _records(job):
-            if not part.offset:
-                documents.append(tokens)
+            starts = np.zeros(int(not part.offset), np.int64)
+            if counts.line_documents:
+                starts = line_starts(part)
+            (starts + tokens).tofile(file)
+            documents += len(starts)
             ids = known.encode_part(part, where=job.where)
             write(ids)
             tokens += len(ids)
@@ -122,10 +133,22 @@ def _done(job: Job, path: str) -> Encoded | None:
             version, start, stop, shard, words_, documents = json.load(file)
         found = Encoded(shards.Shard(*shard), words_, documents)
         about = version, start, stop, shards.checksum(path)
+        if os.path.getsize(path + STARTS) != documents * np.int64().nbytes:
+            return None
     except (OSError, ValueError, TypeError):
         return None
     is_it = about == (corpora.VERSION, job.start, job.stop, found.shard.sha256)
     return found if is_it else None
+
+
+def line_starts(part: parts.Part) -> np.ndarray:
+    """Where lines begin among the bytes of a part that are no newlines."""
+    ends = np.flatnonzero(np.frombuffer(part.data, np.uint8) == NEWLINE)
+    # As many newlines stand before a line as lines do.
+    starts = np.concatenate([[0], ends + 1]) - np.arange(len(ends) + 1)
+    if part.data.endswith(b"\n"):
+        starts = starts[:-1]
+    return starts[int(part.in_line) :]
 
 
 def words(part: parts.Part, *, spaced: bool, lines: bool) -> int:

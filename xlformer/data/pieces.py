@@ -63,11 +63,6 @@ class PieceVocabulary(Vocabulary):
         newline = {} if self.newline_id is None else {"newline_id": self.newline_id}
         return {"model": self.model, **newline}
 
-    def with_counts(self, counts_V: np.ndarray) -> PieceVocabulary:
-        """The same pieces with how often each was found in a text."""
-        counts = counts_V.tolist()
-        return PieceVocabulary(self.symbols, counts, self.model, self.newline_id)
-
     def encode_part(self, part, *, close_line=True, where="text"):
         lines = decode_utf8(part.data, where, part.offset).split("\n")
         closes = close_line and part.ends and self._backend.closes_lines
@@ -125,6 +120,11 @@ def load_tokenizer(path) -> PieceVocabulary:
         data = storage.path(path).read_bytes()
     except OSError as error:
         raise UserError(f"config.data.tokenizer: {path}: {error}") from None
+    return of_file(data, path)
+
+
+def of_file(data: bytes, path) -> PieceVocabulary:
+    """Wraps what is in such a file, which `path` names in errors."""
     try:
         backend = _backend(data)
         symbols = backend.symbols()

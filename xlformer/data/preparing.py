@@ -33,6 +33,8 @@ from xlformer.errors import UserError
 
 # Bytes of text for each process that encodes it.
 WORTH = 20_000_000
+# In what cards say words are, where lines count.
+OF_LINES = " of each line"
 
 
 def prepare(data, *, directory=None, stored=False) -> Prepared:
@@ -82,7 +84,7 @@ def _build(folder: pathlib.Path, recipe: Recipe) -> None:
         progress.counting(f"preparing {recipe.name}", 2 * total),
         workers.Team(_processes(total)) as team,
     ):
-        vocabulary = symbols.vocabulary(folder, recipe, builder, team)
+        vocabulary = symbols.make(folder, recipe, builder, team)
         _check_room(folder, vocabulary, total)
         encoded = _encode(folder, recipe, builder, team)
     _finish(folder, recipe, builder, vocabulary, encoded)
@@ -91,7 +93,8 @@ def _build(folder: pathlib.Path, recipe: Recipe) -> None:
 def _encode(folder: pathlib.Path, recipe: Recipe, builder, team) -> dict:
     """The shards of each split, which are in the folder then."""
     spaced = bool(recipe.corpus and recipe.corpus.spaced)
-    counts = encoding.Counts(spaced, recipe.lines)
+    line_documents = bool(recipe.corpus and recipe.corpus.line_documents)
+    counts = encoding.Counts(spaced, recipe.lines, line_documents)
     calls = []
     for split in sources.SPLITS:
         jobs = encoding.jobs(builder, recipe.name, split)
@@ -121,11 +124,13 @@ def _finish(folder, recipe: Recipe, builder, vocabulary, encoded) -> None:
             raise UserError(f"{where}: its {size} bytes make no token")
         files = [folder / one.shard.file for one in found]
         # In the public corpora `<unk>` is a word of the published text.
-        unk_id = None if recipe.corpus else getattr(vocabulary, "unk_id", None)
-        is_counted = bool(recipe.tokenizer) or unk_id is not None
+        counts = recipe.counts_unknown
+        unk_id = getattr(vocabulary, "unk_id", None) if counts else None
+        is_given = recipe.unit == "pieces" or bool(recipe.vocabulary)
+        is_counted = is_given or unk_id is not None
         sha256, ids = _look_through(files, vocabulary, count, is_counted)
-        if split == "train" and recipe.tokenizer:
-            # A tokenizer's file has no counts; those of train are what others have.
+        if split == "train" and is_given:
+            # A file has no counts; those of train are what others have.
             vocabulary = vocabulary.with_counts(ids)
         if recipe.documents:
             _write_documents(folder / f"{split}-documents.npy", found)
@@ -133,15 +138,13 @@ def _finish(folder, recipe: Recipe, builder, vocabulary, encoded) -> None:
         splits[split] = {
             "tokens": count,
             "bytes": size,
-            "words": count if recipe.unit == "words" else words,
+            "words": count - recipe.begins if recipe.unit == "words" else words,
             "sha256": sha256,
         }
         if unk_id is not None:
             splits[split]["unknown_share"] = round(int(ids[unk_id]) / count, 6)
     card = _card(recipe, builder, vocabulary, splits)
-    counted = folder / symbols.COUNT_ERROR
-    if counted.exists() and (error := json.loads(counted.read_text())):
-        card["count_error"] = error
+    card |= json.loads((folder / symbols.ABOUT).read_text(encoding="utf-8"))
     (folder / VOCABULARY).write_text(vocabulary.to_json(), encoding="utf-8")
     listed = {split: [one.shard for one in found] for split, found in encoded.items()}
     shards.write_index(folder, card, listed)
@@ -162,9 +165,10 @@ def _card(recipe: Recipe, builder, vocabulary: Vocabulary, splits: dict) -> dict
         "documents": recipe.documents,
         "vocabulary_size": vocabulary.size,
         "payload_sha256": text["sha256"],
-        "words_are": words_are(recipe.lines),
+        "words_are": words_are(recipe.lines, recipe.eos),
         **facts,
-        **(bounds if recipe.own_words else {}),
+        **({"record": recipe.corpus.record} if recipe.has_records else {}),
+        **(bounds if recipe.min_count > 1 or recipe.own_words else {}),
         "splits": splits,
     }
 
@@ -188,11 +192,11 @@ def _look_through(
 
 
 def _write_documents(path: pathlib.Path, found: list[Encoded]) -> None:
-    base, starts = 0, []
-    for one in found:
-        starts.append(np.array(one.documents, np.int64) + base)
-        base += one.shard.tokens
-    np.save(path, np.concatenate(starts), allow_pickle=False)
+    base = 0
+    with shards.writer(path, np.dtype(np.int64)) as write:
+        for one in found:
+            write(one.starts(path.parent) + base)
+            base += one.shard.tokens
 
 
 def _check_room(folder: pathlib.Path, vocabulary: Vocabulary, size: int) -> None:
@@ -219,9 +223,9 @@ def payload(text: Text) -> str:
     return digest.hexdigest()
 
 
-def words_are(lines: bool) -> str:
+def words_are(lines: bool, eos: str = "<eos>") -> str:
     """What `words` counts, as cards say it."""
-    return "between white space" + ", and <eos> of each line" * lines
+    return "between white space" + f", and {eos}{OF_LINES}" * lines
 
 
 def _digest(key: dict) -> str:

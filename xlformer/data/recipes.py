@@ -7,13 +7,17 @@ import hashlib
 from collections.abc import Callable
 
 from xlformer import fields
-from xlformer.data import local, pieces, sources
+from xlformer.data import archives, lists, local, pieces, sources, trained
+from xlformer.data.corpus import Corpus
 from xlformer.data.documents import Text
 from xlformer.data.prepared import FORMAT
+from xlformer.data.vocabulary import ByteVocabulary, Vocabulary, WordVocabulary
 from xlformer.errors import UserError
 
 # How often a word of one's own text must occur to have a symbol, if nothing is said.
 OWN_MIN_COUNT = 2
+# The symbols before the words of one's own text; public corpora bring their own <unk>.
+OWN_SPECIALS = ("<eos>", "<unk>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,11 @@ class Recipe:
     min_count: int  # Of own words, which have <unk>; others keep every symbol.
     max_vocab: int
     tokenizer: pieces.PieceVocabulary | None
-    corpus: sources.Corpus | None  # None for a text of this machine.
+    # In its place the name of one that is trained on train: sentencepiece:N.
+    trained: str
+    # Of config.data.vocab_file, or of a corpus whose symbols are known.
+    vocabulary: Vocabulary | None
+    corpus: Corpus | None  # None for a text of this machine.
     source: dict  # Tells one raw text from another.
     read: Callable[[object], Text]  # Takes a TFDS download manager.
 
@@ -37,7 +45,29 @@ class Recipe:
         """Whether `<eos>` at each line's end counts as a word."""
         if self.corpus:
             return self.corpus.lines
+        if self.trained:
+            return True
         return self.tokenizer.line_ends if self.tokenizer else self.own_words
+
+    @property
+    def eos(self) -> str:
+        """What stands for the end of a line where words are tokens."""
+        return self.corpus.specials[0] if self.corpus else OWN_SPECIALS[0]
+
+    @property
+    def begins(self) -> bool:
+        """Whether a text begins with a token that is no word of it."""
+        return bool(self.corpus and self.corpus.begins and self.unit == "words")
+
+    @property
+    def counts_unknown(self) -> bool:
+        """Whether unknown words are of our making: others are in the published text."""
+        return self.corpus is None or bool(self.corpus.unknown)
+
+    @property
+    def has_records(self) -> bool:
+        """Whether documents are of one length, and rows hold whole ones."""
+        return bool(self.corpus and self.corpus.record)
 
     @property
     def own_words(self) -> bool:
@@ -63,6 +93,13 @@ class Recipe:
         if self.tokenizer and not self.tokenizer.line_ends:
             # 0.1.0 counted line ends as words all the same: its folder has other cards.
             key["line_ends"] = False
+        if self.trained:
+            key["tokenizer"] = self.trained
+        if self.corpus and (tokens := self.corpus.tokens()):
+            key["corpus"] = tokens
+        if isinstance(self.vocabulary, WordVocabulary):
+            listed = "\n".join(self.vocabulary.symbols)
+            key["vocabulary"] = hashlib.sha256(listed.encode()).hexdigest()
         return key
 
 
@@ -82,13 +119,24 @@ def check(data) -> None:
             f"config.data.unit={data.unit} is of config.data.corpus=text; {data.corpus}"
             f" has {unit}"
         )
-    dropping = [name for name, c in sources.CORPORA.items() if c.unit == "bytes"]
+    counted = [c for c in sources.CORPORA.values() if not c.symbols]
+    dropping = [c.name for c in counted if c.unit == "bytes"]
     if data.newline == "drop" and (data.corpus not in dropping or data.tokenizer):
         line = f"config.data.newline=drop is for the bytes of {', '.join(dropping)}"
         raise UserError(line)
     _check_alphabet(data, unit)
-    if data.corpus != "text" and (data.path or data.documents):
-        raise UserError("config.data.path and .documents need config.data.corpus=text")
+    has_documents = data.corpus == "text" or (corpus and corpus.documents)
+    if (data.path and data.corpus != "text") or (data.documents and not has_documents):
+        made = ", ".join(n for n, c in sources.CORPORA.items() if c.documents)
+        raise UserError(
+            "config.data.path and .documents need config.data.corpus=text; documents,"
+            f" but no path, are of {made} too"
+        )
+    if data.vocab_file and not (corpus and corpus.unknown and not data.tokenizer):
+        with_words = ", ".join(n for n, c in sources.CORPORA.items() if c.unknown)
+        raise UserError(
+            f"config.data.vocab_file={data.vocab_file} is for the words of {with_words}"
+        )
     if _counts_own_words(data):
         return
     for name, free in (("min_count", (0, 1)), ("max_vocab", (0,))):
@@ -103,6 +151,12 @@ def check(data) -> None:
 
 
 def _check_alphabet(data, unit: str) -> None:
+    corpus = sources.CORPORA.get(data.corpus)
+    if corpus and corpus.symbols and (data.tokenizer or data.alphabet != "counted"):
+        raise UserError(
+            f"config.data.tokenizer and .alphabet: the {len(corpus.symbols)} symbols of"
+            f" {data.corpus} are fixed"
+        )
     if data.alphabet == "counted":
         return
     shown = f"config.data.alphabet={data.alphabet}"
@@ -112,7 +166,7 @@ def _check_alphabet(data, unit: str) -> None:
     ours = [
         name
         for name, corpus in sources.CORPORA.items()
-        if corpus.unit in ("bytes", "chars") and not corpus.spaced
+        if corpus.unit in ("bytes", "chars") and not (corpus.spaced or corpus.symbols)
     ]
     if data.corpus not in ours and unit != "bytes":
         raise UserError(
@@ -125,6 +179,12 @@ def _check_alphabet(data, unit: str) -> None:
         )
 
 
+def tokenizer_of(data) -> str:
+    """What config.data.tokenizer says, or the corpus where that says nothing."""
+    corpus = sources.CORPORA.get(data.corpus)
+    return data.tokenizer or (corpus.pieces if corpus else "")
+
+
 def _counts_own_words(data) -> bool:
     return data.corpus == "text" and data.unit == "words" and not data.tokenizer
 
@@ -133,7 +193,12 @@ def recipe(data) -> Recipe:
     """Reads the tokenizer and a text of this machine, but downloads nothing."""
     check(data)
     name, unit, corpus = data.corpus, data.unit, None
-    tokenizer = pieces.load_tokenizer(data.tokenizer) if data.tokenizer else None
+    tokenizer, named, listed = None, "", None
+    wanted = tokenizer_of(data)
+    if trained.is_named(wanted):
+        named = wanted
+    elif wanted:
+        tokenizer = pieces.load_tokenizer(wanted)
     text = raw_text(data)
     if name == "text":
         source = {"text": local.fingerprint(text)}
@@ -143,29 +208,45 @@ def recipe(data) -> Recipe:
         source = {"stdlib": local.fingerprint(text), **text.facts}
     else:
         corpus = sources.public(name)
-        unit, source = corpus.unit, dataclasses.asdict(corpus)
+        unit, source = corpus.unit, corpus.source()
+        if corpus.free and data.manual_dir:
+            source["manual_dir"] = archives.listed(data.manual_dir)
+        if corpus.symbols:
+            listed = _fixed(corpus)
+        elif data.vocab_file:
+            listed = lists.read(data.vocab_file, corpus)
         unit = "bytes" if data.alphabet == "bytes" else unit
     read = (
-        (lambda dl: sources.read_archive(corpus, dl, data.manual_dir))
+        (lambda dl: sources.read(corpus, dl, data.manual_dir))
         if corpus
         else (lambda dl: text)
     )
     # Own words that stand once in train become `<unk>` by default, or it would never be
     # trained; elsewhere every symbol is kept, as the fields of the public corpora do.
     own_words = _counts_own_words(data)
+    floor = corpus.min_count if corpus else 1
     return Recipe(
         name=name,
-        unit="pieces" if tokenizer else unit,
-        newline=data.newline,
+        unit="pieces" if wanted else unit,
+        newline=getattr(listed, "newline", data.newline),
         every_byte=corpus is not None and data.alphabet == "bytes",
         documents=data.documents,
-        min_count=(data.min_count or OWN_MIN_COUNT) if own_words else 1,
+        min_count=(data.min_count or OWN_MIN_COUNT) if own_words else floor,
         max_vocab=data.max_vocab if own_words else 0,
         tokenizer=tokenizer,
+        trained=named,
+        vocabulary=listed,
         corpus=corpus,
         source=source,
         read=read,
     )
+
+
+def _fixed(corpus: Corpus) -> ByteVocabulary:
+    """The symbols of a corpus in its own order; what stands between lines is none."""
+    symbols = [ord(symbol) for symbol in corpus.symbols]
+    newline = "drop" if corpus.line_documents else "keep"
+    return ByteVocabulary(symbols, [0] * len(symbols), newline)
 
 
 def raw_text(data) -> Text | None:

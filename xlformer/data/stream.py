@@ -33,7 +33,8 @@ class Stream:
     `variable_length` draws lengths around segment_length; arrays then have the fixed
     width of the longest and are padded on the right. Tokens that do not fill all rows,
     and the end of a row that does not fill a segment, are dropped (a variable length is
-    cut to what is left, so it drops nothing).
+    cut to what is left, so it drops nothing). Rows hold whole records of `record`
+    tokens, so that segments of that length are records.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class Stream:
         variable_length: bool = False,
         seed: int = 0,
         rows: np.ndarray | None = None,
+        record: int = 1,
     ):
-        row_length = len(tokens) // batch_size
+        row_length = len(tokens) // batch_size // record * record
         if segment_length < 1 or row_length <= segment_length:
             raise UserError(
                 f"config.train.segment_length={segment_length} does not fit into a row:"

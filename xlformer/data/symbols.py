@@ -1,4 +1,4 @@
-"""The vocabulary of a recipe: a tokenizer's, or counted from the stored text."""
+"""The symbols of a text: of a tokenizer, from a list, trained, or counted."""
 
 from __future__ import annotations
 
@@ -11,29 +11,55 @@ import sys
 from etils import epath
 
 from xlformer import storage
-from xlformer.data import corpora, counting, encoding, sources
+from xlformer.data import corpora, counting, encoding, sources, trained
 from xlformer.data.prepared import VOCABULARY
-from xlformer.data.recipes import Recipe
+from xlformer.data.recipes import OWN_SPECIALS, Recipe
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError, some
 
-# Until the card says it.
-COUNT_ERROR = f"counts{encoding.DONE}"
-# The symbols before the words of one's own text; public corpora bring their own <unk>.
-OWN_SPECIALS = ("<eos>", "<unk>")
+# What is known of the symbols, until the card says it.
+ABOUT = f"about{encoding.DONE}"
 
 
-def vocabulary(folder: pathlib.Path, recipe: Recipe, builder, team) -> Vocabulary:
-    """That of the recipe, counted; or the one that was counted before a kill."""
-    path = folder / VOCABULARY
-    if recipe.tokenizer:
-        _say_what_is_lost(recipe.tokenizer, builder)
-        storage.write(epath.Path(path), recipe.tokenizer.to_json())
-    elif not path.exists():
+def make(folder: pathlib.Path, recipe: Recipe, builder, team) -> Vocabulary:
+    """That of the recipe; or the one that was found before a kill."""
+    path, about = folder / VOCABULARY, {}
+    if recipe.vocabulary or recipe.tokenizer:
+        found = recipe.vocabulary or recipe.tokenizer
+        if recipe.tokenizer:
+            _say_what_is_lost(recipe.tokenizer, builder)
+    elif path.exists():
+        return encoding.vocabulary(str(path))
+    elif recipe.trained:
+        found, about = _trained(recipe.trained, builder)
+    else:
         found, error = _count(recipe, builder, team)
-        storage.write(epath.Path(folder / COUNT_ERROR), json.dumps(error))
-        storage.write(epath.Path(path), found.to_json())
+        about = {"count_error": error} if error else {}
+    storage.write(epath.Path(folder / ABOUT), json.dumps(about))
+    storage.write(epath.Path(path), found.to_json())
     return encoding.vocabulary(str(path))
+
+
+def _trained(name: str, builder) -> tuple[Vocabulary, dict]:
+    def part(number: int):
+        ((_, found),) = corpora.records(builder, "train", number, number + 1)
+        return found
+
+    count = corpora.stored(builder)["splits"]["train"]["shards"][-1]
+    return trained.train(name, count, part)
+
+
+def _say_what_is_lost(tokenizer, builder) -> None:
+    lines = []
+    if not tokenizer.line_ends:
+        lines.append("does not keep line ends: newlines are lost")
+    found = (corpora.read_parts(builder, split) for split in sources.SPLITS)
+    if lost := tokenizer.dropped(itertools.chain.from_iterable(found)):
+        shown = some(map(repr, lost))
+        lines.append(f"makes no token of {len(lost)} characters of the text: {shown}")
+    for line in lines:
+        line = f"config.data.tokenizer {line}"
+        print(f"xlformer: {line}", file=sys.stderr, flush=True)
 
 
 def _count(recipe: Recipe, builder, team) -> tuple[Vocabulary, int]:
@@ -47,8 +73,9 @@ def _count(recipe: Recipe, builder, team) -> tuple[Vocabulary, int]:
     if of_words:
         empty = functools.partial(
             counting.Words,
-            ("<eos>",) if corpus else OWN_SPECIALS,
+            corpus.specials if corpus else OWN_SPECIALS,
             lower=bool(corpus and corpus.lower),
+            begins=bool(corpus and corpus.begins),
             limit=counting.WORDS if recipe.own_words else 0,
         )
     counted = empty()
@@ -67,8 +94,13 @@ def _count(recipe: Recipe, builder, team) -> tuple[Vocabulary, int]:
 
 
 def _words(recipe: Recipe, counted: counting.Words) -> Vocabulary:
+    unknown = recipe.corpus.unknown if recipe.corpus else ""
     found = counting.word_vocabulary(
-        counted, recipe.min_count, recipe.max_vocab, recipe.unit
+        counted,
+        recipe.min_count,
+        recipe.max_vocab,
+        recipe.unit,
+        unknown or "<unk>",
     )
     if recipe.own_words and found.size == len(OWN_SPECIALS):
         raise UserError(
@@ -83,16 +115,3 @@ def _words(recipe: Recipe, counted: counting.Words) -> Vocabulary:
         )
         print(f"xlformer: {line}", file=sys.stderr, flush=True)
     return found
-
-
-def _say_what_is_lost(tokenizer, builder) -> None:
-    lines = []
-    if not tokenizer.line_ends:
-        lines.append("does not keep line ends: newlines are lost")
-    found = (corpora.read_parts(builder, split) for split in sources.SPLITS)
-    if lost := tokenizer.dropped(itertools.chain.from_iterable(found)):
-        shown = some(map(repr, lost))
-        lines.append(f"makes no token of {len(lost)} characters of the text: {shown}")
-    for line in lines:
-        line = f"config.data.tokenizer {line}"
-        print(f"xlformer: {line}", file=sys.stderr, flush=True)

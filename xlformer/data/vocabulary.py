@@ -93,6 +93,11 @@ class Vocabulary:
         """The constructor's other arguments, for to_json."""
         return {}
 
+    def with_counts(self, counts_V: np.ndarray) -> Vocabulary:
+        """The same symbols with how often each was found in a text."""
+        counts = counts_V.tolist()
+        return type(self)(self.symbols, counts, **self.options())
+
     def to_json(self) -> str:
         """The whole vocabulary as one JSON object; from_json reads it."""
         fields = {"format": FORMAT, "kind": self.kind, **self.options()}
@@ -199,33 +204,52 @@ class CharVocabulary(Vocabulary):
 class WordVocabulary(Vocabulary):
     """Words between white space; every line ends in the symbol `eos`, which is a token.
 
-    Also Penn's characters, which stand between spaces: unit is 'chars' then. An unknown
-    word becomes `<unk>` where the vocabulary has it, and is an error elsewhere.
+    Also Penn's characters, which stand between spaces: unit is 'chars' then. A word
+    that is none of the symbols becomes `unknown`, and is an error where the vocabulary
+    lacks that. With `begins` a text begins with `eos`, too (lm1b's `<S>`).
     """
 
     kind = "words"
     line_ends = True
 
-    def __init__(self, symbols, counts, unit="words", lower=False, eos="<eos>"):
+    def __init__(
+        self,
+        symbols,
+        counts,
+        unit="words",
+        lower=False,
+        eos="<eos>",
+        unknown="<unk>",
+        begins=False,
+    ):
         words = all(isinstance(s, str) and s.split() == [s] for s in symbols)
         require(words, "a symbol is not one word")
         require(unit in ("words", "chars"), "'unit' is neither words nor chars")
         require(isinstance(lower, bool), "'lower' is neither true nor false")
+        require(isinstance(begins, bool), "'begins' is neither true nor false")
+        require(isinstance(unknown, str), "'unknown' is not a string")
         require(eos in symbols, "'eos' is not among the symbols")
         super().__init__(symbols, counts, unit)
         self.lower, self.eos = lower, eos
+        self.unknown, self.begins = unknown, begins
         # Half a surrogate pair is in no text, but may be in a stranger's file.
         keys = (symbol.encode("utf-8", "surrogatepass") for symbol in self.symbols)
         self._table = {key: i for i, key in enumerate(keys)}
         self.eos_id = self._table[eos.encode()]
-        self.unk_id = self._table.get(b"<unk>")
+        self.unk_id = self._table.get(unknown.encode())
 
     def options(self) -> dict:
-        return {"unit": self.unit, "lower": self.lower, "eos": self.eos}
+        found = {"unit": self.unit, "lower": self.lower, "eos": self.eos}
+        # 0.1.0 reads vocabularies that have no more.
+        if self.unknown != "<unk>":
+            found["unknown"] = self.unknown
+        return found | ({"begins": True} if self.begins else {})
 
     def encode_part(self, part, *, close_line=True, where="text"):
         unknown = -1 if self.unk_id is None else self.unk_id
-        words = split_words(part, self.eos, self.lower, close_line, where)
+        words = split_words(
+            part, self.eos, self.lower, close_line, where, begins=self.begins
+        )
         found = map(self._table.get, words, itertools.repeat(unknown))
         # Mapped and filled in C: a list of Python numbers would be several times as
         # large.
@@ -241,8 +265,13 @@ class WordVocabulary(Vocabulary):
         return "\n".join(line.strip(" ") for line in lines.split("\n"))
 
 
-def split_words(part, eos: str, lower: bool, close_line: bool, where) -> list[bytes]:
-    """The words of a part of a text in UTF-8, with an `eos` for each newline."""
+def split_words(
+    part, eos: str, lower: bool, close_line: bool, where, begins: bool = False
+) -> list[bytes]:
+    """The words of a part of a text in UTF-8, with an `eos` for each newline.
+
+    begins: with one before the text, too.
+    """
     data, end = part.data, eos.encode()
     if lower or not data.isascii():
         block = decode_utf8(data, where, part.offset)
@@ -250,4 +279,4 @@ def split_words(part, eos: str, lower: bool, close_line: bool, where) -> list[by
     words = plain_spaces(data).replace(b"\n", b" " + end + b" ").split()
     if close_line and part.ends and not data.endswith(b"\n"):
         words.append(end)
-    return words
+    return [end, *words] if begins and not part.offset else words

@@ -9,7 +9,7 @@ import time
 import jax
 
 from xlformer import __version__, models, runs, sharding
-from xlformer.data import shards
+from xlformer.data import preparing, shards
 from xlformer.errors import UserError
 from xlformer.scoring import results, texts, units
 from xlformer.scoring.evaluator import Evaluator
@@ -90,6 +90,9 @@ class Scorer:
             "tokens_per_s": round(score.targets / score.seconds, 1),
             **_machine(self._mesh),
         }
+        if "record" in self._data:  # Images, which have no words.
+            card["bits_per_dim"] = card["bits_per_byte"]
+            card |= {"words_scored": None, "word_ppl": None}
         entropy = results.unigram_entropy(self._tokens, run.vocabulary.size)
         if wrong := results.warning(card, entropy):
             card["warning"] = wrong
@@ -145,7 +148,7 @@ class Scorer:
             self._everything,
             _spans(self._plan),
             units.Count(self._data["bytes"], self._data["words"]),
-            lines="<eos>" in self._data["words_are"],
+            lines=preparing.OF_LINES in self._data["words_are"],
             documents=self._documents,
         )
 

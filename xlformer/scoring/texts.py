@@ -38,6 +38,8 @@ def read(run: runs.Run, split: str, text: str | None, data_path: str | None = No
         "payload_sha256": card["payload_sha256"],
         **{k: card["splits"][split][k] for k in ("bytes", "words")},
         "words_are": card["words_are"],
+        # What of the corpus one must know to compare.
+        **{k: card[k] for k in ("protocol", "tokenizer", "record") if k in card},
     }
     return found.tokens[split], found.documents[split], facts
 
@@ -56,7 +58,7 @@ def own_text(vocabulary: Vocabulary, path: str):
             digest.update(part.data)
             words += encoding.words(part, spaced=spaced, lines=lines)
             progress.passed(len(part.data))
-    tokens = found.tokens()
+    tokens, begins = found.tokens(), getattr(vocabulary, "begins", False)
     facts = {
         "corpus": path,
         "unit": vocabulary.unit,
@@ -64,7 +66,7 @@ def own_text(vocabulary: Vocabulary, path: str):
         "split": "text",
         "payload_sha256": digest.hexdigest(),
         "bytes": len(document),
-        "words": len(tokens) if vocabulary.unit == "words" else words,
-        "words_are": preparing.words_are(lines),
+        "words": len(tokens) - begins if vocabulary.unit == "words" else words,
+        "words_are": preparing.words_are(lines, getattr(vocabulary, "eos", "<eos>")),
     }
     return tokens, None, facts

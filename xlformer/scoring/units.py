@@ -152,14 +152,17 @@ def _spelling(vocabulary: Vocabulary) -> Callable:
         table = [f" {symbol}".encode() for symbol in vocabulary.symbols]
         table[vocabulary.eos_id] = b"\n"
         joined = True
+    begins = getattr(vocabulary, "begins", False)
 
     def spell(ids, before):
         text = b"".join(map(table.__getitem__, np.asarray(ids).tolist()))
         if not joined:
             return text
+        if before is None and begins and text[:1] == b"\n":
+            text = text[1:]  # It is no line's end.
         # The first word of a line has no space before it.
         text = text.replace(b"\n ", b"\n")
-        begins = before is None or table[before].endswith(b"\n")
-        return text[1:] if begins and text[:1] == b" " else text
+        is_first = before is None or table[before].endswith(b"\n")
+        return text[1:] if is_first and text[:1] == b" " else text
 
     return spell

@@ -48,6 +48,7 @@ class Loop:
             variable_length=train.variable_length,
             seed=config.seed,
             rows=self.rows.mine,
+            record=prepared.card.get("record", 1),
         )
         self.validation = Validation(config, model, prepared, mesh)
         self.evaluated = jax.jit(

@@ -1,0 +1,39 @@
+"""Files that list the symbols of a vocabulary: those that a corpus was published with.
+
+A line each, of which only the first word counts (One Billion Word's has a number behind
+it). The order is kept: adaptive cutoffs rely on it.
+"""
+
+from __future__ import annotations
+
+from xlformer import storage
+from xlformer.data.corpus import Corpus
+from xlformer.data.vocabulary import WordVocabulary
+from xlformer.errors import UserError, reason
+
+
+def read(path: str, corpus: Corpus) -> WordVocabulary:
+    """The words of such a file as the vocabulary of a corpus."""
+    where = f"config.data.vocab_file={path}"
+    try:
+        with storage.path(path).open("rb") as file:
+            lines = [line.split(maxsplit=1)[:1] for line in file]
+        # Twice the same word is once, as in the original.
+        words = dict.fromkeys(word.decode("utf-8") for line in lines for word in line)
+    # Libraries that read gs:// raise errors of their own, without a common class.
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: it is no UTF-8 text") from None
+    except Exception as error:
+        raise UserError(f"{where}: cannot be read: {reason(error)}") from error
+    for symbol in (corpus.specials[0], corpus.unknown):
+        if symbol not in words:
+            line = f"{where}: {symbol} is not among its {len(words)} words"
+            raise UserError(line)
+    options = {"eos": corpus.specials[0], "unknown": corpus.unknown}
+    return WordVocabulary(
+        list(words),
+        [0] * len(words),
+        lower=corpus.lower,
+        begins=corpus.begins,
+        **options,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 import shutil
 import sys
@@ -14,6 +15,8 @@ from xlformer.errors import Argument, UserError, reason
 
 # The ending of a file that is being written, before it is renamed.
 TEMPORARY = ".tmp"
+# Seconds for a range of a few blocks: gcsfs tries six times, with 31 to 36 s between.
+RANGE_LIMIT = 40.0
 CACHE_VARIABLE, DEFAULT_CACHE = "XLFORMER_DATA", "~/.cache/xlformer"
 
 
@@ -75,6 +78,27 @@ def check_room(folder, size: int, what: str) -> None:
         )
 
 
+def read_range(place: str, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` of an object; whatever error its library raises."""
+    store, name = _store(place)
+    # Neither gcsfs nor aiohttp ends an answer that does not go on before 5 minutes.
+    limit = {"timeout": RANGE_LIMIT} if store.async_impl else {}
+    return store.cat_file(name, start=start, end=stop, **limit)
+
+
+def sizes(folder) -> dict[str, int]:
+    """The files in a folder and their bytes, in one listing."""
+    store, name = _store(os.fspath(folder))
+    found = store.ls(name, detail=True)
+    return {one["name"].rpartition("/")[2]: one["size"] for one in found}
+
+
+def _store(place: str):
+    import fsspec
+
+    return fsspec.core.url_to_fs(place)
+
+
 def is_remote(place) -> bool:
     return "://" in os.fspath(place)
 
@@ -89,6 +113,10 @@ def _prepare() -> None:
         raise UserError(
             f"gs:// needs {error.name}: pip install 'xlformer[gcs]'"
         ) from error
+    # What it gives up it raises too, and we say it in one line: no traces beside it.
+    log = logging.getLogger("gcsfs")
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.CRITICAL)
     # A listing that is kept would hide what other processes write: a lock, a step.
     conf = sys.modules["fsspec.config"].conf
     conf.setdefault("gcs", {})["use_listings_cache"] = False

@@ -79,6 +79,11 @@ class Stream:
             self._lengths = _Lengths(segment_length, row_length - 1, seed)
             self.width = segment_length + LONGEST_EXTRA
 
+    @property
+    def waited(self) -> float:
+        """Seconds for which batches have waited for an object store."""
+        return self._tokens.waited if isinstance(self._tokens, Tokens) else 0.0
+
     def place(self, step: int) -> tuple[int, int, int]:
         """(epoch, offset in each row, valid length) of a step."""
         if step < 0:
@@ -134,10 +139,20 @@ class Stream:
             starts = [begin + start for begin in self._begin_B]
             if isinstance(self._tokens, Tokens):
                 window_BL = self._tokens.rows(starts, length)
+                self._ask(self._tokens, start + length, length)
             else:
                 window_BL = np.stack([self._tokens[x : x + length] for x in starts])
             first, self._window = start, (start, window_BL)
         return window_BL[:, start - first : stop - first]
+
+    def _ask(self, tokens: Tokens, place: int, length: int) -> None:
+        """Has what the next steps need fetched while this one is computed."""
+        length, begins = max(tokens.block, length), self._begin_B
+        # No further than to the end of the row: what follows is another host's.
+        left = self.row_length - place
+        tokens.ahead([begin + place for begin in begins], min(length, left))
+        if left <= length:  # the next epoch
+            tokens.ahead(begins, min(length, self.row_length))
 
     def _resets(self, offset: int, lack: int, start: int, stop: int) -> np.ndarray:
         rows = len(self._rows)

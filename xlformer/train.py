@@ -18,6 +18,7 @@ import jax
 from xlformer import command, hosts, storage
 from xlformer import config as config_lib
 from xlformer.errors import INTERRUPTED
+from xlformer.machines import cores
 from xlformer.runs import goodput, writing
 from xlformer.training import start
 from xlformer.training.run import train
@@ -40,6 +41,7 @@ def _main(argv) -> int:
     parser.add_argument(
         "--manual_dir", type=command.place, help="where archives lie that you fetched"
     )
+    cores.add_flag(parser)
     hosts.add_flags(parser)
     args, overrides = parser.parse_with_overrides(argv)
     config = config_lib.load(args.config, overrides)
@@ -59,6 +61,15 @@ def _main(argv) -> int:
             workdir=workdir,
             start_limit=config.hosts.start_limit,
             heartbeat=config.hosts.heartbeat,
+        )
+        train_config = config.train
+        cores.prepare(
+            config,
+            asked=args.cpu_devices,
+            rows=train_config.batch_size // train_config.micro_batches,
+            segment_length=train_config.segment_length,
+            sizes=config.mesh,
+            training=True,
         )
         _keep_compiled(workdir)
         keep_heap_small()

@@ -14,43 +14,56 @@ from training_runs import refusal
 from xlformer import config as config_lib
 from xlformer.machines import cores
 
+ANY = 1000
 FREE = {"data": -1, "fsdp": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize(
-    ("available", "rows", "large", "sizes", "expected"),
+    ("available", "rows", "most", "sizes", "expected"),
     [
-        (2, 8, True, FREE, 2),
-        (1, 8, True, FREE, 1),
+        (2, 8, ANY, FREE, 2),
+        (1, 8, ANY, FREE, 1),
         # At most what divides the rows.
-        (2, 7, True, FREE, 1),
-        (8, 12, True, FREE, 6),
-        (64, 20, True, FREE, 20),
-        (8, 1, True, FREE, 1),
-        # A small step keeps one.
-        (8, 8, False, FREE, 1),
+        (2, 7, ANY, FREE, 1),
+        (8, 12, ANY, FREE, 6),
+        (64, 20, ANY, FREE, 20),
+        (8, 1, ANY, FREE, 1),
+        # A small step keeps one, a larger one some.
+        (8, 8, 0, FREE, 1),
+        (8, 8, 3, FREE, 2),
         # A mesh says itself what it needs, whatever the step.
-        (8, 8, False, {"data": 1, "fsdp": 1, "tensor": 1}, 1),
-        (8, 8, False, {"data": 2, "fsdp": 2, "tensor": 1}, 4),
-        (2, 8, False, {"data": 4, "fsdp": 1, "tensor": 1}, 2),
-        (8, 8, False, {"data": -1, "fsdp": 2, "tensor": 1}, 2),
-        (7, 6, True, {"data": -1, "fsdp": 2, "tensor": 1}, 6),
-        (2, 6, True, {"data": -1, "fsdp": 1, "tensor": 4}, 2),
+        (8, 8, 1, {"data": 1, "fsdp": 1, "tensor": 1}, 1),
+        (8, 8, 1, {"data": 2, "fsdp": 2, "tensor": 1}, 4),
+        (2, 8, 1, {"data": 4, "fsdp": 1, "tensor": 1}, 2),
+        (8, 8, 1, {"data": -1, "fsdp": 2, "tensor": 1}, 2),
+        (7, 6, ANY, {"data": -1, "fsdp": 2, "tensor": 1}, 6),
+        (2, 6, ANY, {"data": -1, "fsdp": 1, "tensor": 4}, 2),
     ],
 )
 def test_one_device_a_core_unless_rows_size_or_mesh_forbid(
-    available, rows, large, sizes, expected
+    available, rows, most, sizes, expected
 ):
-    assert cores.count(available, rows=rows, large=large, sizes=sizes) == expected
+    assert cores.count(available, rows=rows, most=most, sizes=sizes) == expected
 
 
-def test_the_size_of_a_step_is_known_before_the_vocabulary():
-    def flops(name, **options):
-        return cores._flops(config_lib.load(name), 8, 32, **options)
+def test_small_steps_and_small_machines_keep_one_device(monkeypatch):
+    def worth(name, *overrides, training=True, batch=16):
+        config = config_lib.load(name, overrides)
+        return cores.worth(config, batch, 64, training=training)
 
-    assert flops("quickstart", training=True) > 2 * flops("quickstart", training=False)
-    # Its bins need more symbols than the least vocabulary has.
-    assert flops("wt103_base", training=True) > 1e11
+    monkeypatch.setattr(cores, "_memory", lambda: 64e9)
+    assert worth("quickstart") == 4  # 4.9 GFLOP
+    assert worth("quickstart", batch=4) == 1
+    assert worth("quickstart", training=False) > 50
+    small = ("model.d_model=32", "model.d_head=8", "model.d_inner=64")
+    assert worth("quickstart", *small, batch=4) == 0
+    assert worth("quickstart", *small, training=False, batch=4) == 0
+    # 151 million parameters with their gradients and moments, of a vocabulary that is
+    # known by its bins alone, and its products.
+    assert worth("wt103_base") == 13
+    monkeypatch.setattr(cores, "_memory", lambda: 8e9)
+    assert worth("wt103_base") == 1
+    assert worth("wt103_base", training=False) == 6
 
 
 def prepared(asked):

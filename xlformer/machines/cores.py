@@ -19,9 +19,12 @@ from xlformer.errors import Argument, UserError
 
 # Either of them in the environment decides; JAX reads the first, XLA the second.
 VARIABLE, XLA_FLAG = "JAX_NUM_CPU_DEVICES", "xla_force_host_platform_device_count"
-# FLOPs of a step below which devices wait for each other longer than they compute; in
-# training they have the gradients to sum.
-LEAST_TRAINING, LEAST_FORWARD = 2e9, 5e7
+# Useful FLOPs that a device must have to do in a step. With less, devices wait for each
+# other longer than they compute; in training they have the gradients to sum.
+LEAST_TRAINING, LEAST_FORWARD = 1e9, 2.5e7
+# Bytes of a parameter, which every device has for itself: in training with its gradient
+# and two moments. All of them together may take half of the machine's memory.
+BYTES_TRAINING, BYTES_FORWARD = 16, 4
 SMALLEST_VOCABULARY = 256
 
 
@@ -62,9 +65,8 @@ def prepare(
         return
     many = asked
     if many is None:
-        flops = _flops(config, rows, segment_length, training=training)
-        least = LEAST_TRAINING if training else LEAST_FORWARD
-        many = count(available(), rows=rows, large=flops >= least, sizes=sizes)
+        most = worth(config, rows, segment_length, training=training)
+        many = count(available(), rows=rows, most=most, sizes=sizes)
     if many < 1:
         raise UserError(Argument("cpu_devices", many), " must be at least 1")
     try:
@@ -80,16 +82,15 @@ def prepare(
         print(line, file=sys.stderr, flush=True)
 
 
-def count(cores: int, *, rows: int, large: bool, sizes: Mapping[str, int]) -> int:
-    """The devices for a step: one a core, unless its rows or its size forbid it.
+def count(cores: int, *, rows: int, most: int, sizes: Mapping[str, int]) -> int:
+    """The devices for a step: one a core, at most `most` and what divides the rows.
 
-    A mesh without a free axis says itself how many. With one they are as many as the
-    rows can be split into, and no more than the other axes need where a step is not
-    large.
+    A mesh without a free axis says itself how many. With one they are no fewer than
+    its other axes need.
     """
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    fitting = cores // fixed * fixed if fixed > 0 else 0
-    if -1 not in sizes.values() or not large or not fitting:
+    fitting = min(cores, most) // fixed * fixed if fixed > 0 else 0
+    if -1 not in sizes.values() or not fitting:
         return max(1, min(fixed, cores))
     found = sharding.fit_mesh(sizes, fitting, rows=rows, where=Argument("mesh"))
     return math.prod(found.values())
@@ -103,15 +104,32 @@ def available() -> int:
     return os.cpu_count() or 1
 
 
-def _flops(config, rows: int, segment_length: int, *, training: bool) -> float:
-    """Useful FLOPs of a step; of a vocabulary that is not known yet the least."""
+def worth(config, rows: int, segment_length: int, *, training: bool) -> int:
+    """How many devices a step keeps busy, and this machine has memory for.
+
+    A vocabulary that is not known yet counts as the smallest that the model can have.
+    """
     fields = config.model
     size = max((SMALLEST_VOCABULARY, *(n + 1 for n in fields.get("cutoffs", ()))))
     model = models.build(fields, None if fields.vocab_size else size)
-    found = model.flops(
-        batch_size=rows, segment_length=segment_length, cached=not training
+    flops = model.flops(batch_size=rows, segment_length=segment_length)
+    # All of our models count theirs.
+    if flops is None:
+        return 1
+    # Each weight is one multiplication and one addition a token. What attention adds is
+    # little beside them; the table of embeddings is read and not multiplied.
+    weights = flops.forward / (2 * rows * segment_length)
+    weights += model.vocab_size * (model.width or 0)
+    each = weights * (BYTES_TRAINING if training else BYTES_FORWARD)
+    busy = (
+        flops.training / LEAST_TRAINING if training else flops.forward / LEAST_FORWARD
     )
-    # All of our models count; what does not is taken for large.
-    if found is None:
+    return int(min(busy, _memory() / 2 / each))
+
+
+def _memory() -> float:
+    """Bytes of this machine's memory."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):  # Not told here.
         return math.inf
-    return found.training if training else found.forward

@@ -21,7 +21,7 @@ from xlformer.errors import Argument, UserError
 VARIABLE, XLA_FLAG = "JAX_NUM_CPU_DEVICES", "xla_force_host_platform_device_count"
 # Useful FLOPs that a device must have to do in a step. With less, devices wait for each
 # other longer than they compute; in training they have the gradients to sum.
-LEAST_TRAINING, LEAST_FORWARD = 1e9, 2.5e7
+LEAST_TRAINING, LEAST_FORWARD = 2.5e8, 1e7
 # Bytes of a parameter, which every device has for itself: in training with its gradient
 # and two moments. All of them together may take half of the machine's memory.
 BYTES_TRAINING, BYTES_FORWARD = 16, 4
@@ -112,18 +112,19 @@ def worth(config, rows: int, segment_length: int, *, training: bool) -> int:
     fields = config.model
     size = max((SMALLEST_VOCABULARY, *(n + 1 for n in fields.get("cutoffs", ()))))
     model = models.build(fields, None if fields.vocab_size else size)
-    flops = model.flops(batch_size=rows, segment_length=segment_length)
+    step = {"batch_size": rows, "segment_length": segment_length}
+    forward, whole = model.flops(**step, cached=True), model.flops(**step)
     # All of our models count theirs.
-    if flops is None:
+    if forward is None:
         return 1
     # Each weight is one multiplication and one addition a token. What attention adds is
     # little beside them; the table of embeddings is read and not multiplied.
-    weights = flops.forward / (2 * rows * segment_length)
+    weights = forward.forward / (2 * rows * segment_length)
     weights += model.vocab_size * (model.width or 0)
     each = weights * (BYTES_TRAINING if training else BYTES_FORWARD)
-    busy = (
-        flops.training / LEAST_TRAINING if training else flops.forward / LEAST_FORWARD
-    )
+    busy = forward.forward / LEAST_FORWARD
+    if training:
+        busy = whole.training / LEAST_TRAINING
     return int(min(busy, _memory() / 2 / each))
 
 

@@ -254,6 +254,15 @@ class Model:
         return self.causal
 
     @property
+    def segments_of_any_length(self) -> bool:
+        """Whether a score is the same however a text is cut into segments.
+
+        So it is where a window lets no token see more than the memory always holds.
+        Then scoring may take another length than it was asked for by the config.
+        """
+        return False
+
+    @property
     def positions_from_end(self) -> bool:
         """Whether an output depends on how many inputs of its segment follow.
 

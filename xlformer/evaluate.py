@@ -108,7 +108,7 @@ def _share_cores(args, settings: EvalSettings, sizes) -> None:
     cores.prepare(
         config,
         asked=args.cpu_devices,
-        rows=settings.batch_size,
+        rows=settings.batch_size or 1,
         segment_length=settings.scored_length,
         sizes=sizes,
     )

@@ -1,7 +1,8 @@
 """Trains a model: python -m xlformer.train --config=NAME --workdir=DIR.
 
 A second call with the same directory resumes, and does bit by bit what an uninterrupted
-run would have done. Each host of a job makes the same call.
+run would have done; on another number of devices, but for the order of sums. Each host
+of a job makes the same call.
 
 From Python it is `xlformer.train.train(config, workdir, model=None)`.
 """

@@ -255,11 +255,7 @@ class Model:
 
     @property
     def segments_of_any_length(self) -> bool:
-        """Whether a score is the same however a text is cut into segments.
-
-        So it is where a window lets no token see more than the memory always holds.
-        Then scoring may take another length than it was asked for by the config.
-        """
+        """Whether a score is the same however a text is cut into segments."""
         return False
 
     @property

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 
 from etils import epath
@@ -18,7 +19,7 @@ from etils import epath
 from xlformer import command, sharding
 from xlformer import config as config_lib
 from xlformer.errors import Argument, UserError
-from xlformer.machines import bench_plot, bench_presets, rehearsal
+from xlformer.machines import bench_plot, bench_presets, cores, rehearsal
 from xlformer.machines.bench_runs import UNCHANGED, Values, bench, bench_preset
 from xlformer.machines.bench_table import render
 from xlformer.machines.bench_workloads import WORKLOADS
@@ -57,6 +58,7 @@ def _parser() -> command.Parser:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each repeat")
     parser.add_argument("--mesh", help=sharding.MESH_HELP)
+    cores.add_flag(parser)
     parser.add_argument(
         "--json", type=command.place, help="a file for the same in numbers"
     )
@@ -84,6 +86,7 @@ def _main(argv) -> int:
         mode = args.mode or "train"
         config = _load("config", args.config, overrides)
         against = [_load("against", spec, overrides) for spec in args.against]
+        _share_cores(args, mode, [config, *against])
         title = ", ".join([one.name for one in (config, *against)] + [mode])
         parts = [bench(config, against=against, mode=mode, sweep=sweep, **options)]
     rows = []
@@ -103,6 +106,23 @@ def _main(argv) -> int:
     if args.plot:
         bench_plot.plot(rows, args.plot)
     return 0
+
+
+def _share_cores(args, mode: str, configs) -> None:
+    """One number for all that is compared: that of the first, whose rows all share."""
+    config, training = configs[0], mode == "train"
+    section = config.train if training else config.eval
+    sizes = sharding.parse_mesh(args.mesh) if args.mesh else config.mesh
+    cores.prepare(
+        config,
+        asked=args.cpu_devices,
+        rows=math.gcd(
+            *(one["train" if training else "eval"].batch_size for one in configs)
+        ),
+        segment_length=1 if mode == "generate" else section.segment_length,
+        sizes=sizes,
+        training=training,
+    )
 
 
 def _load(flag: str, spec: str, overrides):

@@ -17,6 +17,7 @@ from xlformer import command, compiled, hosts, runs, scoring, sharding
 from xlformer import fields as fields_lib
 from xlformer.data.documents import is_read_once
 from xlformer.errors import Argument, UserError
+from xlformer.machines import cores
 from xlformer.progress import Progress
 from xlformer.runs import following
 from xlformer.scoring import EvalSettings, cards
@@ -46,6 +47,7 @@ def _parser() -> command.Parser:
     parser.add_argument("--batch_size", type=int, help="rows")
     parser.add_argument("--warmup", default="auto", help=", ".join(scoring.WARMUPS))
     parser.add_argument("--mesh", default="data=-1", help=sharding.MESH_HELP)
+    cores.add_flag(parser)
     hosts.add_flags(parser)
     return parser
 
@@ -61,7 +63,9 @@ def _main(argv) -> int:
     settings = _settings(args)
     compiled.keep()
     with hosts.reading(args, args.workdir):
-        mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh), where="--mesh")
+        sizes = sharding.parse_mesh(args.mesh)
+        _share_cores(args, settings[0], sizes)
+        mesh = sharding.make_mesh(sizes, where="--mesh")
         scorers = [Scorer(one, mesh) for one in settings]
         # Scorers are made once: with --follow each checkpoint uses the same programs.
         for run in _runs(args, mesh):
@@ -96,6 +100,18 @@ def _settings(args) -> list[EvalSettings]:
                 f"--text={args.text} can be read only once, {again}: save it as a file"
             )
     return settings
+
+
+def _share_cores(args, settings: EvalSettings, sizes) -> None:
+    config = runs.read_config(args.workdir)
+    settings = settings.filled(config.eval)
+    cores.prepare(
+        config,
+        asked=args.cpu_devices,
+        rows=settings.batch_size or 1,
+        segment_length=settings.scored_length,
+        sizes=sizes,
+    )
 
 
 def _runs(args, mesh) -> Iterable[runs.Run]:

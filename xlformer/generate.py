@@ -26,6 +26,7 @@ from xlformer.generation.continuation import (
 )
 from xlformer.generation.printing import Printer, Row
 from xlformer.generation.sampling import Sampling
+from xlformer.machines import cores
 from xlformer.scoring.texts import read
 
 __all__ = [
@@ -108,6 +109,7 @@ def _arguments(argv) -> argparse.Namespace:
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
     parser.add_argument("--params", help="raw or ema; default: ema where it is kept")
     parser.add_argument("--mesh", default="data=-1", help=sharding.MESH_HELP)
+    cores.add_flag(parser)
     hosts.add_flags(parser)
     args = parser.parse(argv)
     paper = args.preset == "paper"
@@ -156,9 +158,18 @@ def _main(argv) -> int:
     drawn = sampling.from_flags(args, preset)
     compiled.keep()
     with hosts.reading(args, args.workdir):
+        sizes = sharding.parse_mesh(args.mesh)
+        texts = len(args.prompt or []) + (args.prompt_file is not None)
+        cores.prepare(
+            runs.read_config(args.workdir),
+            asked=args.cpu_devices,
+            rows=max(1, texts) * args.num_samples,
+            segment_length=1,
+            sizes=sizes,
+        )
         if jax.process_count() > 1:
             _check_of_several(args)
-        mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh), where="--mesh")
+        mesh = sharding.make_mesh(sizes, where="--mesh")
         run = runs.load(
             args.workdir, checkpoint=args.checkpoint, params=args.params, mesh=mesh
         )

@@ -1,7 +1,8 @@
 """Trains a model: python -m xlformer.train --config=NAME --workdir=DIR.
 
 A second call with the same directory resumes, and does bit by bit what an uninterrupted
-run would have done. Each host of a job makes the same call.
+run would have done; on another number of devices, but for the order of sums. Each host
+of a job makes the same call.
 
 From Python it is `xlformer.train.train(config, workdir, model=None)`.
 """
@@ -18,6 +19,7 @@ import jax
 from xlformer import command, hosts, storage
 from xlformer import config as config_lib
 from xlformer.errors import INTERRUPTED
+from xlformer.machines import cores
 from xlformer.runs import goodput, writing
 from xlformer.training import start
 from xlformer.training.run import train
@@ -40,6 +42,7 @@ def _main(argv) -> int:
     parser.add_argument(
         "--manual_dir", type=command.place, help="where archives lie that you fetched"
     )
+    cores.add_flag(parser)
     hosts.add_flags(parser)
     args, overrides = parser.parse_with_overrides(argv)
     config = config_lib.load(args.config, overrides)
@@ -59,6 +62,15 @@ def _main(argv) -> int:
             workdir=workdir,
             start_limit=config.hosts.start_limit,
             heartbeat=config.hosts.heartbeat,
+        )
+        train_config = config.train
+        cores.prepare(
+            config,
+            asked=args.cpu_devices,
+            rows=train_config.batch_size // train_config.micro_batches,
+            segment_length=train_config.segment_length,
+            sizes=config.mesh,
+            training=True,
         )
         _keep_compiled(workdir)
         keep_heap_small()

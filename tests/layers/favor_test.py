@@ -1,6 +1,7 @@
 """Random rows: unbiased, with the errors that formulas give; and when they change."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -218,3 +219,14 @@ def test_the_error_of_attention_falls_with_the_root_of_the_features():
     ]
     slope = np.polyfit(np.log(counts), 0.5 * np.log(errors), 1)[0]
     assert abs(slope + 0.5) < 0.02, slope
+
+
+def test_a_cpu_factors_one_matrix_at_a_time():
+    """Several at once wait for tasks of a pool whose threads may all be waiting."""
+
+    def one(layer):
+        return favor.projection(3, layer, 0, features_name="positive", m=8, K=4)
+
+    text = jax.jit(jax.vmap(one)).lower(jnp.arange(3)).compile().as_text()
+    factored = re.findall(r"= \((\w+\[[\d,]*\]).*lapack_sgeqrf", text)
+    assert factored == ["f32[4,4]"]

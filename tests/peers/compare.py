@@ -33,7 +33,11 @@ from xlformer.errors import UserError
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OURS = "xlformer"
-BASELINES = ("plain", "naive")  # forms of ours.py that are no implementation
+BASELINES = (
+    "one device",
+    "plain",
+    "naive",
+)  # forms of ours.py that are no implementation
 ROUND_LIMIT_S = 60.0  # beyond what was asked for
 
 
@@ -108,8 +112,10 @@ def programs(name: str, implementations, *, seconds: float, tiny: bool):
     """Every program and form of a setting, ours first."""
     setting = settings.SETTINGS[name]
     forms = [(OURS, "ours", form) for form in implementations]
-    if not isinstance(setting, settings.Setting):  # no other way to do it
+    if isinstance(setting, settings.Linear):  # no other way to do it
         forms = [(OURS, "ours", "auto")]
+    elif not isinstance(setting, settings.Setting):
+        forms = [(OURS, "ours", "auto"), (OURS, "ours", "one device")]
     elif not setting.gpu:
         forms += [(OURS, "ours", form) for form in BASELINES]
     if setting.train:

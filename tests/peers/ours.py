@@ -1,8 +1,10 @@
 """Worker: xlformer, by the functions that its own commands run.
 
 Forms: an implementation of attention ('auto', 'xla', ...) with cached keys and values
-in scoring; PLAIN, the same with the plain memory projected again in every segment; and
-NAIVE, a plain JAX port (naive.py).
+in scoring, on as many CPU devices as the commands make, and in segments as they take
+there; ONE, on one device and in the setting's segments;
+PLAIN, that with the plain memory projected again in every segment; and NAIVE, a plain
+JAX port (naive.py).
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from settings import Linear, Recurrent, Setting, SingleHead, Step
 
 from xlformer import models, scoring, sharding
 from xlformer.config import default_config
-from xlformer.machines import rehearsal
+from xlformer.machines import cores, rehearsal
 from xlformer.models import TransformerXL
 from xlformer.models.base import Model, compute_dtype
+from xlformer.scoring.rows import faster
 from xlformer.training.compiling import TrainingStep
 
-NAIVE, PLAIN = "naive", "plain"
+TEXT = 1_000_000  # tokens
+NAIVE, PLAIN, ONE = "naive", "plain", "one device"
 
 
 class Plain(TransformerXL):
@@ -39,11 +43,20 @@ def build(setting: Step, form: str):
         return run, facts(parameters, "float32")
     if isinstance(setting, Linear):
         return linear.build(setting), facts(0, "float32")
-    config = config_of(setting, "auto" if form == PLAIN else form)
+    config = config_of(setting, "auto" if form in (PLAIN, ONE) else form)
+    cores.prepare(
+        config,
+        asked=1 if form in (PLAIN, ONE) else None,
+        rows=setting.batch_size,
+        segment_length=setting.segment_length,
+        sizes={"data": -1},
+        training=setting.train,
+    )
     model = models.build(config.model, vocab_size=setting.vocab_size)
     if form == PLAIN:
         model = Plain(model.config)
-    mesh = sharding.make_mesh({"data": 1})
+    cpu = jax.default_backend() == "cpu"
+    mesh = sharding.make_mesh({"data": -1 if cpu else 1}, rows=setting.batch_size)
     make = training if setting.train else evaluation
     run, params = make(setting, config, model, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -141,8 +154,11 @@ def training(setting, config, model, mesh):
 
 def evaluation(setting, config, model, mesh):
     """xlformer.evaluate's scoring of one text, whose length is that of the round."""
-    params = jax.jit(model.init)(jax.random.key(config.seed))
-    rows, T = setting.batch_size, setting.segment_length
+    key = jax.random.key(config.seed)
+    abstract = jax.eval_shape(model.init, key)
+    placed = sharding.parameters(mesh, abstract, model.param_axes(abstract))
+    params = jax.jit(model.init, out_shardings=placed)(key)
+    rows, T = setting.batch_size, _segments(setting, model, mesh)
     evaluator = scoring.Evaluator(model, batch_size=rows, segment_length=T, mesh=mesh)
     evaluator.compile(params)
     rows_BN = np.concatenate([x for x, _ in worker.batches(setting)], axis=1)
@@ -163,6 +179,16 @@ def evaluation(setting, config, model, mesh):
         return evaluator.score(params, tokens, plan).targets
 
     return run, params
+
+
+def _segments(setting, model, mesh) -> int:
+    """Those that xlformer.evaluate takes of a long text; on one device the own ones."""
+    rows, T = setting.batch_size, setting.segment_length
+    if mesh.size == 1:
+        return T
+    cut = {"batch_size": rows, "segment_length": T, "warmup": "none"}
+    plan = scoring.cut_rows_for(model, TEXT, **cut)
+    return faster(plan, model, TEXT, batch_size=rows).segment_length
 
 
 def facts(parameters: int, dtype: str) -> dict:

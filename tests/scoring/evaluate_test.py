@@ -121,9 +121,17 @@ def test_list_of_memory_lengths(card, workdir):
 
 
 def test_derived_window_moves_with_the_memory(card):
-    found, plain = card("--memory_length=3", "--same_length"), card("--memory_length=3")
-    assert (found["window"], plain["window"]) == (2, None)
+    """And its score is that of longer segments, unless a flag says their length."""
+    options = "--memory_length=14", "--batch_size=1"
+    found, plain = card(*options, "--same_length"), card(*options)
+    assert (found["window"], plain["window"]) == (13, None)
     assert found["nats"] != plain["nats"]
+    told = card(*options, "--same_length", "--segment_length=5")
+    lengths = [one["segment_length"] for one in (found, plain, told)]
+    assert lengths == [7, 5, 5]
+    assert "than with 5" in found["segment_chosen"]
+    assert "segment_chosen" not in plain and "segment_chosen" not in told
+    assert found["nats"] == pytest.approx(told["nats"], rel=1e-5)
 
 
 def test_lengths_of_rows_and_segments(card):

@@ -36,6 +36,7 @@ CASES = {
     "same_length, clamp": {"same_length": True, "clamp_length": 3},
     "attended zeros": {"attend_zero_memory": True},
 }
+LONG = {"memory_length": 22, "same_length": True}
 ROWS = {"plain": (3, 7), "extended": (3, 7)}  # else 3
 ACCURACY = 1e-5  # relative, of the summed nll
 
@@ -54,6 +55,12 @@ def text():
 @functools.cache
 def made(case):
     model = models.build(models.TransformerXLConfig(**BASE | CASES[case]))
+    return model, trained_run.random_params(model)
+
+
+@functools.cache
+def long_memory():
+    model = models.build(models.TransformerXLConfig(**BASE | LONG))
     return model, trained_run.random_params(model)
 
 
@@ -259,6 +266,51 @@ def test_equals_a_loop_over_the_text(case):
         )
         total += float(nll_BT.sum())
     assert nats(case, 1, "exact") == pytest.approx(total, rel=ACCURACY)
+
+
+@pytest.mark.parametrize("warmup", ["exact", "none"])
+def test_longer_segments_are_taken_where_the_score_is_the_same(warmup):
+    model, params = long_memory()
+    short = scoring.cut_rows_for(
+        model, TOKENS, batch_size=3, segment_length=SEGMENT, warmup=warmup
+    )
+    plan = rows_lib.faster(short, model, TOKENS, batch_size=3)
+    assert (plan.segment_length, plan.warmup) == (11, warmup)
+    found, expected = (
+        scoring.Evaluator.of(model, p, None).score(params, text(), p)
+        for p in (plan, short)
+    )
+    assert found.targets == expected.targets
+    assert found.nats == pytest.approx(expected.nats, rel=ACCURACY)
+
+
+@pytest.mark.parametrize(
+    ("changes", "warmup"),
+    [
+        ({}, "fill"),  # one segment more of another past
+        ({"window": 23}, "exact"),  # a token that sees more than the memory holds
+        ({"same_length": False}, "exact"),
+        ({"extended_length": 3}, "exact"),
+        ({"memory_length": 11}, "exact"),  # of which a half is no more than a segment
+    ],
+)
+def test_segments_stay_where_the_score_depends_on_them(changes, warmup):
+    config = models.TransformerXLConfig(**BASE | LONG | changes)
+    plan = scoring.cut_rows(
+        3001,
+        batch_size=3,
+        segment_length=SEGMENT,
+        memory_length=config.memory_length,
+        n_layer=LAYERS,
+        warmup=warmup,
+    )
+    assert rows_lib.faster(plan, models.build(config), 3001, batch_size=3) is plan
+
+
+def test_segments_stay_where_rounding_would_read_more():
+    model, _ = long_memory()
+    plan = scoring.cut_rows_for(model, 41, batch_size=8, segment_length=SEGMENT)
+    assert rows_lib.faster(plan, model, 41, batch_size=8) is plan
 
 
 def test_documents_change_the_score():

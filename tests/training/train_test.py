@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from training_runs import (
@@ -322,6 +323,20 @@ def test_a_run_that_was_too_short_goes_on(text, tmp_path):
     train(config, tmp_path / "b", model=model)
     a, b = (final_state(tmp_path / d, config, model)[1] for d in "ab")
     assert_same(a, b)  # The schedule is constant.
+
+
+def test_a_checkpoint_moves_between_one_device_and_two(text, tmp_path):
+    """Its numbers are those of one device but for the order of sums."""
+    model = bag(vocab_size=SYMBOLS)
+    config = text_config(text, eval_every=0)
+    parts = {"one": [(12, 1)], "moved": [(4, 1), (8, 2), (12, 1)]}
+    for name, found in parts.items():
+        for config.train.steps, config.mesh.data in found:
+            train(config, tmp_path / name, model=model)
+    one, moved = (final_state(tmp_path / d, config, model) for d in ("one", "moved"))
+    assert one[0] == moved[0] == 12
+    for a, b in zip(jax.tree.leaves(one[1]), jax.tree.leaves(moved[1]), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
 
 
 # Whose directory it is ----------------------------------------------------------------

@@ -31,7 +31,8 @@ def reading(args, workdir):
             start_limit=limits.start_limit,
             heartbeat=limits.heartbeat,
         )
-        if jax.process_count() == 1:
+        # Asked second: it starts JAX, whose CPU devices the command may want to count.
+        if not jax.distributed.is_initialized() or jax.process_count() == 1:
             yield
             return
         # JAX's preemption service has taken the signal over for those who have to save.

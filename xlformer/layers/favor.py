@@ -57,9 +57,22 @@ def projection(
 
 def rotations(key, n: int, K: int) -> jax.Array:
     """Orthogonal matrices [n, K, K] in float32, uniform over all (Haar's measure)."""
-    q_NKK, r_NKK = jnp.linalg.qr(jax.random.normal(key, (n, K, K), jnp.float32))
+    normal_NKK = jax.random.normal(key, (n, K, K), jnp.float32)
+    q_NKK, r_NKK = jax.lax.platform_dependent(
+        normal_NKK, cpu=jax.vmap(_factored_alone), default=jnp.linalg.qr
+    )
     diagonal_NK = jnp.diagonal(r_NKK, axis1=1, axis2=2)
     return q_NKK * jnp.where(diagonal_NK < 0, -1.0, 1.0).astype(jnp.float32)[:, None]
+
+
+@jax.custom_batching.sequential_vmap
+def _factored_alone(normal_KK):
+    """Q and R of one matrix; a vmap of it takes one after the other.
+
+    LAPACK's call for several waits, on a thread of XLA's pool, for tasks of that pool:
+    two devices on two cores stood still in their first step (jax 0.10.2).
+    """
+    return jnp.linalg.qr(normal_KK)
 
 
 def unit(w_MK) -> jax.Array:

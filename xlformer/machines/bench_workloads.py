@@ -11,6 +11,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from xlformer import scoring, sharding
 from xlformer.generation import continuation
@@ -167,8 +168,9 @@ def matrix_products(width: int, dtype, at_once: int, mesh) -> Timing:
     bound than the datasheet, which small or odd sizes do not come near.
     """
     rows, inner = max(1, at_once // mesh.size), 4 * width
-    x_ND = jnp.ones((rows, width), dtype)
-    up_DF = jnp.full((width, inner), 1e-3, dtype)
+    split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    x_ND = jnp.ones((rows * mesh.size, width), dtype, device=split)
+    up_DF = jnp.full((width, inner), 1e-3, dtype, device=sharding.replicated(mesh))
     each = 4.0 * rows * width * inner
     rounds = int(min(MOST_ROUNDS, max(LEAST_ROUNDS, PRODUCT_FLOPS // each)))
 
@@ -186,7 +188,7 @@ def matrix_products(width: int, dtype, at_once: int, mesh) -> Timing:
         return clocks() - start
 
     run(1)
-    # One device is timed; in a step all of them do the same at once.
+    # All of them at once, as in a step: devices of one CPU share its cores.
     flops = each * rounds * mesh.size
     return Timing("matrix products", run, tokens=rows, flops=flops)
 

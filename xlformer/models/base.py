@@ -254,6 +254,11 @@ class Model:
         return self.causal
 
     @property
+    def segments_of_any_length(self) -> bool:
+        """Whether a score is the same however a text is cut into segments."""
+        return False
+
+    @property
     def positions_from_end(self) -> bool:
         """Whether an output depends on how many inputs of its segment follow.
 

@@ -24,6 +24,8 @@ import numpy as np
 
 from xlformer.errors import Argument, UserError
 
+# How much more may be read for the sake of longer segments, which gain a fifth.
+MOST_MORE = 1.05
 WARMUPS = ("auto", "exact", "fill", "none")
 
 
@@ -129,6 +131,33 @@ def _cut(tokens, batch_size, segment_length, warmup, replay, memory_length) -> P
     first_B = np.arange(rows) * each * T
     last_B = np.minimum(first_B + each * T, tokens - 1)
     return Plan(T, before + each, first_B - before * T, first_B, last_B, warmup)
+
+
+def faster(plan: Plan, model, tokens: int, *, batch_size: int) -> Plan:
+    """The same rows in segments of half a memory, where no score depends on them.
+
+    Each segment's products are larger, and fewer segments read the memory. Of a plan
+    that fills the memory once the score does depend on them; and rounding up to whole
+    segments may cost more than longer ones gain.
+    """
+    if not model.segments_of_any_length or plan.warmup == "fill":
+        return plan
+    longer = model.memory_length // 2
+    if longer <= plan.segment_length:
+        return plan
+    found = cut_rows_for(
+        model,
+        tokens,
+        batch_size=batch_size,
+        segment_length=longer,
+        warmup=plan.warmup,
+    )
+    return found if _read(found) <= MOST_MORE * _read(plan) else plan
+
+
+def _read(plan: Plan) -> int:
+    """Tokens that go through the model."""
+    return plan.steps * plan.segment_length * len(plan.start_B)
 
 
 def pad(plan: Plan, rows: int) -> Plan:

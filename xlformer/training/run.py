@@ -1,7 +1,8 @@
 """A run from beginning to end: config -> hosts -> mesh -> data -> model -> loop.
 
 A second call with the same directory resumes, and does bit by bit what an uninterrupted
-run would have done. Each host of a job makes the same call.
+run would have done; on another number of devices, but for the order of sums. Each host
+of a job makes the same call.
 """
 
 from __future__ import annotations

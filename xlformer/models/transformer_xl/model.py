@@ -72,6 +72,15 @@ class TransformerXL(TokenModel):
         return not (config.attend_zero_memory and in_sight)
 
     @property
+    def segments_of_any_length(self) -> bool:
+        """Where a window, as same_length makes one, is no longer than the memory."""
+        config = self.config
+        window = config.attention_window
+        covered = window is not None and window <= config.memory_length
+        # Context that is read again begins with each segment.
+        return covered and self.segments_equal_one_pass and not config.extended_length
+
+    @property
     def positions_from_end(self) -> bool:
         return self.config.encoding in (SINUSOID, LEARNED_ABSOLUTE)
 

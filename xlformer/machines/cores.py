@@ -1,0 +1,136 @@
+"""How many devices JAX makes of this machine's CPU: decided before its first use.
+
+XLA runs much of a program on one core of a CPU: batched products, and most of what lies
+between products. Two devices that share the rows keep two cores busy with it. What it
+gains and where it loses stands in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Mapping
+
+import jax
+
+from xlformer import models, sharding
+from xlformer.errors import Argument, UserError
+
+# Either of them in the environment decides; JAX reads the first, XLA the second.
+VARIABLE, XLA_FLAG = "JAX_NUM_CPU_DEVICES", "xla_force_host_platform_device_count"
+# Useful FLOPs that a device must have to do in a step. With less, devices wait for each
+# other longer than they compute; in training they have the gradients to sum.
+LEAST_TRAINING, LEAST_FORWARD = 2.5e8, 1e7
+# Bytes of a parameter, which every device has for itself: in training with its gradient
+# and two moments. All of them together may take half of the machine's memory.
+BYTES_TRAINING, BYTES_FORWARD = 16, 4
+SMALLEST_VOCABULARY = 256
+
+
+def add_flag(parser) -> None:
+    parser.add_argument(
+        "--cpu_devices",
+        type=int,
+        help="how many share the rows on a CPU; default: one a core, where that gains",
+    )
+
+
+def prepare(
+    config,
+    *,
+    asked: int | None,
+    rows: int,
+    segment_length: int,
+    sizes: Mapping[str, int],
+    training: bool = False,
+) -> None:
+    """Tells JAX how many devices to make of the CPU, for steps of this size.
+
+    Before the first use of a device, and after hosts have joined: processes of a job
+    keep what they have. So does who set VARIABLE or XLA_FLAG, and a Python that has
+    used devices already.
+
+    Args:
+      config: whose model it is; its vocabulary need not be known yet.
+      asked: what --cpu_devices says; it goes before all.
+      rows, segment_length: of a step.
+      sizes: of the mesh, as it will be made.
+      training: whether a step has a backward pass.
+
+    Raises UserError for a number that cannot be.
+    """
+    given = VARIABLE in os.environ or XLA_FLAG in os.environ.get("XLA_FLAGS", "")
+    if asked is None and (given or jax.distributed.is_initialized()):
+        return
+    many = asked
+    if many is None:
+        most = worth(config, rows, segment_length, training=training)
+        many = count(available(), rows=rows, most=most, sizes=sizes)
+    if many < 1:
+        raise UserError(Argument("cpu_devices", many), " must be at least 1")
+    try:
+        jax.config.update("jax_num_cpu_devices", many)
+    # JAX has started, for what was done before in this Python.
+    except RuntimeError:
+        if asked is None or asked == jax.device_count():
+            return
+        line = f": JAX has started in this process, with {jax.device_count()} devices"
+        raise UserError(Argument("cpu_devices", asked), line) from None
+    if many > 1 and jax.default_backend() == "cpu":
+        line = f"{many} CPU devices share {rows} rows (--cpu_devices)"
+        print(line, file=sys.stderr, flush=True)
+
+
+def count(cores: int, *, rows: int, most: int, sizes: Mapping[str, int]) -> int:
+    """The devices for a step: one a core, at most `most` and what divides the rows.
+
+    A mesh without a free axis says itself how many. With one they are no fewer than
+    its other axes need.
+    """
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    fitting = min(cores, most) // fixed * fixed if fixed > 0 else 0
+    if -1 not in sizes.values() or not fitting:
+        return max(1, min(fixed, cores))
+    found = sharding.fit_mesh(sizes, fitting, rows=rows, where=Argument("mesh"))
+    return math.prod(found.values())
+
+
+def available() -> int:
+    """Cores that this process may use."""
+    # macOS has no affinity.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def worth(config, rows: int, segment_length: int, *, training: bool) -> int:
+    """How many devices a step keeps busy, and this machine has memory for.
+
+    A vocabulary that is not known yet counts as the smallest that the model can have.
+    """
+    fields = config.model
+    size = max((SMALLEST_VOCABULARY, *(n + 1 for n in fields.get("cutoffs", ()))))
+    model = models.build(fields, None if fields.vocab_size else size)
+    step = {"batch_size": rows, "segment_length": segment_length}
+    forward, whole = model.flops(**step, cached=True), model.flops(**step)
+    # All of our models count theirs.
+    if forward is None:
+        return 1
+    # Each weight is one multiplication and one addition a token. What attention adds is
+    # little beside them; the table of embeddings is read and not multiplied.
+    weights = forward.forward / (2 * rows * segment_length)
+    weights += model.vocab_size * (model.width or 0)
+    each = weights * (BYTES_TRAINING if training else BYTES_FORWARD)
+    busy = forward.forward / LEAST_FORWARD
+    if training:
+        busy = whole.training / LEAST_TRAINING
+    return int(min(busy, _memory() / 2 / each))
+
+
+def _memory() -> float:
+    """Bytes of this machine's memory."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):  # Not told here.
+        return math.inf

@@ -78,7 +78,6 @@ ALLOWED = {
     ("files.py", "torch.load"): "weights_only=True",
     ("files.py", "np.lib.npyio.NpzFile"): "allow_pickle=False",
     ("prepared.py", "np.load"): "allow_pickle=False",
-    ("preparing.py", "np.save"): "",  # of arrays of numbers that were made here
 }
 
 

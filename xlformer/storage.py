@@ -14,6 +14,8 @@ from xlformer.errors import Argument, UserError, reason
 
 # The ending of a file that is being written, before it is renamed.
 TEMPORARY = ".tmp"
+# Seconds for a range of a few blocks.
+RANGE_LIMIT = 20.0
 CACHE_VARIABLE, DEFAULT_CACHE = "XLFORMER_DATA", "~/.cache/xlformer"
 
 
@@ -73,6 +75,27 @@ def check_room(folder, size: int, what: str) -> None:
             f"{folder}: no room for {what}: it needs {size / 1e6:,.0f} MB, "
             f"{free / 1e6:,.0f} MB are free"
         )
+
+
+def read_range(place: str, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` of an object; whatever error its library raises."""
+    store, name = _store(place)
+    # Neither gcsfs nor aiohttp ends an answer that does not go on before 5 minutes.
+    limit = {"timeout": RANGE_LIMIT} if store.async_impl else {}
+    return store.cat_file(name, start=start, end=stop, **limit)
+
+
+def sizes(folder) -> dict[str, int]:
+    """The files in a folder and their bytes, in one listing."""
+    store, name = _store(os.fspath(folder))
+    found = store.ls(name, detail=True)
+    return {one["name"].rpartition("/")[2]: one["size"] for one in found}
+
+
+def _store(place: str):
+    import fsspec
+
+    return fsspec.core.url_to_fs(place)
 
 
 def is_remote(place) -> bool:

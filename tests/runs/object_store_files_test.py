@@ -4,13 +4,15 @@ import fcntl
 import re
 import sys
 
+import numpy as np
 import object_store
 import pytest
 from processes import finish, start
 from training_runs import refusal, text_config, write_text
 
 from xlformer import prepare, storage
-from xlformer.data import folders
+from xlformer.data import folders, ranges
+from xlformer.data.stream import Stream
 from xlformer.runs import log
 from xlformer.runs.locks import WorkdirLock
 
@@ -157,8 +159,14 @@ def data(text, place):
     return found
 
 
-def downloads(requests):
-    return sum("train.npy" in x and "alt=media" in x for x in requests())
+@pytest.fixture
+def small(monkeypatch):
+    """Blocks of less than a hundred bytes."""
+    monkeypatch.setattr(ranges, "BLOCK", 97)
+
+
+def downloads(requests, name="train.npy"):
+    return sum(name in x and "alt=media" in x for x in requests())
 
 
 PREPARE = """
@@ -169,19 +177,20 @@ PREPARE = """
     with open(sys.argv[2]) as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # wait until both are there
     copy = folders._copy
-    folders._copy = lambda *args: (print("copied", file=sys.stderr), copy(*args))
+    folders._copy = lambda *args, **options: (
+        print("copied", file=sys.stderr), copy(*args, **options))
     found = prepare.prepare(config.load(sys.argv[1]).data)
     print(len(found.tokens["train"]), file=sys.stderr)
 """
 
 
-def test_two_processes_copy_the_tokens_once(
+def test_two_processes_copy_what_is_small_once_and_no_tokens(
     text, data, place, requests, monkeypatch, tmp_path
 ):
     prepared = prepare.prepare(data)
     monkeypatch.setenv("HOME", str(tmp_path / "another-host"))
     monkeypatch.setenv("XLFORMER_DATA", str(place))
-    before = downloads(requests)
+    before = downloads(requests), downloads(requests, "vocabulary.json")
     name = f"text:path={text},unit=chars,debug"
     with open(tmp_path / "gate", "w") as gate:
         fcntl.flock(gate, fcntl.LOCK_EX)
@@ -191,20 +200,39 @@ def test_two_processes_copy_the_tokens_once(
     said = [errors.split() for _, errors in ends]
     assert [x[-1] for x in said] == [str(len(prepared.tokens["train"]))] * 2
     assert sum("copied" in x for x in said) == 1
-    assert downloads(requests) - before == 1
+    after = downloads(requests), downloads(requests, "vocabulary.json")
+    assert (after[0] - before[0], after[1] - before[1]) == (0, 1)
+
+
+def test_steps_read_from_the_store_are_those_of_a_disk(
+    data, place, small, home, monkeypatch
+):
+    local = prepare.prepare(data)
+    monkeypatch.setenv("HOME", str(home / "another-host"))
+    found = prepare.prepare(data)
+    assert not list(found.directory.glob("train*.npy"))
+    fields = {"batch_size": 7, "segment_length": 13}
+    streams = [Stream(x.tokens["train"], **fields) for x in (local, found)]
+    for step in (0, 1, 2, 40, 7, streams[0].steps_per_epoch, 0):
+        one, two = (stream.at(step) for stream in streams)
+        for name in one:
+            np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+    assert streams[0].waited == 0 < streams[1].waited
+    for split in ("validation", "test"):
+        np.testing.assert_array_equal(found.tokens[split], local.tokens[split])
 
 
 def test_a_damaged_copy_is_made_again_with_one_line(data, place, capsys, requests):
     prepared = prepare.prepare(data)
     copied = prepared.directory / "train.npy"
-    intact = copied.read_bytes()
-    for damaged in (intact[:-1] + bytes([intact[-1] ^ 1]), b"", None):
-        copied.unlink()
-        if damaged is not None:
-            copied.write_bytes(damaged)
+    intact, tokens = copied.read_bytes(), np.asarray(prepared.tokens["train"])
+    for damaged in (intact[:-1] + bytes([intact[-1] ^ 1]), b""):
+        copied.write_bytes(damaged)
         capsys.readouterr()
-        prepare.prepare(data)
-        assert copied.read_bytes() == intact
+        found = prepare.prepare(data)
+        # It is no longer needed where it was made.
+        assert not copied.exists()
+        np.testing.assert_array_equal(found.tokens["train"], tokens)
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"xlformer: {copied} does not match its card")
     before = downloads(requests)
@@ -212,14 +240,15 @@ def test_a_damaged_copy_is_made_again_with_one_line(data, place, capsys, request
     assert downloads(requests) == before and capsys.readouterr().err == ""
 
 
-def test_damaged_tokens_in_the_store_are_refused(data, place, home, monkeypatch):
+def test_damaged_tokens_in_the_store_are_refused(data, place, home, monkeypatch, small):
     folder = place / prepare.prepare(data).directory.name
     path = folder / "validation.npy"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     monkeypatch.setenv("HOME", str(home / "another-host"))
-    line = refusal(prepare.prepare, data)
-    assert line.startswith(f"{path} does not match the sha256 in its card.json")
+    tokens = prepare.prepare(data).tokens["validation"]
+    line = refusal(tokens.__getitem__, slice(len(tokens)))
+    assert re.match(rf"{path}: bytes \d+ to {len(content)} do not match their", line)
     assert str(folder) in line
     left = [path.name for path in (home / "another-host").rglob("*")]
     assert not [n for n in left if n.endswith(".npy") or folders.INCOMPLETE in n]

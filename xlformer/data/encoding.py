@@ -108,7 +108,7 @@ def encode(job: Job, vocabulary_path: str, path: str, counts: Counts) -> Encoded
             words_ += words(part, spaced=counts.spaced, lines=counts.lines)
     folder, _, file = path.rpartition("/")
     size = tokens * known.dtype.itemsize + len(shards.header(known.dtype, 0))
-    shard = shards.Shard(file, tokens, size, shards.checksum(path))
+    shard = shards.Shard(file, tokens, size, *shards.checksums(path))
     found = Encoded(shard, words_, documents)
     about = [corpora.VERSION, job.start, job.stop, *found]
     storage.write(epath.Path(path + DONE), json.dumps(about))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import pathlib
@@ -37,16 +36,17 @@ def complete(
 ) -> pathlib.Path:
     """Returns `folder` once `build` has filled it; a rename shows it as a whole.
 
-    With `remote` it is a copy of that directory, which is filled first if need be. A
-    copy is compared with its card's checksums at every start, and made again if it is
-    damaged: a disk of this machine is not what the run trusts.
+    With `remote` it is a copy of that directory, which is filled first if need be,
+    without the shards that can be read there by ranges. What is copied is compared with
+    its card's checksums at every start, and made again if it is damaged: a disk of this
+    machine is not what the run trusts.
     """
-    if folder.is_dir() and (remote is None or not damaged(folder)):
+    if folder.is_dir() and (remote is None or not damaged(folder, by_ranges=True)):
         return folder
     with _locked(folder.parent):
         unfinished = folder.with_name(f"{folder.name}{INCOMPLETE}{os.getpid()}")
         if folder.is_dir():
-            bad = "" if remote is None else damaged(folder)
+            bad = "" if remote is None else damaged(folder, by_ranges=True)
             # Another process was first: it had the lock while this one waited.
             if not bad:
                 return folder
@@ -77,8 +77,8 @@ def complete(
 
 def _fill(folder: pathlib.Path, build, remote: epath.Path | None) -> None:
     if remote is not None and (remote / CARD).exists():
-        _copy(remote, folder)
-        if bad := damaged(folder):
+        _copy(remote, folder, without=_by_ranges(remote))
+        if bad := damaged(folder, by_ranges=True):
             raise UserError(
                 f"{remote / bad} does not match the sha256 in its {CARD}: delete "
                 f"{remote} and prepare again"
@@ -93,34 +93,56 @@ def _fill(folder: pathlib.Path, build, remote: epath.Path | None) -> None:
         _sync(path)
 
 
-def damaged(folder: pathlib.Path) -> str:
-    """The name of a file that is not what the folder's card says, '' if all are."""
+def _by_ranges(remote: epath.Path) -> set[str]:
+    """The shards that need no copy: all, if each of their blocks has a checksum."""
+    try:
+        listed = shards.read_index(remote, json.loads((remote / CARD).read_bytes()))
+        found = [shard for split in listed.values() for shard in split]
+    except OSError as error:
+        raise UserError(f"{remote}: cannot be read: {error}") from error
+    # Of the copy it is said what is damaged.
+    except shards.DAMAGE:
+        return set()
+    if all(shard.crc32 for shard in found):
+        return {shard.file for shard in found}
+    line = f"{remote} has no checksums of blocks: it is copied whole"
+    print(f"xlformer: {line}", file=sys.stderr, flush=True)
+    return set()
+
+
+def damaged(folder: pathlib.Path, *, by_ranges: bool = False) -> str:
+    """The name of a file that is not what the folder's card says, '' if all are.
+
+    by_ranges: a shard that can be read so may be elsewhere.
+    """
     name = CARD
     try:
         card = {"splits": {}} | json.loads((folder / CARD).read_bytes())
         name = shards.INDEX
         found = shards.read_index(folder, card)
-        sums = {x.file: x.sha256 for split in found.values() for x in split}
+        listed = {shard.file: shard for split in found.values() for shard in split}
     # What is damaged may hold any JSON, or none.
     except shards.DAMAGE:
         return name
-    for name, expected in sums.items():
+    for name, shard in listed.items():
         try:
-            with open(folder / name, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = shards.checksum(folder / name)
         except FileNotFoundError:
+            if by_ranges and shard.crc32:
+                continue
             return name
-        if found != expected:
+        if found != shard.sha256:
             return name
     return ""
 
 
-def _copy(source, target) -> None:
+def _copy(source, target, *, without=frozenset()) -> None:
     source, target = epath.Path(source), epath.Path(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
         # The card comes last: where it stands, everything does.
-        for name in sorted((p.name for p in source.iterdir()), key=CARD.__eq__):
+        names = {path.name for path in source.iterdir()} - without
+        for name in sorted(names, key=CARD.__eq__):
             (source / name).copy(target / name, overwrite=True)
     except OSError as error:
         raise UserError(f"{source}: not copied to {target}: {error}") from error

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from xlformer.data import local, shards, vocabularies
+from xlformer import storage
+from xlformer.data import local, ranges, shards, vocabularies
 from xlformer.data.documents import Document
 from xlformer.data.sources import SPLITS
 from xlformer.data.vocabulary import Vocabulary
-from xlformer.errors import UserError
+from xlformer.errors import UserError, WorthAnotherTry, reason
 
 # The format of a prepared folder: another number prepares everything again.
 FORMAT = 1
@@ -25,7 +26,7 @@ LOOKED_AT = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A corpus as tokens, read from disk; keys are train, validation and test."""
+    """A corpus as tokens, read where they lie; keys are train, validation and test."""
 
     tokens: Mapping[str, shards.Tokens]
     documents: Mapping[str, np.ndarray | None]  # Where each document begins.
@@ -34,8 +35,12 @@ class Prepared:
     directory: pathlib.Path
 
 
-def load(directory) -> Prepared:
-    """Opens a prepared folder; a missing or damaged file in it is a UserError."""
+def load(directory, remote=None) -> Prepared:
+    """Opens a prepared folder; a missing or damaged file in it is a UserError.
+
+    remote: the folder of an object store that it is a copy of, where tokens are read
+    that it lacks.
+    """
     folder = pathlib.Path(directory)
     card = _read_card(folder / "card.json")
     vocabulary = vocabularies.load(folder / VOCABULARY)
@@ -45,19 +50,56 @@ def load(directory) -> Prepared:
     except shards.DAMAGE as error:
         line = f"{folder / shards.INDEX}: {type(error).__name__}: {error}"
         raise UserError(f"{line}; {_again(folder)}") from None
-    tokens, documents = {}, {}
+    tokens, documents, sizes = {}, {}, None
     for split in SPLITS:
-        files = [_shard(folder, shard, vocabulary.dtype) for shard in listed[split]]
-        tokens[split] = shards.Tokens(files, vocabulary.dtype, vocabulary.size)
-        # An id beyond the embedding's rows is no error in JAX. Of a text that takes
-        # minutes to look through the ids are looked at when they are read.
-        if len(tokens[split]) <= LOOKED_AT:
-            tokens[split].check()
+        if remote and not all((folder / x.file).exists() for x in listed[split]):
+            sizes = _sizes(remote) if sizes is None else sizes
+            tokens[split] = _stored(remote, sizes, listed[split], vocabulary)
+        else:
+            tokens[split] = _on_disk(folder, listed[split], vocabulary)
         documents[split] = None
         if card["documents"]:
             path = folder / f"{split}-documents.npy"
             documents[split] = _map(path, np.dtype("int64"))
     return Prepared(tokens, documents, vocabulary, card, folder)
+
+
+def _on_disk(folder, listed: list[shards.Shard], vocabulary) -> shards.Tokens:
+    files = [_shard(folder, shard, vocabulary.dtype) for shard in listed]
+    found = shards.Tokens(files, vocabulary.dtype, vocabulary.size)
+    # An id beyond the embedding's rows is no error in JAX. Of a text that takes minutes
+    # to look through the ids are looked at when they are read.
+    if len(found) <= LOOKED_AT:
+        found.check()
+    return found
+
+
+def _sizes(remote) -> dict[str, int]:
+    try:
+        return storage.sizes(remote)
+    except FileNotFoundError:
+        return {}
+    # Errors of the network and of credentials have no common class.
+    except Exception as error:
+        raise WorthAnotherTry(f"{remote}: not listed: {reason(error)}") from error
+
+
+def _stored(remote, sizes, listed: list[shards.Shard], vocabulary) -> shards.Tokens:
+    """The tokens of a split where they lie: looked at when they are read."""
+    files, stored = [], []
+    for shard in listed:
+        path, size = f"{remote}/{shard.file}", sizes.get(shard.file)
+        offset = len(shards.header(vocabulary.dtype, shard.tokens))
+        expected = offset + shard.tokens * vocabulary.dtype.itemsize
+        if not size == shard.size == expected:
+            found = "no such file" if size is None else f"found {size}"
+            raise UserError(
+                f"{path}: expected {expected} bytes, {found}; {_again(remote)}"
+            )
+        files.append((path, offset, shard.tokens))
+        stored.append(ranges.Stored(path, size, shard.crc32))
+    reader = ranges.Remote(stored)
+    return shards.Tokens(files, vocabulary.dtype, vocabulary.size, reader)
 
 
 def _shard(folder: pathlib.Path, shard: shards.Shard, dtype: np.dtype) -> tuple:
@@ -104,7 +146,7 @@ def _map(path: pathlib.Path, dtype: np.dtype, size: int | None = None) -> np.mem
     return found
 
 
-def _again(folder: pathlib.Path) -> str:
+def _again(folder) -> str:
     return f"delete {folder} and prepare again"
 
 

@@ -51,18 +51,19 @@ def prepare(data, *, directory=None, stored=False) -> Prepared:
         # Whoever wrote that config must not choose where this user writes.
         named = named if card.exists() else ""
     root = str(named or storage.cache())
-    return load(at_hand(root, name, functools.partial(_build, recipe=recipe)))
+    return opened(root, name, functools.partial(_build, recipe=recipe))
 
 
-def at_hand(root: str, name: str, build=None) -> pathlib.Path:
-    """The local folder of a prepared corpus, made by `build` where there is none."""
+def opened(root: str, name: str, build=None) -> Prepared:
+    """A prepared corpus, made by `build` where there is none."""
     if not storage.is_remote(root):
-        return complete(pathlib.Path(storage.path(root)) / name, build)
-    # Tokens are read from a local copy of what lies in the remote directory.
+        return load(complete(pathlib.Path(storage.path(root)) / name, build))
+    # What is small is read from a local copy of what lies in the remote directory.
     remote = storage.path(root) / name
     # XLFORMER_DATA may be the remote directory itself, so copies lie in the home.
     copies = pathlib.Path(storage.path(storage.DEFAULT_CACHE)) / "copies"
-    return complete(copies / _digest({"root": root}) / name, build, remote)
+    folder = copies / _digest({"root": root}) / name
+    return load(complete(folder, build, remote), remote)
 
 
 def _build(folder: pathlib.Path, recipe: Recipe) -> None:

@@ -8,7 +8,6 @@ what belongs to a split, with sizes and checksums, and to which corpus it belong
 from __future__ import annotations
 
 import bisect
-import collections
 import contextlib
 import hashlib
 import io
@@ -17,12 +16,12 @@ import json
 import os
 import re
 import tempfile
-import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from xlformer.data import ranges
 from xlformer.data.documents import temporary
 from xlformer.errors import UserError
 
@@ -30,7 +29,6 @@ INDEX = "index.json"
 # The format of the index and of what it lists: another number cannot be read.
 FORMAT = 1
 BLOCK = 1 << 20  # tokens that are read at a time
-OPEN_FILES = 256
 # Tokens between two that are picked: so few are read along.
 NEAR = 64
 # Tokens of a text to score that stay in memory.
@@ -38,6 +36,7 @@ IN_MEMORY = 1 << 24
 UNKNOWN = -1  # the size of a file that no index lists
 # What reading JSON that is damaged raises, or that nests too deeply.
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+SUMS = re.compile("([0-9a-f]{8})*")
 NAME = re.compile(r"\w+(-\d{5,})?\.npy")
 
 
@@ -48,6 +47,8 @@ class Shard(NamedTuple):
     tokens: int
     size: int  # bytes
     sha256: str
+    # Of each block, so that a part can be read alone; '' in what has only the whole.
+    crc32: str = ""
 
 
 def name(split: str, number: int, count: int) -> str:
@@ -90,6 +91,16 @@ def checksum(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksums(path) -> tuple[str, str]:
+    """The sha256 of a file, and the crc32 of each of its blocks."""
+    digest, sums = hashlib.sha256(), []
+    with open(path, "rb") as file:
+        while block := file.read(ranges.BLOCK):
+            digest.update(block)
+            sums.append(ranges.checksums([block]))
+    return digest.hexdigest(), "".join(sums)
+
+
 def write_index(folder, card: dict, shards: dict[str, list[Shard]]) -> None:
     """Lists the shards of each split; the card's checksums say of which corpus."""
     splits = {
@@ -114,19 +125,23 @@ def read_index(folder, card: dict) -> dict[str, list[Shard]]:
             split: [Shard(f"{split}.npy", x["tokens"], UNKNOWN, x.get("sha256", ""))]
             for split, x in about.items()
         }
-    found = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    if found["format"] != FORMAT:
-        raise ValueError(f"format {found['format']!r}, expected {FORMAT}")
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    if index["format"] != FORMAT:
+        raise ValueError(f"format {index['format']!r}, expected {FORMAT}")
     splits = {}
     for split, about in card["splits"].items():
-        if found["splits"][split]["sha256"] != about["sha256"]:
+        if index["splits"][split]["sha256"] != about["sha256"]:
             raise ValueError("it is the index of another corpus")
-        splits[split] = [Shard(**shard) for shard in found["splits"][split]["shards"]]
+        splits[split] = [Shard(**shard) for shard in index["splits"][split]["shards"]]
         for shard in splits[split]:
             if not NAME.fullmatch(shard.file):
                 raise ValueError(f"{shard.file!r} is no name of a shard")
             if not all(type(x) is int and x >= 0 for x in (shard.tokens, shard.size)):
                 raise ValueError(f"the size of {shard.file} is no number")
+            blocks = -(-shard.size // ranges.BLOCK)
+            found = SUMS.fullmatch(shard.crc32) and len(shard.crc32) // 8
+            if found not in (0, blocks):
+                raise ValueError(f"the checksums of {shard.file} are not {blocks}")
         if sum(shard.tokens for shard in splits[split]) != about["tokens"]:
             raise ValueError(f"the shards of {split} are not all of it")
     return splits
@@ -142,10 +157,12 @@ class Tokens:
       files: (path, offset of the first token in bytes, tokens) of each, in order.
       dtype: of the files.
       symbols: an id that is as large is damage, and a UserError.
+      reader: of these files in this order, where they are not on a disk.
     """
 
-    def __init__(self, files, dtype, symbols: int):
+    def __init__(self, files, dtype, symbols: int, reader: ranges.Remote | None = None):
         self._files = [(path, offset) for path, offset, _ in files]
+        self._reader = reader or ranges.Local([path for path, *_ in files])
         # Python's numbers: bisect looks through them five times as fast as numpy.
         self._ends = list(itertools.accumulate(tokens for *_, tokens in files))
         self._raw, self._symbols = np.dtype(dtype), symbols
@@ -153,7 +170,11 @@ class Tokens:
         self._size = self._ends[-1]
         # All numbers of the dtype may be ids.
         self._is_checked = symbols > np.iinfo(self._raw).max
-        self._open, self._lock = collections.OrderedDict(), threading.Lock()
+
+    @property
+    def waited(self) -> float:
+        """Seconds for which reading has waited for an object store."""
+        return self._reader.waited
 
     def __len__(self) -> int:
         return self._size
@@ -167,6 +188,8 @@ class Tokens:
         if isinstance(key, slice):
             start, stop, step = key.indices(self._size)
             found = self.read(start, max(stop, start))
+            # Who reads by slices does so in order.
+            self.ahead([stop], len(found))
             return found if step == 1 else found[::step]
         if np.ndim(key) == 0:
             place = range(self._size)[key]
@@ -182,21 +205,18 @@ class Tokens:
 
     def rows(self, starts, length: int) -> np.ndarray:
         """As many tokens from each of some places on: [places, length]."""
-        width = self._raw.itemsize
         out = np.empty((len(starts), length), self._raw)
-        view, begin = memoryview(out.reshape(-1)).cast("B"), 0
-        for place in starts:
-            stop = place + length
-            number = bisect.bisect_right(self._ends, place)
-            while place < stop:  # over the end of one file into the next
-                size = min(stop, self._ends[number]) - place
-                before = self._ends[number - 1] if number else 0
-                part = view[begin : begin + size * width]
-                self._fill(number, part, (place - before) * width)
-                begin, place, number = begin + size * width, place + size, number + 1
+        parts = self._parts((start, start + length) for start in starts)
+        self._reader.fill(parts, out.reshape(-1).view(np.uint8).data)
         if not self._is_checked:
             self._check(out, starts)
         return out if self._table is None else self._table[out]
+
+    def ahead(self, starts, length: int) -> None:
+        """Has what follows from some places on read meanwhile, where reading waits."""
+        if self._reader.reads_ahead:
+            spans = ((x, min(x + length, self._size)) for x in starts)
+            self._reader.ask(self._parts(spans), ahead=True)
 
     def check(self) -> None:
         """Looks at all ids; they are not looked at again when they are read."""
@@ -216,9 +236,20 @@ class Tokens:
     def _with(self, **fields) -> Tokens:
         other = Tokens.__new__(Tokens)
         other.__dict__ = self.__dict__ | fields
-        # Files are opened again: whichever goes first closes its own.
-        other._open, other._lock = collections.OrderedDict(), threading.Lock()
         return other
+
+    def _parts(self, spans) -> list[ranges.Part]:
+        """Where in the files the tokens [start, stop) of some spans are."""
+        width, parts = self._raw.itemsize, []
+        for place, stop in spans:
+            number = bisect.bisect_right(self._ends, place)
+            while place < stop:  # over the end of one file into the next
+                size = min(stop, self._ends[number]) - place
+                before = self._ends[number - 1] if number else 0
+                begin = self._files[number][1] + (place - before) * width
+                parts.append(ranges.Part(number, begin, size * width))
+                place, number = place + size, number + 1
+        return parts
 
     def _pick(self, index: np.ndarray) -> np.ndarray:
         flat = index.ravel()
@@ -227,23 +258,14 @@ class Tokens:
         steps = np.diff(flat)
         cuts = np.flatnonzero((steps < 0) | (steps > NEAR)) + 1
         bounds = [0, *cuts.tolist(), flat.size] if flat.size else []
-        for low, high in zip(bounds, bounds[1:], strict=False):
-            first = int(flat[low])
-            found = self.read(first, int(flat[high - 1]) + 1)
-            out[low:high] = found[flat[low:high] - first]
+        pairs = list(zip(bounds, bounds[1:], strict=False))
+        spans = [(int(flat[low]), int(flat[high - 1]) + 1) for low, high in pairs]
+        if self._reader.reads_ahead:
+            self._reader.ask(self._parts(spans), ahead=False)
+        for (low, high), (start, stop) in zip(pairs, spans, strict=True):
+            out[low:high] = self.read(start, stop)[flat[low:high] - start]
+        self.ahead([stop for _, stop in spans], ranges.BLOCK // self._raw.itemsize)
         return out.reshape(index.shape)
-
-    def _fill(self, number: int, view: memoryview, place: int) -> None:
-        path, offset = self._files[number]
-        with self._lock:
-            file = self._open.pop(number, None)
-            if file is None:
-                if len(self._open) >= OPEN_FILES:
-                    self._open.popitem(last=False)[1].close()
-                file = open(path, "rb", buffering=0)  # noqa: SIM115
-            self._open[number] = file  # the last one that was used
-            if os.preadv(file.fileno(), [view], offset + place) != len(view):
-                raise UserError(f"{path} is shorter than it was")
 
     def _check(self, ids: np.ndarray, starts) -> None:
         # numpy would take a negative id from the end.
@@ -256,10 +278,6 @@ class Tokens:
             f"{path}: token id out of range: {ids[row, column]} in a vocabulary of"
             f" {self._symbols}; delete {os.path.dirname(path)} and prepare again"
         )
-
-    def __del__(self):
-        for file in getattr(self, "_open", {}).values():
-            file.close()
 
 
 class Collector:

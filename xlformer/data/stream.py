@@ -21,8 +21,10 @@ SHARE_OF_HALF = 0.05
 DEVIATION = 5.0
 SHORTEST = 5
 LONGEST_EXTRA = 15
-# Tokens of each row that are read at a time.
+# Tokens of each row that are read at a time, and those that follow, which an object
+# store is asked for meanwhile.
 WINDOW = 1 << 12
+AHEAD = 1 << 15
 
 
 class Stream:
@@ -76,6 +78,11 @@ class Stream:
         if variable_length:
             self._lengths = _Lengths(segment_length, row_length - 1, seed)
             self.width = segment_length + LONGEST_EXTRA
+
+    @property
+    def waited(self) -> float:
+        """Seconds for which batches have waited for an object store."""
+        return self._tokens.waited if isinstance(self._tokens, Tokens) else 0.0
 
     def place(self, step: int) -> tuple[int, int, int]:
         """(epoch, offset in each row, valid length) of a step."""
@@ -132,10 +139,19 @@ class Stream:
             starts = [begin + start for begin in self._begin_B]
             if isinstance(self._tokens, Tokens):
                 window_BL = self._tokens.rows(starts, length)
+                self._ask(start + length)
             else:
                 window_BL = np.stack([self._tokens[x : x + length] for x in starts])
             first, self._window = start, (start, window_BL)
         return window_BL[:, start - first : stop - first]
+
+    def _ask(self, place: int) -> None:
+        """Has what the next steps need fetched while this one is computed."""
+        left = self.row_length - place
+        begins = self._begin_B
+        self._tokens.ahead([begin + place for begin in begins], min(AHEAD, left))
+        if left <= WINDOW:  # the next epoch
+            self._tokens.ahead(begins, min(AHEAD, self.row_length))
 
     def _resets(self, offset: int, lack: int, start: int, stop: int) -> np.ndarray:
         rows = len(self._rows)

@@ -17,6 +17,7 @@ from xlformer.runs import log
 
 CATEGORIES = (
     "steps",
+    "data_wait",
     "start_up",
     "compiling",
     "restoring",
@@ -89,6 +90,12 @@ class Clock:
         finally:
             self._switch(outer)
 
+    def move(self, category: str, seconds: float) -> None:
+        """Counts seconds that have just passed as `category`'s, not as they were."""
+        self._switch(self._category)
+        self._seconds[self._category] -= seconds
+        self._seconds[category] += seconds
+
     def record(self, step: int) -> None:
         """Writes how long everything took so far; `step` steps are done."""
         self._switch(self._category)
@@ -143,7 +150,7 @@ def summary(records: list[dict], *, now: float | None = None) -> dict[str, float
         survived.record(step, record["goodput/steps_s"] - steps_s)
         latest[attempt] = record
     total = {
-        name: sum(record[f"goodput/{name}_s"] for record in latest.values())
+        name: sum(_seconds(record, name) for record in latest.values())
         for name in CATEGORIES
     }
     ends = [_start(record) + _elapsed(record) for record in latest.values()]
@@ -217,7 +224,12 @@ def _start(record) -> float:
 
 
 def _elapsed(record) -> float:
-    return sum(record[f"goodput/{name}_s"] for name in CATEGORIES)
+    return sum(_seconds(record, name) for name in CATEGORIES)
+
+
+def _seconds(record, name: str) -> float:
+    # Up to 0.2.0 nothing waited for data.
+    return record.get(f"goodput/{name}_s", 0.0)
 
 
 def _duration(seconds: float) -> str:

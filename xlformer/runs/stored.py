@@ -57,8 +57,8 @@ def read(run: runs.Run, split: str, data_path: str | None = None) -> Prepared:
         text = _text(data, card, name, advice=found is None)
     if found is not None:
         if data_path is None:
-            _say_if_changed(data, card, found)
-        return _of(preparing.load(found), split)
+            _say_if_changed(data, card, found.directory)
+        return _of(found, split)
     # Where others' weights were trained on, the vocabulary is not that of this text.
     if text is not None and card.get("vocabulary_size") == run.vocabulary.size:
         return _encoded(text, split, run.vocabulary, card)
@@ -114,8 +114,8 @@ def _roots(data) -> list[str]:
     return [*filter(None, [data.directory]), storage.cache()]
 
 
-def _search(data, card: dict) -> Iterator:
-    """Folders whose tokens were made of this text, in the same way."""
+def _search(data, card: dict) -> Iterator[Prepared]:
+    """Prepared tokens that were made of this text, in the same way."""
     for root in _roots(data):
         try:
             folder = storage.path(root)
@@ -129,7 +129,7 @@ def _search(data, card: dict) -> Iterator:
             except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 continue
             if same:
-                yield preparing.at_hand(root, path.parent.name)
+                yield preparing.opened(root, path.parent.name)
 
 
 def _same(other: dict, card: dict) -> bool:

@@ -230,10 +230,12 @@ class Loop:
         return train.segments_per_call if train.segments_per_call <= min(left) else 1
 
     def _batch(self, count):
+        waited = self.stream.waited
         batches = [
             spikes.batch(self.stream, step, self.skips)
             for step in range(self.step, self.step + count)
         ]
+        self.clock.move("data_wait", self.stream.waited - waited)
         if count == 1:
             return self.rows.put(batches[0])
         stacked = {name: np.stack([b[name] for b in batches]) for name in batches[0]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 import shutil
 import sys
@@ -14,8 +15,8 @@ from xlformer.errors import Argument, UserError, reason
 
 # The ending of a file that is being written, before it is renamed.
 TEMPORARY = ".tmp"
-# Seconds for a range of a few blocks.
-RANGE_LIMIT = 20.0
+# Seconds for a range of a few blocks: gcsfs tries six times, with 31 to 36 s between.
+RANGE_LIMIT = 40.0
 CACHE_VARIABLE, DEFAULT_CACHE = "XLFORMER_DATA", "~/.cache/xlformer"
 
 
@@ -112,6 +113,9 @@ def _prepare() -> None:
         raise UserError(
             f"gs:// needs {error.name}: pip install 'xlformer[gcs]'"
         ) from error
+    # What it gives up it also raises, and we say it in one line. Without a handler
+    # Python would print its traces.
+    logging.getLogger("gcsfs").addHandler(logging.NullHandler())
     # A listing that is kept would hide what other processes write: a lock, a step.
     conf = sys.modules["fsspec.config"].conf
     conf.setdefault("gcs", {})["use_listings_cache"] = False

@@ -161,9 +161,9 @@ def test_the_line_names_everything():
         ]
     )
     assert goodput.line(found) == (
-        "goodput 96.0 % of 1:44:13: steps 1:40:00, start-up 40.0 s, compiling 20.5 s, "
-        "restoring 2.0 s, saving 0:01:01, validating 0.0 s, other 0.0 s, "
-        "repeated 3 steps 0:01:30, restarts 1, between attempts 39.5 s"
+        "goodput 96.0 % of 1:44:13: steps 1:40:00, data-wait 0.0 s, start-up 40.0 s, "
+        "compiling 20.5 s, restoring 2.0 s, saving 0:01:01, validating 0.0 s, "
+        "other 0.0 s, repeated 3 steps 0:01:30, restarts 1, between attempts 39.5 s"
     )
 
 
@@ -191,6 +191,7 @@ def test_each_second_is_in_one_category(now):
     clock.record(7)
     with clock.measure("steps"):
         now[0] += 8
+        clock.move("data_wait", 3)
         with clock.measure("saving"):
             now[0] += 16
             with clock.measure("validating"):
@@ -206,7 +207,8 @@ def test_each_second_is_in_one_category(now):
     expected = {
         "start_up": 4,
         "restoring": 2,
-        "steps": 8 + 128,
+        "steps": 5 + 128,
+        "data_wait": 3,
         "saving": 16 + 64,
         "validating": 32,
         "compiling": 256,

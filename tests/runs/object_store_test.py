@@ -29,7 +29,7 @@ from training_runs import (
 import xlformer.training.run
 from xlformer import evaluate, generate, runs, storage
 from xlformer.data import recipes
-from xlformer.runs import log, writing
+from xlformer.runs import goodput, log, writing
 from xlformer.runs.checkpoints import Checkpoints
 from xlformer.runs.locks import WorkdirLock
 from xlformer.train import train
@@ -51,8 +51,8 @@ def emulator(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             lock = functools.partial(WorkdirLock, period=PERIOD)
             patch.setattr(xlformer.training.run, "WorkdirLock", lock)
-            patch.setenv("HOME", str(folder))  # where tokens are copied to
-            yield
+            patch.setenv("HOME", str(folder))  # of a host that has no tokens
+            yield folder
 
 
 @pytest.fixture
@@ -76,10 +76,13 @@ def config(text):
 
 @pytest.fixture(scope="module")
 def local(config, tmp_path_factory):
-    """The work directory of the same run on local disk."""
-    workdir = tmp_path_factory.mktemp("local") / "run"
-    train(config, workdir, model=model())
-    return workdir
+    """The work directory of the same run on local disk, on the host that prepares."""
+    folder = tmp_path_factory.mktemp("local")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(folder))
+        train(config, folder / "run", model=model())
+    assert list(folder.rglob("train*.npy"))
+    return folder / "run"
 
 
 def model():
@@ -146,7 +149,7 @@ def run_and_kill(text, workdir, output, *, when):
 
 
 @pytest.fixture(scope="module")
-def survivor(text, config, tmp_path_factory):
+def survivor(text, config, local, tmp_path_factory):
     """(work directory, step left by a kill -9, steps logged until then, log of the
     resumed run) of a run that was killed and resumed; not to be changed."""
     place, said = storage.path(f"{BUCKET}/survivor"), io.StringIO()
@@ -171,6 +174,15 @@ def test_killed_and_resumed_it_ends_bit_by_bit_like_a_local_run(
     assert {"config.json", "vocabulary.json", "data.json", "checkpoints"} <= names
     assert "lock" not in names
     assert not list(pathlib.Path().glob("gs:*"))
+
+
+def test_its_tokens_were_read_where_they_lie_and_it_says_how_long_it_waited(
+    survivor, local, emulator
+):
+    assert not list(emulator.rglob("train*.npy"))
+    for workdir, waited in ((survivor[0], True), (local, False)):
+        last = log.read(workdir, kind=goodput.TOTAL)[-1]
+        assert (last["goodput/data_wait_s"] > 0) == waited
 
 
 def test_what_a_checkpoint_knows_was_logged_before_the_kill(survivor):

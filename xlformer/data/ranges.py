@@ -28,8 +28,10 @@ ROOM = 1 << 26
 HELD = 256
 # Ranges that are fetched at a time: each takes tens of milliseconds, little of it work.
 THREADS = 16
-# Seconds before a range is tried again. (gcsfs tries again by itself, too.)
+# Seconds before a range is tried again; none is after LONGEST of them, because gcsfs
+# tries again by itself, too.
 PAUSES = (0.5, 1.0, 2.0, 4.0)
+LONGEST = 60.0
 
 
 class Part(NamedTuple):
@@ -114,6 +116,8 @@ class Remote:
 
     def fill(self, parts: Sequence[Part], view: memoryview) -> None:
         """Reads some parts, one after the other, into as many bytes."""
+        # Each part is a row, whose next read begins in the block where this one ends.
+        self._make_room(len(parts))
         begin, pieces = 0, (piece for part in parts for piece in _cut(part))
         while held := list(itertools.islice(pieces, HELD)):
             blocks = self._asked([key for key, _, _ in held], ahead=False)
@@ -124,14 +128,19 @@ class Remote:
 
     def ask(self, parts: Sequence[Part], *, ahead: bool) -> None:
         """Has the parts fetched; ahead: after what somebody waits for."""
-        self._asked([key for part in parts for key, _, _ in _cut(part)], ahead=ahead)
+        keys = list(dict.fromkeys(key for part in parts for key, _, _ in _cut(part)))
+        self._make_room(len(keys))
+        self._asked(keys, ahead=ahead)
+
+    def _make_room(self, blocks: int) -> None:
+        # With less, what was read ahead would be gone before it is used.
+        with self._lock:
+            self._room = max(self._room, 2 * blocks)
 
     def _asked(self, keys: list, *, ahead: bool) -> dict[tuple[int, int], Future]:
         """The blocks of these keys, which are there or on their way."""
         found, missing = dict.fromkeys(keys), []
         with self._lock:
-            # Fewer, and what was read ahead would be gone before it is used.
-            self._room = max(self._room, 2 * len(found))
             for key in found:
                 future = self._blocks.pop(key, None)
                 # What has failed is tried again by the next who needs it.
@@ -184,7 +193,9 @@ class Remote:
 
     def _whole(self, file: Stored, start: int, stop: int) -> bytes:
         stop = min(stop, file.size)
+        begin, tries = time.monotonic(), 0
         for pause in (*PAUSES, None):
+            tries += 1
             try:
                 data = self._fetch(file.path, start, stop)
                 with self._lock:
@@ -197,11 +208,12 @@ class Remote:
             # Errors of the network and of credentials have no common class.
             except Exception as error:
                 why = reason(error)
-            if pause is not None:
-                time.sleep(pause)
+            if pause is None or time.monotonic() - begin > LONGEST:
+                break
+            time.sleep(pause)
         raise WorthAnotherTry(
-            f"{file.path}: bytes {start} to {stop} cannot be read, "
-            f"tried {len(PAUSES) + 1} times: {why}"
+            f"{file.path}: bytes {start} to {stop} cannot be read, tried {tries} "
+            f"times: {why}"
         )
 
 

@@ -172,6 +172,11 @@ class Tokens:
         self._is_checked = symbols > np.iinfo(self._raw).max
 
     @property
+    def block(self) -> int:
+        """How many tokens an object store is asked for at least."""
+        return ranges.BLOCK // self._raw.itemsize
+
+    @property
     def waited(self) -> float:
         """Seconds for which reading has waited for an object store."""
         return self._reader.waited
@@ -264,7 +269,7 @@ class Tokens:
             self._reader.ask(self._parts(spans), ahead=False)
         for (low, high), (start, stop) in zip(pairs, spans, strict=True):
             out[low:high] = self.read(start, stop)[flat[low:high] - start]
-        self.ahead([stop for _, stop in spans], ranges.BLOCK // self._raw.itemsize)
+        self.ahead([stop for _, stop in spans], self.block)
         return out.reshape(index.shape)
 
     def _check(self, ids: np.ndarray, starts) -> None:

@@ -21,10 +21,8 @@ SHARE_OF_HALF = 0.05
 DEVIATION = 5.0
 SHORTEST = 5
 LONGEST_EXTRA = 15
-# Tokens of each row that are read at a time, and those that follow, which an object
-# store is asked for meanwhile.
+# Tokens of each row that are read at a time.
 WINDOW = 1 << 12
-AHEAD = 1 << 15
 
 
 class Stream:
@@ -139,19 +137,20 @@ class Stream:
             starts = [begin + start for begin in self._begin_B]
             if isinstance(self._tokens, Tokens):
                 window_BL = self._tokens.rows(starts, length)
-                self._ask(start + length)
+                self._ask(start + length, length)
             else:
                 window_BL = np.stack([self._tokens[x : x + length] for x in starts])
             first, self._window = start, (start, window_BL)
         return window_BL[:, start - first : stop - first]
 
-    def _ask(self, place: int) -> None:
+    def _ask(self, place: int, length: int) -> None:
         """Has what the next steps need fetched while this one is computed."""
+        length, begins = max(self._tokens.block, length), self._begin_B
+        # No further than to the end of the row: what follows is another host's.
         left = self.row_length - place
-        begins = self._begin_B
-        self._tokens.ahead([begin + place for begin in begins], min(AHEAD, left))
-        if left <= WINDOW:  # the next epoch
-            self._tokens.ahead(begins, min(AHEAD, self.row_length))
+        self._tokens.ahead([begin + place for begin in begins], min(length, left))
+        if left <= length:  # the next epoch
+            self._tokens.ahead(begins, min(length, self.row_length))
 
     def _resets(self, offset: int, lack: int, start: int, stop: int) -> np.ndarray:
         rows = len(self._rows)

@@ -113,9 +113,10 @@ def _prepare() -> None:
         raise UserError(
             f"gs:// needs {error.name}: pip install 'xlformer[gcs]'"
         ) from error
-    # What it gives up it also raises, and we say it in one line. Without a handler
-    # Python would print its traces.
-    logging.getLogger("gcsfs").addHandler(logging.NullHandler())
+    # What it gives up it raises too, and we say it in one line: no traces beside it.
+    log = logging.getLogger("gcsfs")
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.CRITICAL)
     # A listing that is kept would hide what other processes write: a lock, a step.
     conf = sys.modules["fsspec.config"].conf
     conf.setdefault("gcs", {})["use_listings_cache"] = False

@@ -342,6 +342,25 @@ def test_a_store_that_does_not_answer_is_worth_another_try(book, tmp_path, monke
         copied(book, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (RuntimeError("503"), WorthAnotherTry),
+        (FileNotFoundError("train"), UserError),
+        (OSError(28, "No space left on device"), UserError),
+    ],
+)
+def test_copying_fails_with_one_line(error, kind, book, tmp_path, monkeypatch):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(storage, "is_remote", lambda _: True)
+    monkeypatch.setattr(folders, "_by_ranges", fail)
+    with pytest.raises(kind, match="bucket/corpus: not copied to .*: ") as caught:
+        copied(book, tmp_path)
+    assert type(caught.value) is kind and str(error) in str(caught.value)
+
+
 @pytest.mark.parametrize("sums", [7, "0", "0" * 8, "G" * 8, None])
 def test_checksums_that_are_none_are_damage(sums, book):
     index = json.loads((book.directory / shards.INDEX).read_text())

@@ -1,6 +1,7 @@
 """Logs, locks and data in gs://, against an emulator of Google Cloud Storage."""
 
 import fcntl
+import logging
 import re
 import sys
 
@@ -70,6 +71,8 @@ def test_without_the_extra_the_line_names_it(missing, monkeypatch):
         line = refusal(storage.path, f"{BUCKET}/run")
     assert line == f"gs:// needs {missing}: pip install 'xlformer[gcs]'"
     storage.path(f"{BUCKET}/run")
+    # It logs the traces of what it raises too, which we say in one line.
+    assert not logging.getLogger("gcsfs").isEnabledFor(logging.ERROR)
 
 
 # Logs ---------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
+from xlformer import storage
 from xlformer.data import shards
-from xlformer.errors import UserError
+from xlformer.errors import UserError, WorthAnotherTry, reason
 
 # It stands in the name of a folder that is not finished, before the process id.
 INCOMPLETE = ".incomplete-"
@@ -64,8 +65,7 @@ def complete(
         # What an interrupt leaves is worth as much as what a kill leaves.
         except Exception as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            # The array_record library has no class for it.
-            full = next((x for x in FULL if x in str(error)), None)
+            full = _full(error)
             if full and not isinstance(error, UserError):
                 line = f"{folder.parent}: {full}: nothing is kept of {folder.name}"
                 raise UserError(line) from error
@@ -76,8 +76,8 @@ def complete(
 
 
 def _fill(folder: pathlib.Path, build, remote: epath.Path | None) -> None:
-    if remote is not None and (remote / CARD).exists():
-        _copy(remote, folder, without=_by_ranges(remote))
+    if remote is not None and _is_prepared(remote):
+        _copy(remote, folder, without=_by_ranges)
         if bad := damaged(folder, by_ranges=True):
             raise UserError(
                 f"{remote / bad} does not match the sha256 in its {CARD}: delete "
@@ -98,8 +98,8 @@ def _by_ranges(remote: epath.Path) -> set[str]:
     try:
         listed = shards.read_index(remote, json.loads((remote / CARD).read_bytes()))
         found = [shard for split in listed.values() for shard in split]
-    except OSError as error:
-        raise UserError(f"{remote}: cannot be read: {error}") from error
+    except OSError:
+        raise
     # Of the copy it is said what is damaged.
     except shards.DAMAGE:
         return set()
@@ -136,16 +136,40 @@ def damaged(folder: pathlib.Path, *, by_ranges: bool = False) -> str:
     return ""
 
 
-def _copy(source, target, *, without=frozenset()) -> None:
+def _is_prepared(remote: epath.Path) -> bool:
+    with _one_line(f"{remote}: not read", remote):
+        return (remote / CARD).exists()
+
+
+def _copy(source, target, *, without=lambda _: set()) -> None:
+    """Copies a folder, but for the names without(folder)."""
     source, target = epath.Path(source), epath.Path(target)
-    try:
+    with _one_line(f"{source}: not copied to {target}", source):
         target.mkdir(parents=True, exist_ok=True)
         # The card comes last: where it stands, everything does.
-        names = {path.name for path in source.iterdir()} - without
+        names = {path.name for path in source.iterdir()} - without(source)
         for name in sorted(names, key=CARD.__eq__):
             (source / name).copy(target / name, overwrite=True)
-    except OSError as error:
-        raise UserError(f"{source}: not copied to {target}: {error}") from error
+
+
+@contextlib.contextmanager
+def _one_line(what: str, source) -> Iterator[None]:
+    """Says in one line what cannot be read or written; a store may answer later."""
+    try:
+        yield
+    except UserError:
+        raise
+    # Errors of the network and of credentials have no common class.
+    except Exception as error:
+        stays = isinstance(error, FileNotFoundError) or _full(error)
+        again = storage.is_remote(source) and not stays
+        kind = WorthAnotherTry if again else UserError
+        raise kind(f"{what}: {reason(error)}") from error
+
+
+def _full(error: Exception) -> str | None:
+    """What a disk that is full says; the array_record library has no class for it."""
+    return next((x for x in FULL if x in str(error)), None)
 
 
 @contextlib.contextmanager

@@ -137,20 +137,20 @@ class Stream:
             starts = [begin + start for begin in self._begin_B]
             if isinstance(self._tokens, Tokens):
                 window_BL = self._tokens.rows(starts, length)
-                self._ask(start + length, length)
+                self._ask(self._tokens, start + length, length)
             else:
                 window_BL = np.stack([self._tokens[x : x + length] for x in starts])
             first, self._window = start, (start, window_BL)
         return window_BL[:, start - first : stop - first]
 
-    def _ask(self, place: int, length: int) -> None:
+    def _ask(self, tokens: Tokens, place: int, length: int) -> None:
         """Has what the next steps need fetched while this one is computed."""
-        length, begins = max(self._tokens.block, length), self._begin_B
+        length, begins = max(tokens.block, length), self._begin_B
         # No further than to the end of the row: what follows is another host's.
         left = self.row_length - place
-        self._tokens.ahead([begin + place for begin in begins], min(length, left))
+        tokens.ahead([begin + place for begin in begins], min(length, left))
         if left <= length:  # the next epoch
-            self._tokens.ahead(begins, min(length, self.row_length))
+            tokens.ahead(begins, min(length, self.row_length))
 
     def _resets(self, offset: int, lack: int, start: int, stop: int) -> np.ndarray:
         rows = len(self._rows)

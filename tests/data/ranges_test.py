@@ -140,6 +140,10 @@ def test_a_host_fetches_its_rows_and_no_others(store, monkeypatch):
         # The first and the last block of a row are also others', and so are those at
         # the end of a shard; the next epoch's first is fetched by the end of this one.
         assert needed[-1] < fetched[-1] < needed[-1] + 5 * BLOCK * len(rows)
+        if len(fetched) == 1:  # up to the block where the third row ends
+            end = 128 + 2 * (3 * found.row_length - SHARDS[0])
+            assert max(store.ranges)[0] == "gs://bucket/1.npy"
+            assert max(store.ranges)[2] == -(-end // BLOCK) * BLOCK
     assert abs(fetched[0] / fetched[2] - 0.5) < 0.1
     assert abs(fetched[1] / fetched[2] - 0.5) < 0.1
 
@@ -311,6 +315,9 @@ def test_what_has_no_checksums_of_blocks_is_copied_with_one_line(
         assert len(list(copy.glob("train-*.npy"))) > 3
     line = f"xlformer: {book.directory} has no checksums of blocks: it is copied whole"
     assert capsys.readouterr().err.splitlines() == [line]
+    (copy / "train-00001.npy").unlink()
+    copied(book, tmp_path)
+    assert (copy / "train-00001.npy").exists()
 
 
 def cut(path):

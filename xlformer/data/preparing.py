@@ -145,7 +145,9 @@ def _finish(folder, recipe: Recipe, builder, vocabulary, encoded) -> None:
         if unk_id is not None:
             splits[split]["unknown_share"] = round(int(ids[unk_id]) / count, 6)
     card = _card(recipe, builder, vocabulary, splits)
-    card |= json.loads((folder / symbols.ABOUT).read_text(encoding="utf-8"))
+    # What 0.1.0 left half-way has none.
+    if (about := folder / symbols.ABOUT).exists():
+        card |= json.loads(about.read_text(encoding="utf-8"))
     (folder / VOCABULARY).write_text(vocabulary.to_json(), encoding="utf-8")
     listed = {split: [one.shard for one in found] for split, found in encoded.items()}
     shards.write_index(folder, card, listed)

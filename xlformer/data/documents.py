@@ -237,6 +237,13 @@ def cut(documents: Iterable[Document], bounds: list[int]) -> list[list[Document]
     return parts
 
 
+def check_not_empty(splits: Mapping[str, list[Document]], origin: str) -> None:
+    """Raises UserError naming the split that has no text."""
+    for split, found in splits.items():
+        if not any(found):
+            raise UserError(f"{origin}: the text is empty: split {split!r}")
+
+
 def temporary(error: OSError, folder=None) -> UserError:
     """What is said where a temporary file cannot be written."""
     if folder:

@@ -23,10 +23,10 @@ from xlformer.data.documents import (
     Text,
     is_read_once,
 )
-from xlformer.data.sources import SPLITS, check_not_empty
 from xlformer.data.units import Units
 from xlformer.data.utf8 import Utf8
 from xlformer.errors import UserError, reason
+from xlformer.fields import SPLITS
 
 # Tests and generated tables would be a large part of the text, and site-packages is not
 # the library's own.
@@ -76,7 +76,7 @@ def read_stdlib(root: str | None = None) -> Text:
     data = documents.of_bytes(b"".join(path.read_bytes() for path in found))
     bounds = [0, len(data) * 90 // 100, len(data) * 95 // 100, len(data)]
     splits = dict(zip(SPLITS, documents.cut([data], bounds), strict=True))
-    check_not_empty(splits, f"stdlib ({root})")
+    documents.check_not_empty(splits, f"stdlib ({root})")
     facts = {"python": platform.python_version(), "files": len(found)}
     return Text(splits, facts)
 

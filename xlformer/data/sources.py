@@ -224,12 +224,5 @@ def _cut(corpus: Corpus, origin: Origin, files: Mapping[str, Source]) -> Text:
         bounds = [0, train, train + validation, max(len(whole), train + validation)]
         parts = documents.cut([whole], bounds)
     splits = dict(zip(SPLITS, parts, strict=True))
-    check_not_empty(splits, f"{corpus.name} ({', '.join(files)})")
+    documents.check_not_empty(splits, f"{corpus.name} ({', '.join(files)})")
     return Text(splits, {})
-
-
-def check_not_empty(splits: Mapping[str, list[Document]], origin: str) -> None:
-    """Raises UserError naming the split that has no text."""
-    for split, found in splits.items():
-        if not any(found):
-            raise UserError(f"{origin}: the text is empty: split {split!r}")

@@ -20,7 +20,7 @@ from etils import epath
 from xlformer import command, sharding
 from xlformer import config as config_lib
 from xlformer.errors import UserError
-from xlformer.machines import rehearsal, topologies
+from xlformer.machines import cores, rehearsal, topologies
 from xlformer.machines.plan_text import render
 from xlformer.machines.planning import HERE, plan
 
@@ -53,10 +53,13 @@ def _main(argv) -> int:
         jax.config.update("jax_platforms", "cpu")
     config = config_lib.load(args.config, overrides)
     config.model.vocab_size = rehearsal.vocab_size(args.config, config)
+    sizes = sharding.parse_mesh(args.mesh) if args.mesh else None
+    if args.topology == HERE:
+        cores.prepare_training(config, asked=None, sizes=sizes or config.mesh)
     found = plan(
         config,
         args.topology,
-        sizes=sharding.parse_mesh(args.mesh) if args.mesh else None,
+        sizes=sizes,
         mfu=args.mfu,
         price_per_chip_hour=args.price_per_chip_hour,
         arithmetic=args.arithmetic,

@@ -63,15 +63,7 @@ def _main(argv) -> int:
             start_limit=config.hosts.start_limit,
             heartbeat=config.hosts.heartbeat,
         )
-        train_config = config.train
-        cores.prepare(
-            config,
-            asked=args.cpu_devices,
-            rows=train_config.batch_size // train_config.micro_batches,
-            segment_length=train_config.segment_length,
-            sizes=config.mesh,
-            training=True,
-        )
+        cores.prepare_training(config, asked=args.cpu_devices, sizes=config.mesh)
         _keep_compiled(workdir)
         keep_heap_small()
         result = train(config, workdir, started=goodput.process_start())

@@ -82,7 +82,7 @@ def test_the_environment_decides_and_jax_that_has_started():
 PROGRAM = """
 import json, pathlib, sys
 import jax
-from xlformer import bench, config, evaluate, generate, runs, train
+from xlformer import bench, config, evaluate, generate, plan, runs, train
 from xlformer.machines import cores
 
 folder = pathlib.Path(sys.argv[1])
@@ -110,6 +110,7 @@ for main, argv in (
     (evaluate.main, [run, "--batch_size=9"]),
     (generate.main, [run, "--prompt=a", "--prompt=b", "--num_samples=3"]),
     (bench.main, ["--config=quickstart:batch=15"]),
+    (plan.main, ["--config=quickstart:batch=18", "--topology=local"]),
 ):
     try:
         main(argv)
@@ -133,6 +134,6 @@ def test_commands_ask_before_jax_starts(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found, devices = json.loads(done.stdout)
-    assert found == [[3, 12], [3, 9], [1, 6], [3, 15]]
+    assert found == [[3, 12], [3, 9], [1, 6], [3, 15], [3, 18]]
     assert devices == 3
     assert done.stderr == "3 CPU devices share 9 rows (--cpu_devices)\n"

@@ -82,6 +82,19 @@ def prepare(
         print(line, file=sys.stderr, flush=True)
 
 
+def prepare_training(config, *, asked: int | None, sizes: Mapping[str, int]) -> None:
+    """`prepare` for the training step of a config."""
+    train = config.train
+    prepare(
+        config,
+        asked=asked,
+        rows=train.batch_size // train.micro_batches,
+        segment_length=train.segment_length,
+        sizes=sizes,
+        training=True,
+    )
+
+
 def count(cores: int, *, rows: int, most: int, sizes: Mapping[str, int]) -> int:
     """The devices for a step: one a core, at most `most` and what divides the rows.
 

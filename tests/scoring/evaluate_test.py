@@ -122,7 +122,7 @@ def test_list_of_memory_lengths(card, workdir):
 
 def test_derived_window_moves_with_the_memory(card):
     """And its score is that of longer segments, unless a flag says their length."""
-    options = "--memory_length=14", "--batch_size=1"
+    options = "--memory_length=14", "--batch_size=1", "--mesh=data=1"
     found, plain = card(*options, "--same_length"), card(*options)
     assert (found["window"], plain["window"]) == (13, None)
     assert found["nats"] != plain["nats"]

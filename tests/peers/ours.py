@@ -1,8 +1,7 @@
 """Worker: xlformer, by the functions that its own commands run.
 
 Forms: an implementation of attention ('auto', 'xla', ...) with cached keys and values
-in scoring, on as many CPU devices as the commands make, and in segments as they take
-there; ONE, on one device and in the setting's segments;
+in scoring, on as many CPU devices as the commands make; ONE, the same on one device;
 PLAIN, that with the plain memory projected again in every segment; and NAIVE, a plain
 JAX port (naive.py).
 """
@@ -23,10 +22,8 @@ from xlformer.config import default_config
 from xlformer.machines import cores, rehearsal
 from xlformer.models import TransformerXL
 from xlformer.models.base import Model, compute_dtype
-from xlformer.scoring.rows import faster
 from xlformer.training.compiling import TrainingStep
 
-TEXT = 1_000_000  # tokens
 NAIVE, PLAIN, ONE = "naive", "plain", "one device"
 
 
@@ -158,7 +155,7 @@ def evaluation(setting, config, model, mesh):
     abstract = jax.eval_shape(model.init, key)
     placed = sharding.parameters(mesh, abstract, model.param_axes(abstract))
     params = jax.jit(model.init, out_shardings=placed)(key)
-    rows, T = setting.batch_size, _segments(setting, model, mesh)
+    rows, T = setting.batch_size, setting.segment_length
     evaluator = scoring.Evaluator(model, batch_size=rows, segment_length=T, mesh=mesh)
     evaluator.compile(params)
     rows_BN = np.concatenate([x for x, _ in worker.batches(setting)], axis=1)
@@ -179,16 +176,6 @@ def evaluation(setting, config, model, mesh):
         return evaluator.score(params, tokens, plan).targets
 
     return run, params
-
-
-def _segments(setting, model, mesh) -> int:
-    """Those that xlformer.evaluate takes of a long text; on one device the own ones."""
-    rows, T = setting.batch_size, setting.segment_length
-    if mesh.size == 1:
-        return T
-    cut = {"batch_size": rows, "segment_length": T, "warmup": "none"}
-    plan = scoring.cut_rows_for(model, TEXT, **cut)
-    return faster(plan, model, TEXT, batch_size=rows).segment_length
 
 
 def facts(parameters: int, dtype: str) -> dict:

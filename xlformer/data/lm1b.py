@@ -10,11 +10,12 @@ import itertools
 import re
 import sys
 
+from xlformer import storage
 from xlformer.data import archives
 from xlformer.data.archives import Archive, Origin
 from xlformer.data.corpus import Corpus
 from xlformer.data.documents import Document, Joined, Text
-from xlformer.errors import UserError
+from xlformer.errors import UserError, reason
 
 _NAME = "1-billion-word-language-modeling-benchmark-r13output"
 _TRAIN = "training-monolingual.tokenized.shuffled"
@@ -49,6 +50,26 @@ def read(origin: Origin) -> Text:
     return Text(splits, {"training_files": f"{len(train)} of {_SHARDS}"})
 
 
+def part(manual_dir: str) -> dict:
+    """How many training files lie there, unpacked; nothing of all or of the archive."""
+    try:
+        # Where tokens are prepared already, the folder may be gone.
+        if not storage.path(manual_dir).is_dir():
+            return {}
+        origin = Origin(CORPUS.name, CORPUS.archives, None, manual_dir)
+        if origin.has(CORPUS.archive):
+            return {}
+        names = origin.found(f"{_TRAIN}/news.en-*-of-00100")
+    except UserError:
+        raise
+    # Libraries that read gs:// raise errors of their own, without a common class.
+    except Exception as error:
+        line = f"config.data.manual_dir={manual_dir}: cannot be read: {reason(error)}"
+        raise UserError(line) from error
+    count = sum(bool(_SHARD.fullmatch(name)) for name in names)
+    return {} if count in (0, _SHARDS) else {"training_files": count}
+
+
 def _members(origin: Origin, source) -> dict[str, Document]:
     found = {}
     for name, document in archives.members(origin, source, lambda name: True):
@@ -81,6 +102,7 @@ CORPUS = Corpus(
         ),
     ),
     read=read,
+    part=part,
     protocol=(
         "validation is test (heldout-00000), so that published figures were chosen by "
         "what they are measured on; memory runs on over sentences; TensorFlow's "

@@ -134,6 +134,12 @@ def test_a_part_of_the_files_is_not_taken_for_all_of_them(tmp_path, monkeypatch)
     assert not lm1b.part(str(tmp_path)) and not lm1b.part(str(tmp_path / "gone"))
 
 
+def test_a_sentence_does_not_go_on_in_the_next_file(found, tmp_path):
+    unpacked(tmp_path, FILES | {TRAIN.format(1): "once a a"})
+    again = prepared(tmp_path)
+    assert again.card["splits"]["train"] == found.card["splits"]["train"]
+
+
 def test_a_list_gives_the_words_and_their_order(found, tmp_path):
     unpacked(tmp_path)
     path = tmp_path / "words.txt"

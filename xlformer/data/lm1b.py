@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+from collections.abc import Iterator
 
 from xlformer import storage
-from xlformer.data import archives
+from xlformer.data import archives, documents
 from xlformer.data.archives import Archive, Origin
 from xlformer.data.corpus import Corpus
 from xlformer.data.documents import Document, Joined, Text
@@ -40,7 +41,7 @@ def read(origin: Origin) -> Text:
         line = f"lm1b: these are {len(train)} of its {_SHARDS} training files"
         print(f"xlformer: {line}", file=sys.stderr, flush=True)
     # One document: sentences follow each other, from file to file.
-    joined = Joined("lm1b train", train)
+    joined = Joined("lm1b train", list(_closed(train)))
     test = [found[_TEST]]
     splits = {
         "train": [Document(joined, 0, joined.size)],
@@ -48,6 +49,15 @@ def read(origin: Origin) -> Text:
         "test": test,
     }
     return Text(splits, {"training_files": f"{len(train)} of {_SHARDS}"})
+
+
+def _closed(files: list[Document]) -> Iterator[Document]:
+    """The files; where the last line of one is open, it does not go on in the next."""
+    for number, document in enumerate(files, 1):
+        yield document
+        end = document.part(len(document) - 1, len(document)).read()
+        if end != b"\n" and number < len(files):
+            yield documents.of_bytes(b"\n")
 
 
 def part(manual_dir: str) -> dict:

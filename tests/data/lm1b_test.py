@@ -122,6 +122,24 @@ def test_unpacked_files_are_the_same_text(found, tmp_path, caplog, capsys):
     assert "lm1b: these are 3 of its 99 training files" in capsys.readouterr().err
 
 
+def test_a_part_of_the_files_is_not_taken_for_all_of_them(tmp_path, monkeypatch):
+    unpacked(tmp_path, without(TRAIN.format(2), TRAIN.format(3)))
+    few = prepared(tmp_path)
+    assert few.card["training_files"] == "1 of 99" and len(few.tokens["train"]) == 5
+    unpacked(tmp_path)
+    more = prepared(tmp_path)
+    assert more.card["training_files"] == "3 of 99" and len(more.tokens["train"]) == 18
+    # All of them are the published text, whether unpacked or not.
+    monkeypatch.setattr(lm1b, "_SHARDS", 3)
+    assert not lm1b.part(str(tmp_path)) and not lm1b.part(str(tmp_path / "gone"))
+
+
+def test_a_sentence_does_not_go_on_in_the_next_file(found, tmp_path):
+    unpacked(tmp_path, FILES | {TRAIN.format(1): "once a a"})
+    again = prepared(tmp_path)
+    assert again.card["splits"]["train"] == found.card["splits"]["train"]
+
+
 def test_a_list_gives_the_words_and_their_order(found, tmp_path):
     unpacked(tmp_path)
     path = tmp_path / "words.txt"

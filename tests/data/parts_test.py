@@ -154,6 +154,23 @@ def test_a_word_that_is_cut_counts_once(size, monkeypatch):
     assert sum(found) == 2 * len(text.split()) + 4
 
 
+def test_a_part_ends_before_a_space_rather_than_a_tab(monkeypatch):
+    monkeypatch.setattr(parts, "SIZE", 8)
+    found = [part.data for part in parts.of(b"ab cd\tefghij kl")]
+    assert found == [b"ab", b" cd", b"\tefghij", b" kl"]
+
+
+def test_a_text_with_wide_white_space_alone_is_cut_at_it(monkeypatch):
+    text = "\u65e5\u672c\u3000\u56fd\u8a9e\u2003\u5927\u5b66\u0085" * 9
+    whole = counting.count_words([text])
+    monkeypatch.setattr(parts, "SIZE", 5)
+    monkeypatch.setattr(parts, "LONGEST", 17)
+    assert len(list(parts.of(text))) > 20
+    found = counting.count_words([text])
+    assert found.symbols == whole.symbols
+    assert found.counts_V.tolist() == whole.counts_V.tolist() == [1, 9, 9, 9]
+
+
 def test_a_lone_return_is_seen_across_blocks(small, tmp_path):
     path = file_of(tmp_path, RAW)
     expected = documents.LONE_RETURN.sub(b"\n", RAW)

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import pathlib
 import resource
 import subprocess
 import sys
@@ -213,6 +214,35 @@ def test_it_goes_on_from_the_last_finished_shard(small, book, tmp_path, monkeypa
     for split, tokens in whole.tokens.items():
         np.testing.assert_array_equal(found.tokens[split], tokens)
     assert [path.name for path in (tmp_path / "out").glob("*incomplete*")] == []
+
+
+@pytest.mark.parametrize("last", ["everything", "facts", "half a file"])
+def test_a_kill_at_the_end_changes_no_card(last, small, book, tmp_path, monkeypatch):
+    monkeypatch.setattr(counting, "WORDS", 7)
+    text = options(book, unit="words", min_count=1)
+    whole = prepare.prepare(text, directory=tmp_path / "whole")
+    assert whole.card["count_error"]
+    out, write = tmp_path / "out", pathlib.Path.write_text
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    def cut(path, text, **options):
+        write(path, text[:9], **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if last == "half a file":
+            patch.setattr(pathlib.Path, "write_text", cut)
+        else:
+            patch.setattr(shards, "write_index", killed)
+        prepare.prepare(text, directory=out)
+    (left,) = out.glob("*incomplete*")
+    if last == "facts":  # They were the first to be deleted, before there was a card.
+        (left / symbols.ABOUT).unlink()
+    found = prepare.prepare(text, directory=out)
+    assert found.card == whole.card
+    assert found.vocabulary.to_json() == whole.vocabulary.to_json()
 
 
 @pytest.mark.parametrize("what", ["the text", "the tokens"])

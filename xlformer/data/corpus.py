@@ -39,6 +39,7 @@ class Corpus:
       line_documents: every line is one, and its newline no token.
       record: tokens of a document, where all are equal and rows hold whole ones.
       free: what lies under manual_dir may be any files of its form.
+      part: of manual_dir: what tells a part of the corpus, if one lies there, from all.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Corpus:
     line_documents: bool = False
     record: int = 0
     free: bool = False
+    part: Callable[[str], dict] | None = None
 
     @property
     def archive(self) -> Archive:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+from collections.abc import Iterator
 
-from xlformer.data import archives
+from xlformer import storage
+from xlformer.data import archives, documents
 from xlformer.data.archives import Archive, Origin
 from xlformer.data.corpus import Corpus
 from xlformer.data.documents import Document, Joined, Text
-from xlformer.errors import UserError
+from xlformer.errors import UserError, reason
 
 _NAME = "1-billion-word-language-modeling-benchmark-r13output"
 _TRAIN = "training-monolingual.tokenized.shuffled"
@@ -39,7 +41,7 @@ def read(origin: Origin) -> Text:
         line = f"lm1b: these are {len(train)} of its {_SHARDS} training files"
         print(f"xlformer: {line}", file=sys.stderr, flush=True)
     # One document: sentences follow each other, from file to file.
-    joined = Joined("lm1b train", train)
+    joined = Joined("lm1b train", list(_closed(train)))
     test = [found[_TEST]]
     splits = {
         "train": [Document(joined, 0, joined.size)],
@@ -47,6 +49,35 @@ def read(origin: Origin) -> Text:
         "test": test,
     }
     return Text(splits, {"training_files": f"{len(train)} of {_SHARDS}"})
+
+
+def _closed(files: list[Document]) -> Iterator[Document]:
+    """The files; where the last line of one is open, it does not go on in the next."""
+    for number, document in enumerate(files, 1):
+        yield document
+        end = document.part(len(document) - 1, len(document)).read()
+        if end != b"\n" and number < len(files):
+            yield documents.of_bytes(b"\n")
+
+
+def part(manual_dir: str) -> dict:
+    """How many training files lie there, unpacked; nothing of all or of the archive."""
+    try:
+        # Where tokens are prepared already, the folder may be gone.
+        if not storage.path(manual_dir).is_dir():
+            return {}
+        origin = Origin(CORPUS.name, CORPUS.archives, None, manual_dir)
+        if origin.has(CORPUS.archive):
+            return {}
+        names = origin.found(f"{_TRAIN}/news.en-*-of-00100")
+    except UserError:
+        raise
+    # Libraries that read gs:// raise errors of their own, without a common class.
+    except Exception as error:
+        line = f"config.data.manual_dir={manual_dir}: cannot be read: {reason(error)}"
+        raise UserError(line) from error
+    count = sum(bool(_SHARD.fullmatch(name)) for name in names)
+    return {} if count in (0, _SHARDS) else {"training_files": count}
 
 
 def _members(origin: Origin, source) -> dict[str, Document]:
@@ -81,6 +112,7 @@ CORPUS = Corpus(
         ),
     ),
     read=read,
+    part=part,
     protocol=(
         "validation is test (heldout-00000), so that published figures were chosen by "
         "what they are measured on; memory runs on over sentences; TensorFlow's "

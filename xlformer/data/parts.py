@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from xlformer.data.documents import Document, of_bytes
-from xlformer.data.utf8 import SPACES, as_bytes, whole_characters
+from xlformer.data.utf8 import OTHERS, SPACES, as_bytes, whole_characters
 
 # Bytes of a part. 5 MB as 68,880 records, one a line, take about 26 s to read one by
 # one; 100 MB in 1,526 records of 64 KiB take 0.16 s (tensorflow-datasets 4.9.10, 2 CPU
@@ -75,10 +75,13 @@ def _end(data: bytes, start: int) -> int:
     limit = start + SIZE
     if stop := data.rfind(b"\n", start, limit) + 1:
         return stop
-    # Not at the very beginning, where the part before was cut.
-    stop = max(data.rfind(white, start + 1, limit) for white in WHITE)
-    if stop > 0:
-        return stop
+    # Not at the very beginning, where the part before was cut. Before a space rather
+    # than a tab: to the rest of a line a tokenizer may add a space, and a space that is
+    # there can be left out for it.
+    for whites in ([b" "], WHITE):
+        stop = max(data.rfind(white, start + 1, limit) for white in whites)
+        if stop > 0:
+            return stop
     # A word that is longer than a part stays whole.
     limit = start + LONGEST
     found = [data.find(white, start + SIZE, limit) for white in WHITE]
@@ -86,4 +89,7 @@ def _end(data: bytes, start: int) -> int:
         return stop + (data[stop : stop + 1] == b"\n")
     if len(data) < limit:
         return 0
+    # What is left of white space is Unicode's, at which words are cut, too.
+    if (stop := max(data.rfind(space, start + 1, limit) for space in OTHERS)) > 0:
+        return stop
     return start + whole_characters(data[start:limit])

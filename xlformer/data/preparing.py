@@ -11,6 +11,7 @@ import json
 import pathlib
 
 import numpy as np
+from etils import epath
 
 from xlformer import progress, storage
 from xlformer.data import (
@@ -145,10 +146,9 @@ def _finish(folder, recipe: Recipe, builder, vocabulary, encoded) -> None:
         if unk_id is not None:
             splits[split]["unknown_share"] = round(int(ids[unk_id]) / count, 6)
     card = _card(recipe, builder, vocabulary, splits)
-    # What 0.1.0 left half-way has none.
-    if (about := folder / symbols.ABOUT).exists():
-        card |= json.loads(about.read_text(encoding="utf-8"))
-    (folder / VOCABULARY).write_text(vocabulary.to_json(), encoding="utf-8")
+    card |= json.loads((folder / symbols.ABOUT).read_text(encoding="utf-8"))
+    # Whole or not at all: whoever goes on after a kill reads it.
+    storage.write(epath.Path(folder / VOCABULARY), vocabulary.to_json())
     listed = {split: [one.shard for one in found] for split, found in encoded.items()}
     shards.write_index(folder, card, listed)
     for path in folder.glob(f"*{encoding.DONE}"):

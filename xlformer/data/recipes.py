@@ -211,6 +211,8 @@ def recipe(data) -> Recipe:
         unit, source = corpus.unit, corpus.source()
         if corpus.free and data.manual_dir:
             source["manual_dir"] = archives.listed(data.manual_dir)
+        if corpus.part and data.manual_dir:
+            source |= corpus.part(data.manual_dir)
         if corpus.symbols:
             listed = _fixed(corpus)
         elif data.vocab_file:

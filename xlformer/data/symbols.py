@@ -23,19 +23,20 @@ ABOUT = f"about{encoding.DONE}"
 
 def make(folder: pathlib.Path, recipe: Recipe, builder, team) -> Vocabulary:
     """That of the recipe; or the one that was found before a kill."""
-    path, about = folder / VOCABULARY, {}
+    path, known, about = folder / VOCABULARY, folder / ABOUT, {}
     if recipe.vocabulary or recipe.tokenizer:
         found = recipe.vocabulary or recipe.tokenizer
         if recipe.tokenizer:
             _say_what_is_lost(recipe.tokenizer, builder)
-    elif path.exists():
+    # Without what is known of them the card would lack how wrong their counts may be.
+    elif path.exists() and known.exists():
         return encoding.vocabulary(str(path))
     elif recipe.trained:
         found, about = _trained(recipe.trained, builder)
     else:
         found, error = _count(recipe, builder, team)
         about = {"count_error": error} if error else {}
-    storage.write(epath.Path(folder / ABOUT), json.dumps(about))
+    storage.write(epath.Path(known), json.dumps(about))
     storage.write(epath.Path(path), found.to_json())
     return encoding.vocabulary(str(path))
 

@@ -79,6 +79,26 @@ def test_the_environment_decides_and_jax_that_has_started():
     assert "cpu_devices=0 must be at least 1" in refusal(prepared, 0)
 
 
+def test_devices_that_have_no_rows_are_not_said_to_share_them(monkeypatch, capsys):
+    class Config:
+        update = staticmethod(lambda name, value: None)
+
+    monkeypatch.setattr(cores.jax, "config", Config)
+    prepared(3)
+    prepared(2)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("2 of 3 CPU devices share 2 rows (")
+    assert second.startswith("2 CPU devices share 2 rows (")
+
+
+def test_cores_are_counted_where_there_is_no_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert cores.workers.cores() == cores.workers.processes() == 5
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cores.workers.cores() == 1
+
+
 PROGRAM = """
 import json, pathlib, sys
 import jax
@@ -90,7 +110,7 @@ large = config.load("quickstart")
 (folder / "run").mkdir()
 (folder / "run" / runs.CONFIG).write_text(config.to_json(large))
 jax.config.update("jax_platforms", "cpu")
-cores.available = lambda: 3
+cores.workers.cores = lambda: 3
 real, found = cores.count, []
 
 class Asked(Exception):

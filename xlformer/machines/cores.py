@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import jax
 
 from xlformer import models, sharding
+from xlformer.data import workers
 from xlformer.errors import Argument, UserError
 
 # Either of them in the environment decides; JAX reads the first, XLA the second.
@@ -66,7 +67,7 @@ def prepare(
     many = asked
     if many is None:
         most = worth(config, rows, segment_length, training=training)
-        many = count(available(), rows=rows, most=most, sizes=sizes)
+        many = count(workers.cores(), rows=rows, most=most, sizes=sizes)
     if many < 1:
         raise UserError(Argument("cpu_devices", many), " must be at least 1")
     try:
@@ -78,7 +79,10 @@ def prepare(
         line = f": JAX has started in this process, with {jax.device_count()} devices"
         raise UserError(Argument("cpu_devices", asked), line) from None
     if many > 1 and jax.default_backend() == "cpu":
-        line = f"{many} CPU devices share {rows} rows (--cpu_devices)"
+        # Those that rows or the mesh leave idle do not.
+        used = count(many, rows=rows, most=many, sizes=sizes)
+        of = f" of {many}" * (used < many)
+        line = f"{used}{of} CPU devices share {rows} rows (--cpu_devices)"
         print(line, file=sys.stderr, flush=True)
 
 
@@ -107,14 +111,6 @@ def count(cores: int, *, rows: int, most: int, sizes: Mapping[str, int]) -> int:
         return max(1, min(fixed, cores))
     found = sharding.fit_mesh(sizes, fitting, rows=rows, where=Argument("mesh"))
     return math.prod(found.values())
-
-
-def available() -> int:
-    """Cores that this process may use."""
-    # macOS has no affinity.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def worth(config, rows: int, segment_length: int, *, training: bool) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 
 from xlformer.data import archives
 from xlformer.data.archives import Archive, Origin
@@ -35,9 +34,6 @@ def read(origin: Origin) -> Text:
         found |= origin.found(_TEST)
         _check(found, f"{origin.folder} has neither {archive.file} nor its files")
     train = [found[name] for name in sorted(found) if _SHARD.fullmatch(name)]
-    if len(train) < _SHARDS:
-        line = f"lm1b: these are {len(train)} of its {_SHARDS} training files"
-        print(f"xlformer: {line}", file=sys.stderr, flush=True)
     # One document: sentences follow each other, from file to file.
     joined = Joined("lm1b train", train)
     test = [found[_TEST]]
@@ -46,7 +42,10 @@ def read(origin: Origin) -> Text:
         "validation": test,
         "test": test,
     }
-    return Text(splits, {"training_files": f"{len(train)} of {_SHARDS}"})
+    facts = {"training_files": f"{len(train)} of {_SHARDS}"}
+    if len(train) < _SHARDS:
+        facts["incomplete"] = f"{len(train)} of its {_SHARDS} training files"
+    return Text(splits, facts)
 
 
 def _members(origin: Origin, source) -> dict[str, Document]:

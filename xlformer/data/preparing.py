@@ -11,6 +11,7 @@ import json
 import pathlib
 
 import numpy as np
+from etils import epath
 
 from xlformer import progress, storage
 from xlformer.data import (
@@ -148,7 +149,8 @@ def _finish(folder, recipe: Recipe, builder, vocabulary, encoded) -> None:
     # What 0.1.0 left half-way has none.
     if (about := folder / symbols.ABOUT).exists():
         card |= json.loads(about.read_text(encoding="utf-8"))
-    (folder / VOCABULARY).write_text(vocabulary.to_json(), encoding="utf-8")
+    # Whole or not at all: the next process takes the one that a killed one has left.
+    storage.write(epath.Path(folder / VOCABULARY), vocabulary.to_json())
     listed = {split: [one.shard for one in found] for split, found in encoded.items()}
     shards.write_index(folder, card, listed)
     for path in folder.glob(f"*{encoding.DONE}"):

@@ -79,6 +79,15 @@ def test_the_environment_decides_and_jax_that_has_started():
     assert "cpu_devices=0 must be at least 1" in refusal(prepared, 0)
 
 
+@pytest.mark.parametrize(("rows", "length"), [(0, 7), (-1, 7), (2, 0), (2, -3)])
+def test_sizes_that_cannot_be_are_left_to_who_uses_them(rows, length, monkeypatch):
+    for name in ("XLA_FLAGS", cores.VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    config = config_lib.load("quickstart:debug")
+    sizes = {"asked": None, "sizes": FREE}
+    cores.prepare(config, rows=rows, segment_length=length, **sizes)
+
+
 def test_devices_that_have_no_rows_are_not_said_to_share_them(monkeypatch, capsys):
     class Config:
         update = staticmethod(lambda name, value: None)

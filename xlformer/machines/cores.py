@@ -66,6 +66,9 @@ def prepare(
         return
     many = asked
     if many is None:
+        # What no step can have is refused by who uses it, in its own words.
+        if min(rows, segment_length) < 1:
+            return
         most = worth(config, rows, segment_length, training=training)
         many = count(workers.cores(), rows=rows, most=most, sizes=sizes)
     if many < 1:

@@ -66,17 +66,29 @@ def test_small_steps_and_small_machines_keep_one_device(monkeypatch):
     assert worth("wt103_base", training=False) == 7
 
 
+def test_a_long_segment_is_not_counted_pair_by_pair(monkeypatch):
+    monkeypatch.setattr(cores, "_memory", lambda: 64e9)
+    config = config_lib.load("quickstart")
+    long = cores.worth(config, 1, 20_000, training=True)
+    short = cores.worth(config, 1, cores.COUNTED, training=True)
+    assert short > 2 and long == pytest.approx(short * 20_000 / 1024, rel=0.3)
+
+
 def prepared(asked):
     config = config_lib.load("quickstart:debug")
     cores.prepare(config, asked=asked, rows=2, segment_length=7, sizes=FREE)
 
 
-def test_the_environment_decides_and_jax_that_has_started():
+def test_the_environment_decides_and_jax_that_has_started(monkeypatch):
     assert jax.device_count() == 8  # of these tests, by XLA_FLAGS
     prepared(None)
     prepared(8)
     assert "cpu_devices=3: JAX has started" in refusal(prepared, 3)
-    assert "cpu_devices=0 must be at least 1" in refusal(prepared, 0)
+    for number in (0, -1, 1025):
+        line = f"cpu_devices={number} must be at least 1 and at most 1024"
+        assert line in refusal(prepared, number)
+    monkeypatch.setenv(cores.VARIABLE, "0")
+    assert f"{cores.VARIABLE}=0 must be at least 1" in refusal(prepared, None)
 
 
 @pytest.mark.parametrize(("rows", "length"), [(0, 7), (-1, 7), (2, 0), (2, -3)])

@@ -18,6 +18,8 @@ TEMPORARY = ".tmp"
 # Seconds for a range of a few blocks: gcsfs tries six times, with 31 to 36 s between.
 RANGE_LIMIT = 40.0
 CACHE_VARIABLE, DEFAULT_CACHE = "XLFORMER_DATA", "~/.cache/xlformer"
+# What is said where there is no room for prepared text.
+ELSEWHERE = f"config.data.directory or {CACHE_VARIABLE} names another place"
 
 
 def path(place) -> epath.Path:
@@ -74,7 +76,7 @@ def check_room(folder, size: int, what: str) -> None:
     if free < size:
         raise UserError(
             f"{folder}: no room for {what}: it needs {size / 1e6:,.0f} MB, "
-            f"{free / 1e6:,.0f} MB are free"
+            f"{free / 1e6:,.0f} MB are free: {ELSEWHERE}"
         )
 
 

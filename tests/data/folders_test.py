@@ -1,5 +1,6 @@
 """Prepared folders are complete or absent: kills half-way, races, remote copies."""
 
+import fcntl
 import subprocess
 import sys
 import threading
@@ -8,6 +9,7 @@ import pytest
 
 from xlformer import config, prepare
 from xlformer.data import folders, local
+from xlformer.errors import WorthAnotherTry
 
 
 def own_text(path):
@@ -101,6 +103,37 @@ def test_of_two_processes_one_works_and_both_read(book, tmp_path):
     assert lines[0][-1] == lines[1][-1]
     found = prepare.load(lines[0][-1])
     assert text_of(found) == book.read_bytes()
+
+
+def test_who_waits_for_another_process_says_so(book, tmp_path, capsys):
+    root = tmp_path / "out"
+    root.mkdir()
+    with open(root / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        timer = threading.Timer(0.2, fcntl.flock, (file, fcntl.LOCK_UN))
+        timer.start()
+        found = prepare.prepare(own_text(book), directory=root)
+        timer.join()
+    assert text_of(found) == book.read_bytes()
+    line = f"xlformer: another process is preparing in {root}: waiting for it\n"
+    assert capsys.readouterr().err == line
+
+
+def test_what_is_finished_stays_for_another_try(tmp_path):
+    """Of helpers that were killed, say: a launcher starts again."""
+
+    def build(folder):
+        (folder / f"{len(list(folder.iterdir()))}").touch()
+        if len(list(folder.iterdir())) < 3:
+            raise WorthAnotherTry("killed")
+        (folder / "card.json").write_text("{}")
+
+    for _ in range(2):
+        with pytest.raises(WorthAnotherTry):
+            folders.complete(tmp_path / "corpus", build)
+        assert not (tmp_path / "corpus").exists()
+    folder = folders.complete(tmp_path / "corpus", build)
+    assert {path.name for path in folder.iterdir()} == {"0", "1", "2", "card.json"}
 
 
 def test_threads_may_race_too(book, tmp_path):

@@ -119,7 +119,11 @@ def test_unpacked_files_are_the_same_text(found, tmp_path, caplog, capsys):
     assert again.card["payload_sha256"] == found.card["payload_sha256"]
     assert again.card["splits"] == found.card["splits"]
     assert again.card["unpinned"] == ["unpacked files"]
-    assert "lm1b: these are 3 of its 99 training files" in capsys.readouterr().err
+    line = f"lm1b: these are 3 of its 99 training files: delete {again.directory}"
+    assert line in capsys.readouterr().err
+    # Also where it is found prepared: there may be more of them by now.
+    prepared(tmp_path)
+    assert line in capsys.readouterr().err
 
 
 def test_a_part_of_the_files_is_not_taken_for_all_of_them(tmp_path, monkeypatch):
@@ -143,7 +147,8 @@ def test_a_sentence_does_not_go_on_in_the_next_file(found, tmp_path):
 def test_a_list_gives_the_words_and_their_order(found, tmp_path):
     unpacked(tmp_path)
     path = tmp_path / "words.txt"
-    path.write_text("<S> 61\nword 9\n\na 8\n<UNK> 0\na 1\n")
+    text = "\ufeff<S> 61\nword\u00a09\n\u2003\na 8\n<UNK> 0\na 1\n"
+    path.write_text(text, encoding="utf-8")
     listed = prepared(tmp_path, vocab_file=str(path))
     assert listed.vocabulary.symbols == ("<S>", "word", "a", "<UNK>")
     assert listed.vocabulary.counts_V.tolist() == [6, 0, 7, 5]
@@ -154,7 +159,10 @@ def test_a_list_gives_the_words_and_their_order(found, tmp_path):
         with pytest.raises(UserError, match=f"vocab_file=.*words.txt: .*{line}"):
             prepared(tmp_path, vocab_file=str(path))
     data = data_config(tmp_path, vocab_file=str(path))
-    data.corpus = "penn"
+    data.tokenizer = "tokenizers:300"
+    with pytest.raises(UserError, match="lm1b, not with .*tokenizer=tokenizers:300"):
+        prepare.prepare(data, directory=tmp_path)
+    data.update(corpus="penn", tokenizer="")
     with pytest.raises(UserError, match="is for the words of lm1b"):
         prepare.prepare(data, directory=tmp_path)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -280,13 +281,30 @@ def damage_vocabulary(folder):
     (folder / "vocabulary.json").write_text("{}")
 
 
+def damage_symbols(folder):
+    fields = json.loads((folder / "vocabulary.json").read_text())
+    fields |= {"symbols": [*fields["symbols"], "a"], "counts": [*fields["counts"], 1]}
+    (folder / "vocabulary.json").write_text(json.dumps(fields))
+
+
+def damage_starts(folder):
+    np.save(folder / "train-documents.npy", np.array([0, 311], np.int64))
+
+
+def damage_first_start(folder):
+    np.save(folder / "train-documents.npy", np.array([-1, 3], np.int64))
+
+
 DAMAGE = {
     damage_truncate: "train.npy: .*prepare again",
     damage_ids: "train.npy: token id out of range: 250 in a vocabulary of 10",
-    damage_negative: "index.json: .* shards of test are not all .*prepare again",
+    damage_negative: "card.json: .*no number of tokens for test; .*prepare again",
     damage_pickle: "test.npy: .*prepare again",
     damage_card: "card.json: not a prepared corpus: .*prepare again",
-    damage_vocabulary: "vocabulary.json: not a stored vocabulary",
+    damage_vocabulary: "vocabulary.json: not a stored vocabulary.*prepare again",
+    damage_symbols: "vocabulary.json: 11 symbols, and its card says 10; .*again",
+    damage_starts: "train-documents.npy: no documents of 279 tokens .*prepare again",
+    damage_first_start: "train-documents.npy: no documents of 279 tokens",
     lambda folder: (folder / "validation.npy").unlink(): "validation.npy: ",
     lambda folder: (folder / "card.json").unlink(): "card.json: not a prepared",
     lambda folder: (folder / "vocabulary.json").unlink(): "cannot read the vocab",
@@ -303,6 +321,39 @@ def test_damaged_folders_are_noticed(spoil, tmp_path):
     spoil(folder)
     with pytest.raises(UserError, match=DAMAGE[spoil]):
         prepare.load(folder)
+
+
+def cut_files(folder):
+    for path in folder.rglob("*.array_record-*"):
+        os.truncate(path, path.stat().st_size // 2)
+
+
+def remove_files(folder):
+    for path in folder.rglob("*.array_record-*"):
+        path.unlink()
+
+
+def spoil_info(folder):
+    next(folder.rglob("dataset_info.json")).write_text("{")
+
+
+def spoil_facts(folder):
+    next(folder.rglob("metadata.json")).write_text("{}")
+
+
+@pytest.mark.parametrize("spoil", [cut_files, remove_files, spoil_info, spoil_facts])
+def test_a_stored_text_that_is_damaged_is_one_line(spoil, tmp_path):
+    (tmp_path / "digits").write_text("0123456789" * 31)
+    options = data_config(path=f"{tmp_path}/digits", unit="chars")
+    found = prepare.prepare(options, directory=tmp_path / "out")
+    spoil(tmp_path / "out" / "tfds")
+    options.unit = "bytes"  # another unit of the same text
+    line = "tfds/.*: the text that is stored .*; delete .* and prepare again"
+    with pytest.raises(UserError, match=line) as error:
+        prepare.prepare(options, directory=tmp_path / "out")
+    shutil.rmtree(str(error.value).split("delete ")[1].split(" and ")[0])
+    again = prepare.prepare(options, directory=tmp_path / "out")
+    assert again.card["payload_sha256"] == found.card["payload_sha256"]
 
 
 def test_a_text_to_score_is_encoded(book, tmp_path):

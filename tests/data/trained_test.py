@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from xlformer import config
-from xlformer.data import encoding, parts, trained
+from xlformer.data import encoding, parts, recipes, trained
 from xlformer.errors import UserError
 from xlformer.prepare import prepare
 from xlformer.scoring import units
@@ -53,9 +53,24 @@ def test_a_sample_is_said_part_by_part(monkeypatch):
 
 
 def test_what_cannot_be_trained_is_one_line():
-    with pytest.raises(UserError, match=r"tokenizer=sentencepiece:7: .*vocab") as error:
+    line = r"tokenizer=sentencepiece:7: its characters and bytes need 2\d\d pieces at"
+    with pytest.raises(UserError, match=line):
         one("sentencepiece:7")
-    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="tokenizers:255: its bytes are 256 pieces"):
+        one("tokenizers:255")
+
+
+@pytest.mark.parametrize("size", ["", "0", "-5", "abc", " 9", "99999999"])
+def test_a_number_of_pieces_is_asked_for_before_a_file(size):
+    data = config.default_config().data
+    for library in ("sentencepiece", "tokenizers"):
+        data.update(corpus="text", path="nothing", tokenizer=f"{library}:{size}")
+        line = f"tokenizer={library}:{size}: expected a number of pieces from 1"
+        with pytest.raises(UserError) as error:
+            recipes.check(data)
+        assert " ".join(line.split()) in str(error.value)
+    data.tokenizer = "./sentencepiece:x"
+    recipes.check(data)  # a file
 
 
 def wikitext(folder, **fields):

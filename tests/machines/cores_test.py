@@ -66,17 +66,58 @@ def test_small_steps_and_small_machines_keep_one_device(monkeypatch):
     assert worth("wt103_base", training=False) == 7
 
 
+def test_a_long_segment_is_not_counted_pair_by_pair(monkeypatch):
+    monkeypatch.setattr(cores, "_memory", lambda: 64e9)
+    config = config_lib.load("quickstart")
+    long = cores.worth(config, 1, 20_000, training=True)
+    short = cores.worth(config, 1, cores.COUNTED, training=True)
+    assert short > 2 and long == pytest.approx(short * 20_000 / 1024, rel=0.3)
+
+
 def prepared(asked):
     config = config_lib.load("quickstart:debug")
     cores.prepare(config, asked=asked, rows=2, segment_length=7, sizes=FREE)
 
 
-def test_the_environment_decides_and_jax_that_has_started():
+def test_the_environment_decides_and_jax_that_has_started(monkeypatch):
     assert jax.device_count() == 8  # of these tests, by XLA_FLAGS
     prepared(None)
     prepared(8)
     assert "cpu_devices=3: JAX has started" in refusal(prepared, 3)
-    assert "cpu_devices=0 must be at least 1" in refusal(prepared, 0)
+    for number in (0, -1, 1025):
+        line = f"cpu_devices={number} must be at least 1 and at most 1024"
+        assert line in refusal(prepared, number)
+    monkeypatch.setenv(cores.VARIABLE, "0")
+    assert f"{cores.VARIABLE}=0 must be at least 1" in refusal(prepared, None)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(0, 7), (-1, 7), (2, 0), (2, -3)])
+def test_sizes_that_cannot_be_are_left_to_who_uses_them(rows, length, monkeypatch):
+    for name in ("XLA_FLAGS", cores.VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    config = config_lib.load("quickstart:debug")
+    sizes = {"asked": None, "sizes": FREE}
+    cores.prepare(config, rows=rows, segment_length=length, **sizes)
+
+
+def test_devices_that_have_no_rows_are_not_said_to_share_them(monkeypatch, capsys):
+    class Config:
+        update = staticmethod(lambda name, value: None)
+
+    monkeypatch.setattr(cores.jax, "config", Config)
+    prepared(3)
+    prepared(2)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("2 of 3 CPU devices share 2 rows (")
+    assert second.startswith("2 CPU devices share 2 rows (")
+
+
+def test_cores_are_counted_where_there_is_no_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert cores.workers.cores() == cores.workers.processes() == 5
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cores.workers.cores() == 1
 
 
 PROGRAM = """
@@ -90,7 +131,7 @@ large = config.load("quickstart")
 (folder / "run").mkdir()
 (folder / "run" / runs.CONFIG).write_text(config.to_json(large))
 jax.config.update("jax_platforms", "cpu")
-cores.available = lambda: 3
+cores.workers.cores = lambda: 3
 real, found = cores.count, []
 
 class Asked(Exception):

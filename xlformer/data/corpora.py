@@ -19,7 +19,7 @@ import numpy as np
 from xlformer import progress, storage
 from xlformer.data import parts
 from xlformer.data.documents import Document, Text
-from xlformer.errors import UserError
+from xlformer.errors import UserError, reason
 
 # Text of one shard of tokens, which is encoded by one process at a time.
 SHARD = 1 << 25
@@ -155,7 +155,8 @@ def build(
     """Prepares the TFDS form of a corpus under data_dir, unless it is there."""
     import tensorflow_datasets as tfds
 
-    builder = _builder_class(name)(read=read, data_dir=os.fspath(data_dir))
+    with _whole(data_dir):
+        builder = _builder_class(name)(read=read, data_dir=os.fspath(data_dir))
     # Google's storage, which TFDS would ask first, has none of these builders.
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     tfds.disable_progress_bar()
@@ -172,16 +173,43 @@ def build(
     return builder
 
 
+def opened(store: str):
+    """The builder of a TFDS directory, which is there."""
+    import tensorflow_datasets as tfds
+
+    with _whole(store):
+        return tfds.builder_from_directory(store)
+
+
+@contextlib.contextmanager
+def _whole(store) -> Iterator[None]:
+    """Says in one line that a TFDS directory is damaged."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    # Whatever the libraries of its files raise.
+    except Exception as error:
+        raise UserError(
+            f"{store}: the text that is stored there cannot be read: {reason(error)}; "
+            f"delete {store} and prepare again"
+        ) from error
+
+
 def records(builder, split: str, start: int, stop: int) -> Iterator[tuple]:
     """Yields (number of the document, part) of the records of a split."""
-    source, count = builder.as_data_source(split), 1
+    with _whole(builder.data_path):
+        source = builder.as_data_source(split)
+    count = 1
     while start < stop:
         # Together: of 68,880 records one at a time took 385 us each, together 30 us.
         # Where they are large, one by one, because all of them lie in memory.
-        size = 0
         together = range(start, min(start + count, stop))
-        for record in source.__getitems__(together):
-            size += len(record["text"])
+        with _whole(builder.data_path):
+            found = source.__getitems__(together)
+            # Of a file that is cut it has records without a text.
+            size = sum(len(record["text"]) for record in found)
+        for record in found:
             joins = int(record["joins"])
             part = parts.Part(
                 record["text"],
@@ -202,4 +230,5 @@ def read_parts(builder, split: str) -> Iterator[parts.Part]:
 
 def stored(builder) -> dict:
     """What was seen of the text: its checksum, and of each split bytes and shards."""
-    return builder.info.metadata[STORED]
+    with _whole(builder.data_path):
+        return builder.info.metadata[STORED]

@@ -75,9 +75,7 @@ class Encoded(NamedTuple):
 
 @functools.lru_cache(maxsize=2)
 def _builder(store: str):
-    import tensorflow_datasets as tfds
-
-    return tfds.builder_from_directory(store)
+    return corpora.opened(store)
 
 
 def _records(job: Job):

@@ -62,13 +62,16 @@ def complete(
         try:
             _fill(unfinished, build, remote)
             unfinished.rename(folder)
-        # What an interrupt leaves is worth as much as what a kill leaves.
+        # What an interrupt leaves is worth as much as what a kill leaves, and so is
+        # what another try goes on from.
+        except WorthAnotherTry:
+            raise
         except Exception as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             full = _full(error)
             if full and not isinstance(error, UserError):
                 line = f"{folder.parent}: {full}: nothing is kept of {folder.name}"
-                raise UserError(line) from error
+                raise UserError(f"{line}: {storage.ELSEWHERE}") from error
             raise
         # The rename itself is an entry of the parent directory.
         _sync(folder.parent)
@@ -177,7 +180,12 @@ def _locked(root: pathlib.Path) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".lock", "w") as file:
         # Of the open file, not of its name: a killed process leaves no lock behind.
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            line = f"another process is preparing in {root}: waiting for it"
+            print(f"xlformer: {line}", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

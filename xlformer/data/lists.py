@@ -17,9 +17,10 @@ def read(path: str, corpus: Corpus) -> WordVocabulary:
     where = f"config.data.vocab_file={path}"
     try:
         with storage.path(path).open("rb") as file:
-            lines = [line.split(maxsplit=1)[:1] for line in file]
+            # As text, which has more kinds of white space than bytes have.
+            lines = [line.decode("utf-8-sig").split(maxsplit=1)[:1] for line in file]
         # Twice the same word is once, as in the original.
-        words = dict.fromkeys(word.decode("utf-8") for line in lines for word in line)
+        words = dict.fromkeys(word for line in lines for word in line)
     # Libraries that read gs:// raise errors of their own, without a common class.
     except UnicodeDecodeError:
         raise UserError(f"{where}: it is no UTF-8 text") from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 from collections.abc import Iterator
 
 from xlformer import storage
@@ -37,9 +36,6 @@ def read(origin: Origin) -> Text:
         found |= origin.found(_TEST)
         _check(found, f"{origin.folder} has neither {archive.file} nor its files")
     train = [found[name] for name in sorted(found) if _SHARD.fullmatch(name)]
-    if len(train) < _SHARDS:
-        line = f"lm1b: these are {len(train)} of its {_SHARDS} training files"
-        print(f"xlformer: {line}", file=sys.stderr, flush=True)
     # One document: sentences follow each other, from file to file.
     joined = Joined("lm1b train", list(_closed(train)))
     test = [found[_TEST]]
@@ -48,7 +44,10 @@ def read(origin: Origin) -> Text:
         "validation": test,
         "test": test,
     }
-    return Text(splits, {"training_files": f"{len(train)} of {_SHARDS}"})
+    facts = {"training_files": f"{len(train)} of {_SHARDS}"}
+    if len(train) < _SHARDS:
+        facts["incomplete"] = f"{len(train)} of its {_SHARDS} training files"
+    return Text(splits, facts)
 
 
 def _closed(files: list[Document]) -> Iterator[Document]:

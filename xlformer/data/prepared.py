@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Mapping
 
 import numpy as np
@@ -43,7 +44,7 @@ def load(directory, remote=None) -> Prepared:
     """
     folder = pathlib.Path(directory)
     card = _read_card(folder / "card.json")
-    vocabulary = vocabularies.load(folder / VOCABULARY)
+    vocabulary = _vocabulary(folder, card)
     try:
         listed = shards.read_index(folder, card)
     # Whatever is in it: it may be a stranger's.
@@ -60,8 +61,26 @@ def load(directory, remote=None) -> Prepared:
         documents[split] = None
         if card["documents"]:
             path = folder / f"{split}-documents.npy"
-            documents[split] = _map(path, np.dtype("int64"))
+            documents[split] = _starts(path, len(tokens[split]))
+    # Each time: what is missing may lie in config.data.manual_dir by now, where nobody
+    # looks again.
+    if about := card.get("incomplete"):
+        line = f"{card.get('corpus')}: these are {about}: delete {folder} to prepare"
+        print(f"xlformer: {line} others", file=sys.stderr, flush=True)
     return Prepared(tokens, documents, vocabulary, card, folder)
+
+
+def _vocabulary(folder: pathlib.Path, card: dict) -> Vocabulary:
+    try:
+        found = vocabularies.load(folder / VOCABULARY)
+    except UserError as error:
+        raise UserError(f"{error}; {_again(folder)}") from None
+    if (size := card.get("vocabulary_size")) != found.size:
+        raise UserError(
+            f"{folder / VOCABULARY}: {found.size} symbols, and its card says {size};"
+            f" {_again(folder)}"
+        )
+    return found
 
 
 def _on_disk(folder, listed: list[shards.Shard], vocabulary) -> shards.Tokens:
@@ -114,13 +133,26 @@ def _shard(folder: pathlib.Path, shard: shards.Shard, dtype: np.dtype) -> tuple:
     return path, found.offset, shard.tokens
 
 
+def _starts(path: pathlib.Path, tokens: int) -> np.memmap:
+    """Where documents begin among so many tokens."""
+    found = _map(path, np.dtype("int64"))
+    # Of millions the first and the last are looked at.
+    if not len(found) or found[0] != 0 or found[-1] > tokens:
+        raise UserError(
+            f"{path}: no documents of {tokens} tokens begin there;"
+            f" {_again(path.parent)}"
+        )
+    return found
+
+
 def _read_card(path: pathlib.Path) -> dict:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
         if card["format"] != FORMAT:
             raise ValueError(f"format {card['format']!r}, expected {FORMAT}")
         for split in SPLITS:
-            if type(card["splits"][split]["tokens"]) is not int:
+            tokens = card["splits"][split]["tokens"]
+            if type(tokens) is not int or tokens < 1:
                 raise ValueError(f"no number of tokens for {split}")
         card["documents"] = bool(card["documents"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -139,8 +171,9 @@ def _map(path: pathlib.Path, dtype: np.dtype, size: int | None = None) -> np.mem
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: {error}; {_again(path.parent)}") from None
     if found.dtype != dtype or found.ndim != 1 or size not in (None, len(found)):
+        expected = "one row" if size is None else size
         raise UserError(
-            f"{path}: expected {size} of {dtype}, found {found.dtype}{found.shape};"
+            f"{path}: expected {expected} of {dtype}, found {found.dtype}{found.shape};"
             f" {_again(path.parent)}"
         )
     return found

@@ -132,11 +132,12 @@ def check(data) -> None:
             "config.data.path and .documents need config.data.corpus=text; documents,"
             f" but no path, are of {made} too"
         )
+    trained.is_named(data.tokenizer)  # or why it is not well named
     if data.vocab_file and not (corpus and corpus.unknown and not data.tokenizer):
         with_words = ", ".join(n for n, c in sources.CORPORA.items() if c.unknown)
-        raise UserError(
-            f"config.data.vocab_file={data.vocab_file} is for the words of {with_words}"
-        )
+        line = f"config.data.vocab_file={data.vocab_file} is for the words of"
+        pieces_ = f", not with config.data.tokenizer={data.tokenizer}"
+        raise UserError(f"{line} {with_words}{pieces_ * bool(data.tokenizer)}")
     if _counts_own_words(data):
         return
     for name, free in (("min_count", (0, 1)), ("max_vocab", (0,))):

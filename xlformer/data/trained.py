@@ -13,9 +13,12 @@ import re
 from collections.abc import Callable, Iterator
 
 from xlformer.data import parts, pieces
-from xlformer.errors import UserError, reason
+from xlformer.errors import UserError
 
-NAMED = re.compile(r"(sentencepiece|tokenizers):([1-9]\d{0,6})")
+NAMED = re.compile(r"(sentencepiece|tokenizers):(.*)", re.DOTALL)
+SIZE = re.compile(r"[1-9]\d{0,6}")
+# What SentencePiece says of too few.
+FEW = re.compile(r"(?s).*smaller than required_chars\. \d+ vs (\d+).*")
 # Parts of train that SentencePiece is trained on at most, and bytes of each: it keeps
 # them in memory, several times as large, and 16 MiB take it two minutes. The other
 # library keeps a count of words, and takes all of train.
@@ -23,8 +26,17 @@ PARTS, OF_EACH = 128, 1 << 17
 
 
 def is_named(tokenizer: str) -> bool:
-    """Whether config.data.tokenizer asks for one that is trained, and names no file."""
-    return bool(NAMED.fullmatch(tokenizer))
+    """Whether config.data.tokenizer asks for one that is trained, and names no file.
+
+    UserError where it does not say of how many pieces.
+    """
+    found = NAMED.fullmatch(tokenizer)
+    if found and not SIZE.fullmatch(found[2]):
+        raise UserError(
+            f"config.data.tokenizer={tokenizer}: expected a number of pieces from 1 to "
+            f"9999999, as in {found[1]}:32768"
+        )
+    return bool(found)
 
 
 def train(
@@ -50,7 +62,8 @@ def train(
         raise
     # The libraries raise RuntimeError and plain Exception.
     except Exception as error:
-        raise UserError(f"config.data.tokenizer={name}: {reason(error)}") from error
+        why = FEW.sub(r"its characters and bytes need \1 pieces at least", str(error))
+        raise UserError(f"config.data.tokenizer={name}: {why:.200}") from error
     found = pieces.of_file(data, name)
     about = {
         "tokenizer": name,
@@ -113,12 +126,16 @@ def _sentencepiece(lines: Iterator[str], size: int) -> bytes:
 def _tokenizers(lines: Iterator[str], size: int) -> bytes:
     import tokenizers
 
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    if size < len(alphabet):
+        line = f"config.data.tokenizer=tokenizers:{size}: its bytes are"
+        raise UserError(f"{line} {len(alphabet)} pieces already")
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=alphabet,
         show_progress=False,
     )
     model.train_from_iterator(lines, trainer)

@@ -45,7 +45,8 @@ def decode_utf8(data: bytes, where: str, base: int = 0, ascii_: bool = True) -> 
         remedy = other if ascii_ and data[: error.start].isascii() else damaged
         raise UserError(
             f"{where}: byte {data[error.start]:#04x} at offset {base + error.start} is"
-            f" not valid UTF-8: {remedy}; config.data.unit=bytes takes any file"
+            f" not valid UTF-8: {remedy}; config.data.corpus=text with unit=bytes takes"
+            " any file"
         ) from None
 
 

@@ -35,7 +35,15 @@ def processes() -> int:
     """How many processes share the work: one for each core of this process's."""
     if multiprocessing.current_process().daemon:
         return 1  # multiprocessing allows it no children
-    return min(len(os.sched_getaffinity(0)), MOST)
+    return min(cores(), MOST)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    # macOS has no affinity.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Team:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import jax
 
 from xlformer import models, sharding
+from xlformer.data import workers
 from xlformer.errors import Argument, UserError
 
 # Either of them in the environment decides; JAX reads the first, XLA the second.
@@ -26,6 +27,9 @@ LEAST_TRAINING, LEAST_FORWARD = 2.5e8, 1e7
 # and two moments. All of them together may take half of the machine's memory.
 BYTES_TRAINING, BYTES_FORWARD = 16, 4
 SMALLEST_VOCABULARY = 256
+# JAX takes minutes to start with a hundred thousand devices.
+MOST = 1024
+COUNTED = 1024  # tokens of a segment
 
 
 def add_flag(parser) -> None:
@@ -62,13 +66,19 @@ def prepare(
     """
     given = VARIABLE in os.environ or XLA_FLAG in os.environ.get("XLA_FLAGS", "")
     if asked is None and (given or jax.distributed.is_initialized()):
+        if os.environ.get(VARIABLE) == "0":  # of which JAX makes a trace
+            raise UserError(f"{VARIABLE}=0 must be at least 1")
         return
     many = asked
     if many is None:
+        # What no step can have is refused by who uses it, in its own words.
+        if min(rows, segment_length) < 1:
+            return
         most = worth(config, rows, segment_length, training=training)
-        many = count(available(), rows=rows, most=most, sizes=sizes)
-    if many < 1:
-        raise UserError(Argument("cpu_devices", many), " must be at least 1")
+        many = count(workers.cores(), rows=rows, most=most, sizes=sizes)
+    if not 1 <= many <= MOST:
+        line = f" must be at least 1 and at most {MOST}"
+        raise UserError(Argument("cpu_devices", many), line)
     try:
         jax.config.update("jax_num_cpu_devices", many)
     # JAX has started, for what was done before in this Python.
@@ -78,7 +88,10 @@ def prepare(
         line = f": JAX has started in this process, with {jax.device_count()} devices"
         raise UserError(Argument("cpu_devices", asked), line) from None
     if many > 1 and jax.default_backend() == "cpu":
-        line = f"{many} CPU devices share {rows} rows (--cpu_devices)"
+        # Those that rows or the mesh leave idle do not.
+        used = count(many, rows=rows, most=many, sizes=sizes)
+        of = f" of {many}" * (used < many)
+        line = f"{used}{of} CPU devices share {rows} rows (--cpu_devices)"
         print(line, file=sys.stderr, flush=True)
 
 
@@ -109,14 +122,6 @@ def count(cores: int, *, rows: int, most: int, sizes: Mapping[str, int]) -> int:
     return math.prod(found.values())
 
 
-def available() -> int:
-    """Cores that this process may use."""
-    # macOS has no affinity.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def worth(config, rows: int, segment_length: int, *, training: bool) -> int:
     """How many devices a step keeps busy, and this machine has memory for.
 
@@ -125,20 +130,23 @@ def worth(config, rows: int, segment_length: int, *, training: bool) -> int:
     fields = config.model
     size = max((SMALLEST_VOCABULARY, *(n + 1 for n in fields.get("cutoffs", ()))))
     model = models.build(fields, None if fields.vocab_size else size)
-    step = {"batch_size": rows, "segment_length": segment_length}
+    # Who sees whom is an array of as many numbers as a segment has pairs of tokens: of
+    # a long one its beginning is counted.
+    length = min(segment_length, COUNTED)
+    step = {"batch_size": rows, "segment_length": length}
     forward, whole = model.flops(**step, cached=True), model.flops(**step)
     # All of our models count theirs.
     if forward is None:
         return 1
     # Each weight is one multiplication and one addition a token. What attention adds is
     # little beside them; the table of embeddings is read and not multiplied.
-    weights = forward.forward / (2 * rows * segment_length)
+    weights = forward.forward / (2 * rows * length)
     weights += model.vocab_size * (model.width or 0)
     each = weights * (BYTES_TRAINING if training else BYTES_FORWARD)
     busy = forward.forward / LEAST_FORWARD
     if training:
         busy = whole.training / LEAST_TRAINING
-    return int(min(busy, _memory() / 2 / each))
+    return int(min(busy * segment_length / length, _memory() / 2 / each))
 
 
 def _memory() -> float:

@@ -23,6 +23,8 @@ COMMANDS = {
     ),
     "plan": ("plan", "says whether a run fits onto a slice, and what it costs"),
     "bench": ("bench", "times a model on the devices here"),
+    "compare": ("compare", "measures what makes one model better than another"),
+    "recl": ("recl", "says how much context models make use of"),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 from fake_timings import FAST, timed
 from training_runs import bag
 
-from xlformer import bench, sharding
+from xlformer import bench, pictures, sharding
 from xlformer import config as config_lib
 from xlformer.machines import bench_plot, bench_presets, bench_runs, rehearsal
 from xlformer.machines.bench_timing import report
@@ -34,7 +34,7 @@ def test_a_plot_has_a_line_for_each_implementation(tmp_path):
 
 
 def test_a_plot_without_matplotlib_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(bench_plot.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda _: None)
     arguments = [*FAST, "--sweep=memory_length:3,9", "--plot=a.svg"]
     assert bench.main(arguments) == 2
     assert "xlformer[plot]" in capsys.readouterr().err

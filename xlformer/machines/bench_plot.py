@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 from collections.abc import Sequence
 
-from etils import epath
-
+from xlformer import pictures
 from xlformer.errors import Argument, UserError
 
 
@@ -16,13 +13,9 @@ def plot(rows: list[dict], path) -> None:
 
     Call `check` first.
     """
-    # Here and not above, because only --plot needs it: it belongs to the extra [plot].
-    import matplotlib
-    from matplotlib.figure import Figure
-
     measured = [row for row in rows if not row.get("out_of_memory")]
     field = rows[0]["field"]
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    figure = pictures.figure()
     axes = figure.subplots(1, 2)
     parts = (("tokens_per_second", 1, "tokens/s"), ("memory", 2**30, "GiB"))
     for axis, (key, unit, label) in zip(axes, parts, strict=True):
@@ -45,12 +38,7 @@ def plot(rows: list[dict], path) -> None:
         f"{about['dtype']}",
         fontsize="medium",
     )
-    picture = io.BytesIO()
-    # Letters stay text and nothing depends on the day, so that the file is small and a
-    # repetition gives the same bytes.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "xlformer"}):
-        figure.savefig(picture, format="svg", metadata={"Date": None})
-    epath.Path(path).write_bytes(picture.getvalue())
+    pictures.save(figure, path)
 
 
 def check(path, sweep: tuple[str, Sequence[str]]) -> None:
@@ -62,6 +50,4 @@ def check(path, sweep: tuple[str, Sequence[str]]) -> None:
         swept = f"{field}:{','.join(values)}" if field else ""
         wanted = " needs numbers to plot against: "
         raise UserError(Argument("plot", path), wanted, Argument("sweep", swept))
-    if importlib.util.find_spec("matplotlib") is None:
-        remedy = " needs matplotlib: pip install 'xlformer[plot]'"
-        raise UserError(Argument("plot", path), remedy)
+    pictures.check(Argument("plot", path))

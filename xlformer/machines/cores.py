@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import math
 import os
+import pathlib
+import platform
+import re
 import sys
 from collections.abc import Mapping
 
@@ -30,6 +33,20 @@ SMALLEST_VOCABULARY = 256
 # JAX takes minutes to start with a hundred thousand devices.
 MOST = 1024
 COUNTED = 1024  # tokens of a segment
+
+
+def processor() -> str:
+    """What this machine's processor is called, of which JAX knows no more than 'cpu'.
+
+    Numbers differ from one to the next, and so do the best ways of computing.
+    """
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    except (OSError, ValueError):
+        name = None
+    name = name[1] if name else platform.processor() or platform.machine()
+    return f"{name}, {workers.cores()} cores"
 
 
 def add_flag(parser) -> None:

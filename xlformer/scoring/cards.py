@@ -62,12 +62,13 @@ def _show(value) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def finite(card: dict) -> dict:
-    """JSON has no NaN and no infinity: null."""
-    return {
-        name: None if isinstance(x, float) and not math.isfinite(x) else x
-        for name, x in card.items()
-    }
+def finite(found):
+    """A card, or any tree for JSON, which has no NaN and no infinity: null."""
+    if isinstance(found, dict):
+        return {name: finite(x) for name, x in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [finite(x) for x in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def write(workdir, cards: list[dict]) -> None:

@@ -88,7 +88,7 @@ class Scorer:
             **tally.results(*self._count(run)),
             "seconds": round(score.seconds, 3),
             "tokens_per_s": round(score.targets / score.seconds, 1),
-            **_machine(self._mesh),
+            **machine(self._mesh),
         }
         if "record" in self._data:  # Images, which have no words.
             card["bits_per_dim"] = card["bits_per_byte"]
@@ -212,7 +212,8 @@ def _of_objective(run: runs.Run, objective) -> dict:
     }
 
 
-def _machine(mesh) -> dict:
+def machine(mesh: jax.sharding.Mesh) -> dict:
+    """On what something was measured: devices, versions, the day."""
     device = mesh.devices.flat[0]
     return {
         "device": f"{device.device_kind} x{mesh.size}",

@@ -1,0 +1,86 @@
+"""The command: what it refuses, prints and writes, with an instrument of a test."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from xlformer import compare, instruments, recl
+from xlformer.instruments.instrument import Result, Table
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """An instrument that counts, and what it was asked."""
+    module = types.ModuleType("xlformer.instruments.counting", "Counts letters.")
+    module.RUNS, module.SEEDS, module.asked = "none", {"small": 3, "tiny": 2}, []
+    module.add_flags = lambda parser: parser.add_argument("--letter", default="a")
+
+    def measure(request):
+        module.asked.append(request)
+        rows = [("seeds", request.seeds), ("half", 0.5), ("none", None)]
+        facts = {"curve": [1.0, float("nan")], "letter": request.args.letter}
+        table = Table("letters", ("what", "many"), rows)
+        return Result([table], facts, _draw, ["It is a test."])
+
+    module.measure = measure
+    monkeypatch.setitem(instruments.NAMES, "counting", "how many letters there are")
+    monkeypatch.setitem(sys.modules, "xlformer.instruments.counting", module)
+    return module
+
+
+def _draw(figure):
+    figure.subplots().plot([1, 2, 3])
+
+
+def test_a_table_is_printed_and_written_with_a_picture(counting, tmp_path, capsys):
+    argv = ["counting:tiny", f"--out={tmp_path / 'new'}", "--letter=b", "--seeds=5"]
+    assert compare.main(argv) == 0
+    out, (asked,) = capsys.readouterr().out, counting.asked
+    assert (asked.size, asked.seeds, asked.members) == ("tiny", 5, [])
+    assert "letters\nwhat   many\nseeds     5\nhalf    0.5\nnone      -\nIt is" in out
+    found = json.loads((tmp_path / "new/counting.json").read_text())
+    assert found["tables"][0]["rows"][1] == ["half", 0.5]
+    assert found["curve"] == [1.0, None] and found["letter"] == "b"
+    assert found["command"].endswith(" ".join(argv))
+    assert {"device", "jax", "date", "seconds"} <= set(found)
+    assert "<svg" in (tmp_path / "new/counting.svg").read_text()
+
+
+def test_seeds_are_those_of_the_size(counting, tmp_path):
+    for size, seeds in (("", 3), (":small", 3), (":tiny", 2)):
+        assert compare.main([f"counting{size}", f"--out={tmp_path}"]) == 0
+        assert counting.asked[-1].seeds == seeds
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["count"], "no instrument 'count', did you mean 'counting'?"),
+        (["counting:huge"], "counting:huge: no size 'huge'; known: small, tiny"),
+        (["counting:"], "no size ''"),
+        (["--out=x", "counting"], "--out=x stands where an instrument must"),
+        (["counting"], "required: --out"),
+        (["counting", "--seeds=1"], "--seeds=1 shows no spread: at least 2"),
+        (["counting", "--workdir=x"], "unknown argument '--workdir=x'"),
+        (["counting", "--out=/proc/x"], "--out=/proc/x: "),
+    ],
+)
+def test_bad_input_is_one_line(counting, tmp_path, capsys, argv, message):
+    if "required" not in message and not any("--out" in item for item in argv):
+        argv = [*argv, f"--out={tmp_path}"]
+    assert compare.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and message in err
+    assert not counting.asked and not any(tmp_path.iterdir())
+
+
+def test_help_lists_the_instruments(capsys):
+    assert compare.main([]) == 0
+    assert all(f"\n  {name}" in capsys.readouterr().out for name in ["recl"])
+
+
+def test_recl_is_a_command_of_its_own(tmp_path, capsys):
+    assert recl.main([f"--out={tmp_path}", "--wrkdir=x"]) == 2
+    assert "did you mean '--workdir'" in capsys.readouterr().err

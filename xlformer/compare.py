@@ -1,0 +1,159 @@
+"""Measures what makes models of one kind better than another, or cheaper.
+
+    python -m xlformer.compare NAME[:small|:tiny] [--workdir=DIR ...] --out=DIR
+
+NAME is an instrument; --help after it lists its flags. Each prints its tables and
+writes them into --out as NAME.json, with the device, the versions and the date, and as
+a picture, NAME.svg. What it trains lies in --out/runs, where another call finds it.
+Without --workdir the runs are its own, of the size that is named: `small` takes minutes
+on two CPU cores, `tiny` seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+
+from xlformer import command, compiled, instruments, pictures, sharding, storage
+from xlformer.errors import Argument, UserError, did_you_mean
+from xlformer.instruments import members as members_lib
+from xlformer.instruments.instrument import SIZES, Instrument, Request, Result, Table
+from xlformer.machines import cores
+from xlformer.scoring import cards, evaluation
+from xlformer.tables import aligned
+
+PROG = "python -m xlformer.compare"
+
+
+def _parser(prog: str, instrument: Instrument) -> command.Parser:
+    parser = command.Parser(prog=prog, description=instrument.__doc__)
+    parser.add_argument(
+        "--out", required=True, type=command.place, help="a folder for what is found"
+    )
+    if instrument.RUNS != "none":
+        parser.add_argument(
+            "--workdir",
+            action="append",
+            default=[],
+            type=command.place,
+            help="of a run to measure; may be repeated",
+        )
+        parser.add_argument("--checkpoint", default="best", help="best, latest, a step")
+    if instrument.SEEDS:
+        parser.add_argument("--seeds", type=int, help="runs of each kind, for a spread")
+    instrument.add_flags(parser)
+    return parser
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    first, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if first in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if first.startswith("--version"):
+        print(command.version())
+        return 0
+    name, colon, size = first.partition(":")
+    if name.startswith("-"):
+        raise UserError(f"{first} stands where an instrument must: {PROG} NAME ...")
+    instruments.find(name)
+    size = size if colon else SIZES[0]
+    if size not in SIZES:
+        raise UserError(f"{first}: no size {size!r}{did_you_mean(size, SIZES)}")
+    return measure(f"{PROG} {first}", name, size, rest)
+
+
+def measure(prog: str, name: str, size: str, argv: Sequence[str]) -> int:
+    """Runs an instrument with the flags of a command; returns the exit code."""
+    instrument = instruments.find(name)
+    args = _parser(prog, instrument).parse(argv)
+    out = storage.path(args.out)
+    pictures.check(Argument("out", out))
+    storage.check_writable(out, "out")
+    request = Request(
+        size=size,
+        out=out,
+        members=_members(instrument, args),
+        seeds=_seeds(instrument, size, args),
+        args=args,
+    )
+    compiled.keep()
+    out.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    result = instrument.measure(request)
+    about = {
+        "instrument": name,
+        "size": size,
+        "command": shlex.join([*prog.split(), *argv]),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "processor": cores.processor(),
+        **evaluation.machine(sharding.make_mesh({"data": -1})),
+    }
+    _report(out, name, result, about)
+    return 0
+
+
+def _members(instrument: Instrument, args) -> list[members_lib.Member]:
+    if instrument.RUNS == "none":
+        return []
+    if instrument.RUNS == "needed" and not args.workdir:
+        raise UserError("--workdir=DIR is missing: it names the run to measure")
+    return members_lib.load(args.workdir, checkpoint=args.checkpoint)
+
+
+def _seeds(instrument: Instrument, size: str, args) -> int:
+    if not instrument.SEEDS:
+        return 1
+    seeds = instrument.SEEDS[size] if args.seeds is None else args.seeds
+    if seeds < 2:
+        raise UserError(f"--seeds={seeds} shows no spread: at least 2 are needed")
+    return seeds
+
+
+def _report(out, name: str, result: Result, about: dict) -> None:
+    print("\n\n".join(map(_text, result.tables)))
+    for note in result.notes:
+        print(note)
+    found = {
+        **about,
+        "tables": [
+            {"title": t.title, "columns": list(t.columns), "rows": list(t.rows)}
+            for t in result.tables
+        ],
+        "notes": list(result.notes),
+        **result.facts,
+    }
+    text = json.dumps(cards.finite(found), indent=1)
+    storage.write(out / f"{name}.json", text + "\n")
+    figure = pictures.figure()
+    result.draw(figure)
+    pictures.save(figure, out / f"{name}.svg")
+    print(f"{out / name}.json and .svg")
+
+
+def _text(table: Table) -> str:
+    rows = [table.columns, *([_cell(x) for x in row] for row in table.rows)]
+    return "\n".join([table.title, *aligned(rows, left=table.left)])
+
+
+def _cell(value) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _usage() -> str:
+    lines = [f"  {name:10}{about}" for name, about in instruments.NAMES.items()]
+    return "\n".join([__doc__, "instruments:", *lines])
+
+
+def main(argv=None) -> int:
+    """The command; returns its exit code."""
+    return command.run(_main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The runs that an instrument measures beside each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from xlformer import models, runs, storage
+from xlformer.errors import Argument, UserError
+from xlformer.scoring import texts
+from xlformer.training.run import train
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A run under the name that tables give it."""
+
+    name: str
+    run: runs.Run
+
+    @property
+    def model(self) -> models.Model:
+        return self.run.model
+
+    @property
+    def params(self) -> Any:
+        return self.run.params
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers were trained."""
+        return sum(x.size for x in jax.tree.leaves(self.run.params))
+
+    def facts(self) -> dict:
+        """What tells it from others, for JSON."""
+        return {
+            "name": self.name,
+            "run": self.run.config.name,
+            "workdir": os.fspath(self.run.workdir),
+            "model": self.run.config.model.name,
+            "step": self.run.step,
+            "parameters": self.parameters,
+        }
+
+
+def load(workdirs: Sequence, *, checkpoint: str = "best") -> list[Member]:
+    """The runs of work directories; UserError where two of them are one run.
+
+    They are called as their configs are, or as their folders where configs repeat.
+    """
+    places = [storage.path(workdir) for workdir in workdirs]
+    seen: dict[str, epath.Path] = {}
+    for place in places:
+        real = os.fspath(place)
+        real = real if storage.is_remote(place) else os.path.realpath(real)
+        if real in seen:
+            raise UserError(
+                Argument("workdir", seen[real]),
+                " and ",
+                Argument("workdir", place),
+                " are one run, which is compared with itself",
+            )
+        seen[real] = place
+    found = [runs.load(place, checkpoint=checkpoint) for place in places]
+    for i, one in enumerate(found):
+        for other in found[:i]:
+            if _is_copy(one, other):
+                raise UserError(
+                    Argument("workdir", one.workdir),
+                    " is a copy of ",
+                    Argument("workdir", other.workdir),
+                    ": they are one run, which would be compared with itself",
+                )
+    names = _names([run.config.name for run in found], places)
+    return [Member(name, run) for name, run in zip(names, found, strict=True)]
+
+
+def _names(names: list[str], places: list[epath.Path]) -> list[str]:
+    """A name for each run that no other has, as short as that is possible."""
+    for choice in (names, [p.name for p in places], [os.fspath(p) for p in places]):
+        if len(set(choice)) == len(choice):
+            return choice
+    return [f"{place} {i}" for i, place in enumerate(places)]
+
+
+def _is_copy(one: runs.Run, other: runs.Run) -> bool:
+    """Whether two runs have the same weights, to the bit."""
+    if one.model != other.model or one.step != other.step:
+        return False
+    pairs = zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def check_vocabularies(members: Sequence[Member]) -> None:
+    """Raises UserError where the ids of two runs stand for different symbols."""
+    first = members[0].run.vocabulary
+    for member in members[1:]:
+        own = member.run.vocabulary
+        same = own.kind == first.kind and own.options() == first.options()
+        if not same or own.symbols != first.symbols:
+            raise UserError(
+                Argument("workdir", members[0].run.workdir),
+                f" has a vocabulary of {first.size} {first.unit}, ",
+                Argument("workdir", member.run.workdir),
+                f" another one of {own.size} {own.unit}: losses per token compare only "
+                "within one vocabulary",
+            )
+
+
+def text(member: Member, split: str, path: str | None = None):
+    """Tokens of a split of a run's text, or of a file, where documents begin, facts."""
+    return texts.read(member.run, split, path)
+
+
+def trained(name: str, config: ConfigDict, folder: epath.Path, model=None) -> Member:
+    """Trains a run in `folder / name`, goes on with it, or finds it complete there.
+
+    Args:
+      name: of the member, and of its folder.
+      config: what `train` takes; it must evaluate, or the last checkpoint counts.
+      folder: `Request.runs`.
+      model: in place of the config's.
+    """
+    workdir = folder / name
+    result = train(config, workdir, model)
+    if result["interrupted"]:
+        raise KeyboardInterrupt
+    return Member(name, runs.load(workdir, checkpoint="latest", model=model))

@@ -11,13 +11,11 @@ import binascii
 import functools
 import itertools
 import json
-from collections.abc import Iterable
 
 import numpy as np
 
-from xlformer import progress, storage
-from xlformer.data import parts
-from xlformer.data.utf8 import CODE_POINTS, code_points, decode_utf8
+from xlformer import storage
+from xlformer.data.utf8 import decode_utf8
 from xlformer.data.vocabulary import Vocabulary, require
 from xlformer.errors import UserError
 
@@ -87,16 +85,10 @@ class PieceVocabulary(Vocabulary):
     def decode(self, ids) -> str:
         return self._backend.decode(self._checked(ids).tolist())
 
-    def dropped(self, texts: Iterable[bytes]) -> str:
-        """The characters of texts, white space apart, of which no token is left."""
-        seen = np.zeros(CODE_POINTS, bool)
-        for text in texts:
-            for part in parts.of(text):
-                seen[code_points(part.data, "text", part.offset)] = True
-                progress.passed(len(part.data))
-        found = map(chr, np.flatnonzero(seen).tolist())
+    def dropped(self, characters: str) -> str:
+        """Those of the characters, white space apart, of which no token is left."""
         # Tokenizers treat white space in many ways; line ends are asked of separately.
-        visible = (c for c in found if not c.isspace())
+        visible = (c for c in characters if not c.isspace())
         return "".join(c for c in visible if not self.encode(c, close_line=False).size)
 
     def spelled(self) -> list[bytes]:

@@ -11,6 +11,7 @@ import binascii
 import functools
 import itertools
 import json
+import os
 
 import numpy as np
 
@@ -110,8 +111,11 @@ def load_tokenizer(path) -> PieceVocabulary:
     """Wraps a SentencePiece model or a Hugging Face tokenizers file (JSON)."""
     try:
         data = storage.path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"config.data.tokenizer: {path}: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:
+        line = f"config.data.tokenizer: {path}"
+        raise storage.unreadable(line, path, error) from None
     return of_file(data, path)
 
 
@@ -161,6 +165,9 @@ class _SentencePiece:
             raise ValueError(f"not a SentencePiece model: {error}") from None
         require(self.model.get_piece_size() > 0, "not a SentencePiece model")
         self.line_end = self.model.eos_id()  # -1: none
+        # As the other library has it: of many processes each takes one thread.
+        is_one = os.environ.get("TOKENIZERS_PARALLELISM") == "false"
+        self._threads = 1 if is_one else -1
 
     def end_lines_with(self, newline_id: int) -> None:
         require(self.line_end < 0, "'newline_id' in a model that has </s>")
@@ -202,7 +209,7 @@ class _SentencePiece:
         return self.model.unk_id()
 
     def encode(self, lines: list[str], ends: list[bool]) -> list[list[int]]:
-        found = self.model.encode(lines)
+        found = self.model.encode(lines, num_threads=self._threads)
         if self.line_end >= 0:
             for ids, end in zip(found, ends, strict=True):
                 if end:

@@ -12,6 +12,8 @@ IS_SPACE = np.zeros(256, bool)
 IS_SPACE[SPACES] = True
 # For bytes.translate, which is twice as fast as numpy's indexing.
 WHITE = IS_SPACE.tobytes()
+# What is said of a file that is none: of any corpus, of which most have no choice.
+ANY_FILE = "config.data.corpus=text with unit=bytes takes any file"
 ASCII = bytes(range(128))
 # All that Unicode has: U+10FFFF is the last.
 CODE_POINTS = 0x110000
@@ -46,8 +48,7 @@ def decode_utf8(data: bytes, where: str, base: int = 0, ascii_: bool = True) -> 
         remedy = other if ascii_ and data[: error.start].isascii() else damaged
         raise UserError(
             f"{where}: byte {data[error.start]:#04x} at offset {base + error.start} is"
-            f" not valid UTF-8: {remedy}; config.data.corpus=text with unit=bytes takes"
-            " any file"
+            f" not valid UTF-8: {remedy}; {ANY_FILE}"
         ) from None
 
 

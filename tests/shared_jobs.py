@@ -36,3 +36,8 @@ def fail_in_a_helper(parent):
 def many(number, size):
     """A large result."""
     return bytes([number]) * size
+
+
+def leave_a_file_and_fail(folder):
+    open(os.path.join(folder, str(os.getpid())), "w").close()
+    raise ZeroDivisionError

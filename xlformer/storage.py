@@ -11,7 +11,7 @@ import sys
 
 from etils import epath
 
-from xlformer.errors import Argument, UserError, reason
+from xlformer.errors import Argument, UserError, WorthAnotherTry, reason
 
 # The ending of a file that is being written, before it is renamed.
 TEMPORARY = ".tmp"
@@ -78,6 +78,16 @@ def check_room(folder, size: int, what: str) -> None:
             f"{folder}: no room for {what}: it needs {size / 1e6:,.0f} MB, "
             f"{free / 1e6:,.0f} MB are free: {ELSEWHERE}"
         )
+
+
+def unreadable(what: str, place, error: Exception) -> UserError:
+    """What is raised where something cannot be read: a store may answer later.
+
+    Errors of the network and of credentials have no common class.
+    """
+    stays = isinstance(error, FileNotFoundError) or not is_remote(place)
+    kind = UserError if stays else WorthAnotherTry
+    return kind(f"{what}: {reason(error)}")
 
 
 def read_range(place: str, start: int, stop: int) -> bytes:

@@ -303,6 +303,14 @@ def test_another_folder_is_another_corpus(tmp_path):
         path.write_bytes(path.read_bytes() + more)
         keys.append(recipes.recipe(data_config("trembl", tmp_path / name)).key())
     assert keys[0] == keys[1] != keys[2]
+    # In the folders of others, too, whose names are the same.
+    keys = []
+    for name, more in (("d", ""), ("e", ""), ("f", "more")):
+        book = tmp_path / name / "train" / "1.txt"
+        book.parent.mkdir(parents=True)
+        book.write_text("a book" + more)
+        keys.append(recipes.recipe(data_config("pg19", tmp_path / name)).key())
+    assert keys[0] == keys[1] != keys[2]
     with pytest.raises(UserError, match="manual_dir=.*: cannot be read"):
         recipes.recipe(data_config("trembl", tmp_path / "none"))
 

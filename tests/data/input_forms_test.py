@@ -72,7 +72,10 @@ def test_line_ends_are_those_of_python_for_words_and_kept_for_characters(file):
 REFUSED = {
     "utf-16": (TEXT.encode("utf-16"), "is UTF-16 and no UTF-8.* iconv -f UTF-16 -t"),
     "utf-32": (TEXT.encode("utf-32"), "is UTF-32 and no UTF-8.* iconv -f UTF-32 -t"),
-    "LE": (TEXT.encode("utf-16-le"), "NUL bytes .161, .* 1.: .*iconv -f UTF-16LE"),
+    "LE": (
+        TEXT.encode("utf-16-le"),
+        "NUL bytes .161, .* 1.: .*iconv -f UTF-16LE .*corpus=text with unit=bytes",
+    ),
     "BE": (TEXT.encode("utf-16-be"), "NUL bytes .161, .* 0.: .*iconv -f UTF-16BE"),
     "latin-1": (TEXT.encode("latin-1"), "byte 0xef at offset 2 .*iconv -f LATIN1 -t"),
     "damaged": (RAW + b"\xe2\x82", "byte 0xe2 at offset 168 .*iconv -c -f UTF-8 -t"),

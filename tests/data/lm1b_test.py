@@ -40,8 +40,9 @@ def packed(files):
     with tarfile.open(fileobj=buffer, mode="w:gz") as opened:
         for name, text in files.items():
             member = tarfile.TarInfo(f"{NAME}/{name}")
-            member.size = len(text.encode())
-            opened.addfile(member, io.BytesIO(text.encode()))
+            data = text.encode("utf-8", "surrogateescape")
+            member.size = len(data)
+            opened.addfile(member, io.BytesIO(data))
     return buffer.getvalue()
 
 
@@ -49,7 +50,7 @@ def unpacked(folder, files=FILES):
     for name, text in files.items():
         path = folder / NAME / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 def data_config(folder, **fields):
@@ -124,6 +125,18 @@ def test_unpacked_files_are_the_same_text(found, tmp_path, caplog, capsys):
     # Also where it is found prepared: there may be more of them by now.
     prepared(tmp_path)
     assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["archive", "folder"])
+def test_a_wrong_byte_is_said_by_its_file(where, tmp_path):
+    files = FILES | {TRAIN.format(2): "b \u00e9 \udcff a\n"}
+    if where == "archive":
+        (tmp_path / lm1b.CORPUS.archive.file).write_bytes(packed(files))
+    else:
+        unpacked(tmp_path, files)
+    line = f"lm1b: {TRAIN.format(2)}: byte 0xff at offset 5 is not valid UTF-8"
+    with pytest.raises(UserError, match=line):
+        prepared(tmp_path)
 
 
 def test_a_part_of_the_files_is_not_taken_for_all_of_them(tmp_path, monkeypatch):

@@ -110,6 +110,11 @@ def test_tokens_are_picked_as_from_an_array(small, book):
     np.testing.assert_array_equal(tokens[index], array[index])
     assert tokens[index[:0]].shape == (0, 11) and tokens[-1] == array[-1]
     np.testing.assert_array_equal(tokens[990:2010:3], array[990:2010:3])
+    # From the end, as numpy counts, and not from wherever a file begins.
+    np.testing.assert_array_equal(tokens[index - 1500], array[index - 1500])
+    for bad in ([0, -len(array) - 1], [len(array), 0]):
+        with pytest.raises(IndexError, match=f"of {len(array)} tokens"):
+            tokens[bad]
     table = np.arange(256)[::-1].astype(np.int32)
     other = tokens.head(1500).translated(table)
     assert len(other) == 1500 and other.dtype == np.int32

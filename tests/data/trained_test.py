@@ -33,6 +33,16 @@ def test_pieces_keep_all_of_any_text(name):
     assert about["trained_on"].startswith(f"train: 36 lines, {len(TEXT.encode())} byte")
 
 
+def test_a_long_line_is_not_left_out():
+    """By default SentencePiece takes none that is longer than 4 KiB."""
+    draw = np.random.default_rng(2)
+    text = " ".join(f"\u4e2d{i}" for i in draw.integers(0, 3000, 12_000))
+    found, about = one("sentencepiece:290", text + "\n")
+    assert trained.OF_EACH > len(text.encode()) > 1 << 16
+    assert about["trained_on"].startswith("train: 1 lines, ")
+    assert "\u4e2d" in "".join(found.symbols)
+
+
 def test_a_sample_is_said_part_by_part(monkeypatch):
     monkeypatch.setattr(trained, "PARTS", 3)
     monkeypatch.setattr(trained, "OF_EACH", 7)

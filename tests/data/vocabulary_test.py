@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizer_files import hugging_face
 
-from xlformer.data import counting, parts, pieces, vocabularies, vocabulary
+from xlformer.data import counting, parts, pieces, utf8, vocabularies, vocabulary
 from xlformer.errors import UserError
 
 LINES = b"b a <unk>\n a A c\n\nb a"
@@ -298,9 +298,12 @@ def test_characters_that_leave_no_token_are_known(tmp_path):
     model = tokenizers.Tokenizer(tokenizers.models.BPE({"c": 0, "a": 1}, []))
     model.save(str(tmp_path / "bpe.json"))
     found = pieces.load_tokenizer(tmp_path / "bpe.json")
-    texts = [b"a cat\n", "\u00e9".encode()]
-    assert found.dropped(texts) == "t\u00e9"
-    assert found.encode(texts[0]).tolist() == [1, 0, 1]
+    characters = utf8.Characters()
+    for text in (b"a ca\n", "\u00e9\u65e5a\U0001f600t\u00e9".encode()):
+        characters.add(text)
+    assert characters.found() == "\n act\u00e9\u65e5\U0001f600"
+    assert found.dropped(characters.found()) == "t\u00e9\u65e5\U0001f600"
+    assert found.encode(b"a cat\n").tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b'{"a": 1}', b"\x00\x01nonsense" * 9])

@@ -1,5 +1,6 @@
 """Workers: the same shards for any number of them, kills, errors, scripts."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 import shared_jobs
 
 from xlformer import command, config, prepare
-from xlformer.data import corpora, parts, preparing, symbols, workers
+from xlformer.data import corpora, parts, preparing, shards, symbols, workers
 from xlformer.errors import UserError, WorthAnotherTry
 
 
@@ -93,6 +94,22 @@ def test_helpers_work_on_while_large_results_wait():
         assert next(team.work(shared_jobs.many, jobs[3:]))[0] == 3
 
 
+def test_helpers_get_ready_before_there_is_work(tmp_path):
+    """What they call first may fail: a job then fails too, and says so."""
+    ready = functools.partial(shared_jobs.leave_a_file_and_fail, str(tmp_path))
+    with workers.Team(ready=ready) as team:
+        assert not multiprocessing.active_children()
+        team.grow(3)
+        helpers = {process.pid for process in multiprocessing.active_children()}
+        while len(found := {int(path.name) for path in tmp_path.iterdir()}) < 2:
+            time.sleep(0.01)
+        assert found == helpers and len(helpers) == 2
+        team.grow(2)
+        jobs = [(number, os.getpid()) for number in range(9)]
+        pids = {pid for _, pid, _ in team.work(shared_jobs.of_this_process, jobs)}
+        assert pids - {os.getpid()} == helpers
+
+
 KILLED = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -166,9 +183,44 @@ def test_an_unknown_symbol_is_found_in_a_worker_too(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "SHARD", 997)
     monkeypatch.setattr(preparing, "_processes", lambda _: 2)
     (tmp_path / "book.txt").write_text("abcd " * 2000)
+    helpers, example = set(), corpora._example
+
+    def seen(*args):
+        helpers.add(len(multiprocessing.active_children()))
+        return example(*args)
+
+    monkeypatch.setattr(corpora, "_example", seen)
     whole = prepare.prepare(options(tmp_path / "book.txt", unit="chars"))
+    assert helpers == {1}  # It gets ready while the text is stored.
     vocabulary = whole.vocabulary
     monkeypatch.setattr(symbols, "_count", lambda *_: (vocabulary, 0))
     (tmp_path / "book.txt").write_text("abcd " * 2000 + "xyz")
     with pytest.raises(UserError, match="text test: not in the vocabulary of 5 chars"):
         prepare.prepare(options(tmp_path / "book.txt", unit="chars"))
+
+
+def test_characters_that_a_tokenizer_drops_are_said(tmp_path, monkeypatch, capsys):
+    """As they are found in all processes, also by one that was killed."""
+    tokenizers = pytest.importorskip("tokenizers")
+    monkeypatch.setattr(parts, "SIZE", 101)
+    monkeypatch.setattr(corpora, "SHARD", 997)
+    monkeypatch.setattr(preparing, "_processes", lambda _: 2)
+    known = {letter: i for i, letter in enumerate("abcd\n")}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(known, []))
+    model.save(str(tmp_path / "bpe.json"))
+    text = "ab cd\n" * 900 + "zab" + "ab cd\n" * 900 + "\u00efab\n"
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    data = options(tmp_path / "book.txt", tokenizer=str(tmp_path / "bpe.json"))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards, "write_index", killed)
+        prepare.prepare(data, directory=tmp_path)
+    line = "makes no token of 2 characters of the text: 'z', '\u00ef'\n"
+    assert line in capsys.readouterr().err
+    monkeypatch.setattr(preparing, "_processes", lambda _: 1)
+    monkeypatch.setattr(shards, "writer", None)  # All shards are there.
+    prepare.prepare(data, directory=tmp_path)
+    assert line in capsys.readouterr().err

@@ -141,6 +141,8 @@ def test_the_log_says_where_it_is_and_how_fast(uninterrupted):
         json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()
     ]
     assert records[-1]["kind"] == "goodput_total"
+    # What it began with was made.
+    assert records[-1]["goodput/restoring_s"] == 0 < records[-1]["goodput/start_up_s"]
     records = [r for r in records if r["kind"] in ("train", "eval")]
     for record in records:
         nats = "eval/nats_per_token" if record["kind"] == "eval" else "train/loss_nats"

@@ -222,12 +222,6 @@ def records(builder, split: str, start: int, stop: int) -> Iterator[tuple]:
         start, count = together.stop, 16 if size < TOGETHER else 1
 
 
-def read_parts(builder, split: str) -> Iterator[parts.Part]:
-    """The parts of a whole split, in order."""
-    stop = stored(builder)["splits"][split]["shards"][-1]
-    return (part for _, part in records(builder, split, 0, stop))
-
-
 def stored(builder) -> dict:
     """What was seen of the text: its checksum, and of each split bytes and shards."""
     with _whole(builder.data_path):

@@ -14,14 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from xlformer.data import parts
+from xlformer.data import parts, words
 from xlformer.data.utf8 import CODE_POINTS, code_points
 from xlformer.data.vocabulary import (
     NEWLINE,
     ByteVocabulary,
     CharVocabulary,
     WordVocabulary,
-    split_words,
 )
 
 # Different words of one's own text that are counted at a time: about 120 bytes each.
@@ -101,14 +100,22 @@ class Words:
         self.specials, self.lower, self.limit = specials, lower, limit
         self.begins = begins
         self._specials = {special.encode() for special in specials}
-        self.counts = collections.Counter()  # of the words in UTF-8
+        self._found = words.Numbers(specials[0], lower=lower, begins=begins)
+        # Words in UTF-8 are numbered as they appear, and counted by their numbers.
+        self._numbers: dict[bytes, int] = {}
+        self._counts = np.zeros(1 << 10, np.int64)
         self.total = self.error = 0
 
+    @property
+    def counts(self) -> collections.Counter:
+        """Of the words in UTF-8, in the order of their first appearance."""
+        counts = self._counts[: len(self._numbers)].tolist()
+        return collections.Counter(dict(zip(self._numbers, counts, strict=True)))
+
     def add(self, part: parts.Part, where: str) -> None:
-        eos = self.specials[0]
-        words = split_words(part, eos, self.lower, True, where, begins=self.begins)
-        self.counts.update(words)
-        self.total += len(words)
+        numbers = self._found.of(part, self._number, where)
+        self._add(numbers, 1)
+        self.total += len(numbers)
         self._forget()
 
     def found(self) -> tuple[dict, int, int]:
@@ -117,20 +124,34 @@ class Words:
     def follow(self, found: tuple[dict, int, int]) -> None:
         """Takes in what was counted of the text that comes next."""
         counts, total, error = found
-        self.counts.update(counts)
+        numbers = np.fromiter(map(self._number, counts), np.int32, len(counts))
+        self._add(numbers, np.fromiter(counts.values(), np.int64, len(counts)))
         self.total += total
         self.error += error
         self._forget()
 
+    def _number(self, word: bytes) -> int:
+        return self._numbers.setdefault(word, len(self._numbers))
+
+    def _add(self, numbers: np.ndarray, counts) -> None:
+        if (more := len(self._numbers) - len(self._counts)) > 0:
+            more = np.zeros(more + len(self._counts), np.int64)
+            self._counts = np.concatenate([self._counts, more])
+        # bincount would go through all that is known for each part of the text.
+        np.add.at(self._counts, numbers, counts)
+
     def _forget(self) -> None:
         # As lossy counting does (Manku and Motwani, 2002).
-        if not self.limit or len(self.counts) <= self.limit:
+        known = len(self._numbers)
+        if not self.limit or known <= self.limit:
             return
-        counts = np.fromiter(self.counts.values(), np.int64, len(self.counts))
-        least = int(np.partition(counts, len(counts) // 2)[len(counts) // 2])
-        known = self.counts.items()
+        counts = self._counts[:known]
+        least = int(np.partition(counts, known // 2)[known // 2])
+        known = zip(self._numbers, counts.tolist(), strict=True)
         kept = {w: n for w, n in known if n > least or w in self._specials}
-        self.counts = collections.Counter(kept)
+        self._counts = np.array([*kept.values()], np.int64)
+        self._numbers = {word: number for number, word in enumerate(kept)}
+        self._found.forget()
         self.error += least
 
 
@@ -191,19 +212,20 @@ def char_vocabulary(codes: Codes) -> CharVocabulary:
 
 
 def word_vocabulary(
-    words: Words, min_count: int, max_size: int, unit: str, unknown: str = "<unk>"
+    counted: Words, min_count: int, max_size: int, unit: str, unknown: str = "<unk>"
 ) -> WordVocabulary:
     # most_common is stable: ties stay in the order of their first appearance.
-    found = words.counts.most_common()
+    counts = counted.counts
+    found = counts.most_common()
     common = (w.decode() for w, n in found if n >= min_count)
-    specials = words.specials
+    specials = counted.specials
     # `<eos>` gets id 0 and words follow by frequency, as in the original: adaptive
     # cutoffs rely on that order.
     symbols = [*specials, *(word for word in common if word not in specials)]
     # Specials come first and count: a bound cuts words only.
     symbols = symbols[: max_size or None]
-    ordered = [words.counts[symbol.encode()] for symbol in symbols]
-    if left_out := words.total - sum(ordered):
+    ordered = [counts[symbol.encode()] for symbol in symbols]
+    if left_out := counted.total - sum(ordered):
         ordered[symbols.index(unknown)] += left_out
-    options = {"eos": specials[0], "unknown": unknown, "begins": words.begins}
-    return WordVocabulary(symbols, ordered, unit, words.lower, **options)
+    options = {"eos": specials[0], "unknown": unknown, "begins": counted.begins}
+    return WordVocabulary(symbols, ordered, unit, counted.lower, **options)

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from xlformer import progress, storage
-from xlformer.data import corpora, parts, shards, vocabularies
+from xlformer.data import corpora, parts, shards, utf8, vocabularies
 from xlformer.data.utf8 import WHITE
 from xlformer.data.vocabulary import NEWLINE, Vocabulary
 
@@ -25,6 +25,11 @@ from xlformer.data.vocabulary import NEWLINE, Vocabulary
 DONE = ".done"
 # Where its documents begin: of proteins there may be more than fit into memory.
 STARTS = f".documents{DONE}"
+
+
+def ready() -> None:
+    """Imports what reads records, half a second that a process has before its work."""
+    import tensorflow_datasets  # noqa: F401
 
 
 class Job(NamedTuple):
@@ -59,6 +64,7 @@ class Counts:
     spaced: bool
     lines: bool
     line_documents: bool = False  # Each line is a document, and no newline a token.
+    characters: bool = False  # Which there are is found, too.
 
 
 class Encoded(NamedTuple):
@@ -67,6 +73,7 @@ class Encoded(NamedTuple):
     shard: shards.Shard
     words: int
     documents: int  # So many begin in it.
+    characters: str  # Which there are, where they are counted.
 
     def starts(self, folder) -> np.ndarray:
         """Where documents begin, in tokens from the shard's beginning."""
@@ -103,7 +110,7 @@ def encode(job: Job, vocabulary_path: str, path: str, counts: Counts) -> Encoded
     known = vocabulary(vocabulary_path)
     if (found := _done(job, path)) is not None:
         return found
-    words_, documents, tokens = 0, 0, 0
+    words_, documents, tokens, characters = 0, 0, 0, utf8.Characters()
     with shards.writer(path, known.dtype) as write, open(path + STARTS, "wb") as file:
         for part in _records(job):
             starts = np.zeros(int(not part.offset), np.int64)
@@ -115,10 +122,12 @@ def encode(job: Job, vocabulary_path: str, path: str, counts: Counts) -> Encoded
             write(ids)
             tokens += len(ids)
             words_ += words(part, spaced=counts.spaced, lines=counts.lines)
+            if counts.characters:
+                characters.add(part.data)
     folder, _, file = path.rpartition("/")
     size = tokens * known.dtype.itemsize + len(shards.header(known.dtype, 0))
     shard = shards.Shard(file, tokens, size, *shards.checksums(path))
-    found = Encoded(shard, words_, documents)
+    found = Encoded(shard, words_, documents, characters.found())
     about = [corpora.VERSION, job.start, job.stop, *found]
     storage.write(epath.Path(path + DONE), json.dumps(about))
     return found
@@ -128,10 +137,10 @@ def _done(job: Job, path: str) -> Encoded | None:
     """What is known of a shard that was finished; None where it is not as it was."""
     try:
         with open(path + DONE, encoding="utf-8") as file:
-            version, start, stop, shard, words_, documents = json.load(file)
-        found = Encoded(shards.Shard(*shard), words_, documents)
+            version, start, stop, shard, *counted = json.load(file)
+        found = Encoded(shards.Shard(*shard), *counted)
         about = version, start, stop, shards.checksum(path)
-        if os.path.getsize(path + STARTS) != documents * np.int64().nbytes:
+        if os.path.getsize(path + STARTS) != found.documents * np.int64().nbytes:
             return None
     except (OSError, ValueError, TypeError):
         return None

@@ -162,12 +162,10 @@ def _one_line(what: str, source) -> Iterator[None]:
         yield
     except UserError:
         raise
-    # Errors of the network and of credentials have no common class.
     except Exception as error:
-        stays = isinstance(error, FileNotFoundError) or _full(error)
-        again = storage.is_remote(source) and not stays
-        kind = WorthAnotherTry if again else UserError
-        raise kind(f"{what}: {reason(error)}") from error
+        if _full(error):
+            raise UserError(f"{what}: {reason(error)}") from error
+        raise storage.unreadable(what, source, error) from error
 
 
 def _full(error: Exception) -> str | None:

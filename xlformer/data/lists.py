@@ -9,7 +9,7 @@ from __future__ import annotations
 from xlformer import storage
 from xlformer.data.corpus import Corpus
 from xlformer.data.vocabulary import WordVocabulary
-from xlformer.errors import UserError, reason
+from xlformer.errors import UserError
 
 
 def read(path: str, corpus: Corpus) -> WordVocabulary:
@@ -21,11 +21,10 @@ def read(path: str, corpus: Corpus) -> WordVocabulary:
             lines = [line.decode("utf-8-sig").split(maxsplit=1)[:1] for line in file]
         # Twice the same word is once, as in the original.
         words = dict.fromkeys(word for line in lines for word in line)
-    # Libraries that read gs:// raise errors of their own, without a common class.
     except UnicodeDecodeError:
         raise UserError(f"{where}: it is no UTF-8 text") from None
     except Exception as error:
-        raise UserError(f"{where}: cannot be read: {reason(error)}") from error
+        raise storage.unreadable(f"{where}: cannot be read", path, error) from error
     for symbol in (corpus.specials[0], corpus.unknown):
         if symbol not in words:
             line = f"{where}: {symbol} is not among its {len(words)} words"

@@ -14,8 +14,9 @@ from xlformer import storage
 from xlformer.data import archives, documents
 from xlformer.data.archives import Archive, Origin
 from xlformer.data.corpus import Corpus
-from xlformer.data.documents import Document, Joined, Text
-from xlformer.errors import UserError, reason
+from xlformer.data.documents import Document, Joined, Source, Text
+from xlformer.data.utf8 import Utf8
+from xlformer.errors import UserError
 
 _NAME = "1-billion-word-language-modeling-benchmark-r13output"
 _TRAIN = "training-monolingual.tokenized.shuffled"
@@ -35,6 +36,7 @@ def read(origin: Origin) -> Text:
         found = origin.found(f"{_TRAIN}/news.en-*-of-00100")
         found |= origin.found(_TEST)
         _check(found, f"{origin.folder} has neither {archive.file} nor its files")
+    found = {name: _checked(name, document) for name, document in found.items()}
     train = [found[name] for name in sorted(found) if _SHARD.fullmatch(name)]
     # One document: sentences follow each other, from file to file.
     joined = Joined("lm1b train", list(_closed(train)))
@@ -48,6 +50,29 @@ def read(origin: Origin) -> Text:
     if len(train) < _SHARDS:
         facts["incomplete"] = f"{len(train)} of its {_SHARDS} training files"
     return Text(splits, facts)
+
+
+class _File(Source):
+    """A file of the corpus: what of it is not UTF-8 is said by its name."""
+
+    __slots__ = ("_document",)
+
+    def __init__(self, name: str, document: Document):
+        self.name, self.size, self._document = name, len(document), document
+
+    def pieces(self, start, stop):
+        check = Utf8(self.name)
+        for block in self._document.part(start, stop).blocks():
+            # Only from its beginning on is it known where characters begin.
+            if start == 0:
+                check.add(block)
+            yield block
+        if start == 0 and stop == self.size:
+            check.end()
+
+
+def _checked(name: str, document: Document) -> Document:
+    return Document(_File(f"lm1b: {name}", document), 0, len(document))
 
 
 def _closed(files: list[Document]) -> Iterator[Document]:
@@ -71,10 +96,9 @@ def part(manual_dir: str) -> dict:
         names = origin.found(f"{_TRAIN}/news.en-*-of-00100")
     except UserError:
         raise
-    # Libraries that read gs:// raise errors of their own, without a common class.
     except Exception as error:
-        line = f"config.data.manual_dir={manual_dir}: cannot be read: {reason(error)}"
-        raise UserError(line) from error
+        line = f"config.data.manual_dir={manual_dir}: cannot be read"
+        raise storage.unreadable(line, manual_dir, error) from error
     count = sum(bool(_SHARD.fullmatch(name)) for name in names)
     return {} if count in (0, _SHARDS) else {"training_files": count}
 

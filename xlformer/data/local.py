@@ -24,8 +24,8 @@ from xlformer.data.documents import (
     is_read_once,
 )
 from xlformer.data.units import Units
-from xlformer.data.utf8 import Utf8
-from xlformer.errors import UserError, reason
+from xlformer.data.utf8 import ANY_FILE, Utf8
+from xlformer.errors import UserError
 from xlformer.fields import SPLITS
 
 # Tests and generated tables would be a large part of the text, and site-packages is not
@@ -94,10 +94,9 @@ def read_files(path: str, unit: str) -> Text:
             texts = [plain_text(source, unit, counted) for source in sources]
     except UserError:
         raise
-    # Libraries that read gs:// raise errors of their own, without a common class.
     except Exception as error:
-        line = f"config.data.path={path}: cannot be read: {reason(error)}"
-        raise UserError(line) from error
+        line = f"config.data.path={path}: cannot be read"
+        raise storage.unreadable(line, path, error) from error
     once = [name for name in paths if is_read_once(name)]
     # An empty file would be a document without a token.
     texts = [text for text in texts if text]
@@ -183,7 +182,7 @@ def _check_utf8(source: Source, mark: int, document: Document, units) -> None:
         order = "BE" if 2 * even > zeros else "LE"
         raise UserError(
             f"{line}: it is no text, or UTF-16 without a mark (iconv -f UTF-16{order}"
-            " -t UTF-8 converts that); config.data.unit=bytes takes any file"
+            f" -t UTF-8 converts that); {ANY_FILE}"
         )
     if wrong:
         raise wrong

@@ -18,7 +18,7 @@ from xlformer.data import documents, local
 from xlformer.data.archives import Archive, Origin
 from xlformer.data.corpus import Corpus
 from xlformer.data.documents import Document, Text
-from xlformer.errors import UserError, reason
+from xlformer.errors import UserError
 from xlformer.fields import SPLITS
 
 BUCKET = "gs://deepmind-gutenberg"
@@ -57,9 +57,9 @@ def read(origin: Origin) -> Text:
         splits = {split: _books(root, split) for split in SPLITS}
     except UserError:
         raise
-    # Libraries that read gs:// raise errors of their own, without a common class.
     except Exception as error:
-        raise UserError(f"pg19: {root}: cannot be read: {reason(error)}") from error
+        line = f"pg19: {root}: cannot be read"
+        raise storage.unreadable(line, root, error) from error
     origin.facts["unpinned"] += [f"{split}/*.txt" for split in SPLITS]
     facts = {
         "books": {split: len(books.paths) for split, books in splits.items()},
@@ -95,7 +95,8 @@ def _book(path: epath.Path) -> Document:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"pg19: {name}: cannot be read: {reason(error)}") from error
+        line = f"pg19: {name}: cannot be read"
+        raise storage.unreadable(line, name, error) from error
     if blank:
         raise UserError(f"pg19: {name}: the book is empty")
     return book

@@ -11,13 +11,12 @@ import binascii
 import functools
 import itertools
 import json
-from collections.abc import Iterable
+import os
 
 import numpy as np
 
-from xlformer import progress, storage
-from xlformer.data import parts
-from xlformer.data.utf8 import CODE_POINTS, code_points, decode_utf8
+from xlformer import storage
+from xlformer.data.utf8 import decode_utf8
 from xlformer.data.vocabulary import Vocabulary, require
 from xlformer.errors import UserError
 
@@ -87,16 +86,10 @@ class PieceVocabulary(Vocabulary):
     def decode(self, ids) -> str:
         return self._backend.decode(self._checked(ids).tolist())
 
-    def dropped(self, texts: Iterable[bytes]) -> str:
-        """The characters of texts, white space apart, of which no token is left."""
-        seen = np.zeros(CODE_POINTS, bool)
-        for text in texts:
-            for part in parts.of(text):
-                seen[code_points(part.data, "text", part.offset)] = True
-                progress.passed(len(part.data))
-        found = map(chr, np.flatnonzero(seen).tolist())
+    def dropped(self, characters: str) -> str:
+        """Those of the characters, white space apart, of which no token is left."""
         # Tokenizers treat white space in many ways; line ends are asked of separately.
-        visible = (c for c in found if not c.isspace())
+        visible = (c for c in characters if not c.isspace())
         return "".join(c for c in visible if not self.encode(c, close_line=False).size)
 
     def spelled(self) -> list[bytes]:
@@ -118,8 +111,11 @@ def load_tokenizer(path) -> PieceVocabulary:
     """Wraps a SentencePiece model or a Hugging Face tokenizers file (JSON)."""
     try:
         data = storage.path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"config.data.tokenizer: {path}: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:
+        line = f"config.data.tokenizer: {path}"
+        raise storage.unreadable(line, path, error) from None
     return of_file(data, path)
 
 
@@ -169,6 +165,9 @@ class _SentencePiece:
             raise ValueError(f"not a SentencePiece model: {error}") from None
         require(self.model.get_piece_size() > 0, "not a SentencePiece model")
         self.line_end = self.model.eos_id()  # -1: none
+        # As the other library has it: of many processes each takes one thread.
+        is_one = os.environ.get("TOKENIZERS_PARALLELISM") == "false"
+        self._threads = 1 if is_one else -1
 
     def end_lines_with(self, newline_id: int) -> None:
         require(self.line_end < 0, "'newline_id' in a model that has </s>")
@@ -210,7 +209,7 @@ class _SentencePiece:
         return self.model.unk_id()
 
     def encode(self, lines: list[str], ends: list[bool]) -> list[list[int]]:
-        found = self.model.encode(lines)
+        found = self.model.encode(lines, num_threads=self._threads)
         if self.line_end >= 0:
             for ids, end in zip(found, ends, strict=True):
                 if end:

@@ -190,8 +190,13 @@ def open_text(vocabulary: Vocabulary, path) -> Document:
     """
     try:
         found = local.open_text(os.fspath(path), vocabulary.unit)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the text: {error.strerror}") from None
+    except UserError:
+        raise
+    except Exception as error:
+        line = f"{path}: cannot read the text"
+        if why := getattr(error, "strerror", None):  # without the path again
+            raise UserError(f"{line}: {why}") from None
+        raise storage.unreadable(line, path, error) from error
     if not found:
         raise UserError(f"{path}: the text is empty")
     return found

@@ -70,25 +70,38 @@ def opened(root: str, name: str, build=None) -> Prepared:
 
 
 def _build(folder: pathlib.Path, recipe: Recipe) -> None:
-    builder = corpora.build(
-        recipe.name,
-        recipe.read,
-        folder.parent / "tfds" / _digest(recipe.source),
-        download_dir=folder.parent / "downloads",
-    )
-    # Read back from the TFDS form and not taken from `read`: what is encoded is what is
-    # stored.
-    encoding.vocabulary.cache_clear()  # of another text, of words perhaps a large one
-    text = corpora.stored(builder)
-    total = sum(about["bytes"] for about in text["splits"].values())
-    # Words are counted first, and then found: twice through the text.
-    with (
-        progress.counting(f"preparing {recipe.name}", 2 * total),
-        workers.Team(_processes(total)) as team,
-    ):
-        vocabulary = symbols.make(folder, recipe, builder, team)
-        _check_room(folder, vocabulary, total)
-        encoded = _encode(folder, recipe, builder, team)
+    with workers.Team(ready=encoding.ready) as team:
+
+        def read(downloads) -> Text:
+            text = recipe.read(downloads)
+            # While the text is stored, which takes one process, the others get ready.
+            team.grow(_processes(text.size))
+            return text
+
+        builder = corpora.build(
+            recipe.name,
+            read,
+            folder.parent / "tfds" / _digest(recipe.source),
+            download_dir=folder.parent / "downloads",
+        )
+        # Read back from the TFDS form and not taken from `read`: what is encoded is
+        # what is stored.
+        encoding.vocabulary.cache_clear()  # of another text, perhaps a large one
+        splits = corpora.stored(builder)["splits"].values()
+        total = sum(about["bytes"] for about in splits)
+        team.grow(_processes(total))
+        # Symbols are counted first, where no file has them, and then found.
+        is_known = recipe.vocabulary or recipe.tokenizer or recipe.trained
+        passes = 1 if is_known else 2
+        with progress.counting(f"preparing {recipe.name}", passes * total):
+            vocabulary = symbols.make(folder, recipe, builder, team)
+            _check_room(folder, vocabulary, total)
+            encoded = _encode(folder, recipe, builder, team)
+    if recipe.tokenizer:
+        found = set().union(
+            *(x.characters for split in encoded.values() for x in split)
+        )
+        symbols.say_what_is_lost(recipe.tokenizer, "".join(sorted(found)))
     _finish(folder, recipe, builder, vocabulary, encoded)
 
 
@@ -96,7 +109,8 @@ def _encode(folder: pathlib.Path, recipe: Recipe, builder, team) -> dict:
     """The shards of each split, which are in the folder then."""
     spaced = bool(recipe.corpus and recipe.corpus.spaced)
     line_documents = bool(recipe.corpus and recipe.corpus.line_documents)
-    counts = encoding.Counts(spaced, recipe.lines, line_documents)
+    is_file = bool(recipe.tokenizer)  # Others make tokens of all characters.
+    counts = encoding.Counts(spaced, recipe.lines, line_documents, is_file)
     calls = []
     for split in sources.SPLITS:
         jobs = encoding.jobs(builder, recipe.name, split)

@@ -199,7 +199,11 @@ class Tokens:
         if np.ndim(key) == 0:
             place = range(self._size)[key]
             return self.read(place, place + 1)[0]
-        return self._pick(np.asarray(key))
+        index = np.asarray(key)
+        # numpy's own rule, which a negative number and one too large fall under.
+        if index.size and not -self._size <= index.min() <= index.max() < self._size:
+            raise IndexError(f"{index.min()} to {index.max()} of {self._size} tokens")
+        return self._pick(np.where(index < 0, index + self._size, index))
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return self.read(0, self._size).astype(dtype or self.dtype, copy=False)

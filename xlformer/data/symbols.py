@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import pathlib
 import sys
@@ -26,8 +25,6 @@ def make(folder: pathlib.Path, recipe: Recipe, builder, team) -> Vocabulary:
     path, known, about = folder / VOCABULARY, folder / ABOUT, {}
     if recipe.vocabulary or recipe.tokenizer:
         found = recipe.vocabulary or recipe.tokenizer
-        if recipe.tokenizer:
-            _say_what_is_lost(recipe.tokenizer, builder)
     # Without what is known of them the card would lack how wrong their counts may be.
     elif path.exists() and known.exists():
         return encoding.vocabulary(str(path))
@@ -50,12 +47,12 @@ def _trained(name: str, builder) -> tuple[Vocabulary, dict]:
     return trained.train(name, count, part)
 
 
-def _say_what_is_lost(tokenizer, builder) -> None:
+def say_what_is_lost(tokenizer, characters: str) -> None:
+    """What of a text that has these characters a tokenizer does not keep."""
     lines = []
     if not tokenizer.line_ends:
         lines.append("does not keep line ends: newlines are lost")
-    found = (corpora.read_parts(builder, split) for split in sources.SPLITS)
-    if lost := tokenizer.dropped(itertools.chain.from_iterable(found)):
+    if lost := tokenizer.dropped(characters):
         shown = some(map(repr, lost))
         lines.append(f"makes no token of {len(lost)} characters of the text: {shown}")
     for line in lines:

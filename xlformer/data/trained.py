@@ -114,7 +114,8 @@ def _sentencepiece(lines: Iterator[str], size: int) -> bytes:
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
         byte_fallback=True,
-        max_sentence_length=1 << 16,
+        # Longer lines would be left out.
+        max_sentence_length=OF_EACH,
         input_sentence_size=0,
         # The pieces depend on their number, and not on how many processors there are.
         num_threads=4,

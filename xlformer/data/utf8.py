@@ -12,6 +12,9 @@ IS_SPACE = np.zeros(256, bool)
 IS_SPACE[SPACES] = True
 # For bytes.translate, which is twice as fast as numpy's indexing.
 WHITE = IS_SPACE.tobytes()
+# What is said of a file that is none: of any corpus, of which most have no choice.
+ANY_FILE = "config.data.corpus=text with unit=bytes takes any file"
+ASCII = bytes(range(128))
 # All that Unicode has: U+10FFFF is the last.
 CODE_POINTS = 0x110000
 # What str.split() cuts at, too, in UTF-8: U+3000 is the last.
@@ -45,8 +48,7 @@ def decode_utf8(data: bytes, where: str, base: int = 0, ascii_: bool = True) -> 
         remedy = other if ascii_ and data[: error.start].isascii() else damaged
         raise UserError(
             f"{where}: byte {data[error.start]:#04x} at offset {base + error.start} is"
-            f" not valid UTF-8: {remedy}; config.data.corpus=text with unit=bytes takes"
-            " any file"
+            f" not valid UTF-8: {remedy}; {ANY_FILE}"
         ) from None
 
 
@@ -68,6 +70,24 @@ class Utf8:
 
     def end(self) -> None:
         decode_utf8(self._rest, self._where, self._size, self._ascii)
+
+
+class Characters:
+    """Which characters a text has."""
+
+    def __init__(self):
+        self._seen = np.zeros(CODE_POINTS, bool)
+
+    def add(self, data: bytes) -> None:
+        """Takes in a text that is UTF-8."""
+        for code in np.flatnonzero(~self._seen[:128]).tolist():
+            self._seen[code] = code in data
+        # Without the ASCII, of which most texts are, the others keep their order.
+        others = data.translate(None, ASCII).decode()
+        self._seen[code_points(others, "")] = True
+
+    def found(self) -> str:
+        return "".join(map(chr, np.flatnonzero(self._seen).tolist()))
 
 
 def plain_spaces(data: bytes) -> bytes:

@@ -7,14 +7,13 @@ rank. A vocabulary is stored as JSON, which can run nothing, and checked when lo
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from xlformer.data import parts
-from xlformer.data.utf8 import code_points, decode_utf8, plain_spaces
+from xlformer.data import parts, words
+from xlformer.data.utf8 import code_points
 from xlformer.errors import UserError, some
 
 FORMAT = "xlformer vocabulary 1"
@@ -222,8 +221,8 @@ class WordVocabulary(Vocabulary):
         unknown="<unk>",
         begins=False,
     ):
-        words = all(isinstance(s, str) and s.split() == [s] for s in symbols)
-        require(words, "a symbol is not one word")
+        one = all(isinstance(s, str) and s.split() == [s] for s in symbols)
+        require(one, "a symbol is not one word")
         require(unit in ("words", "chars"), "'unit' is neither words nor chars")
         require(isinstance(lower, bool), "'lower' is neither true nor false")
         require(isinstance(begins, bool), "'begins' is neither true nor false")
@@ -237,6 +236,7 @@ class WordVocabulary(Vocabulary):
         self._table = {key: i for i, key in enumerate(keys)}
         self.eos_id = self._table[eos.encode()]
         self.unk_id = self._table.get(unknown.encode())
+        self._numbers = words.Numbers(eos, lower=lower, begins=begins)
 
     def options(self) -> dict:
         found = {"unit": self.unit, "lower": self.lower, "eos": self.eos}
@@ -246,37 +246,20 @@ class WordVocabulary(Vocabulary):
         return found | ({"begins": True} if self.begins else {})
 
     def encode_part(self, part, *, close_line=True, where="text"):
-        unknown = -1 if self.unk_id is None else self.unk_id
-        words = split_words(
-            part, self.eos, self.lower, close_line, where, begins=self.begins
-        )
-        found = map(self._table.get, words, itertools.repeat(unknown))
-        # Mapped and filled in C: a list of Python numbers would be several times as
-        # large.
-        ids = np.fromiter(found, np.int32, len(words))
-        if ids.size and ids.min() < 0:
-            bad = (words[i].decode() for i in np.flatnonzero(ids < 0))
-            self._refuse(bad, where)
+        refused, unknown = [], -1 if self.unk_id is None else self.unk_id
+
+        def number(word: bytes) -> int:
+            found = self._table.get(word, unknown)
+            if found < 0:
+                refused.append(word.decode())
+            return found
+
+        ids = self._numbers.of(part, number, where, close_line=close_line)
+        if refused:
+            self._refuse(refused, where)
         return ids.astype(self.dtype)
 
     def decode(self, ids) -> str:
-        words = (self.symbols[i] for i in self._checked(ids))
-        lines = " ".join("\n" if word == self.eos else word for word in words)
+        found = (self.symbols[i] for i in self._checked(ids))
+        lines = " ".join("\n" if word == self.eos else word for word in found)
         return "\n".join(line.strip(" ") for line in lines.split("\n"))
-
-
-def split_words(
-    part, eos: str, lower: bool, close_line: bool, where, begins: bool = False
-) -> list[bytes]:
-    """The words of a part of a text in UTF-8, with an `eos` for each newline.
-
-    begins: with one before the text, too.
-    """
-    data, end = part.data, eos.encode()
-    if lower or not data.isascii():
-        block = decode_utf8(data, where, part.offset)
-        data = block.lower().encode() if lower else data
-    words = plain_spaces(data).replace(b"\n", b" " + end + b" ").split()
-    if close_line and part.ends and not data.endswith(b"\n"):
-        words.append(end)
-    return [end, *words] if begins and not part.offset else words

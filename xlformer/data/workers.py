@@ -47,16 +47,27 @@ def cores() -> int:
 
 
 class Team:
-    """This process and `count` - 1 helpers, which stay for one work after another."""
+    """This process and `count` - 1 helpers, which stay for one work after another.
 
-    def __init__(self, count: int):
-        self._count, self._helpers, self._is_second = count - 1, [], False
+    Args:
+      count: of processes.
+      ready: what each helper calls first, and whose errors it keeps to itself.
+    """
+
+    def __init__(self, count: int = 1, ready: Callable = int):
+        self._count, self._ready = count - 1, ready
+        self._helpers, self._is_second = [], False
 
     def __enter__(self) -> Team:
         return self
 
     def __exit__(self, *error) -> None:
         self._stop()
+
+    def grow(self, count: int) -> None:
+        """Starts helpers for `count` processes: they get ready until there is work."""
+        self._count = max(self._count, count - 1)
+        self._start(self._count)
 
     def work(self, function: Callable, jobs: Sequence[tuple]) -> Iterator:
         """function(*job) of each job, in their order.
@@ -80,13 +91,16 @@ class Team:
             raise
 
     def _give(self, function: Callable, jobs: Sequence, left: collections.deque):
-        while len(self._helpers) < min(self._count, len(jobs) - 1):
-            self._helpers.append(_Helper())
+        self._start(min(self._count, len(jobs) - 1))
         for number in range(AHEAD):
             for helper in self._helpers:
                 # This process needs one too, before a helper has a second.
                 if len(left) > min(number, 1) and len(helper.jobs) == number:
                     helper.give(left[0], function, jobs[left.popleft()])
+
+    def _start(self, count: int) -> None:
+        while len(self._helpers) < count:
+            self._helpers.append(_Helper(self._ready))
 
     def _collect(self, left: collections.deque, found: dict, *, wait: bool) -> None:
         """Takes over what helpers have finished; waits for one of them, if asked to."""
@@ -127,12 +141,13 @@ class Team:
 class _Helper:
     """A process that does the jobs that it is given, one after another."""
 
-    def __init__(self):
+    def __init__(self, ready: Callable):
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
         self.jobs = collections.deque()  # The numbers of those that it has not done.
         # A daemon: it ends with the program, whatever becomes of this object.
-        self._process = context.Process(target=_serve, args=(other,), daemon=True)
+        args = other, ready
+        self._process = context.Process(target=_serve, args=args, daemon=True)
         with _no_main():
             self._process.start()
         # What the process holds is the only one: the pipe ends with it.
@@ -151,13 +166,16 @@ class _Helper:
         self.connection.close()
 
 
-def _serve(connection) -> None:
+def _serve(connection, ready: Callable) -> None:
     """Does what comes through a pipe, until it ends."""
     # One process a core: each with as many threads again would be in their own way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # Of a terminal all processes get it; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # What fails here fails again in a job, which says so.
+    with contextlib.suppress(Exception):
+        ready()
     with contextlib.suppress(EOFError, OSError):
         while True:
             connection.send(_done(*connection.recv()))

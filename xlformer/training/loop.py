@@ -77,7 +77,8 @@ class Loop:
         with Checkpoints(
             self.workdir / runs.CHECKPOINTS, keep=self.config.train.keep
         ) as self.checkpoints:
-            with self._phase("restoring"):
+            # Fresh parameters are made, and nothing restored, where none are saved.
+            with self._phase("restoring" if self.checkpoints.steps() else "start_up"):
                 self.train_state, self.step = self._restored()
             self.writer.rewind(self.step)
             self.skips = spikes.skipped(self.train_state.spikes)

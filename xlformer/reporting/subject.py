@@ -1,0 +1,97 @@
+"""What a report is about: the runs, how much of their text is read, where files go."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from xlformer.errors import UserError
+from xlformer.instruments.members import Member
+from xlformer.reporting.charts import Line, Panel
+from xlformer.reporting.page import Figure, Text, clean, shown
+from xlformer.scoring import texts
+
+NAMES_IN_TEXT = 40  # characters of a run's name
+
+
+@dataclasses.dataclass
+class Subject:
+    """What a report is about.
+
+    Attributes:
+      members: the runs, under names of which each is another.
+      out: the folder of the PNGs.
+      split: what is scored and continued; None is validation.
+      tokens: how many are scored.
+      samples: how many continuations of each run are shown.
+      context, length: tokens of a continuation's prompt, and of itself.
+      seed: of the samples.
+      say: is told what takes its time now.
+    """
+
+    members: Sequence[Member]
+    out: epath.Path
+    split: str | None = None
+    tokens: int = 65_536
+    samples: int = 1
+    context: int = 64
+    length: int = 256
+    seed: int = 0
+    say: Callable[[str], None] = lambda line: None
+    _texts: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        names = [clean(member.name)[:NAMES_IN_TEXT] for member in self.members]
+        if len(set(names)) < len(names):
+            names = [f"{i} {name}" for i, name in enumerate(names, 1)]
+        self.members = [
+            dataclasses.replace(member, name=name)
+            for member, name in zip(self.members, names, strict=True)
+        ]
+
+    def text(self, member: Member):
+        """(tokens, documents, facts) of the split; UserError where there is none."""
+        if member.name not in self._texts:
+            try:
+                found = texts.read(member.run, self.split or "validation", None)
+            except UserError as error:
+                found = error
+            self._texts[member.name] = found
+        found = self._texts[member.name]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def draw(self, panels: Sequence[Panel], caption: Any) -> list[Figure]:
+        """The panels that have points, as one figure; [] where none has."""
+        drawn = [p.draw(self.out) for p in panels if any(len(x.x) for x in p.lines)]
+        return [Figure(caption, drawn)] if drawn else []
+
+
+def of_each(subject: Subject, measure: Callable[[Member], Any]):
+    """({name: what was found}, [Text of a run of which that cannot be said])."""
+    found, missing = {}, []
+    for member in subject.members:
+        try:
+            found[member.name] = measure(member)
+        except UserError as error:
+            missing.append(Text(f"{member.name}: {clean(error)}", "missing"))
+        except jax.errors.JaxRuntimeError as error:
+            line = clean(error)[:200]
+            missing.append(Text(f"{member.name}: {line}", "missing"))
+    return found, missing
+
+
+def ends(lines: Sequence[Line], x: str) -> str:
+    """What lines show, in words: where each begins and ends."""
+    parts = [
+        f"{line.name or 'a line'} from {shown(float(line.y[0]))} at {x} "
+        f"{shown(line.x[0])} to {shown(float(line.y[-1]))} at {shown(line.x[-1])}"
+        for line in lines
+        if len(line.x)
+    ]
+    return "; ".join(parts) or "nothing"

@@ -19,7 +19,8 @@ from xlformer import command, compiled, pictures, runs, sharding, storage
 from xlformer.errors import Argument, UserError
 from xlformer.instruments import members as members_lib
 from xlformer.instruments.members import Member
-from xlformer.reporting import history, page, results, setup
+from xlformer.reporting import history, insides, measured, page, results, setup
+from xlformer.reporting import samples as samples_lib
 from xlformer.reporting.subject import Subject
 from xlformer.scoring import evaluation
 
@@ -63,15 +64,20 @@ def write(
     storage.check_writable(out, "out")
     subject = Subject(_named(members), out, split, tokens, samples, say=say)
     out.mkdir(parents=True, exist_ok=True)
-    logs = history.History(subject)
-    parts = [
-        lambda: setup.runs(subject),
-        lambda: setup.differences(subject),
-        lambda: history.curves(logs),
-        lambda: results.section(subject),
-        lambda: history.throughput(logs),
+    logs, scored = history.History(subject), measured.Measured(subject)
+    inside = insides.Insides(subject)
+    sections = [
+        setup.runs(subject),
+        setup.differences(subject),
+        history.curves(logs),
+        results.section(subject),
+        measured.places(scored),
+        measured.memories(scored),
+        insides.attention(inside),
+        insides.gates(inside),
+        history.throughput(logs),
+        samples_lib.section(subject),
     ]
-    sections = [part() for part in parts]
     names = ", ".join(member.name for member in subject.members)
     plural = "s" if len(subject.members) > 1 else ""
     title = f"Report on {names}" if len(names) < 60 else "Report"

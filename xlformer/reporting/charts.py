@@ -23,6 +23,7 @@ from xlformer.reporting.page import Html
 WIDTH, HEIGHT = 350, 250  # of a panel, in the pixels of a page
 MOST_POINTS = 400  # of a line; no panel can show more
 MOST_NAMED = 8  # lines that a legend names
+LEAST = 1e-5  # of the highest, what an axis of powers shows
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _MARKS = "osD^vP"
 _INCH = 72  # points, which are the units of matplotlib's SVG
@@ -38,8 +39,8 @@ class Line:
     """
 
     name: str
-    x: Sequence[float] | np.ndarray
-    y: Sequence[float] | np.ndarray
+    x: np.ndarray
+    y: np.ndarray
     series: int | None = None
     thin: bool = False
 
@@ -99,10 +100,7 @@ class Panel:
             if len(x) <= 12:
                 options |= {"marker": _MARKS[series % len(_MARKS)], "markersize": 4}
             axes.plot(x, y, **options)
-        if self.log_x:
-            axes.set_xscale("symlog" if self._zero("x") else "log", base=2)
-        if self.log_y:
-            axes.set_yscale("log")
+        self._scale(axes)
         if self.y_from_zero:
             axes.set_ylim(bottom=0)
         if self.marked:
@@ -117,11 +115,32 @@ class Panel:
         axes.grid(axis="y")
         named = [line for line in self.lines if line.name]
         if 1 < len(named) <= MOST_NAMED or (named and len(self.lines) > len(named)):
-            columns = 1 if max(len(line.name) for line in named) > 22 else 2
+            longest = max(len(line.name) for line in named)
+            columns = max(1, min(len(named), 54 // (longest + 7)))
             figure.legend(loc="outside lower left", ncols=columns)
 
-    def _zero(self, which: str) -> bool:
-        return any(np.min(getattr(line, which), initial=1) <= 0 for line in self.lines)
+    def _scale(self, axes) -> None:
+        from matplotlib import ticker
+
+        # The own ones write powers as formulas, which are switched off.
+        plain = ticker.FuncFormatter(lambda value, _: f"{value:g}")
+        if self.log_x:
+            zero = any(np.min(line.x, initial=1) <= 0 for line in self.lines)
+            # Up to the first point after 0 it is no axis of powers, which has no 0.
+            least = min(np.min(line.x[line.x > 0], initial=1e9) for line in self.lines)
+            options = {"linthresh": least} if zero else {}
+            axes.set_xscale("symlog" if zero else "log", base=2, **options)
+            axes.xaxis.set_major_formatter(plain)
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
+        if self.log_y:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(plain)
+            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+            low, high = axes.get_ylim()
+            if high < 20 * low:  # Hardly a power of ten lies in between.
+                axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+                axes.yaxis.set_minor_formatter(plain)
+            axes.set_ylim(bottom=max(low, high * LEAST))
 
 
 def _rules() -> dict:

@@ -9,12 +9,8 @@ import numpy as np
 
 from xlformer.reporting.charts import Line, Panel
 from xlformer.reporting.page import Rows, Section, Text, clean
-from xlformer.reporting.subject import Subject, ends
+from xlformer.reporting.subject import Scale, Subject, ends
 from xlformer.runs import goodput, log
-from xlformer.scoring import results
-
-UNITS = {"bpc": "bits per {unit}", "ppl": "perplexity"}
-_ONE = {"bytes": "byte", "chars": "character"}
 
 
 class History:
@@ -32,12 +28,12 @@ class History:
         self._sizes = dict.fromkeys(sizes, 1) if self._alike else sizes
         self.x = "step" if self._alike else "tokens read"
 
-    def lines(self, kind: str, key: str, convert=lambda member, y: y) -> list[Line]:
+    def lines(self, kind: str, key: str, convert=lambda y: y) -> list[Line]:
         """A line a run: what its records of a kind have under a key."""
         found = []
         for series, member in enumerate(self.subject.members):
             points = [
-                (r["step"] * self._sizes[member.name], convert(member, r[key]))
+                (r["step"] * self._sizes[member.name], convert(r[key]))
                 for r in self.logs[member.name]
                 if r["kind"] == kind and isinstance(r.get(key), float)
             ]
@@ -63,19 +59,10 @@ class History:
 def curves(history: History) -> Section:
     """Losses in training and validation, the learning rate, the gradient's norm."""
     members = history.subject.members
-    kinds = {results.headline(1.0, m.run.vocabulary.unit)[0] for m in members}
-    units = {m.run.vocabulary.unit for m in members}
-    if len(units) == 1:
-        (kind,), (unit,) = kinds, units
-        label = UNITS[kind].format(unit=_ONE.get(unit, unit))
-
-        def convert(member, nats):
-            return results.headline(nats, unit)[1]
-    else:
-        kind, label, convert = "nats", "nats per token", lambda member, nats: nats
-    training = history.lines("train", "train/loss_nats", convert)
-    validation = history.lines("eval", "eval/nats_per_token", convert)
-    options = {"log_y": kind == "ppl"}
+    scale = Scale.common(members)
+    training = history.lines("train", "train/loss_nats", scale.of)
+    validation = history.lines("eval", "eval/nats_per_token", scale.of)
+    label, options = scale.label, {"log_y": scale.is_power}
     panels = [
         history.panel("training-loss", "Training", label, training, **options),
         history.panel("validation-loss", "Validation", label, validation, **options),

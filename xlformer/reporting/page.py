@@ -72,6 +72,16 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True)
+class Heading:
+    """A heading inside of a section."""
+
+    text: Any
+
+    def html(self) -> Html:
+        return element("h3", self.text)
+
+
+@dataclasses.dataclass(frozen=True)
 class Rows:
     """A table that scrolls in its own box; the first column names the rows."""
 
@@ -80,20 +90,29 @@ class Rows:
     rows: Sequence[Sequence]
 
     def html(self) -> Html:
-        head = [element("th", cell, scope="col") for cell in self.columns]
+        # Numbers end at one place where a column has nothing else.
+        columns = list(zip(*self.rows, strict=True))[1:]
+        kinds = ["number" if all(map(_is_number, c)) else None for c in columns]
+        head = [
+            element("th", cell, scope="col", class_=kind)
+            for cell, kind in zip(self.columns, [None, *kinds], strict=True)
+        ]
         body = []
         for first, *others in self.rows:
-            cells = [element("td", *_shown(x), class_=_kind(x)) for x in others]
+            cells = [
+                element("td", *_shown(x), class_=kind)
+                for x, kind in zip(others, kinds, strict=True)
+            ]
             body.append(element("tr", element("th", first, scope="row"), *cells))
         table = element(
             "table",
-            element("caption", self.caption),
             element("thead", element("tr", *head)),
             element("tbody", *body),
         )
         # It can be scrolled by the keyboard too.
         options = {"role": "region", "tabindex": 0, "aria_label": self.caption}
-        return element("div", table, class_="wide", **options)
+        above = element("p", self.caption, class_="caption")
+        return joined([above, element("div", table, class_="wide", **options)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +199,9 @@ def page(title: str, subtitle: Any, sections: Sequence[Section], about: Any) -> 
 # Cells --------------------------------------------------------------------------------
 
 
-def _kind(value) -> str | None:
-    return "number" if isinstance(value, int | float) or value is None else None
+def _is_number(value) -> bool:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return plain or value is None
 
 
 def _shown(value) -> list:

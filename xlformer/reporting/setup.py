@@ -86,24 +86,29 @@ def differences(subject: Subject) -> Section:
     """The options in which the runs' configs differ, and those that are the same."""
     configs = [config_lib.flat(member.run.config) for member in subject.members]
     fields = dict.fromkeys(name for config in configs for name in config)
-    differing, same = [], []
+    differing, partly, same = [], [], []
     for name in fields:
         if name in _PLACES:
             continue
         values = [
             _value(config[name]) if name in config else None for config in configs
         ]
-        if len(set(map(repr, values))) > 1:
+        if None in values:
+            partly.append([clean(name), *values])
+        elif len(set(map(repr, values))) > 1:
             differing.append([clean(name), *values])
         else:
             same.append([clean(name), values[0]])
     head = ["option", *(member.name for member in subject.members)]
     blocks = []
     if len(configs) > 1 and differing:
-        caption = "Options in which the configs differ; – is an option that a model of "
-        blocks.append(Rows(f"{caption}that kind does not have", head, differing))
-    elif len(configs) > 1:
+        blocks.append(Rows("Options in which the configs differ", head, differing))
+    elif len(configs) > 1 and not partly:
         blocks.append(Text("The configs differ in nothing but names and places."))
+    if partly:
+        title = f"Options that only some of these models have ({len(partly)})"
+        caption = "– is an option that a model of that kind does not have"
+        blocks.append(Folded(title, [Rows(caption, head, partly)]))
     title = "All options" if len(configs) == 1 else "Options that are the same in all"
     table = Rows("As the checkpoints were trained", ["option", "value"], same)
     blocks.append(Folded(f"{title} ({len(same)})", [table]))

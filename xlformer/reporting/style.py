@@ -58,16 +58,17 @@ p{{margin:0 0 .9rem;max-width:40rem}}
 p.missing{{color:var(--pale);font-style:italic}}
 p.warning{{border-left:3px solid var(--s1);padding-left:.8rem}}
 code{{font:.85em var(--mono)}}
-.wide{{overflow-x:auto;margin:1rem 0 1.6rem}}
+.wide{{overflow-x:auto;margin:0 0 1.6rem}}
 table{{border-collapse:collapse;font:.8rem/1.4 var(--sans);
 font-variant-numeric:tabular-nums lining-nums}}
-caption{{text-align:left;color:var(--pale);padding:0 0 .5rem;max-width:40rem}}
+p.caption{{font:.8rem/1.5 var(--sans);color:var(--pale);max-width:44rem;
+margin:1.2rem 0 .5rem}}
 th,td{{padding:.3rem .9rem .3rem 0;text-align:left;vertical-align:baseline;
 white-space:nowrap}}
 thead th{{border-bottom:1.5px solid var(--ink);font-weight:600}}
 tbody th{{font-weight:400;color:var(--pale);padding-right:1.4rem}}
 tbody tr{{border-bottom:1px solid var(--rule)}}
-td.number{{text-align:right}}
+.number{{text-align:right}}
 th:last-child,td:last-child{{padding-right:0}}
 figure{{margin:1.2rem 0 1.8rem}}
 .panels{{display:flex;flex-wrap:wrap;gap:1rem 1.4rem}}

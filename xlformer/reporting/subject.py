@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from xlformer.errors import UserError
 from xlformer.instruments.members import Member
 from xlformer.reporting.charts import Line, Panel
 from xlformer.reporting.page import Figure, Text, clean, shown
-from xlformer.scoring import texts
+from xlformer.scoring import results, texts
 
 NAMES_IN_TEXT = 40  # characters of a run's name
 
@@ -84,6 +85,33 @@ def of_each(subject: Subject, measure: Callable[[Member], Any]):
             line = clean(error)[:200]
             missing.append(Text(f"{member.name}: {line}", "missing"))
     return found, missing
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """In what all runs can be drawn together.
+
+    Attributes:
+      label: of the axis.
+      of: nats per token to it.
+      is_power: whether the axis should be one of powers.
+    """
+
+    label: str
+    of: Callable[[Any], Any]
+    is_power: bool = False
+
+    @classmethod
+    def common(cls, members: Sequence[Member]) -> Scale:
+        """Bits or perplexity where all have one unit, else nats per token."""
+        units = {member.run.vocabulary.unit for member in members}
+        if len(units) > 1:
+            return cls("nats per token", lambda nats: nats)
+        (unit,) = units
+        if results.headline(0.0, unit)[0] == "ppl":
+            return cls(f"perplexity of {unit}", np.exp, True)
+        one = {"bytes": "byte", "chars": "character"}.get(unit, "token")
+        return cls(f"bits per {one}", results.bits)
 
 
 def ends(lines: Sequence[Line], x: str) -> str:

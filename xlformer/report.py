@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from etils import epath
 
 from xlformer import command, compiled, pictures, runs, sharding, storage
-from xlformer.errors import Argument, UserError
+from xlformer.errors import Argument, UserError, did_you_mean
+from xlformer.fields import SPLITS
 from xlformer.instruments import members as members_lib
 from xlformer.instruments.members import Member
 from xlformer.reporting import history, insides, measured, page, results, setup
@@ -27,6 +28,7 @@ from xlformer.scoring import evaluation
 __all__ = ["main", "write"]
 
 FILE = "report.html"
+TOKENS = 32_768  # scored once for each length of the memory
 
 
 def write(
@@ -34,7 +36,7 @@ def write(
     out,
     *,
     split: str | None = None,
-    tokens: int = 65_536,
+    tokens: int = TOKENS,
     samples: int = 1,
     made_by: str = "xlformer.report.write",
     say: Callable[[str], None] = lambda line: None,
@@ -55,13 +57,8 @@ def write(
     """
     if not members:
         raise UserError(Argument("workdir"), ": a report needs at least one run")
-    if tokens < 2:
-        raise UserError(Argument("tokens", tokens), " must be at least 2")
-    if samples < 0:
-        raise UserError(Argument("samples", samples), " must not be negative")
     out = storage.path(out)
-    pictures.check(Argument("out", out))
-    storage.check_writable(out, "out")
+    _check(out, split, tokens, samples)
     subject = Subject(_named(members), out, split, tokens, samples, say=say)
     out.mkdir(parents=True, exist_ok=True)
     logs, scored = history.History(subject), measured.Measured(subject)
@@ -85,6 +82,17 @@ def write(
     text = page.page(title, subtitle, sections, _about(made_by))
     storage.write(out / FILE, text)
     return out / FILE
+
+
+def _check(out: epath.Path, split, tokens: int, samples: int) -> None:
+    if tokens < 2:
+        raise UserError(Argument("tokens", tokens), " must be at least 2")
+    if split not in (None, *SPLITS):
+        raise UserError(Argument("split", split), did_you_mean(split, SPLITS))
+    if samples < 0:
+        raise UserError(Argument("samples", samples), " must not be negative")
+    pictures.check(Argument("out", out))
+    storage.check_writable(out, "out")
 
 
 def _named(members: Sequence[Member | runs.Run]) -> list[Member]:
@@ -120,7 +128,7 @@ def _main(argv) -> int:
     parser.add_argument("--checkpoint", default="best", help="best, latest, a step")
     parser.add_argument("--split", help="train, validation (the default) or test")
     parser.add_argument(
-        "--tokens", type=int, default=65_536, help="to score, at most (65,536)"
+        "--tokens", type=int, default=TOKENS, help=f"to score, at most ({TOKENS:,})"
     )
     parser.add_argument(
         "--samples", type=int, default=1, help="continuations of each run (1)"
@@ -129,8 +137,7 @@ def _main(argv) -> int:
     if not args.workdir:
         raise UserError("--workdir=DIR is missing: it names the run to report on")
     out = storage.path(args.out)
-    pictures.check(Argument("out", out))
-    storage.check_writable(out, "out")
+    _check(out, args.split, args.tokens, args.samples)
     compiled.keep()
     given = sys.argv[1:] if argv is None else argv
     path = write(

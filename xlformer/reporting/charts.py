@@ -21,8 +21,9 @@ from xlformer.reporting import style
 from xlformer.reporting.page import Html
 
 WIDTH, HEIGHT = 350, 250  # of a panel, in the pixels of a page
+ROW = 15  # of a legend
 MOST_POINTS = 400  # of a line; no panel can show more
-MOST_NAMED = 8  # lines that a legend names
+MOST_NAMED = 16  # lines that a legend names
 LEAST = 1e-5  # of the highest, what an axis of powers shows
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _MARKS = "osD^vP"
@@ -78,9 +79,16 @@ class Panel:
         with matplotlib.rc_context(_rules()), warnings.catch_warnings():
             # Of names in scripts that matplotlib's fonts lack; browsers have others.
             warnings.filterwarnings("ignore", message="Glyph .* missing")
-            figure = pictures.figure(WIDTH / _INCH, HEIGHT / _INCH)
+            named, columns = self._legend()
+            # A legend of many rows takes no room from the lines.
+            height = HEIGHT + ROW * max(0, -(-named // columns) - 2)
+            figure = pictures.figure(WIDTH / _INCH, height / _INCH)
             self._fill(figure)
-            pictures.save(figure, out / f"{self.name}.png")
+            if named:
+                figure.legend(loc="outside lower left", ncols=columns)
+            path = out / f"{self.name}.png"
+            path.unlink(missing_ok=True)  # It may be a link to somewhere else.
+            pictures.save(figure, path)
             found = io.BytesIO()
             figure.savefig(found, format="svg", metadata={"Date": None})
         return _inline(found.getvalue().decode(), self.name, self.says)
@@ -106,18 +114,21 @@ class Panel:
         if self.marked:
             place, name = self.marked
             axes.axvline(place, color=style.PALE, linewidth=0.8, linestyle=":")
-            options = {"fontsize": 9, "color": style.PALE, "va": "top"}
+            options = {"fontsize": 9, "color": style.PALE, "va": "bottom"}
             axes.annotate(
-                f" {name}", (place, 1), xycoords=("data", "axes fraction"), **options
+                f" {name}", (place, 0.02), xycoords=("data", "axes fraction"), **options
             )
         axes.set(xlabel=self.x, ylabel=self.y)
         axes.set_title(self.title, loc="left")
         axes.grid(axis="y")
-        named = [line for line in self.lines if line.name]
-        if 1 < len(named) <= MOST_NAMED or (named and len(self.lines) > len(named)):
-            longest = max(len(line.name) for line in named)
-            columns = max(1, min(len(named), 54 // (longest + 7)))
-            figure.legend(loc="outside lower left", ncols=columns)
+
+    def _legend(self) -> tuple[int, int]:
+        """How many lines a legend names, 0 without one, and in how many columns."""
+        names = [line.name for line in self.lines if line.name]
+        only = len(names) == len(self.lines) == 1  # The caption names it.
+        if only or not 0 < len(names) <= MOST_NAMED:
+            return 0, 1
+        return len(names), max(1, min(len(names), 54 // (max(map(len, names)) + 7)))
 
     def _scale(self, axes) -> None:
         from matplotlib import ticker

@@ -143,11 +143,11 @@ def _goodput(workdir) -> dict | None:
         return None
     get = {name.removeprefix("goodput/"): value for name, value in found.items()}
     shares = {
-        f"{clean(name).replace('_', ' ')}, %": 100 * get[f"{name}_s"] / wall
+        f"{clean(name).replace('_', ' ')}, %": round(100 * get[f"{name}_s"] / wall, 2)
         for name in [*goodput.CATEGORIES, "between"]
     }
     return {
-        "goodput, %": 100 * get["ratio"],
+        "goodput, %": round(100 * get["ratio"], 2),
         "wall clock, s": wall,
         **shares,
         "repeated steps": int(get["repeated_steps"]),

@@ -83,7 +83,11 @@ def _look(subject: Subject, member) -> Seen:
         if k < before:
             state = read(part_BT, state)
             continue
-        told = look(part_BT, state)
+        try:
+            told = look(part_BT, state)
+        except jax.errors.UnexpectedTracerError:
+            line = f"{type(model).__name__} loops over its layers with a loop of JAX's"
+            raise UserError(f"{line}, out of which it can tell nothing") from None
         if told is None:
             name = type(model).__name__
             raise UserError(f"{name} tells nothing of what goes on inside of it")
@@ -240,8 +244,8 @@ def _gates(subject: Subject, series: int, name: str, seen: Seen) -> list:
     rows, lines = [], []
     for gate, one in seen.inside.gates.items():
         units_E = np.sort(one.units_E / parts)
-        low, middle, high = (float(x) for x in np.quantile(units_E, [0.1, 0.5, 0.9]))
-        rows.append([gate.replace("_", " "), float(one.mean) / parts, low, middle, high])
+        values = [one.mean / parts, *np.quantile(units_E, [0.1, 0.5, 0.9])]
+        rows.append([gate.replace("_", " "), *(f"{value:.3f}" for value in values)])
         share = np.linspace(0, 100, len(units_E))
         lines.append(Line(gate.replace("_", " "), share, units_E))
     caption = (

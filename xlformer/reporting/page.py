@@ -226,5 +226,5 @@ def shown(value) -> str:
             return "not finite"
         if value and not 1e-3 <= abs(value) < 1e5:
             return f"{value:.3g}"
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 or not value else f"{value:#.4g}"
     return str(value)

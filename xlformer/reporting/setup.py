@@ -117,6 +117,8 @@ def differences(subject: Subject) -> Section:
 
 def _value(value):
     """A number or a text; whatever else a config holds, as JSON."""
-    if isinstance(value, int | float | str):
+    if isinstance(value, float):
+        return f"{value:g}"  # As it was typed, not as what was measured is shown.
+    if isinstance(value, int | str):
         return value
     return clean(json.dumps(value, default=str))

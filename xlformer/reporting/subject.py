@@ -37,7 +37,7 @@ class Subject:
     members: Sequence[Member]
     out: epath.Path
     split: str | None = None
-    tokens: int = 65_536
+    tokens: int = 32_768
     samples: int = 1
     context: int = 64
     length: int = 256

@@ -58,7 +58,7 @@ class Panel:
       lines: what is drawn; a panel of lines without any point is no panel.
       log_x, log_y: axes of powers.
       y_from_zero: whether the axis begins at 0.
-      marked: a place on x that is named: (x, name).
+      marked: a place on x with a dotted line, which the caption explains.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Panel:
     log_x: bool = False
     log_y: bool = False
     y_from_zero: bool = False
-    marked: tuple[float, str] | None = None
+    marked: float | None = None
 
     def draw(self, out: epath.Path) -> Html:
         """The inline SVG; writes the PNG into `out`."""
@@ -111,13 +111,9 @@ class Panel:
         self._scale(axes)
         if self.y_from_zero:
             axes.set_ylim(bottom=0)
-        if self.marked:
-            place, name = self.marked
-            axes.axvline(place, color=style.PALE, linewidth=0.8, linestyle=":")
-            options = {"fontsize": 9, "color": style.PALE, "va": "bottom"}
-            axes.annotate(
-                f" {name}", (place, 0.02), xycoords=("data", "axes fraction"), **options
-            )
+        if self.marked is not None:
+            options = {"color": style.PALE, "linewidth": 1.0, "linestyle": ":"}
+            axes.axvline(self.marked, **options)
         axes.set(xlabel=self.x, ylabel=self.y)
         axes.set_title(self.title, loc="left")
         axes.grid(axis="y")
@@ -148,7 +144,7 @@ class Panel:
             axes.yaxis.set_major_formatter(plain)
             axes.yaxis.set_minor_formatter(ticker.NullFormatter())
             low, high = axes.get_ylim()
-            if high < 20 * low:  # Hardly a power of ten lies in between.
+            if high < 100 * low:  # Hardly a power of ten lies in between.
                 axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
                 axes.yaxis.set_minor_formatter(plain)
             axes.set_ylim(bottom=max(low, high * LEAST))
@@ -218,7 +214,9 @@ def _inline(svg: str, name: str, says: str) -> Html:
     # In tags alone: what stands between them may be a stranger's.
     inside = re.sub(r"<[^>]+>", lambda tag: _tag(tag.group(), name), inside)
     label = Html.of(says)
-    return Html(f'<svg role="img" aria-label="{label}" viewBox="{box}">{inside.strip()}')
+    return Html(
+        f'<svg role="img" aria-label="{label}" viewBox="{box}">{inside.strip()}'
+    )
 
 
 def _tag(tag: str, name: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from xlformer.reporting.charts import Line, Panel
 from xlformer.reporting.page import Rows, Section, Text, clean
-from xlformer.reporting.subject import Scale, Subject, ends
+from xlformer.reporting.subject import Scale, Subject, ends, together
 from xlformer.runs import goodput, log
 
 
@@ -71,7 +71,9 @@ def curves(history: History) -> Section:
     norms = history.lines("train", "norm/grad")
     panels.append(history.panel("learning-rate", "Learning rate", "rate", rates))
     panels.append(
-        history.panel("gradient-norm", "Norm of the gradient", "norm", norms, log_y=True)
+        history.panel(
+            "gradient-norm", "Norm of the gradient", "norm", norms, log_y=True
+        )
     )
     figures = history.subject.draw(panels, _caption(members))
     missing = history.missing(training, "training loss")
@@ -80,15 +82,16 @@ def curves(history: History) -> Section:
 
 
 def _caption(members) -> str:
-    parts = [
-        f"{m.name}: a record every {m.run.config.train.log_every} steps, validation of "
-        f"{m.run.config.eval.max_tokens or 'all'} tokens every "
-        f"{m.run.config.train.eval_every}"
-        for m in members
-    ]
+    how = {}
+    for member in members:
+        train, most = member.run.config.train, member.run.config.eval.max_tokens
+        how[member.name] = (
+            f"a record every {train.log_every} steps, validation of "
+            f"{f'{most:,}' if most else 'all'} tokens every {train.eval_every}"
+        )
     return (
         "From the log of each run. A training loss is the mean over the steps since "
-        f"the record before, with dropout where there is any. {'; '.join(parts)}."
+        f"the record before, with dropout where there is any. {together(how)}."
     )
 
 

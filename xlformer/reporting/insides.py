@@ -18,7 +18,7 @@ from xlformer.errors import UserError
 from xlformer.models.base import Inside
 from xlformer.reporting.charts import Line, Panel
 from xlformer.reporting.page import Heading, Rows, Section, Text
-from xlformer.reporting.subject import Subject, ends, of_each
+from xlformer.reporting.subject import Subject, ends, memory, of_each
 
 ROWS, SEGMENTS = 2, 4  # places of the text, and segments that are looked at in each
 # Pairs of a query and a key of one row; times rows and heads they are numbers that lie
@@ -63,10 +63,10 @@ def _look(subject: Subject, member) -> Seen:
     model, run = member.model, member.run
     tokens, _, _ = subject.text(member)
     T = _segment(model, run.config.train.segment_length)
-    reach = min(model.memory_length or 0, MOST_READ)
+    length = memory(model)
+    # A state has no length; some segments are better than none.
+    reach = 4 * T if length is None else min(length, MOST_READ)
     before = -(-reach // T)
-    if model.memory_length is None:  # A state; what it is full with is not known.
-        before = 4
     count = (before + SEGMENTS) * T
     if len(tokens) < count + 1:
         raise UserError(
@@ -101,7 +101,7 @@ def _segment(model: models.Model, wanted: int) -> int:
     """Tokens of a segment: as in training, if these are not too many pairs."""
     T = min(wanted, model.longest_segment or wanted)
     # A query sees its segment and the memory.
-    while T > 1 and T * (T + (model.memory_length or 0)) > MOST_PAIRS:
+    while T > 1 and T * (T + (memory(model) or 0)) > MOST_PAIRS:
         T //= 2
     return T
 
@@ -195,7 +195,7 @@ def binned(weight_S, seen_S) -> tuple[np.ndarray, np.ndarray]:
     What nobody sees has no mean, and a weight of 0 no place on an axis of powers.
     """
     S = len(seen_S)
-    edges = [*range(min(S, EXACT))]
+    edges = [*range(min(S, EXACT) + 1)]
     while edges[-1] < S:
         edges.append(min(S, max(edges[-1] + 1, round(edges[-1] * 1.2))))
     edges = np.array(edges)

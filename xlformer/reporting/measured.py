@@ -12,7 +12,15 @@ from xlformer.data import shards
 from xlformer.errors import UserError
 from xlformer.reporting.charts import Line, Panel
 from xlformer.reporting.page import Rows, Section
-from xlformer.reporting.subject import Scale, Subject, ends, of_each
+from xlformer.reporting.subject import (
+    Scale,
+    Subject,
+    carries,
+    ends,
+    memory,
+    of_each,
+    together,
+)
 from xlformer.scoring import results
 from xlformer.scoring.evaluator import Evaluator
 from xlformer.scoring.rows import Plan, cut_rows_for
@@ -20,7 +28,7 @@ from xlformer.training import objectives
 
 ROWS = 8  # that the text is cut into
 PLACES = 32  # at most, that are drawn
-# Memories that are tried, in parts of the model's own; of the segment where it has none.
+# Memories that are tried, in parts of the model's own, or of the segment if that is 0.
 LENGTHS = (0, 0.25, 0.5, 1, 2, 4)
 
 
@@ -102,16 +110,18 @@ class Measured:
 
         self.found, self.missing = of_each(subject, measure)
 
-    def how(self, name: str) -> str:
-        """With what a run was scored."""
-        (member,) = (m for m in self.subject.members if m.name == name)
-        one, split = self.found[name], self.subject.split or "validation"
-        memory = member.model.memory_length
-        carried = "a state" if memory is None else f"a memory of {memory:,}"
-        return (
-            f"{name}: {int(one.targets_T.sum()):,} tokens of {split}, segments of "
-            f"{len(one.nats_T):,}, {carried}, {one.rows} rows, warm-up {one.warmup}"
-        )
+    def how(self, names) -> str:
+        """With what runs were scored."""
+        split, how = self.subject.split or "validation", {}
+        for member in self.subject.members:
+            if member.name not in names:
+                continue
+            one, carried = self.found[member.name], carries(member.model)
+            how[member.name] = (
+                f"{int(one.targets_T.sum()):,} tokens of {split}, segments of "
+                f"{len(one.nats_T):,}, {carried}, {one.rows} rows, warm-up {one.warmup}"
+            )
+        return together(how)
 
 
 def places(measured: Measured) -> Section:
@@ -136,11 +146,11 @@ def places(measured: Measured) -> Section:
         says = f"{scale.label} by position: {ends(lines, 'position')}"
         options = {"log_y": scale.is_power}
         panel = Panel("places", title, says, x, scale.label, lines, **options)
-        how = "; ".join(map(measured.how, measured.found))
         caption = (
             "Mean loss by the place of a token in its segment. A model that carries "
             "its context from segment to segment loses as much at the beginning as "
-            f"later; one that does not begins without any. {how}."
+            f"later; one that does not begins without any. "
+            f"{measured.how(measured.found)}."
         )
         blocks += measured.subject.draw([panel], caption)
         head = ["", "all", "first place", "first eighth", "second half", "difference"]
@@ -164,20 +174,19 @@ def memories(measured: Measured) -> Section:
         y = np.array([scale.of(nats) for nats in one.values()])
         lines.append(Line(member.name, np.array([*one], float), y, series))
         values = [scale.of(one[m]) if m in one else None for m in lengths]
-        own = member.model.memory_length
-        rows.append([member.name, own, *values])
+        rows.append([member.name, memory(member.model), *values])
     blocks: list = []
     if lines:
-        own = {m.model.memory_length for m in subject.members if m.name in found}
-        marked = (float(own.pop()), "as trained") if len(own) == 1 else None
+        trained = {memory(m.model) for m in subject.members if m.name in found}
+        marked = float(trained.pop()) if len(trained) == 1 else None
         title, x = "By length of the memory", "memory, tokens"
         says = f"{scale.label} by memory: {ends(lines, 'memory')}"
         options = {"log_x": True, "log_y": scale.is_power, "marked": marked}
         panel = Panel("memories", title, says, x, scale.label, lines, **options)
-        how = "; ".join(measured.how(name) for name in found)
         caption = (
             "Mean loss with a shorter and a longer memory than that of the training, "
-            f"on the same tokens. {how}; the memory as drawn."
+            "on the same tokens; a dotted line is that of the training, where it is "
+            f"one for all. {measured.how(found)}; the memory as drawn."
         )
         blocks += subject.draw([panel], caption)
         head = ["", "as trained", *(f"{m:,}" for m in lengths)]
@@ -187,7 +196,7 @@ def memories(measured: Measured) -> Section:
 
 def _sweep(measured: Measured, member) -> dict[int, float]:
     """Nats per token by length of the memory."""
-    own = member.model.memory_length
+    own = memory(member.model)
     if own is None:
         raise UserError("it carries a state, which has no length that could be changed")
     if member.name not in measured.found:

@@ -172,9 +172,7 @@ class Section:
 
 def page(title: str, subtitle: Any, sections: Sequence[Section], about: Any) -> str:
     """The whole file; `about` says how it was made."""
-    links = [
-        element("li", element("a", s.title, href=f"#{s.name}")) for s in sections
-    ]
+    links = [element("li", element("a", s.title, href=f"#{s.name}")) for s in sections]
     contents = element("nav", element("ol", *links), aria_label="Contents")
     head = joined(
         [
@@ -193,7 +191,8 @@ def page(title: str, subtitle: Any, sections: Sequence[Section], about: Any) -> 
     body = joined([s.html() for s in sections], "\n")
     main = element("main", header, "\n", body, "\n", element("footer", about))
     whole = element("body", contents, "\n", main)
-    return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n{whole}\n</html>\n'
+    head = element("head", "\n", head, "\n")
+    return f"<!doctype html>\n{element('html', head, whole, lang='en')}\n"
 
 
 # Cells --------------------------------------------------------------------------------

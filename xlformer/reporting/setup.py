@@ -7,7 +7,7 @@ import json
 from xlformer import config as config_lib
 from xlformer.errors import UserError
 from xlformer.reporting.page import Folded, Rows, Section, Text, clean
-from xlformer.reporting.subject import Subject
+from xlformer.reporting.subject import Subject, carries
 
 # Where a run lay and was called says nothing about what it is.
 _PLACES = ("name", "data.directory", "data.path")
@@ -33,7 +33,7 @@ def _facts(subject: Subject, member) -> dict:
         "weights": "average (ema)" if run.averaged else "raw",
         "tokens read": run.step * train.batch_size * train.segment_length,
         "batch × segment": f"{train.batch_size} × {train.segment_length}",
-        "memory": _memory(run.model),
+        "carries": carries(run.model),
         "vocabulary": f"{vocabulary.size:,} {vocabulary.unit}",
         "work directory": clean(run.workdir),
     }
@@ -44,11 +44,6 @@ def _facts(subject: Subject, member) -> dict:
     except UserError:
         facts["corpus"] = "not here"
     return facts
-
-
-def _memory(model) -> str:
-    length = model.memory_length
-    return "a state, without limit" if length is None else f"{length:,} positions"
 
 
 def _comparable(subject: Subject) -> list[Text]:

@@ -55,7 +55,7 @@ h2{{font:600 1.35rem/1.25 var(--serif);margin:3.2rem 0 .8rem}}
 h3{{font:600 .95rem/1.35 var(--sans);margin:2rem 0 .5rem}}
 h4{{font:600 .8rem/1.4 var(--sans);margin:0 0 .4rem;color:var(--pale)}}
 p{{margin:0 0 .9rem;max-width:40rem}}
-p.missing{{color:var(--pale);font-style:italic}}
+p.missing{{color:var(--pale);font-style:italic;font-size:.9rem;margin-bottom:.5rem}}
 p.warning{{border-left:3px solid var(--s1);padding-left:.8rem}}
 code{{font:.85em var(--mono)}}
 .wide{{overflow-x:auto;margin:0 0 1.6rem}}

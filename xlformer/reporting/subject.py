@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from xlformer import models
 from xlformer.errors import UserError
 from xlformer.instruments.members import Member
 from xlformer.reporting.charts import Line, Panel
@@ -112,6 +113,28 @@ class Scale:
             return cls(f"perplexity of {unit}", np.exp, True)
         one = {"bytes": "byte", "chars": "character"}.get(unit, "token")
         return cls(f"bits per {one}", results.bits)
+
+
+def memory(model: models.Model) -> int | None:
+    """The length of a model's memory, also of one that has a state beside it."""
+    found = model.card().get("memory_length")
+    return found if isinstance(found, int) else model.memory_length
+
+
+def carries(model: models.Model) -> str:
+    """What a model carries from segment to segment, in words."""
+    length, state = memory(model), model.memory_length is None
+    if length is None:
+        return "a state"
+    return f"a state and a memory of {length:,}" if state else f"a memory of {length:,}"
+
+
+def together(texts: dict[str, str]) -> str:
+    """What is said of runs by name; those of which one thing is said share it."""
+    names: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        names.setdefault(text, []).append(name)
+    return "; ".join(f"{', '.join(who)}: {text}" for text, who in names.items())
 
 
 def ends(lines: Sequence[Line], x: str) -> str:

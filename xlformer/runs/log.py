@@ -208,7 +208,7 @@ def lines(workdir: epath.Path) -> Iterator[dict]:
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            # A log may be a stranger's: its values are numbers and texts, or it is none.
+            # A stranger's may hold anything; ours has numbers and texts.
             if isinstance(record, dict) and _is_ours(record):
                 yield record
 

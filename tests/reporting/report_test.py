@@ -42,13 +42,18 @@ def strange(tmp_path_factory):
     config.name = NAME
     model = training_runs.bag(vocab_size=len(set(SCRIPT + "&amp; ")))
     train(config, folder / "run", model)
-    card = {"split": SCRIPT, "bpc": [SCRIPT], "ppl": float("nan"), "step": 10**30}
+    card = {"split": SCRIPT, "bpc": [SCRIPT], "ppl": float("nan"), "step": 10**400}
     (folder / "run/evaluations").mkdir()
     (folder / "run/evaluations/1.json").write_text(json.dumps(card))
     (folder / "run/evaluations/2.json").write_text('{"split": "\x00')
     with open(folder / "run/metrics.jsonl", "a", encoding="utf-8") as file:
         for step in (SCRIPT, [1], 10**400, None):
-            line = {"step": step, "kind": "train", "train/loss_nats": {"a": 1}}
+            line = {"step": step, "kind": "train", "train/loss_nats": 1.0}
+            file.write(json.dumps(line) + "\n")
+        large = {"step": 1 << 62, "kind": "train", "train/loss_nats": 1.7e308}
+        file.write(json.dumps(large) + "\n")
+        for wrong in ({}, {"a": 1}, 1.7e308):
+            line = {"step": 6, "kind": "eval", "eval/nats_per_token": wrong}
             file.write(json.dumps(line) + "\n")
         file.write(json.dumps({"step": 5, "kind": "goodput"}) + "\n")
         file.write("[" * 100_000 + "\n")

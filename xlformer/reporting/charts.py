@@ -24,6 +24,7 @@ WIDTH, HEIGHT = 350, 250  # of a panel, in the pixels of a page
 ROW = 15  # of a legend
 MOST_POINTS = 400  # of a line; no panel can show more
 MOST_NAMED = 16  # lines that a legend names
+LARGEST = 1e30  # beyond it a loss is none, and its axis would overflow
 LEAST = 1e-5  # of the highest, what an axis of powers shows
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _MARKS = "osD^vP"
@@ -190,6 +191,7 @@ def _rules() -> dict:
 def _thinned(x, y) -> tuple[np.ndarray, np.ndarray]:
     """At most MOST_POINTS means of neighbours; fewer points stay as they are."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    y = np.where(abs(y) < LARGEST, y, np.nan)
     group = -(-len(x) // MOST_POINTS)
     if group < 2:
         return x, y

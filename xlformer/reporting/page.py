@@ -219,7 +219,7 @@ def shown(value) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
-        return f"{value:,}" if abs(value) < 1 << 63 else f"{value:.3g}"
+        return f"{value:,}" if abs(value) < 1 << 63 else "too large"
     if isinstance(value, float):
         if not math.isfinite(value):
             return "not finite"

@@ -88,6 +88,11 @@ def of_each(subject: Subject, measure: Callable[[Member], Any]):
     return found, missing
 
 
+def _perplexity(nats):
+    # Beyond 700 it is no float64; such a loss is not drawn.
+    return np.exp(np.minimum(nats, 700.0))
+
+
 @dataclasses.dataclass(frozen=True)
 class Scale:
     """In what all runs can be drawn together.
@@ -110,7 +115,7 @@ class Scale:
             return cls("nats per token", lambda nats: nats)
         (unit,) = units
         if results.headline(0.0, unit)[0] == "ppl":
-            return cls(f"perplexity of {unit}", np.exp, True)
+            return cls(f"perplexity of {unit}", _perplexity, True)
         one = {"bytes": "byte", "chars": "character"}.get(unit, "token")
         return cls(f"bits per {one}", results.bits)
 

@@ -216,7 +216,8 @@ def lines(workdir: epath.Path) -> Iterator[dict]:
 def _is_ours(record: dict) -> bool:
     plain = all(isinstance(x, int | float | str) for x in record.values())
     step, kind = record.get("step"), record.get("kind")
-    return plain and type(step) is int and isinstance(kind, str)
+    step_is = type(step) is int and 0 <= step < 1 << 63
+    return plain and step_is and isinstance(kind, str)
 
 
 # As strings: json.dumps would write NaN and Infinity, which are not JSON.

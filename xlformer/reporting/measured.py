@@ -213,7 +213,7 @@ def _sweep(measured: Measured, member) -> dict[int, float]:
                 continue
             found[length] = losses(measured.subject, member, model).mean
         except UserError as error:
-            why = error
+            why = why or error
     if len(found) == 1 and why is not None:
         raise why
     return dict(sorted(found.items()))

@@ -96,13 +96,14 @@ nav li{{break-inside:avoid}}
 header{{padding-top:1.6rem}}
 h1{{font-size:1.6rem}}}}
 @media print{{
+:root{{--paper:#fff}}
 html{{font-size:10pt}}
 body{{display:block;padding:0;background:none}}
 nav{{display:none}}
 header{{padding-top:0}}
 .wide,pre{{overflow:visible;max-height:none}}
-table{{font-size:7.5pt}}
-th,td{{white-space:normal}}
+table{{font-size:7pt}}
+th,td{{white-space:normal;overflow-wrap:anywhere;padding-right:.5rem}}
 figure,.sample,tr,svg{{break-inside:avoid}}
 h2,h3,h4{{break-after:avoid}}
 .panels svg{{flex-basis:300px;width:300px}}}}

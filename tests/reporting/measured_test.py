@@ -18,7 +18,7 @@ T = 7
 @dataclasses.dataclass(frozen=True)
 class ClockConfig:
     vocab_size: int = 5
-    memory_length: int = 8
+    memory_length: int | None = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Clock(Model):
 
     def apply(self, params, inputs_BT, targets_BT, state, **options):
         place_BT = jnp.broadcast_to(jnp.arange(1.0 * T)[None], targets_BT.shape)
-        forgotten = 100.0 * (16 - self.config.memory_length)
+        forgotten = 100.0 * (16 - (self.config.memory_length or 0))
         return place_BT + forgotten + params["w"], state, Aux(jnp.zeros(()), {})
 
 
@@ -63,13 +63,14 @@ def one(model, tokens=173):
     return about, member
 
 
-@pytest.mark.parametrize("memory", [0, 8])
-def test_each_token_is_counted_at_its_place(memory):
+# With a state rows begin anywhere, else where a segment of the one row does.
+@pytest.mark.parametrize(("memory", "rows"), [(0, 1), (8, 1), (None, 8)])
+def test_each_token_is_counted_at_its_place(memory, rows):
     model = Clock(ClockConfig(memory_length=memory))
-    about, member = one(model)
+    about, member = one(model, 8 * 24)
     found = measured.losses(about, member, model)
-    assert found.targets_T.sum() == 172 and len(found.targets_T) == T
-    forgotten = 100 * (16 - memory)
+    assert found.targets_T.sum() == 8 * 24 - rows and len(found.targets_T) == T
+    forgotten = 100 * (16 - (memory or 0))
     np.testing.assert_allclose(found.nats_T / found.targets_T, np.arange(T) + forgotten)
     assert found.between(2, 4) == pytest.approx(forgotten + 2.5, abs=0.1)
     assert np.isnan(found.between(3, 3))

@@ -68,7 +68,11 @@ def load(workdirs: Sequence, *, checkpoint: str = "best") -> list[Member]:
                 " are one run, which is compared with itself",
             )
         seen[real] = place
-    found = [runs.load(place, checkpoint=checkpoint) for place in places]
+    return of([runs.load(place, checkpoint=checkpoint) for place in places])
+
+
+def of(found: Sequence[runs.Run]) -> list[Member]:
+    """Runs that are loaded already; see `load`."""
     for i, one in enumerate(found):
         for other in found[:i]:
             if _is_copy(one, other):
@@ -78,7 +82,7 @@ def load(workdirs: Sequence, *, checkpoint: str = "best") -> list[Member]:
                     Argument("workdir", other.workdir),
                     ": they are one run, which would be compared with itself",
                 )
-    names = _names([run.config.name for run in found], places)
+    names = _names([run.config.name for run in found], [r.workdir for r in found])
     return [Member(name, run) for name, run in zip(names, found, strict=True)]
 
 

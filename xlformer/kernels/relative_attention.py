@@ -14,10 +14,18 @@ import functools
 import logging
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from xlformer.errors import UserError, did_you_mean
-from xlformer.kernels import blocked, pallas_gpu_tiles, pallas_tpu_tiles, xla
+from xlformer.kernels import (
+    blocked,
+    pallas_gpu_tiles,
+    pallas_tpu_tiles,
+    watching,
+    xla,
+)
 from xlformer.kernels.call import OUTPUT_NAME, Call
 from xlformer.kernels.dropout import seeds
 from xlformer.kernels.visibility import Visibility
@@ -103,6 +111,7 @@ def visible_attention(
     rows = S if visibility.causal else S + T - 1
     if r_SHK is not None and r_SHK.shape[0] != rows:
         raise ValueError(f"r_SHK has {r_SHK.shape[0]} rows, expected {rows}")
+    watching.tell(lambda: _by_distance(qu_BTHK, qw_BTHK, k_BSHK, r_SHK, visibility))
     # A rate without a key is evaluation. It is set to 0 before the Call is made, so
     # that evaluation shares the choice and the kernels of a model without dropout.
     if dropout_key is None:
@@ -134,6 +143,15 @@ def visible_attention(
     if implementation in REFUSALS:
         return y_BTHK
     return checkpoint_name(y_BTHK, OUTPUT_NAME)
+
+
+def _by_distance(qu_BTHK, qw_BTHK, k_BSHK, r_SHK, visibility) -> watching.ByDistance:
+    """The weights themselves, [B, H, T, S]: for who looks at a small part of a text."""
+    T, S = qu_BTHK.shape[1], k_BSHK.shape[1]
+    scores_BHTS = xla.scores(qu_BTHK, qw_BTHK, k_BSHK, r_SHK)
+    mask = visibility.mask(np.arange(T), np.arange(S), S - T)
+    p_BHTS = jax.nn.softmax(jnp.where(mask, scores_BHTS, -jnp.inf), axis=-1)
+    return watching.by_distance(p_BHTS, mask, watching.pairs(T, S))
 
 
 def _module(implementation: str):

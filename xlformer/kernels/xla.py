@@ -33,23 +33,13 @@ def attention(
     """
     T, S = qu_BTHK.shape[1], k_BSHK.shape[1]
     M = S - T if memory_length is None else memory_length
-    # Scores and softmax are in float32 whatever the inputs are: bfloat16 keeps 8 bits,
-    # an error of up to 0.06 in a score of 16, and the exponential passes it on.
-    dtype = jnp.promote_types(qu_BTHK.dtype, jnp.float32)
     queries, keys = np.arange(T) + first_query, np.arange(S) + first_key
-    # Heads in front: products of contiguous matrices, not of rows to be gathered. With
-    # what else is said below, scoring as a whole is twice as fast on the CPU as in the
-    # textbook's order (docs/performance.md: `plain` against `naive`).
-    qu_BHTK, k_BHSK, v_BHSK = (jnp.swapaxes(x, 1, 2) for x in (qu_BTHK, k_BSHK, v_BSHK))
-    with jax.named_scope("scores"):
-        scores_BHTS = _products(qu_BHTK, k_BHSK, dtype)
-        if r_SHK is not None:
-            scores_BHTS += _position_scores(qw_BTHK, r_SHK, S, dtype)
+    scores_BHTS = scores(qu_BTHK, qw_BTHK, k_BSHK, r_SHK)
     with jax.named_scope("softmax"):
         mask = visibility.mask(queries, keys, M)
         # Added, not selected: the mask is one for all heads and layers, and the
         # gradient need not look at it. Finite, so that a fully masked row makes no NaN.
-        scores_BHTS += jnp.where(mask, 0, jnp.finfo(dtype).min)
+        scores_BHTS += jnp.where(mask, 0, jnp.finfo(scores_BHTS.dtype).min)
         # The softmax does not depend on what is subtracted, so its gradient is none.
         max_BHT1 = jax.lax.stop_gradient(scores_BHTS.max(-1, keepdims=True))
         p_BHTS = jnp.exp(scores_BHTS - max_BHT1)
@@ -66,10 +56,28 @@ def attention(
             )
             p_BHTS = jnp.where(keep, p_BHTS / (1 - dropout_rate), 0)
     with jax.named_scope("values"):
+        v_BHSK = jnp.swapaxes(v_BSHK, 1, 2)
         # In the inputs' dtype: matrix units are several times slower in float32.
         y_BHTK = jnp.einsum("BHTS,BHSK->BHTK", p_BHTS.astype(v_BHSK.dtype), v_BHSK)
         # Divided here and not before: K numbers a query, not S.
         return jnp.swapaxes(y_BHTK / sum_BHT1, 1, 2).astype(v_BHSK.dtype)
+
+
+def scores(qu_BTHK, qw_BTHK, k_BSHK, r_SHK) -> jax.Array:
+    """The scores of all pairs, in at least float32, before any is hidden."""
+    # Scores and softmax are in float32 whatever the inputs are: bfloat16 keeps 8 bits,
+    # an error of up to 0.06 in a score of 16, and the exponential passes it on.
+    dtype = jnp.promote_types(qu_BTHK.dtype, jnp.float32)
+    # Heads in front: products of contiguous matrices, not of rows to be gathered. With
+    # what else is said here, scoring as a whole is twice as fast on the CPU as in the
+    # textbook's order (docs/performance.md: `plain` against `naive`).
+    qu_BHTK, k_BHSK = (jnp.swapaxes(x, 1, 2) for x in (qu_BTHK, k_BSHK))
+    with jax.named_scope("scores"):
+        scores_BHTS = _products(qu_BHTK, k_BHSK, dtype)
+        if r_SHK is not None:
+            S = k_BSHK.shape[1]
+            scores_BHTS += _position_scores(qw_BTHK, r_SHK, S, dtype)
+    return scores_BHTS
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

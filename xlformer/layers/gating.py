@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from xlformer.kernels import watching
 from xlformer.sharding import constrain
 
 NONE, GRU = GATES = ("none", "gru")
@@ -43,11 +44,11 @@ class Weights(NamedTuple):
     bias_E: Any
 
 
-def gru(x_BTD: jax.Array, y_BTD: jax.Array, weights: Weights) -> jax.Array:
+def gru(x_BTD: jax.Array, y_BTD: jax.Array, weights: Weights, name="") -> jax.Array:
     """(1 - z) x + z h, of the residual x and a sub-layer's output y.
 
     r = s(W_r y + U_r x), z = s(W_z y + U_z x - b), h = tanh(W_h y + U_h (r x)); the
-    sigmoid s. A large b is the identity (section 3.2 there).
+    sigmoid s. A large b is the identity (section 3.2 there). name: for who watches.
     """
     with jax.named_scope("gate"):
         new_BTCE = jnp.einsum("BTD,DCE->BTCE", y_BTD, weights.new_DCE)
@@ -60,6 +61,7 @@ def gru(x_BTD: jax.Array, y_BTD: jax.Array, weights: Weights) -> jax.Array:
         r_BTE = nn.sigmoid(new_BTCE[:, :, 0] + old_BTCE[:, :, 0])
         bias_BTE = weights.bias_E[None, None]
         z_BTE = nn.sigmoid(new_BTCE[:, :, 1] + old_BTCE[:, :, 1] - bias_BTE)
+        watching.tell(lambda: watching.Gate(z_BTE.mean(), z_BTE.mean((0, 1))), name)
         through_BTD = constrain(r_BTE * x_BTD, "batch", None, None)
         held_BTE = jnp.einsum("BTD,DE->BTE", through_BTD, weights.reset_DE)
         h_BTE = jnp.tanh(new_BTCE[:, :, 2] + held_BTE)
@@ -81,4 +83,5 @@ class GRUGate(nn.Module):
             self.param("reset_kernel", init, (D, D)),
             self.param("bias", nn.initializers.constant(BIAS), (D,)),
         )
-        return gru(x_BTD, y_BTD, Weights(*(p.astype(self.dtype) for p in parameters)))
+        weights = Weights(*(p.astype(self.dtype) for p in parameters))
+        return gru(x_BTD, y_BTD, weights, self.name or "")

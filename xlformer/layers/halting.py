@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xlformer.kernels import watching
+
 # How weighted states become an output: see `combine`. GLOBAL is CONVEX where all
 # positions have one probability.
 ACCUMULATE, CONVEX, GLOBAL = "accumulate", "convex", "global"
@@ -50,6 +52,7 @@ def halt(state: Halting, p_BT: jax.Array, *, epsilon: float, last=False):
       the remainder 0, as in tensor2tensor.
     """
     running_BT = ~state.halted_BT
+    watching.tell(lambda: watching.Running(running_BT))
     stops_BT = running_BT & ((state.sum_BT + p_BT > 1 - epsilon) | last)
     rest_BT = 1 - state.sum_BT
     weights_BT = jnp.where(stops_BT, rest_BT, jnp.where(running_BT, p_BT, 0))

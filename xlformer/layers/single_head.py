@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xlformer.kernels import watching
 from xlformer.kernels.dropout import keep_pairs
 from xlformer.layers import memory as memory_lib
 
@@ -179,7 +180,7 @@ def attend(q_BTD, own, memory, seen: Seen, drops: Drops | None = None) -> jax.Ar
     groups = math.ceil(T / QUERIES)
     step = functools.partial(_attend, own=own, memory=memory, seen=seen, drops=drops)
     start_BT = jnp.broadcast_to(seen.start_BT, q_BTD.shape[:2])
-    if groups == 1:
+    if groups == 1 or watching.watched():
         return step((q_BTD, start_BT, jnp.arange(T)))
     # As even as they can be; a few queries more than there are see what the last sees.
     C = math.ceil(T / groups)
@@ -223,6 +224,15 @@ def _attend(queries, *, own, memory, seen: Seen, drops):
         top_BC1 = lax.stop_gradient(top_BC1)
         weight_BCP, weight_BCS = (jnp.exp(x - top_BC1) for x in (score_BCP, score_BCS))
         sum_BC1 = weight_BCP.sum(-1, keepdims=True) + weight_BCS.sum(-1, keepdims=True)
+    watching.tell(
+        lambda: watching.by_distance(
+            _both(weight_BCP, weight_BCS)[:, None] / sum_BC1[:, None],
+            _both(sees_BCP, sees_BCS)[:, None],
+            P
+            + index_C[None, None, :, None]
+            - _both(seen.place_BP[:, None], own_S[None, None])[:, None],
+        )
+    )
     if drops is not None:
         weight_BCP = _dropped(weight_BCP, drops, index_C, jnp.arange(P))
         weight_BCS = _dropped(weight_BCS, drops, index_C, own_S)
@@ -240,6 +250,13 @@ def _attend(queries, *, own, memory, seen: Seen, drops):
             preferred_element_type=exact,
         )
         return (y_BCD / sum_BC1).astype(q_BCD.dtype)
+
+
+def _both(of_slots, own):
+    """Of all that is seen, the last axis; the others broadcast."""
+    shape = jnp.broadcast_shapes(of_slots.shape[:-1], own.shape[:-1])
+    parts = (jnp.broadcast_to(x, (*shape, x.shape[-1])) for x in (of_slots, own))
+    return jnp.concatenate([*parts], -1)
 
 
 def _dropped(weight_BCS, drops: Drops, index_C, index_S):

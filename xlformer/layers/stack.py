@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xlformer.kernels import watching
 from xlformer.kernels.call import OUTPUT_NAME
 
 REMAT = ("none", "attention", "full")
@@ -28,6 +29,8 @@ def run(layer: Callable, carry, stacked, *, scan: bool, remat: str = "none"):
     Returns:
       The last carry, and what the layers kept, stacked.
     """
+    if watching.watched():
+        scan, remat = False, "none"
     # Measured on a prototype with the compiler of a v5e (12 layers of d_model 512, 4
     # rows, T = M = 512): unrolled 70 s to compile, scanned 16 s, with full remat 21 s;
     # temporaries of 1,358, 1,969 and 287 MiB. On a CPU, 8 layers of width 256 took 1.25
@@ -43,8 +46,9 @@ def run(layer: Callable, carry, stacked, *, scan: bool, remat: str = "none"):
     # Not scan(unroll=...): its body is one function that each layer calls, in which
     # XLA's partitioner (jax 0.10.2, TPU) loses that `data` is split.
     kept = []
-    for part in _parts(stacked):
-        carry, one = layer(carry, part)
+    for number, part in enumerate(_parts(stacked)):
+        with watching.inside(number):
+            carry, one = layer(carry, part)
         kept.append(one)
     return carry, jax.tree.map(lambda *layers: jnp.stack(layers), *kept)
 

@@ -21,6 +21,21 @@ import jax
 import jax.numpy as jnp
 
 from xlformer.errors import Argument, UserError
+from xlformer.kernels import watching
+
+
+class Inside(NamedTuple):
+    """What went on inside of a model over a segment; each is {} where it has none.
+
+    Attributes:
+      attention: by layer, how much weight its heads give to each distance.
+      gates: by layer and gate, how much of the new it lets in.
+      halting: by step, which positions take it.
+    """
+
+    attention: dict[str, watching.ByDistance]
+    gates: dict[str, watching.Gate]
+    halting: dict[str, watching.Running]
 
 
 class Aux(NamedTuple):
@@ -390,6 +405,14 @@ class Model:
         {} where there is nothing left to save.
         """
         return {}
+
+    def inspect(self, params, inputs_BT, state, *, step=None):
+        """What goes on inside over a segment: (Inside, the new state), or None.
+
+        None where nothing of it is known. It may make an array of all pairs of tokens:
+        for a small part of a text. Args as for `apply`.
+        """
+        del params, inputs_BT, state, step
 
     def card(self) -> dict:
         """What the card of a result says of the model: how far it sees."""

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from xlformer.errors import UserError
+from xlformer.kernels import watching
 from xlformer.kernels.dropout import Keys, bernoulli, fold
 from xlformer.layers.adaptive import (
     AdaptiveEmbedding,
@@ -27,7 +28,7 @@ from xlformer.layers.adaptive import (
     drop_words,
 )
 from xlformer.layers.memory import expand_resets
-from xlformer.models.base import Aux, Model, compute_dtype
+from xlformer.models.base import Aux, Inside, Model, compute_dtype
 from xlformer.sharding import constrain
 
 # Folded into the key that rows share, for the words that are left out: beyond all row
@@ -205,6 +206,21 @@ class TokenModel(Model):
     ):
         options = self._options(inputs_BT, resets_BT, lengths_B, step)
         return self._run(params, "log_probs", inputs_BT, state, **options)
+
+    def inspect(self, params, inputs_BT, state, *, step=None):
+        with watching.watch() as told:
+            _, state, _ = self.apply(params, inputs_BT, inputs_BT, state, step=step)
+        found = Inside({}, {}, {})
+        kinds = (watching.ByDistance, watching.Gate, watching.Running)
+        for one in told:
+            into = found[kinds.index(type(one.value))]
+            name = self.layer_name(one.at)
+            into[f"{name}, {one.name}" if one.name else name] = one.value
+        return found, state
+
+    def layer_name(self, at: tuple[int, ...]) -> str:
+        """What people call the layer that told something (watching.Told.at)."""
+        return ", ".join(f"layer {number + 1}" for number in at)
 
     def _module(self, dtype) -> TokenModule:
         return TokenModule(self.trunk_module(dtype), self.tokens(), dtype)

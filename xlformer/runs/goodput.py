@@ -8,7 +8,6 @@ by kill -9 is known up to its last record. `summary` adds the attempts up.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 
@@ -114,16 +113,8 @@ def read(workdir) -> list[dict]:
 
     Unlike log.read it keeps those of steps that were repeated later.
     """
-    found = []
-    for path in log.parts(storage.path(workdir)):
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-                if record["kind"] == KIND:
-                    found.append(record)
-            except (ValueError, KeyError, TypeError):
-                continue
-    return found
+    found = log.lines(storage.path(workdir))
+    return [record for record in found if record["kind"] == KIND]
 
 
 def summary(records: list[dict], *, now: float | None = None) -> dict[str, float]:

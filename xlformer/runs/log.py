@@ -26,7 +26,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from etils import epath
@@ -163,7 +163,9 @@ class _Parts:
 
 def parts(workdir: epath.Path) -> list[epath.Path]:
     """The files of lines, oldest first."""
-    return sorted(workdir.glob("metrics*.jsonl"))
+    found = sorted(workdir.glob("metrics*.jsonl"))
+    # A pipe of that name would never end. Object stores have none.
+    return [p for p in found if storage.is_remote(p) or p.is_file()]
 
 
 def _tensorboard(workdir: epath.Path, purge_step: int | None):
@@ -187,19 +189,35 @@ def read(workdir, *, kind: str | None = None) -> list[dict]:
     """Returns the last record of every (step, kind) in order of steps.
 
     The last, because a step that was repeated after a kill is written again. Non-finite
-    numbers come back as floats. A torn last line is skipped.
+    numbers come back as floats. A torn last line is skipped, and so is whatever no run
+    has written.
     """
     records = {}
-    for path in parts(storage.path(workdir)):
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-                key = (record["step"], record["kind"])
-            except (ValueError, KeyError, TypeError):
-                continue
-            records[key] = {k: _NONFINITE.get(v, v) for k, v in record.items()}
+    for record in lines(storage.path(workdir)):
+        known = {k: _NONFINITE.get(v, v) for k, v in record.items()}
+        records[record["step"], record["kind"]] = known
     found = [records[key] for key in sorted(records)]
     return [r for r in found if kind is None or r["kind"] == kind]
+
+
+def lines(workdir: epath.Path) -> Iterator[dict]:
+    """Yields all records in the order of writing, those that were repeated too."""
+    for path in parts(workdir):
+        for line in path.read_bytes().decode("utf-8", "replace").splitlines():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            # A stranger's may hold anything; ours has numbers and texts.
+            if isinstance(record, dict) and _is_ours(record):
+                yield record
+
+
+def _is_ours(record: dict) -> bool:
+    plain = all(isinstance(x, int | float | str) for x in record.values())
+    step, kind = record.get("step"), record.get("kind")
+    step_is = type(step) is int and 0 <= step < 1 << 63
+    return plain and step_is and isinstance(kind, str)
 
 
 # As strings: json.dumps would write NaN and Infinity, which are not JSON.

@@ -59,6 +59,9 @@ class SHARNN(TokenModel):
             table_init=nn.initializers.normal(config.std),
         )
 
+    def layer_name(self, at: tuple[int, ...]) -> str:
+        return f"block {at[0] + 1}"
+
     @property
     def positions_from_end(self) -> bool:
         return False

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from xlformer.errors import UserError
+from xlformer.kernels import watching
 from xlformer.kernels.dropout import dropout, fold, seeds
 from xlformer.layers import recurrent, single_head
 from xlformer.layers.feed_forward import boom, layer_norm
@@ -220,14 +221,15 @@ class TrunkModule(nn.Module):
                 if resets_BT is not None:
                     rows_BPD = single_head.repaired(rows_BPD)
             block = Block(config, self.dtype, k in attending, name=f"block_{k}")
-            x_BTD, h_BD, c_BD, rows_BPD = block(
-                x_BTD,
-                state.lstm.h[k],
-                state.lstm.c[k],
-                rows_BPD,
-                segment,
-                fold(key, BLOCK_KEY + k),
-            )
+            with watching.inside(k):
+                x_BTD, h_BD, c_BD, rows_BPD = block(
+                    x_BTD,
+                    state.lstm.h[k],
+                    state.lstm.c[k],
+                    rows_BPD,
+                    segment,
+                    fold(key, BLOCK_KEY + k),
+                )
             h.append(h_BD)
             c.append(c_BD)
             kept += [rows_BPD] if k in attending else []

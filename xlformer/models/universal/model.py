@@ -72,6 +72,11 @@ class UniversalTransformer(TokenModel):
         normal = nn.initializers.normal(config.std)
         return Tokens(config.bins, scale=config.d_model**0.5, table_init=normal)
 
+    def layer_name(self, at: tuple[int, ...]) -> str:
+        step, *layer = at
+        layers = self.config.n_layer > 1 and layer
+        return f"step {step + 1}" + (f", layer {layer[0] + 1}" if layers else "")
+
     @property
     def causal(self) -> bool:
         return self.config.causal

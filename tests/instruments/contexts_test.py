@@ -152,19 +152,19 @@ def test_windows_are_shared(monkeypatch):
         return apply(self, params, inputs_BT, *args, **options)
 
     monkeypatch.setattr(Copying, "apply", counting)
-    targets = contexts_lib.spread(200, 30, [4, 8, 12, 16])
+    targets = contexts_lib.spread(200, 40, [4, 8, 12, 16])
     scored(*copying(), periodic(), targets.places_N, [4, 8, 12, 16])
-    # 30 targets in two runs, each with three windows more.
-    assert fed == [(30 + 2 * 3, 16)]
+    # 40 targets in one run, with three windows more.
+    assert fed == [(40 + 3, 16)]
 
 
 def test_targets_are_spread_evenly():
     contexts = [4, 8, 12, 16]
     targets = contexts_lib.spread(10_000, 64, contexts)
-    assert (len(targets.places_N), targets.spacing, targets.runs) == (64, 4, 4)
+    assert (len(targets.places_N), targets.spacing, targets.runs) == (64, 4, 2)
     assert targets.places_N[0] == 16
     steps = np.diff(targets.places_N)
-    assert sorted(set(steps)) == [4, 9984 // 4 - 15 * 4]
+    assert sorted(set(steps)) == [4, 9984 // 2 - 31 * 4]
     # The text has no room for gaps, then none for steps, then none at all.
     found = [contexts_lib.spread(276, n, contexts) for n in (64, 100, 200, 1000)]
     assert [(len(x.places_N), x.spacing) for x in found] == [

@@ -26,8 +26,8 @@ from xlformer.models import Model
 
 TOKENS_PER_CALL = 8192  # of all rows of one call, at most, but one row
 # Targets that follow each other, in context lengths: their first and last windows are
-# read for a part of the contexts only, a quarter more than is needed.
-RUN = 4
+# read for a part of the contexts only, an eighth more than is needed.
+RUN = 8
 
 
 class Targets(NamedTuple):

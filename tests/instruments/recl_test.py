@@ -120,7 +120,10 @@ def test_runs_of_another_text_are_named(tmp_path):
         (["--r=all"], "--r=all: shares above 0"),
         (["--split=valid"], "--split=valid is none of train, validation, test"),
         (["--split=test", "--text=x"], "--text=x with --split=test: a file of"),
-        (["--max_context=400000"], "--max_context=400000 is longer than the text"),
+        (
+            ["--max_context=4000000000"],
+            "--max_context=4000000000 is longer than the text",
+        ),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_trained(

@@ -58,7 +58,7 @@ def add_flags(parser) -> None:
 class Plan(NamedTuple):
     """What is measured."""
 
-    contexts: list[int]
+    contexts: range
     shares: list[float]
     threshold: float
     targets: int
@@ -89,7 +89,7 @@ def measure(request: Request) -> Result:
         for k, member in enumerate(members)
     ]
     facts = {
-        "contexts": plan.contexts,
+        "contexts": list(plan.contexts),
         "r": plan.shares,
         "threshold": plan.threshold,
         **targets.facts(),
@@ -123,7 +123,7 @@ def _plan(request: Request) -> Plan:
     if split not in SPLITS:
         line = f" is none of {', '.join(SPLITS)}"
         raise UserError(Argument("split", split), line)
-    contexts = list(range(step, longest + 1, step))
+    contexts = range(step, longest + 1, step)
     shares = _shares(args.r)
     return Plan(contexts, shares, args.threshold, sizes["targets"], split, args.text)
 

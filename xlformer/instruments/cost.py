@@ -1,0 +1,336 @@
+"""Time per token of a memory, of a window with a cache, and of recomputing the window.
+
+Three ways of reading a text with one model, the same weights and the same attention
+length L (Dai et al. 2019, table 9, which has the first against the third):
+
+- recurrent: segments of --segment tokens with the keys and values of L before them;
+- window: one token at a time with the keys and values of the L before it, which is
+  what an honest sliding window costs;
+- recomputed: for each token the L before it are read afresh, without a memory.
+
+The window gives the same numbers as the memory: with relative positions a window whose
+keys and values are kept is a memory, and its upper layers know of tokens that have left
+it. Absolute positions change as a window slides, so that nothing of it can be kept.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlformer import config as config_lib
+from xlformer import models
+from xlformer.errors import Argument, UserError
+from xlformer.instruments.instrument import Request, Result, Table
+from xlformer.machines import bench_timing, bench_workloads, rehearsal
+from xlformer.machines.bench_timing import Timing, clocks
+from xlformer.models import Model
+
+RUNS, SEEDS = "possible", {}
+LENGTHS = {"small": "800,1800,2800,3800", "tiny": "8,16,24"}
+CONFIGS = {"small": "quickstart", "tiny": "quickstart:debug"}
+SEGMENTS = {"small": 128, "tiny": 4}
+# Turns, and how long each thing that is timed is repeated in one.
+TURNS = {"small": (11, 0.3), "tiny": (2, 0.001)}
+# What the recomputing model of Al-Rfou et al. took in the time of one token of
+# Transformer-XL, by the attention length: table 9, one GPU.
+PUBLISHED = {800: 363, 1800: 773, 2800: 1409, 3800: 1874}
+WAYS = ("recurrent", "window", "recomputed")
+WINDOWED_TOKENS = 32  # read one by one in a timed call
+MARKS = {"recurrent": "o-", "window": "s--", "recomputed": "D:"}
+
+
+def add_flags(parser) -> None:
+    parser.add_argument("--config", help="whose model, with random weights; quickstart")
+    parser.add_argument("--lengths", help=f"of attention; {LENGTHS['small']}")
+    parser.add_argument("--segment", type=int, help="tokens that are read at once; 128")
+
+
+class Subject(NamedTuple):
+    """A model to read with, how its weights are made, and what tells it from others."""
+
+    model: Model
+    params: Callable[[], Any]
+    facts: Mapping[str, Any]
+
+
+class Line(NamedTuple):
+    """y = slope x + intercept, and the share of the variance that it explains."""
+
+    slope: float
+    intercept: float
+    r2: float
+
+
+def line(x: Sequence[float], y: Sequence[float]) -> Line:
+    """The straight line of least squares."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    slope, intercept = np.polyfit(x, y, 1)
+    rest, all_ = y - slope * x - intercept, y - y.mean()
+    r2 = 1 - (rest @ rest) / (all_ @ all_) if all_.any() else 1.0
+    return Line(float(slope), float(intercept), float(r2))
+
+
+def measure(request: Request) -> Result:
+    """Times the three ways at all lengths, in turns."""
+    args = request.args
+    size = "small" if request.members else request.size
+    lengths = _lengths(args.lengths or LENGTHS[size])
+    segment = SEGMENTS[size] if args.segment is None else args.segment
+    if segment < 1:
+        raise UserError(Argument("segment", segment), " must be at least 1")
+    subjects = _subjects(request, size)
+    # Before any weights are made: can all of them be read so?
+    readers = {
+        (name, length, way): reader(subject.model, way, length)
+        for name, subject in subjects.items()
+        for length in lengths
+        for way in WAYS
+    }
+    params = {name: subject.params() for name, subject in subjects.items()}
+    timings = {
+        key: _timing(model, params[key[0]], key[2], segment)
+        for key, model in readers.items()
+    }
+    repeats, seconds = TURNS[size]
+    bench_timing.measure([*timings.values()], repeats=repeats, seconds=seconds)
+    rows = [
+        _row(name, length, [timings[name, length, way] for way in WAYS])
+        for name in subjects
+        for length in lengths
+    ]
+    fits = _fits(rows)
+    facts = {
+        "models": [subject.facts for subject in subjects.values()],
+        "lengths": lengths,
+        "segment": segment,
+        "rows_read": 1,
+        "turns": repeats,
+        "measured": rows,
+        "lines": fits,
+    }
+    notes = _notes(segment, fits)
+    table = _table(rows, len(subjects) > 1)
+    return Result([table], facts, _picture(rows, fits), notes)
+
+
+def _subjects(request: Request, size: str) -> dict[str, Subject]:
+    """The models to read with, by name."""
+    spec = request.args.config
+    if request.members:
+        if spec is not None:
+            given = Argument("config", spec), " with ", Argument("workdir")
+            raise UserError(*given, ": a run has a model of its own")
+        return {
+            member.name: Subject(
+                member.model, lambda x=member: x.params, member.facts()
+            )
+            for member in request.members
+        }
+    spec = spec or CONFIGS[size]
+    config = config_lib.load(spec)
+    model = models.build(config.model, rehearsal.vocab_size(spec, config))
+
+    def params():  # Random ones, which change no time.
+        return jax.jit(model.init)(jax.random.key(config.seed))
+
+    shapes = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
+    facts = {"config": spec, "parameters": sum(x.size for x in shapes)}
+    return {spec: Subject(model, params, facts)}
+
+
+def reader(model: Model, way: str, length: int) -> Model:
+    """The model as one of WAYS reads, with this attention length.
+
+    Raises UserError where it has no memory of a length that can be chosen, or cannot do
+    without it.
+    """
+    fields = {"memory_length": length, "extended_length": 0}
+    if way == "recomputed":
+        fields = {"memory_length": 0, "extended_length": length - 1}
+    try:
+        return model.for_reading(**fields)
+    except UserError as error:
+        line = f"{type(model).__name__} cannot be read in the three ways: "
+        raise UserError(line, *error.parts) from error
+
+
+def program(model: Model, params, *, segment: int, segments: int):
+    """(ids of one row) -> nats of its targets, one compiled call, from an empty state.
+
+    Each of the segments has so many targets, and before them what the model reads
+    again.
+    """
+    before = model.extended_length
+    inputs = segment + before
+
+    @jax.jit
+    def empty(params):
+        state = model.init_state(1, model.dtype(params))
+        return model.to_cache(params, state, segment_length=inputs)
+
+    @jax.jit
+    def scan(params, state, ids_N):
+        index_KI = np.arange(segments)[:, None] * segment + np.arange(inputs)
+
+        def one(state, ids_I):
+            nll_1S, state, _ = model.apply(
+                params, ids_I[None, :-1], ids_I[None, before + 1 :], state
+            )
+            return state, nll_1S[0]
+
+        # The inputs of each segment, and one target more.
+        index_KI = np.concatenate([index_KI, index_KI[:, -1:] + 1], 1)
+        return jax.lax.scan(one, state, jnp.asarray(ids_N)[index_KI])[1].reshape(-1)
+
+    state = jax.block_until_ready(empty(params))
+    return lambda ids_N: scan(params, state, ids_N)
+
+
+def _timing(model: Model, params, way: str, segment: int) -> Timing:
+    segment = segment if way == "recurrent" else 1
+    segments = WINDOWED_TOKENS if way == "window" else 1
+    call = program(model, params, segment=segment, segments=segments)
+    count = segments * segment + model.extended_length + 1
+    ids_N = bench_workloads.tokens(model.vocab_size, (count,))
+
+    def run(times: int):
+        start = clocks()
+        for _ in range(times):
+            jax.block_until_ready(call(ids_N))
+        return clocks() - start
+
+    return Timing(way, run, steps=segments * segment)
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        lengths = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        lengths = []
+    # A straight line goes through any two points.
+    if len(lengths) < 3 or lengths[0] < 1:
+        line = f": at least three lengths from 1 on, such as {LENGTHS['small']}"
+        raise UserError(Argument("lengths", text), line)
+    return lengths
+
+
+def _row(name: str, length: int, timings: Sequence[Timing]) -> dict:
+    """What one length took; a way for which there is no room has none."""
+    row: dict[str, Any] = {"model": name, "length": length}
+    row["published"] = PUBLISHED.get(length)
+    for timing in timings:
+        found = timing.seconds if not timing.out_of_memory else []
+        row[timing.name] = statistics.median(found) if found else None
+        row[f"{timing.name}_seconds"] = found
+    return row
+
+
+def ratio(row: Mapping, above: str, below: str) -> float | None:
+    """Of two times of a row."""
+    times = row[above], row[below]
+    return None if None in times else times[0] / times[1]
+
+
+PAIRS = (
+    ("window", "recurrent"),
+    ("recomputed", "recurrent"),
+    ("recomputed", "window"),
+)
+
+
+def _fits(rows: Sequence[Mapping]) -> list[dict]:
+    """Of each model and pair of ways, the line of the ratio over the length."""
+    found = []
+    for name in dict.fromkeys(row["model"] for row in rows):
+        for above, below in PAIRS:
+            points = [
+                (row["length"], ratio(row, above, below))
+                for row in rows
+                if row["model"] == name and ratio(row, above, below) is not None
+            ]
+            if len(points) > 2:
+                fit = line(*zip(*points, strict=True))._asdict()
+                found.append({"model": name, "above": above, "below": below, **fit})
+    return found
+
+
+def _table(rows: Sequence[Mapping], several: bool) -> Table:
+    columns = ["length", *(f"{above}/{below}" for above, below in PAIRS)]
+    columns += ["published", *(f"{way} us" for way in WAYS), "spread %"]
+    cells = []
+    for row in rows:
+        times = [row[way] for way in WAYS]
+        spreads = [
+            (max(row[f"{way}_seconds"]) - min(row[f"{way}_seconds"])) / row[way]
+            for way in WAYS
+            if row[way]
+        ]
+        cells.append(
+            [
+                *[row["model"]] * several,
+                row["length"],
+                *(ratio(row, *pair) for pair in PAIRS),
+                row["published"],
+                *(time and 1e6 * time for time in times),
+                100 * max(spreads, default=0.0),
+            ]
+        )
+    title = "time per token, one row, by the length of attention"
+    return Table(title, ["model"] * several + columns, cells, left=int(several))
+
+
+def _picture(rows: Sequence[Mapping], fits: Sequence[Mapping]):
+    """Draws the times, and the ratio of the third to the first with its line."""
+
+    def draw(figure) -> None:
+        times, ratios = figure.subplots(1, 2)
+        name = rows[0]["model"]
+        mine = [row for row in rows if row["model"] == name]
+        for way in WAYS:
+            points = [(row["length"], row[way]) for row in mine if row[way]]
+            x, y = zip(*points, strict=True) if points else ((), ())
+            times.plot(x, np.array(y) * 1e3, MARKS[way], label=way)
+        times.set_yscale("log")
+        low, high = times.get_ylim()
+        times.set_ylim(low, 10 * high)  # room for the legend
+        times.set_ylabel("ms per token")
+        for fit, mark in zip(fits, "s^Dov<", strict=False):
+            if fit["model"] == name and fit["above"] == "recomputed":
+                pair = fit["above"], fit["below"]
+                x = np.array([row["length"] for row in mine])
+                found = [ratio(row, *pair) or np.nan for row in mine]
+                label = f"recomputed / {fit['below']}, R2 {fit['r2']:.3f}"
+                dots = ratios.plot(x, found, mark, label=label)
+                fitted = fit["slope"] * x + fit["intercept"]
+                ratios.plot(x, fitted, "--", color=dots[0].get_color(), linewidth=1)
+        known = [(row["length"], row["published"]) for row in mine if row["published"]]
+        if known:
+            ratios.plot(*zip(*known, strict=True), "ko", mfc="none", label="published")
+        ratios.set_ylabel("times as long")
+        ratios.set_ylim(0, 1.4 * ratios.get_ylim()[1])
+        for axes in (times, ratios):
+            axes.set_xlabel("attention length (tokens)")
+            axes.grid(alpha=0.3)
+            axes.legend()
+
+    return draw
+
+
+def _notes(segment: int, fits: Sequence[Mapping]) -> list[str]:
+    notes = [
+        f"recurrent reads {segment} tokens at once, window one at a time: the same "
+        "model and memory, so that their ratio is what reading together gains. "
+        "published is recomputed/recurrent of another model, on a GPU."
+    ]
+    for fit in fits:
+        if fit["above"] == "recomputed":
+            formula = f"{fit['slope']:.3g} length {fit['intercept']:+.3g}"
+            what = f"{fit['model']}: recomputed/{fit['below']}"
+            notes.append(f"{what} = {formula}, R2 {fit['r2']:.4f}")
+    return notes

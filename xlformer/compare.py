@@ -50,12 +50,8 @@ def _parser(prog: str, instrument: Instrument) -> command.Parser:
 
 def _main(argv: Sequence[str] | None) -> int:
     first, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    if first in ("-h", "--help"):
-        print(_usage())
-        return 0
-    if first.startswith("--version"):
-        print(command.version())
-        return 0
+    if first in ("-h", "--help", "--version"):
+        _overview().parse([first])
     name, colon, size = first.partition(":")
     if name.startswith("-"):
         raise UserError(f"{first} stands where an instrument must: {PROG} NAME ...")
@@ -145,9 +141,13 @@ def _cell(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _usage() -> str:
+def _overview() -> command.Parser:
+    """What the command says of itself before an instrument is named."""
     lines = [f"  {name:10}{about}" for name, about in instruments.NAMES.items()]
-    return "\n".join([__doc__, "instruments:", *lines])
+    about = "\n".join([__doc__ or "", "instruments:", *lines])
+    parser = command.Parser(prog=PROG, description=about)
+    parser.add_argument("name", metavar="NAME", help="of an instrument, first of all")
+    return parser
 
 
 def main(argv=None) -> int:

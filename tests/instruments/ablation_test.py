@@ -15,7 +15,7 @@ from xlformer.instruments import attention_lengths as lengths_lib
 from xlformer.instruments.ablation_kinds import KINDS
 from xlformer.instruments.attention_lengths import Reading, Scores
 from xlformer.instruments.members import Member
-from xlformer.scoring import results, rows
+from xlformer.scoring import evaluation, results, rows
 
 
 def build(**fields):
@@ -170,8 +170,6 @@ def test_given_runs_are_read_at_lengths_of_their_own(tiny, base, tmp_path, capsy
 
 def test_one_length_is_what_evaluation_says(base):
     """The memory of training, in segments of a quarter: the card of `evaluate`."""
-    from xlformer.scoring import evaluation
-
     workdir = trained_run.trained(base)
     card = evaluation.evaluate(
         workdir, memory_length=11, segment_length=1, warmup="exact", batch_size=16

@@ -76,7 +76,8 @@ def test_the_rate_is_chosen_in_validation_and_the_order_is_that_of_test():
     found = Found(systems.TINY, "bytes", rows)
     assert [one.name for one in found.best()] == ["b-0.2", "a-0.2", "c-0.1"]
     best, rates = systems_tables.of(found)
-    assert [line[5] for line in best.rows] == pytest.approx([2.885, 4.328, None], 1e-3)
+    *numbers, none = [line[5] for line in best.rows]
+    assert numbers == pytest.approx([2.885, 4.328], 1e-3) and none is None
     assert [line[1:] for line in rates.rows][1:] == [
         (None, pytest.approx(2.164, 1e-3)),
         (None, None),

@@ -15,6 +15,7 @@ import argparse
 import functools
 import json
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -308,6 +309,10 @@ def _trial(system: str, shape: Shape, rate: float, budget: Budget, folder: epath
             "peak_bytes": outcome.peak_bytes,
             "seconds": outcome.seconds,
         }
+        # Of an hour's work, whose processes write into files.
+        done = outcome.why or f"step {outcome.value['step']}"
+        line = f"{config.name}: {done} after {outcome.seconds:.0f} s"
+        print(line, file=sys.stderr, flush=True)
         # What ran out of time goes on; what failed may do better another day.
         if not outcome.why:
             storage.write(record, json.dumps(found, indent=1) + "\n")

@@ -43,7 +43,7 @@ def test_a_system_is_itself_at_any_width(system):
     counts = [systems.parameters(config, 256) for config in made]
     assert counts[0] < counts[1]
     train = made[0].train
-    assert (train.steps, train.batch_size, train.segment_length) == (2000, 16, 64)
+    assert (train.steps, train.batch_size, train.segment_length) == (700, 16, 64)
     dropped = [value for name, value in made[0].model.items() if "dropout" in name]
     assert set(dropped) == {0.0} and made[0].model.name == system
 

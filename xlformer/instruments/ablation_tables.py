@@ -130,6 +130,7 @@ SHADES = {"relative": "C0", "Shaw": "C1", "Vaswani": "C2", "Al-Rfou": "C3"}
 
 def draw_kinds(ordered, shuffled, segment: int, figure) -> None:
     """Left the full losses against the attention length, right those by place."""
+    figure.set_size_inches(8, 4.4)
     left, right = figure.subplots(1, 2)
     for kind, scores in ordered.items():
         if kind.half:
@@ -171,6 +172,7 @@ def draw_runs(found: Mapping[str, Scores], unit: str, figure) -> None:
     """The same of runs that were given."""
     name, _ = results.headline(0.0, unit)
     left, right = figure.subplots(1, 2)
+    figure.set_size_inches(8, 4.4)
     styles = ["-", "--", ":", "-."]
     for i, (run, scores) in enumerate(found.items()):
         style = {"linestyle": styles[i % 4], "marker": "os^vxD"[i % 6], "label": run}
@@ -187,10 +189,17 @@ def _label_lengths(axes, score: str) -> None:
     axes.set_xlabel("attention length in evaluation, tokens")
     axes.set_ylabel(score)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize="small")
+        _legend(axes)
 
 
 def _label_places(axes, score: str) -> None:
     axes.set_xlabel("place in the segment, tokens")
     axes.set_ylabel(score)
-    axes.legend(fontsize="small")
+    _legend(axes)
+
+
+def _legend(axes) -> None:
+    # Below: above it there are lines wherever it stands.
+    axes.legend(
+        fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2
+    )

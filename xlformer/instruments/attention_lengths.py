@@ -153,9 +153,12 @@ class Scores:
 
 
 def scores(
-    members: Sequence[Member], tokens, documents, lengths: Sequence[int]
+    members: Sequence[Member], tokens, documents, lengths: Sequence[int], *, most: int
 ) -> Scores:
-    """Reads a text with models of one config at all attention lengths."""
+    """Reads a text with models of one config, and its first `most` at all lengths.
+
+    In whole segments more of it is read: each place has few of them.
+    """
     model, train = members[0].model, members[0].run.config.train
     unit = members[0].run.vocabulary.unit
     reader = Reader(Reading(model, train.segment_length), tokens, documents)
@@ -166,7 +169,7 @@ def scores(
         reading = at_length(model, length, segment=train.segment_length)
         if reading is None:
             continue
-        reader = Reader(reading, tokens, documents)
+        reader = Reader(reading, tokens[:most], documents)
         found = [reader.by_place(member).mean for member in members]
         by_length[length] = [results.headline(nats, unit)[1] for nats in found]
     return Scores(

@@ -1,6 +1,7 @@
 """The ablation: what is read at which attention length, its tables, and the command."""
 
 import argparse
+import dataclasses
 import json
 
 import numpy as np
@@ -147,37 +148,24 @@ def test_two_kinds_are_trained_and_read(tiny):
     assert "<svg" in (out / "ablation.svg").read_text()
 
 
-def test_what_is_trained_is_found_again(tiny, tmp_path, capsys):
-    out, found = tiny
-    assert compare.main(["ablation:tiny", f"--out={out}"]) == 0
-    assert "compiled the step" not in capsys.readouterr().err
-    again = json.loads((out / "ablation.json").read_text())
-    assert again["members"] == found["members"]
-
-
-def test_given_runs_are_read_at_lengths_of_their_own(tiny, base, tmp_path, capsys):
+def test_given_runs_are_read_at_lengths_of_their_own(base, tmp_path):
+    """A length is that memory, in segments of a quarter: the card of `evaluate`."""
     workdir = trained_run.trained(base)
-    argv = ["ablation", f"--workdir={workdir}", f"--out={tmp_path}"]
-    assert compare.main([*argv, "--lengths=3,11"]) == 0
+    argv = ["ablation", f"--workdir={workdir}", "--lengths=11", f"--out={tmp_path}"]
+    assert compare.main(argv) == 0
     found = json.loads((tmp_path / "ablation.json").read_text())
     (row,) = found["tables"][0]["rows"]
     (member,) = found["members"]
     # Of the run's memory, 7, too.
-    assert list(member["by_attention_length"]) == ["3", "7", "11"]
-    assert (row[0], row[3]) == ("tiny", 7)
+    assert list(member["by_attention_length"]) == ["7", "11"]
+    assert row[:2] == ["tiny", "transformer_xl"] and row[3] == 7
     assert row[5] == min(x for (x,) in member["by_attention_length"].values())
-
-
-def test_one_length_is_what_evaluation_says(base):
-    """The memory of training, in segments of a quarter: the card of `evaluate`."""
-    workdir = trained_run.trained(base)
     card = evaluation.evaluate(
         workdir, memory_length=11, segment_length=1, warmup="exact", batch_size=16
     )
-    member = Member("x", runs.load(workdir))
-    prepared, documents, _ = ablation.members_lib.text(member, "validation")
-    found = lengths_lib.scores([member], prepared, documents, [11], most=len(prepared))
-    assert found.by_length[11] == [pytest.approx(card["bpc"], rel=1e-5)]
+    expected = pytest.approx(card["bpc"], rel=1e-5)
+    assert member["by_attention_length"]["11"] == [expected]
+    assert member["text"]["tokens_read"] == card["tokens_scored"] + 1
 
 
 @pytest.mark.parametrize(
@@ -201,9 +189,19 @@ def test_bad_input_is_one_line(tmp_path, capsys, argv, message):
 
 def test_a_model_that_looks_ahead_is_refused(base):
     run = runs.load(trained_run.trained(base))
-    ahead = type(run)(**{**vars(run), "model": blanks(11)})
+    ahead = dataclasses.replace(run, model=blanks(11))
     with pytest.raises(UserError, match="sees what comes after a token"):
         lengths_lib.check(Member("x", ahead))
+
+
+def test_a_memory_that_cannot_be_changed_is_refused(base):
+    class Fixed(type(bag())):
+        memory_length = 5
+
+    run = runs.load(trained_run.trained(base))
+    fixed = dataclasses.replace(run, model=Fixed(bag().config))
+    with pytest.raises(UserError, match="memory_length=1: Fixed has no memory_length"):
+        lengths_lib.check(Member("x", fixed))
 
 
 def test_a_text_shorter_than_a_segment_is_refused():

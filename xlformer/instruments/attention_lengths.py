@@ -188,6 +188,8 @@ def check(member: Member) -> None:
             " is of a model that sees what comes after a token: no length of memory "
             "or of context is all that it sees",
         )
+    # A model of one's own may have a memory of one length only.
+    at_length(member.model, 1, segment=member.run.config.train.segment_length)
 
 
 def check_lengths(lengths: Sequence[int], tokens: int) -> None:

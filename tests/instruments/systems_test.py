@@ -41,7 +41,7 @@ def test_a_system_is_itself_at_any_width(system):
     """Its options stay; what the budget says is the same for all."""
     made = systems._config(system, systems.BYTES, 24)
     train = made.train
-    assert (train.steps, train.batch_size, train.segment_length) == (700, 16, 64)
+    assert (train.steps, train.batch_size, train.segment_length) == (600, 16, 64)
     dropped = [value for name, value in made.model.items() if "dropout" in name]
     assert set(dropped) == {0.0}
     assert (made.model.name, made.model.d_model) == (system, 24)

@@ -120,23 +120,32 @@ def _headline(row: Row | None, unit: str) -> float | None:
 
 def draw(corpora: Sequence[Found], figure) -> None:
     """Each system's score on test against how fast it trained."""
-    for axes, found in zip(
-        figure.subplots(1, len(corpora), squeeze=False)[0], corpora, strict=True
-    ):
-        for row, marker in zip(found.best(), "os^vD*Px", strict=False):
+    # One look for each system, whatever its place is.
+    systems = sorted({row.system for found in corpora for row in found.rows})
+    looks = {
+        system: {"marker": "os^vDP*X"[i % 8], "color": f"C{i}", "label": system}
+        for i, system in enumerate(systems)
+    }
+    figure.set_size_inches(8, 4.2)
+    panels = figure.subplots(1, len(corpora), squeeze=False)[0]
+    for axes, found in zip(panels, corpora, strict=True):
+        for row in found.best():
             if (score := found.test(row)) is None:
                 continue
-            at = row.value["tokens_per_s"]
-            axes.plot([at], [score], marker, markersize=8, label=row.system)
-            axes.annotate(
-                row.system,
-                (at, score),
-                xytext=(6, 4),
-                textcoords="offset points",
-                fontsize="small",
-            )
+            thousands = row.value["tokens_per_s"] / 1000
+            style = looks[row.system]
+            axes.plot([thousands], [score], linestyle="", markersize=9, **style)
         axes.set_title(found.budget.corpus)
-        axes.set_xlabel("tokens per second in training")
+        axes.set_xlabel("thousand tokens per second in training")
         axes.set_ylabel(f"{found.score} on test")
-        axes.set_xscale("log")
-        axes.margins(0.2)
+        axes.set_xlim(left=0)
+        axes.margins(0.15)
+    handles = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if handles:
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=3
+        )

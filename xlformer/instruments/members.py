@@ -89,7 +89,7 @@ def of(found: Sequence[runs.Run]) -> list[Member]:
 def _names(names: list[str], places: list[epath.Path]) -> list[str]:
     """A name for each run that no other has, as short as that is possible."""
     for choice in (names, [p.name for p in places], [os.fspath(p) for p in places]):
-        if len(set(choice)) == len(choice):
+        if all(choice) and len(set(choice)) == len(choice):
             return choice
     return [f"{place} {i}" for i, place in enumerate(places)]
 

@@ -1,0 +1,26 @@
+"""Texts of Python's own library, as files: what needs no network."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xlformer.data import local
+
+
+def head(size: int) -> str:
+    """The first bytes of what the corpus `stdlib` has for training."""
+    data = b""
+    for document in local.read_stdlib().splits["train"]:
+        for block in document.blocks():
+            data += block
+            if len(data) >= size:
+                break
+    # A letter that was cut, or a file that is no UTF-8, loses what cannot be read.
+    return data[:size].decode(errors="ignore")
+
+
+def shuffled(text: str) -> str:
+    """The lines of a text in an order of chance, without the empty ones."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    order = np.random.default_rng(7).permutation(len(lines))
+    return "".join(f"{lines[i]}\n" for i in order)

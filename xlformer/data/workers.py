@@ -148,7 +148,7 @@ class _Helper:
         # A daemon: it ends with the program, whatever becomes of this object.
         args = other, ready
         self._process = context.Process(target=_serve, args=args, daemon=True)
-        with _no_main():
+        with no_main():
             self._process.start()
         # What the process holds is the only one: the pipe ends with it.
         other.close()
@@ -172,7 +172,7 @@ def _serve(connection, ready: Callable) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # Of a terminal all processes get it; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     # What fails here fails again in a job, which says so.
     with contextlib.suppress(Exception):
         ready()
@@ -181,7 +181,7 @@ def _serve(connection, ready: Callable) -> None:
             connection.send(_done(*connection.recv()))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     # Of a process that is killed nobody would stop the helpers, and one that goes on
     # would write what the next process writes.
     multiprocessing.parent_process().join()
@@ -200,7 +200,7 @@ def _done(function: Callable, job: tuple) -> tuple:
 
 
 @contextlib.contextmanager
-def _no_main():
+def no_main():
     """Hides the program's main module from processes that start.
 
     They would import it, and a script that has no guard would run again in each.

@@ -6,9 +6,13 @@ Each is a module that `instrument.Instrument` describes, and NAMES says which.
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 from xlformer.errors import UserError, did_you_mean
-from xlformer.instruments.instrument import Instrument
+
+# Not while it runs: processes of apart.py would start with a second of imports.
+if TYPE_CHECKING:
+    from xlformer.instruments.instrument import Instrument
 
 # By name, what each one measures.
 NAMES = {

@@ -25,6 +25,7 @@ class Sizes:
     """Of what is drawn.
 
     Attributes:
+      maps: of the features.
       draws: of the kernel's estimates, with as many rows as vectors are wide.
       length: of the attention, whose width is the same.
       counts: of its features' rows.
@@ -32,6 +33,7 @@ class Sizes:
       scales: of its queries and keys.
     """
 
+    maps: tuple[str, ...]
     draws: int
     length: int
     counts: tuple[int, ...]
@@ -41,9 +43,9 @@ class Sizes:
 
 SIZES = {
     "small": Sizes(
-        20_000, 512, (16, 32, 64, 128, 256, 512, 1024), 15, (0.25, 0.5, 1.0)
+        MAPS, 20_000, 512, (16, 32, 64, 128, 256, 512, 1024), 15, (0.25, 0.5, 1.0)
     ),
-    "tiny": Sizes(200, 32, (8, 16, 32), 5, (0.25, 1.0)),
+    "tiny": Sizes(MAPS[:2], 200, 32, (8, 16, 32), 5, (0.25, 1.0)),
 }
 # The paper's: attention of width 16.
 WIDTH = 16
@@ -66,7 +68,7 @@ def measure(request: Request) -> Result:
     for name, value in (("draws", draws), ("width", width)):
         if value < 2:
             raise UserError(Argument(name, value), " must be at least 2")
-    kernel = _kernel(width, draws)
+    kernel = _kernel(sizes.maps, width, draws)
     attention = _attention(sizes, width)
     facts = {
         "width": width,
@@ -90,11 +92,11 @@ def measure(request: Request) -> Result:
 # What is measured ---------------------------------------------------------------------
 
 
-def _kernel(width: int, draws: int) -> list[dict]:
+def _kernel(maps, width: int, draws: int) -> list[dict]:
     """Formula and draws of each map, kind of rows, length and angle."""
     angle_P, length_P = (x.ravel() for x in np.meshgrid(ANGLES, LENGTHS))
     found = []
-    for name in MAPS:
+    for name in maps:
         for orthogonal in (False, True):
             rows = Rows(name, orthogonal, width, width)
             drawn = estimators.sampled(rows, angle_P, length_P, draws)
@@ -122,7 +124,7 @@ def _attention(sizes: Sizes, width: int) -> list[dict]:
     """The error of attention with each map and kind of rows, at each scale."""
     found = []
     for scale in sizes.scales:
-        for name in MAPS:
+        for name in sizes.maps:
             for orthogonal in (False, True):
                 rows = Rows(name, orthogonal, max(sizes.counts), width)
                 errors_NC = estimators.attention_errors(

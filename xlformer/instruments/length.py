@@ -268,14 +268,20 @@ def draw(figure, found: Mapping[str, Sequence[Row]], limits: Mapping) -> None:
     for axes, kind, label, unit in zip(panels, shown, labels, units, strict=True):
         for number, (name, rows) in enumerate(found.items()):
             curve = sorted(curves(rows)[kind].items())
-            axes.plot(
+            style = {"marker": MARKS.get(name, "o"), "markersize": 4}
+            (line,) = axes.plot(
                 [n for n, _ in curve],
                 [x * unit for _, x in curve],
-                marker=MARKS.get(name, "o"),
                 linestyle=DASHES[number % len(DASHES)],
-                markersize=4,
                 label=name,
+                **style,
             )
+            if kind == shown[-1]:
+                # What needs more stands, hollow, on the line of the limit.
+                full = {row.length for row in rows if row.why == apart.MEMORY}
+                style |= {"color": line.get_color(), "fillstyle": "none"}
+                most = [limits["memory"] * unit] * len(full)
+                axes.plot(sorted(full), most, linestyle="none", **style)
         axes.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel=label)
         lengths = sorted({row.length for rows in found.values() for row in rows})
         axes.set_xticks(lengths, [_thousands(n) for n in lengths], fontsize=7)

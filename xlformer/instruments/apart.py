@@ -165,7 +165,9 @@ def _limit(memory: int) -> None:
         import resource  # Windows has none.
     except ImportError:
         return
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    memory = memory if most == resource.RLIM_INFINITY else min(memory, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, most))
 
 
 def _done(function: Callable, arguments: Mapping[str, Any]) -> tuple:

@@ -1,0 +1,199 @@
+"""What `tasks` found, as tables and as a picture."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Sequence
+
+from xlformer.instruments.instrument import Result, Table
+from xlformer.instruments.sequences import TASKS
+
+# By member in order: told apart without colours, too.
+MARKERS, STYLES = "os^Dvx*P", ("-", "--", "-.", ":")
+
+
+def result(found: Sequence[dict]) -> Result:
+    """The Result of runs, each a dict of its settings and what it came to."""
+    tasks = list(dict.fromkeys(one["settings"]["task"] for one in found))
+    sets = sorted({one["settings"]["set"] for one in found})
+    tables = [_by_difficulty(found, task, sets[-1]) for task in tasks]
+    tables.append(_by_set(found, tasks, sets))
+    if any(_ponders(one) for one in found):
+        tables += [_steps(found, task, sets[-1]) for task in tasks]
+    return Result(
+        tables,
+        {"runs": list(found)},
+        functools.partial(_draw, found=found, tasks=tasks, sets=sets),
+        [
+            "characters/sequences: means over the seeds, +- their standard deviation; "
+            "a mark of * stands at difficulties that training had."
+        ],
+    )
+
+
+def _by_difficulty(found, task: str, size: int) -> Table:
+    """How right each model is at each difficulty, after the largest set."""
+    levels, hardest = _levels(found, task), _settings(found, task)["hardest"]
+    rows = []
+    for member in _members(found, task):
+        runs = _of(found, task, member, size)
+        cells = []
+        for i in range(len(levels)):
+            both = [
+                _spread([run["by_difficulty"][i][kind] for run in runs])
+                for kind in ("characters", "sequences")
+            ]
+            # One character is the whole answer.
+            cells.append(both[0] if both[0] == both[1] else "/".join(both))
+        rows.append((member, f"{runs[0]['parameters']:,}", *cells))
+    heads = [f"{n}{'*' * (n <= hardest)}" for n in levels]
+    title = (
+        f"{task}: right by {TASKS[task].unit}, of {size:,} sequences with at most "
+        f"{hardest}"
+    )
+    return Table(title, ("model", "parameters", *heads), rows)
+
+
+def _by_set(found, tasks, sets) -> Table:
+    """How right each model is at the hardest of the training, by the set's size."""
+    rows = []
+    for task in tasks:
+        i = _hardest(found, task)
+        for member in _members(found, task):
+            cells = [
+                _spread(_each(found, task, member, size, i, "sequences"))
+                for size in sets
+            ]
+            rows.append((task, member, *cells))
+    heads = [f"{size:,}" for size in sets]
+    title = "sequences right by the size of the training set, at its own hardest"
+    return Table(title, ("task", "model", *heads), rows, left=2)
+
+
+def _steps(found, task: str, size: int) -> Table:
+    """The mean steps of those that ponder, by difficulty."""
+    levels, rows = _levels(found, task), []
+    for member in _members(found, task):
+        if _ponders(_of(found, task, member, size)[0]):
+            cells = [
+                _spread(_each(found, task, member, size, i, "steps"))
+                for i in range(len(levels))
+            ]
+            rows.append((member, *cells))
+    title = f"{task}: mean steps of a token by {TASKS[task].unit}"
+    return Table(title, ("model", *map(str, levels)), rows)
+
+
+# What was found -----------------------------------------------------------------------
+
+
+def _settings(found, task: str) -> dict:
+    return next(x["settings"] for x in found if x["settings"]["task"] == task)
+
+
+def _levels(found, task: str) -> list[int]:
+    return _settings(found, task)["asked"]
+
+
+def _hardest(found, task: str) -> int:
+    """Which of the test's difficulties is the last that training had."""
+    hardest = _settings(found, task)["hardest"]
+    return max(i for i, n in enumerate(_levels(found, task)) if n <= hardest)
+
+
+def _members(found, task: str) -> list[str]:
+    names = (x["settings"]["member"] for x in found if x["settings"]["task"] == task)
+    return list(dict.fromkeys(names))
+
+
+def _of(found, task: str, member: str, size: int) -> list[dict]:
+    """The seeds of one model on one set."""
+    asked = {"task": task, "member": member, "set": size}
+    return [x for x in found if asked.items() <= x["settings"].items()]
+
+
+def _each(found, task, member, size, level: int, kind: str) -> list[float]:
+    runs = _of(found, task, member, size)
+    return [run["by_difficulty"][level][kind] for run in runs]
+
+
+def _ponders(run: dict) -> bool:
+    return run["by_difficulty"][0]["steps"] is not None
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.2f}+-{statistics.stdev(values):.2f}"
+
+
+# The picture --------------------------------------------------------------------------
+
+
+def _draw(figure, *, found, tasks, sets) -> None:
+    """A row of panels for each task, and one for what ponders."""
+    ponders = any(_ponders(one) for one in found)
+    figure.set_size_inches(8, 2.6 * (len(tasks) + ponders))
+    axes = figure.subplots(len(tasks) + ponders, 2, squeeze=False)
+    for (left, right), task in zip(axes, tasks, strict=False):
+        levels = _levels(found, task)
+        for number, member in enumerate(_members(found, task)):
+            plot = functools.partial(_line, number=number, label=member)
+            of = functools.partial(_each, found, task, member)
+            plot(
+                left,
+                levels,
+                [of(sets[-1], i, "characters") for i in range(len(levels))],
+            )
+            i = _hardest(found, task)
+            plot(right, sets, [of(size, i, "sequences") for size in sets])
+        unit, hardest = TASKS[task].unit, _settings(found, task)["hardest"]
+        left.axvline(hardest, color="0.6", linewidth=1, linestyle=":")
+        left.set(xlabel=f"{unit} (trained to {hardest})", ylabel="characters right")
+        left.set(title=f"{task}, by difficulty", ylim=(-0.05, 1.05))
+        left.set_xscale("symlog", linthresh=1)
+        left.set_xticks(levels, [str(n) for n in levels], minor=False)
+        left.set_xticks([], minor=True)
+        right.set(xlabel="sequences in the training set", ylabel="sequences right")
+        right.set(title=f"{task}, by training set", ylim=(-0.05, 1.05))
+        right.set_xscale("log")
+    axes[0, 1].legend(fontsize=7)
+    if ponders:
+        _draw_steps(*axes[-1], found=found, tasks=tasks, size=sets[-1])
+
+
+def _draw_steps(left, right, *, found, tasks, size) -> None:
+    number = 0
+    for task in tasks:
+        for member in _members(found, task):
+            if _ponders(_of(found, task, member, size)[0]):
+                levels = _levels(found, task)
+                values = [
+                    _each(found, task, member, size, i, "steps")
+                    for i in range(len(levels))
+                ]
+                _line(left, levels, values, number=number, label=f"{task}: {member}")
+                number += 1
+    left.set(xlabel="digits, or attractors", ylabel="mean steps of a token")
+    left.set(title="pondering, by difficulty")
+    left.set_xscale("symlog", linthresh=1)
+    handles, labels = left.get_legend_handles_labels()
+    right.axis("off")
+    right.legend(handles, labels, loc="center left", fontsize=8)
+
+
+def _line(axes, x, values, *, number: int, label: str) -> None:
+    """Means of the seeds, with the least and the largest of them."""
+    means = [statistics.mean(each) for each in values]
+    low = [m - min(each) for m, each in zip(means, values, strict=True)]
+    high = [max(each) - m for m, each in zip(means, values, strict=True)]
+    axes.errorbar(
+        x,
+        means,
+        (low, high),
+        marker=MARKERS[number % len(MARKERS)],
+        linestyle=STYLES[number % len(STYLES)],
+        markersize=4,
+        linewidth=1.2,
+        capsize=2,
+        label=label,
+    )

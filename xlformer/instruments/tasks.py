@@ -44,7 +44,7 @@ MEMBERS: Mapping[str, tuple[str, dict, float]] = {
     "universal": ("universal", {**UNIVERSAL, "n_step": 4}, 3e-3),
     "universal, ACT": (
         "universal",
-        {**UNIVERSAL, "n_step": 3, "act": "accumulate", "act_max_steps": 6},
+        {**UNIVERSAL, "n_step": 2, "act": "accumulate", "act_max_steps": 4},
         3e-3,
     ),
     "vanilla": (
@@ -97,10 +97,10 @@ class Settings:
         ("digits", (5, 10, 20, 50)),
         ("attractors", (0, 1, 2, 3, 4, 5, 10, 20)),
     )
-    steps: int = 1000
+    steps: int = 800
     batch_size: int = 64
     every: int = 4
-    questions: int = 200
+    questions: int = 128
 
     def most(self, task: Task) -> int:
         """The largest difficulty in training."""

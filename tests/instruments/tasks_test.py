@@ -5,9 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from training_runs import bag, blanks, refusal
 
 from xlformer import compare
-from xlformer.instruments import learnt, sequences, tasks
+from xlformer.instruments import fitting, learnt, sequences, tasks
+from xlformer.instruments.instrument import Request
+from xlformer.models import VanillaConfig, VanillaTransformer
 
 
 def test_digits_are_copied_reversed_and_added():
@@ -88,6 +91,13 @@ def test_a_row_holds_its_sequence_where_it_begins():
     assert sequences.rows(pairs, 5)[0]["inputs_BT"][1].tolist() == [4, 5, 6, 9, N]
 
 
+def test_a_sequence_is_right_where_all_of_it_is(monkeypatch):
+    weights_BT = np.array([[0, 1, 1, 0], [0, 1, 1, 0]])
+    right_BT = np.array([[False, True, True, False], [True, True, False, True]])
+    monkeypatch.setattr(fitting, "right", lambda *_: right_BT)
+    assert fitting.accuracies(None, None, None, weights_BT) == (0.75, 0.5)
+
+
 def test_a_set_is_taught_in_epochs_and_now_and_then_anywhere():
     settings = tasks.Settings(batch_size=12, every=3)
     pairs = [([n], [n, 10 + n]) for n in range(4)]
@@ -131,8 +141,8 @@ def test_a_table_says_how_far_the_seeds_are_apart():
     by_difficulty, by_set = learnt.result(found).tables
     assert by_difficulty.columns == ("model", "parameters", "2*", "4")
     (row,) = by_difficulty.rows
-    assert row == ("m", "1,000", "1.00+-0.00", "0.50+-0.00/0.10+-0.14")
-    assert by_set.rows == [("copy", "m", "1.00+-0.00")]
+    assert row == ("m", "1,000", "100±0", "50±0/10±14")
+    assert by_set.rows == [("copy", "m", "100±0")]
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +182,21 @@ def test_members_are_about_equally_large():
         shapes = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
         counts.append(sum(np.prod(x.shape) for x in shapes))
     assert max(counts) < 1.1 * min(counts)
+
+
+def test_a_model_of_ones_own_is_asked_and_what_it_cannot_is_said_first(tmp_path):
+    request = Request("tiny", tmp_path, seeds=2)
+    result = tasks.measure(request, own={"bag": bag(vocab_size=sequences.SYMBOLS)})
+    (row,) = result.tables[0].rows
+    assert row[:2] == ("bag", f"{sequences.SYMBOLS**2 + 1:,}")
+    assert len(result.facts["runs"]) == 4
+    for model, line in (
+        (bag(vocab_size=5), "bag knows 5 ids, the tasks have"),
+        (blanks(sequences.SYMBOLS), "bag sees what comes after a token"),
+        (VanillaTransformer(VanillaConfig(sequences.SYMBOLS, 1, 8, context_length=9)),
+         "bag: a segment of 23 tokens, but config.model.context_length=9"),
+    ):  # fmt: skip
+        assert line in refusal(tasks.measure, request, own={"bag": model})
 
 
 @pytest.mark.parametrize(

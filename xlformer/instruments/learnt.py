@@ -26,8 +26,8 @@ def result(found: Sequence[dict]) -> Result:
         {"runs": list(found)},
         functools.partial(_draw, found=found, tasks=tasks, sets=sets),
         [
-            "characters/sequences: means over the seeds, +- their standard deviation; "
-            "a mark of * stands at difficulties that training had."
+            "Percent of characters/sequences, where these differ: means over seeds ± "
+            "their standard deviations. Training had the difficulties with a *."
         ],
     )
 
@@ -41,7 +41,7 @@ def _by_difficulty(found, task: str, size: int) -> Table:
         cells = []
         for i in range(len(levels)):
             both = [
-                _spread([run["by_difficulty"][i][kind] for run in runs])
+                _percent([run["by_difficulty"][i][kind] for run in runs])
                 for kind in ("characters", "sequences")
             ]
             # One character is the whole answer.
@@ -62,7 +62,7 @@ def _by_set(found, tasks, sets) -> Table:
         i = _hardest(found, task)
         for member in _members(found, task):
             cells = [
-                _spread(_each(found, task, member, size, i, "sequences"))
+                _percent(_each(found, task, member, size, i, "sequences"))
                 for size in sets
             ]
             rows.append((task, member, *cells))
@@ -123,7 +123,12 @@ def _ponders(run: dict) -> bool:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.2f}+-{statistics.stdev(values):.2f}"
+    return f"{statistics.mean(values):.2f}±{statistics.stdev(values):.2f}"
+
+
+def _percent(shares: Sequence[float]) -> str:
+    mean, spread = 100 * statistics.mean(shares), 100 * statistics.stdev(shares)
+    return f"{mean:.0f}±{spread:.0f}"
 
 
 # The picture --------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -147,14 +148,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="of each training")
 
 
-def measure(request: Request, own: Mapping[str, models.Model] | None = None) -> Result:
+def measure(
+    request: Request,
+    own: Mapping[str, models.Model] | None = None,
+    rate: float = 3e-3,
+) -> Result:
     """Trains and asks; see the module.
 
-    own: models of one's own to measure, by name, in place of those that are here. They
-      know sequences.SYMBOLS symbols, and their state can be for any number of rows.
+    Args:
+      own: models of one's own by name, in place of those that are here; they know
+        sequences.SYMBOLS ids.
+      rate: at which they learn.
     """
     settings, names = _asked(request)
-    taught = _members(settings, request.size) if own is None else _own(own)
+    if own is None:
+        taught = _members(settings, request.size)
+    else:
+        _check(own, settings)
+        taught = {name: (model, rate) for name, model in own.items()}
     found = []
     for name in names:
         for member, (model, rate) in taught.items():
@@ -204,14 +215,22 @@ def build(kind: str, fields: Mapping, room: int) -> models.Model:
     return models.build(config)
 
 
-def _own(own: Mapping[str, models.Model]):
+def _check(own: Mapping[str, models.Model], settings: Settings) -> None:
+    """Raises UserError for a model that cannot be asked, before one is trained."""
+    batch, _ = sequences.rows([([0], [0])], settings.longest())
     for name, model in own.items():
         if model.vocab_size < sequences.SYMBOLS:
             raise UserError(
                 f"{name} knows {model.vocab_size} ids, the tasks have "
                 f"{sequences.SYMBOLS} symbols"
             )
-    return {name: (model, 3e-3) for name, model in own.items()}
+        if not model.causal:
+            raise UserError(f"{name} sees what comes after a token: its answer")
+        try:
+            params = jax.eval_shape(model.init, jax.random.key(0))
+            jax.eval_shape(functools.partial(fitting.right, model), params, batch)
+        except UserError as error:
+            raise UserError(f"{name}: ", *error.parts) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +248,7 @@ class _Run:
     def found(self, folder: epath.Path) -> dict:
         """What it comes to: from an earlier call, or measured."""
         name = f"{self.task}-{self.member}-{self.size}-{self.seed}"
-        file = folder / f"{name.replace(', ', '_').replace('/', '_')}.json"
+        file = folder / (re.sub(r"[^\w.-]+", "_", name) + ".json")
         settings = self._settings()
         if file.exists():
             kept = json.loads(file.read_text())

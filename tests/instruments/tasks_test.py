@@ -8,7 +8,7 @@ import pytest
 from training_runs import bag, blanks, refusal
 
 from xlformer import compare
-from xlformer.instruments import fitting, learnt, sequences, tasks
+from xlformer.instruments import fitting, learnt, lessons, sequences, tasks
 from xlformer.instruments.instrument import Request
 from xlformer.models import VanillaConfig, VanillaTransformer
 
@@ -99,9 +99,9 @@ def test_a_sequence_is_right_where_all_of_it_is(monkeypatch):
 
 
 def test_a_set_is_taught_in_epochs_and_now_and_then_anywhere():
-    settings = tasks.Settings(batch_size=12, every=3)
+    settings = lessons.Settings(batch_size=12, every=3)
     pairs = [([n], [n, 10 + n]) for n in range(4)]
-    stream = tasks.batches(pairs, "copy", settings, np.random.default_rng(0))
+    stream = lessons.batches(pairs, "copy", settings, np.random.default_rng(0))
     short, long = settings.room(sequences.TASKS["copy"]), settings.longest()
     # 5 digits twice, a mark and the end, without the last; 50 digits are added.
     assert (short, long) == (11, 153)
@@ -117,9 +117,9 @@ def test_a_set_is_taught_in_epochs_and_now_and_then_anywhere():
 
 
 def test_what_is_asked_was_not_seen():
-    settings = tasks.Settings(asked=(("digits", (1, 2)),), questions=20)
+    settings = lessons.Settings(asked=(("digits", (1, 2)),), questions=20)
     seen = [([a, b, sequences.EQUALS], []) for a in range(10) for b in range(9)]
-    one, two = tasks.asked("copy", 3, settings, seen)
+    one, two = lessons.asked("copy", 3, settings, seen)
     assert {len(question) for question, _ in one} == {2}
     # Only the numbers that end in 9 are left.
     assert {question[1] for question, _ in two} == {9}
@@ -178,7 +178,7 @@ def test_each_run_is_kept_with_its_settings_and_found_again(found, capsys):
 
 def test_members_are_about_equally_large():
     counts = []
-    for model, _ in tasks._members(tasks.Settings(), "small").values():
+    for model, _ in tasks._members(lessons.Settings(), "small").values():
         shapes = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
         counts.append(sum(np.prod(x.shape) for x in shapes))
     assert max(counts) < 1.1 * min(counts)

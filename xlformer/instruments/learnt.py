@@ -140,53 +140,56 @@ def _draw(figure, *, found, tasks, sets) -> None:
     figure.set_size_inches(8, 2.6 * (len(tasks) + ponders))
     axes = figure.subplots(len(tasks) + ponders, 2, squeeze=False)
     for (left, right), task in zip(axes, tasks, strict=False):
-        levels = _levels(found, task)
+        levels, i = _levels(found, task), _hardest(found, task)
         for number, member in enumerate(_members(found, task)):
-            plot = functools.partial(_line, number=number, label=member)
             of = functools.partial(_each, found, task, member)
-            plot(
-                left,
-                levels,
-                [of(sets[-1], i, "characters") for i in range(len(levels))],
-            )
-            i = _hardest(found, task)
-            plot(right, sets, [of(size, i, "sequences") for size in sets])
-        unit, hardest = TASKS[task].unit, _settings(found, task)["hardest"]
-        left.axvline(hardest, color="0.6", linewidth=1, linestyle=":")
-        left.set(xlabel=f"{unit} (trained to {hardest})", ylabel="characters right")
-        left.set(title=f"{task}, by difficulty", ylim=(-0.05, 1.05))
-        left.set_xscale("symlog", linthresh=1)
-        left.set_xticks(levels, [str(n) for n in levels], minor=False)
-        left.set_xticks([], minor=True)
+            values = [of(sets[-1], k, "characters") for k in range(len(levels))]
+            _line(left, range(len(levels)), values, number, member)
+            _line(right, sets, [of(n, i, "sequences") for n in sets], number, member)
+        _by_level(left, task, levels)
+        # On its right is what training did not have.
+        left.axvline(i + 0.5, color="0.6", linewidth=1, linestyle=":")
+        left.set(title=f"{task}, by {TASKS[task].unit}", ylabel="characters right")
         right.set(xlabel="sequences in the training set", ylabel="sequences right")
-        right.set(title=f"{task}, by training set", ylim=(-0.05, 1.05))
-        right.set_xscale("log")
-    axes[0, 1].legend(fontsize=7)
+        right.set(title=f"{task}, by training set", xscale="log")
+        for panel in (left, right):
+            panel.set_ylim(-0.05, 1.05)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5
+    )
     if ponders:
-        _draw_steps(*axes[-1], found=found, tasks=tasks, size=sets[-1])
+        for panel, unit in zip(axes[-1], ("digits", "attractors"), strict=True):
+            those = [task for task in tasks if TASKS[task].unit == unit]
+            _draw_steps(panel, found=found, tasks=those, size=sets[-1])
 
 
-def _draw_steps(left, right, *, found, tasks, size) -> None:
+def _by_level(axes, task: str, levels: Sequence[int]) -> None:
+    """Difficulties at equal distances."""
+    axes.set_xticks(range(len(levels)), [str(n) for n in levels])
+    axes.set_xlim(-0.3, len(levels) - 0.7)
+    axes.set_xlabel(TASKS[task].unit)
+
+
+def _draw_steps(axes, *, found, tasks: Sequence[str], size: int) -> None:
+    """Mean steps, of tasks with one unit."""
+    if not tasks:
+        axes.axis("off")
+        return
     number = 0
     for task in tasks:
+        levels = _levels(found, task)
         for member in _members(found, task):
             if _ponders(_of(found, task, member, size)[0]):
-                levels = _levels(found, task)
-                values = [
-                    _each(found, task, member, size, i, "steps")
-                    for i in range(len(levels))
-                ]
-                _line(left, levels, values, number=number, label=f"{task}: {member}")
+                of = functools.partial(_each, found, task, member, size)
+                values = [of(i, "steps") for i in range(len(levels))]
+                _line(axes, range(len(levels)), values, number, f"{task}: {member}")
                 number += 1
-    left.set(xlabel="digits, or attractors", ylabel="mean steps of a token")
-    left.set(title="pondering, by difficulty")
-    left.set_xscale("symlog", linthresh=1)
-    handles, labels = left.get_legend_handles_labels()
-    right.axis("off")
-    right.legend(handles, labels, loc="center left", fontsize=8)
+        _by_level(axes, task, levels)
+    axes.set(title="pondering", ylabel="mean steps of a token")
+    axes.legend(fontsize=7)
 
 
-def _line(axes, x, values, *, number: int, label: str) -> None:
+def _line(axes, x, values, number: int, label: str) -> None:
     """Means of the seeds, with the least and the largest of them."""
     means = [statistics.mean(each) for each in values]
     low = [m - min(each) for m, each in zip(means, values, strict=True)]

@@ -283,7 +283,7 @@ def _draw(figure, *, rows) -> None:
         left.bar(at, [x or 0 for x in values[:-1]], label=label, **style)
         right.bar(number * width, values[-1], **style)
     left.set_xticks(np.arange(len(shares)) + 0.4 - width / 2, shares, rotation=20)
-    left.set(ylabel="share", ylim=(0, 1.25))
+    left.set(ylabel="share", ylim=(0, 1.25), yticks=np.arange(6) / 5)
     left.legend(fontsize=8, ncols=2, loc="upper center")
     right.set_xticks([0.4 - width / 2], [longest])
     right.set(ylabel="words")

@@ -40,7 +40,7 @@ class Settings:
     sets: tuple[int, ...] = (1_000, 10_000, 100_000)
     hardest: tuple = (("digits", 5), ("attractors", 2))
     asked: tuple = (
-        ("digits", (5, 10, 20, 50)),
+        ("digits", (5, 6, 7, 8, 10, 20, 50)),
         ("attractors", (0, 1, 2, 3, 4, 5, 10, 20)),
     )
     steps: int = 800

@@ -116,6 +116,19 @@ def test_a_set_is_taught_in_epochs_and_now_and_then_anywhere():
     assert max(places) > 100 and len(set(places)) > 5
 
 
+def test_sets_of_a_seed_have_the_difficulties_of_the_training():
+    settings = lessons.Settings(sets=(20, 2000))
+    pairs = lessons.taught("agreement", 0, settings)
+    found = np.array([parsed(question)[1:] for question, _ in pairs], object)
+    attractors = [others.count(1 - subject) for subject, others in found]
+    shares = np.bincount(attractors) / len(pairs)
+    np.testing.assert_allclose(shares, np.array([1, 0.3, 0.09]) / 1.39, atol=0.03)
+    copied = lessons.taught("copy", 0, settings)
+    digits = [len(answer) - 1 for _, answer in copied]
+    np.testing.assert_allclose(np.bincount(digits)[1:] / 2000, 0.2, atol=0.03)
+    assert lessons.taught("copy", 1, settings)[:3] != copied[:3]
+
+
 def test_what_is_asked_was_not_seen():
     settings = lessons.Settings(asked=(("digits", (1, 2)),), questions=20)
     seen = [([a, b, sequences.EQUALS], []) for a in range(10) for b in range(9)]

@@ -26,8 +26,7 @@ class Settings:
 
     Attributes:
       sets: sequences in the sets.
-      hardest: the largest difficulty in training, by its unit; all up to it are as
-        frequent.
+      hardest: the largest difficulty in training, by its unit.
       asked: the difficulties of the test, by their unit.
       steps: of the training, the same for all sets.
       batch_size: rows of a step.
@@ -43,7 +42,7 @@ class Settings:
         ("digits", (5, 6, 7, 8, 10, 20, 50)),
         ("attractors", (0, 1, 2, 3, 4, 5, 10, 20)),
     )
-    steps: int = 800
+    steps: int = 700
     batch_size: int = 64
     every: int = 4
     questions: int = 128
@@ -153,7 +152,9 @@ class Lesson:
 def taught(name: str, seed: int, settings: Settings) -> list:
     """The largest set of a seed; smaller ones are its beginnings."""
     task, rng = sequences.TASKS[name], np.random.default_rng((seed, 0))
-    levels = rng.integers(task.least, settings.most(task) + 1, max(settings.sets))
+    known = np.arange(task.least, settings.most(task) + 1)
+    shares = task.ratio ** np.arange(len(known))
+    levels = rng.choice(known, max(settings.sets), p=shares / shares.sum())
     return [task.draw(rng, int(level)) for level in levels]
 
 

@@ -91,21 +91,28 @@ class Task:
       draw: (rng, difficulty) -> a question and its answer, lists of symbols.
       unit: what the difficulty counts.
       least: the smallest one.
+      ratio: how frequent each one is in training, beside the one before it.
       longest: the most symbols of question and answer together, by difficulty.
     """
 
     draw: Callable
     unit: str
     least: int
+    ratio: float
     longest: Callable[[int], int]
 
 
 TASKS = {
-    "copy": Task(copy, "digits", 1, lambda n: 2 * n + 2),
-    "reverse": Task(reverse, "digits", 1, lambda n: 2 * n + 2),
-    "addition": Task(addition, "digits", 1, lambda n: 3 * n + 4),
+    "copy": Task(copy, "digits", 1, 1.0, lambda n: 2 * n + 2),
+    "reverse": Task(reverse, "digits", 1, 1.0, lambda n: 2 * n + 2),
+    "addition": Task(addition, "digits", 1, 1.0, lambda n: 3 * n + 4),
     "agreement": Task(
-        agreement, "attractors", 0, lambda n: 4 * (n + MOST_LIKE_SUBJECT) + 8
+        # Most sentences of a language have none, which is how the others are learnt.
+        agreement,
+        "attractors",
+        0,
+        0.3,
+        lambda n: 4 * (n + MOST_LIKE_SUBJECT) + 8,
     ),
 }
 

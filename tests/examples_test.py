@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from xlformer import models
+from xlformer.instruments import sequences
 
 SMALL = ["--steps=2", "--rows=4", "--length=3", "--test_length=5"]
 
@@ -24,30 +25,18 @@ def test_copying_is_learnt_and_tested_with_every_model(name, capsys):
 
 
 def test_a_sequence_is_copied_wherever_it_stands():
-    rng = np.random.default_rng(0)
-    batch, weights_BT = copy_task.sequences(rng, [3, 2, 5], 11, anywhere=True)
-    starts = []
-    for row, n in enumerate([3, 2, 5]):
-        end, begin = batch["lengths_B"][row], batch["resets_BT"][row]
-        start = int(end - 2 * n - 1)
-        # At the beginning of a row there is nothing to forget.
-        assert np.flatnonzero(begin).tolist() == ([start] if start else [])
+    rng, begins = np.random.default_rng(0), []
+    batch, weights_BT = copy_task.drawn(rng, [3, 2, 5] * 5, 11)
+    for row, n in enumerate([3, 2, 5] * 5):
         inputs_T, targets_T = batch["inputs_BT"][row], batch["targets_BT"][row]
-        digits = inputs_T[start : start + n].tolist()
-        assert inputs_T[start + n] == copy_task.SEPARATOR and max(digits) < 10
+        begin = int(batch["lengths_B"][row]) - 2 * n - 1
+        digits = inputs_T[begin : begin + n].tolist()
+        assert inputs_T[begin + n] == sequences.EQUALS and max(digits) < 10
         scored = targets_T[weights_BT[row] > 0].tolist()
-        assert scored == [*digits, copy_task.END]
-        starts.append(start)
-    assert len(set(starts)) > 1
-    batch, _ = copy_task.sequences(rng, [3, 2], 11, anywhere=False)
-    assert batch["resets_BT"] is None and batch["lengths_B"].tolist() == [7, 5]
-
-
-def test_a_sequence_is_right_where_all_of_it_is(monkeypatch):
-    weights_BT = np.array([[0, 1, 1, 0], [0, 1, 1, 0]])
-    right_BT = np.array([[False, True, True, False], [True, True, False, True]])
-    monkeypatch.setattr(copy_task, "right", lambda *_: right_BT)
-    assert copy_task.accuracies(None, None, None, weights_BT) == (0.75, 0.5)
+        assert scored == [*digits, sequences.END]
+        begins.append(begin)
+    # The longest has no room to begin elsewhere.
+    assert set(begins[2::3]) == {0} and len(set(begins[1::3])) > 2
 
 
 def test_what_cannot_be_built_is_one_line(capsys):

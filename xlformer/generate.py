@@ -25,7 +25,12 @@ from xlformer.generation.continuation import (
     generate,
 )
 from xlformer.generation.printing import Printer, Row
-from xlformer.generation.sampling import Sampling
+from xlformer.generation.sampling import (
+    PAPER,
+    PAPER_CONTEXT,
+    PAPER_TOKENS,
+    Sampling,
+)
 from xlformer.machines import cores
 from xlformer.scoring.texts import read
 
@@ -40,8 +45,6 @@ __all__ = [
 
 # Tokens of the test split that are continued where no prompt is given.
 OPENING = 32
-# How the paper made its samples (Dai et al. 2019, arXiv:1901.02860, appendix E).
-PAPER_CONTEXT, PAPER_TOKENS, PAPER = 512, 1000, Sampling(top_k=40)
 
 
 def _prompts(args, run: runs.Run) -> list[np.ndarray]:

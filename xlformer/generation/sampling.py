@@ -66,6 +66,10 @@ class Sampling:
         return jnp.take_along_axis(ids_RK, chosen_R[:, None], axis=1)[:, 0]
 
 
+# How the paper made its samples (Dai et al. 2019, arXiv:1901.02860, appendix E).
+PAPER_CONTEXT, PAPER_TOKENS, PAPER = 512, 1000, Sampling(top_k=40)
+
+
 def add_flags(parser) -> None:
     """A flag for each field of Sampling; one that is not given is None."""
     for field in dataclasses.fields(Sampling):

@@ -11,11 +11,14 @@ on two CPU cores, `tiny` seconds.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from xlformer import command, compiled, instruments, pictures, sharding, storage
 from xlformer.errors import Argument, UserError, did_you_mean
@@ -26,6 +29,7 @@ from xlformer.scoring import cards, evaluation
 from xlformer.tables import aligned
 
 PROG = "python -m xlformer.compare"
+MOST = (1 << 32) - 1  # of a number that a flag takes: a seed has 32 bits
 
 
 def _parser(prog: str, instrument: Instrument) -> command.Parser:
@@ -66,6 +70,7 @@ def measure(prog: str, name: str, size: str, argv: Sequence[str]) -> int:
     """Runs an instrument with the flags of a command; returns the exit code."""
     instrument = instruments.find(name)
     args = _parser(prog, instrument).parse(argv)
+    _check(args)
     out = storage.path(args.out)
     pictures.check(Argument("out", out))
     storage.check_writable(out, "out")
@@ -77,9 +82,9 @@ def measure(prog: str, name: str, size: str, argv: Sequence[str]) -> int:
         args=args,
     )
     compiled.keep()
-    out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    result = instrument.measure(request)
+    with _made(out):
+        result = instrument.measure(request)
     about = {
         "instrument": name,
         "size": size,
@@ -92,12 +97,43 @@ def measure(prog: str, name: str, size: str, argv: Sequence[str]) -> int:
     return 0
 
 
+def _check(args) -> None:
+    """Refuses what no flag of an instrument means: nothing, and what has no end."""
+    for name, value in vars(args).items():
+        for one in value if isinstance(value, list) else [value]:
+            # An unset variable of a script, which does not mean the default.
+            if one == "":
+                raise UserError(Argument(name, one), " is empty")
+            if isinstance(one, int | float) and not abs(one) <= MOST:
+                line = f" must be a number up to {MOST:,}"
+                raise UserError(Argument(name, one), line)
+
+
+@contextlib.contextmanager
+def _made(out) -> Iterator[None]:
+    """The folder, which is not left behind where nothing came into it."""
+    new = []
+    if not storage.is_remote(out):
+        above = pathlib.Path(os.path.abspath(out))
+        new = [p for p in (above, *above.parents) if not os.path.lexists(p)]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in new:
+            # It stays if another process, or a run of ours, lies in it.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 def _members(instrument: Instrument, args) -> list[members_lib.Member]:
     if instrument.RUNS == "none":
         return []
     if instrument.RUNS == "needed" and not args.workdir:
         raise UserError("--workdir=DIR is missing: it names the run to measure")
-    return members_lib.load(args.workdir, checkpoint=args.checkpoint)
+    found = members_lib.load(args.workdir, checkpoint=args.checkpoint)
+    return members_lib.plain(found)
 
 
 def _seeds(instrument: Instrument, size: str, args) -> int:

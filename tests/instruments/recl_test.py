@@ -116,6 +116,8 @@ def test_runs_of_another_text_are_named(tmp_path):
         (["--step=8", "--max_context=20"], "--max_context=20 with --step=8: must be a"),
         (["--max_context=4"], "--max_context=4 with --step=4: must be a multiple"),
         (["--threshold=0"], "--threshold=0.0 must be above 0"),
+        (["--threshold=1"], "--threshold=1.0 must be above 0 and below 1"),
+        (["--text="], "argument --text: the path is empty"),
         (["--r=0.1,2"], "--r=0.1,2: shares above 0 and at most 1, such as 0.1"),
         (["--r=all"], "--r=all: shares above 0"),
         (["--split=valid"], "--split=valid is none of train, validation, test"),

@@ -18,6 +18,7 @@ import numpy as np
 from xlformer import storage
 from xlformer.errors import Argument, UserError, did_you_mean
 from xlformer.instruments import apart, mechanisms, passes
+from xlformer.instruments import members as members_lib
 from xlformer.instruments.instrument import Request, Result, Table
 from xlformer.instruments.mechanisms import FLOOR, KINDS, SIZES, Sizes
 from xlformer.instruments.passes import WAYS, Row
@@ -130,7 +131,8 @@ def _rows(request, name: str, of_length: Mapping, together: bool, limits) -> lis
     found = []
     for lengths, ways in work:
         model = of_length[lengths[-1]]
-        file = request.runs / "length" / f"{name}-{lengths[-1]}-{ways[-1]}.json"
+        file = f"{members_lib.file_name(name)}-{lengths[-1]}-{ways[-1]}.json"
+        file = request.runs / "length" / file
         asked = {"model": repr(model), "lengths": lengths, "ways": ways, **limits}
         asked |= {"jax": jax.__version__, "together": together}
         rows = _read(file, asked)

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from xlformer import command, progress
 from xlformer import config as config_lib
-from xlformer import progress
 from xlformer.data import preparing
 from xlformer.errors import Argument, UserError
 from xlformer.fields import SPLITS
@@ -52,7 +52,7 @@ def add_flags(parser) -> None:
     parser.add_argument("--r", default=SHARES, help="shares of hard tokens")
     parser.add_argument("--threshold", type=float, default=0.01, help="of the gain")
     parser.add_argument("--split", help="of the first run's text; validation")
-    parser.add_argument("--text", help="a file in its place")
+    parser.add_argument("--text", type=command.place, help="a file in its place")
 
 
 class Plan(NamedTuple):
@@ -114,12 +114,13 @@ def _plan(request: Request) -> Plan:
         line = " must be a multiple of it, and at least twice"
         longest = Argument("max_context", longest)
         raise UserError(longest, " with ", Argument("step", step), f":{line}")
-    if not args.threshold > 0:
-        raise UserError(Argument("threshold", args.threshold), " must be above 0")
+    if not 0 < args.threshold < 1:  # No gain is the whole perplexity.
+        line = " must be above 0 and below 1"
+        raise UserError(Argument("threshold", args.threshold), line)
     if args.text is not None and args.split is not None:
         given = Argument("text", args.text), " with ", Argument("split", args.split)
         raise UserError(*given, ": a file of one's own has no splits")
-    split = args.split or "validation"
+    split = "validation" if args.split is None else args.split
     if split not in SPLITS:
         line = f" is none of {', '.join(SPLITS)}"
         raise UserError(Argument("split", split), line)

@@ -139,6 +139,9 @@ def _members(instrument: Instrument, args) -> list[members_lib.Member]:
 def _seeds(instrument: Instrument, size: str, args) -> int:
     if not instrument.SEEDS:
         return 1
+    if args.seeds is not None and getattr(args, "workdir", None):
+        given = Argument("seeds", args.seeds), " with ", Argument("workdir")
+        raise UserError(*given, ": runs that are given have the seeds that they have")
     seeds = instrument.SEEDS[size] if args.seeds is None else args.seeds
     if seeds < 2:
         raise UserError(f"--seeds={seeds} shows no spread: at least 2 are needed")

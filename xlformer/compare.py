@@ -149,9 +149,18 @@ def _seeds(instrument: Instrument, size: str, args) -> int:
 
 
 def _report(out, name: str, result: Result, about: dict) -> None:
-    print("\n\n".join(map(_text, result.tables)))
-    for note in result.notes:
-        print(note)
+    try:
+        _write(out, name, result, about)
+    # After the files: what reads the tables may end, as `head` does, or be full. They
+    # are printed also where the files cannot be written.
+    finally:
+        print("\n\n".join(map(_text, result.tables)))
+        for note in result.notes:
+            print(note)
+    print(f"{out / name}.json and .svg")
+
+
+def _write(out, name: str, result: Result, about: dict) -> None:
     found = {
         **about,
         "tables": [
@@ -162,11 +171,10 @@ def _report(out, name: str, result: Result, about: dict) -> None:
         **result.facts,
     }
     text = json.dumps(cards.finite(found), indent=1)
-    storage.write(out / f"{name}.json", text + "\n")
+    storage.put(out / f"{name}.json", text + "\n")
     figure = pictures.figure()
     result.draw(figure)
     pictures.save(figure, out / f"{name}.svg")
-    print(f"{out / name}.json and .svg")
 
 
 def _text(table: Table) -> str:

@@ -81,7 +81,7 @@ def write(
     title = f"Report on {names}" if len(names) < 60 else "Report"
     subtitle = f"{len(subject.members)} run{plural} of xlformer"
     text = page.page(title, subtitle, sections, _about(made_by))
-    storage.write(out / FILE, text)
+    storage.put(out / FILE, text)
     return out / FILE
 
 

@@ -1,12 +1,13 @@
 """The command: what it refuses, prints and writes, with an instrument of a test."""
 
+import io
 import json
 import sys
 import types
 
 import pytest
 
-from xlformer import compare, instruments, recl
+from xlformer import command, compare, instruments, recl, storage
 from xlformer.errors import UserError
 from xlformer.instruments.instrument import Result, Table
 
@@ -108,6 +109,34 @@ def test_what_lies_in_the_folder_stays(counting, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(counting, "measure", measure)
     assert compare.main(["counting", f"--out={tmp_path / 'new'}"]) == 2
     assert (tmp_path / "new/text.txt").exists()
+
+
+def test_a_closed_output_loses_no_files(counting, monkeypatch, tmp_path):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr(command.streams, "drop_stdout", lambda: True)
+    assert compare.main(["counting", f"--out={tmp_path}"]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"counting.json", "counting.svg"}
+
+
+def test_a_full_disk_leaves_what_was_there(counting, monkeypatch, tmp_path, capsys):
+    (tmp_path / "counting.json").write_text("of yesterday")
+
+    def replace(*names):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "replace", replace)
+    assert compare.main(["counting", f"--out={tmp_path}"]) == 2
+    line = f"error: {tmp_path / 'counting.json'}: cannot be written: No space left"
+    out, err = capsys.readouterr()
+    # What was measured is shown all the same.
+    assert err.startswith(line) and out.startswith("letters\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["counting.json"]
+    assert (tmp_path / "counting.json").read_text() == "of yesterday"
 
 
 def test_help_lists_the_instruments(capsys):

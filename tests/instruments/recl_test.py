@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import training_runs
 from instruments.contexts_test import copying, periodic
 from ml_collections import ConfigDict
 
-from xlformer import compare, recl, runs
+from xlformer import compare, recl, runs, storage
 from xlformer.data.vocabulary import ByteVocabulary, WordVocabulary
 from xlformer.instruments import recl as recl_lib
 from xlformer.instruments.instrument import Request
@@ -135,6 +136,16 @@ def test_bad_input_is_one_line_before_anything_is_trained(
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_losses_need_room_on_the_disk(tmp_path, monkeypatch):
+    usage = types.SimpleNamespace(free=1)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda place: usage)
+    (tmp_path / "text").write_bytes(bytes(99))
+    flags = f"--text={tmp_path / 'text'}", "--step=6", "--max_context=48"
+    asked = request(tmp_path, [run(tmp_path, 5)], *flags)
+    line = training_runs.refusal(recl_lib.measure, asked)
+    assert "no room for losses" in line and "TMPDIR names another place" in line
 
 
 def test_runs_that_do_not_compare_are_refused(tiny, tmp_path, capsys):

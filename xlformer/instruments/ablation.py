@@ -230,5 +230,5 @@ def _write_texts(out: epath.Path, size: int) -> dict[str, epath.Path]:
         (IN_DISORDER, library_text.shuffled(text)),
     ):
         found[order] = out / f"{order.replace(' ', '_')}.txt"
-        storage.write(found[order], written)
+        storage.put(found[order], written)
     return found

@@ -147,7 +147,7 @@ def _rows(request, name: str, of_length: Mapping, together: bool, limits) -> lis
             fields = [dataclasses.asdict(row) for row in rows]
             # What failed otherwise than by its limits is tried again.
             if all(row.why in ("", apart.MEMORY, apart.TIME) for row in rows):
-                storage.write(file, json.dumps({"asked": asked, "rows": fields}))
+                storage.put(file, json.dumps({"asked": asked, "rows": fields}))
         for row in rows:
             said = row.why or f"{row.seconds:.4f} s"
             line = f"{name}, {row.length} tokens, {row.way}: {said}"

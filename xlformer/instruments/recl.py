@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from xlformer import command, progress
+from xlformer import command, progress, storage
 from xlformer import config as config_lib
 from xlformer.data import preparing
 from xlformer.errors import Argument, UserError
@@ -77,6 +77,9 @@ def measure(request: Request) -> Result:
     # In files, because they are as many numbers as targets times contexts; of two
     # contexts at a time they are read.
     with tempfile.TemporaryDirectory() as folder:
+        # A disk that fills up beneath a mapped file ends the process by a signal.
+        room = 4 * len(members) * len(plan.contexts) * len(targets.places_N)
+        storage.check_room(folder, room, "losses", "TMPDIR names another place")
         files = []
         for k, member in enumerate(members):
             path = os.path.join(folder, f"{k}.npy")
@@ -299,7 +302,7 @@ def _tiny(request: Request) -> dict[str, ConfigDict]:
         "a context is what comes before a token ; it may be long , or not so".split()
     )
     draw = np.random.default_rng(0).integers(0, len(words), 4000)
-    path.write_text(" ".join(words[i] for i in draw) + "\n")
+    storage.put(path, " ".join(words[i] for i in draw) + "\n")
     found = {}
     for name, like in {"Transformer-XL": "quickstart", "LSTM": "lstm_small"}.items():
         config = config_lib.load(f"{like}:debug")

@@ -187,7 +187,7 @@ def _write(request: Request, articles: Sequence[Article]) -> None:
                 article.own,
             ]
         )
-        storage.write(folder / f"{name}-{article.number}.txt", text + "\n")
+        storage.put(folder / f"{name}-{article.number}.txt", text + "\n")
 
 
 # What is measured ---------------------------------------------------------------------

@@ -126,7 +126,7 @@ def own_source(request: Request, sizes: Sizes, more: str = "") -> Member:
     if request.size == "tiny":
         # Python's own library takes seconds to prepare, and a second layer to compile.
         text = request.out / "text.txt"
-        storage.write(text, inspect.getsource(argparse)[:20_000])
+        storage.put(text, inspect.getsource(argparse)[:20_000])
         config.data.update(corpus="text", path=os.fspath(text), unit="bytes")
         config.model.n_layer = 1
     _keep(config, sizes.source_steps, sizes.points)

@@ -19,6 +19,8 @@ CONTEXTS = [6, 12]
 TOKENS = np.random.default_rng(5).integers(0, VOCAB, 61).astype(np.uint8)
 PLACES = np.array([17, 23, 29, 31, 60])  # shared windows, others, and the last token
 ABSOLUTE = {"attn_type": 2, "memory_length": 0}
+# An epsilon so large that what later keys tell through their maximum shows.
+LEAKING = {"stabiliser": "original", "feature_epsilon": 0.1, "context_length": 13}
 # Of each a config, what is changed in it, and the longest context.
 FAMILIES = {
     "transformer_xl": ("quickstart", {"scan_layers": True}, None),
@@ -28,6 +30,7 @@ FAMILIES = {
     "vanilla": ("vanilla_small", {"extended_length": 4}, 11),
     "sha_rnn": ("sha_rnn_small", {}, None),
     "favor": ("performer_small", {"scan_layers": True}, None),
+    "published": ("performer_small", {**LEAKING, "scan_layers": True}, 13),
     "softmax": ("performer_small:mechanism=softmax", {"scan_layers": True}, 11),
     "universal": ("universal_small", {}, None),
 }

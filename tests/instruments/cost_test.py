@@ -7,6 +7,7 @@ import pytest
 import trained_run
 
 from xlformer import compare, config, models
+from xlformer.errors import UserError
 from xlformer.instruments import contexts, cost
 
 LENGTH, COUNT = 5, 9
@@ -81,6 +82,18 @@ def test_a_way_without_room_is_a_gap():
     row = {"window": 2.0, "recurrent": 1.0, "recomputed": None}
     assert cost.ratio(row, "window", "recurrent") == 2
     assert cost.ratio(row, "recomputed", "recurrent") is None
+
+
+@pytest.mark.parametrize("name", ["quickstart", "universal_small"])
+def test_a_window_shorter_than_the_attention_is_refused(name):
+    fields = {"memory_length": LENGTH, "window": LENGTH - 1}
+    found = config.load(f"{name}:debug").model
+    found.update(fields)
+    model = models.build(found, 13)
+    for way in cost.WAYS:
+        assert cost.reader(model, way, LENGTH).card()["window"] == LENGTH - 1
+        with pytest.raises(UserError, match="distances up to 4, which is less than"):
+            cost.reader(model, way, LENGTH + 1)
 
 
 @pytest.mark.parametrize(

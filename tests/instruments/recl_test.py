@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from xlformer import compare, recl, runs, storage
 from xlformer.data.vocabulary import ByteVocabulary, WordVocabulary
+from xlformer.instruments import gains as gains_lib
 from xlformer.instruments import recl as recl_lib
 from xlformer.instruments.instrument import Request
 from xlformer.instruments.members import Member
@@ -95,6 +96,30 @@ def test_dependencies_of_known_length_are_found(tmp_path):
     gains = [np.array(one["by_r"][0]["relative_gain"]) for one in together]
     assert gains[0][0] > 0.9
     assert max(gains[0][1:].max(), gains[1].max(), gains[2].max()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("longest", "gained", "expected"),
+    [
+        (128, [1, 0, 0], (128, False, 128)),  # in the first step, from 100 to 128
+        (None, [1, 0, 0], (200, False, 200)),
+        (128, [0, 0, 0], (100, False, 100)),
+        (70, [0, 0, 0], (70, False, 70)),
+        (390, [1, 1, 1], (390, False, 390)),
+        (None, [1, 1, 1], (400, True, 400)),
+        (500, [1, 1, 1], (400, True, 400)),
+    ],
+)
+def test_no_length_is_above_what_a_model_can_be_fed(
+    tmp_path, longest, gained, expected
+):
+    losses_C1N = 9.0 - np.cumsum([0, *gained])[:, None, None] * np.ones((1, 1, 5))
+    plan = recl_lib.Plan(range(100, 401, 100), [1.0], 0.01, 5, "validation", None)
+    gains = gains_lib.curves(losses_C1N, plan.shares)
+    nats = losses_C1N.mean((1, 2)).tolist()
+    found = recl_lib._found(0, run(tmp_path, 12), plan, longest, nats, gains)
+    (one,) = found["by_r"]
+    assert (one["recl"], one["recl_or_more"], found["ecl"]) == expected
 
 
 def test_runs_of_another_text_are_named(tmp_path):

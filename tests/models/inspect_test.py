@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import trained_run
 import training_runs
 
 from xlformer import models
@@ -119,6 +120,19 @@ def test_attention_without_preference_is_even(name, fields, segments, layers):
             np.testing.assert_allclose(one.weight_HS, want_HS, rtol=1e-5)
             np.testing.assert_array_equal(one.seen_S[: len(seen)], seen[:S])
     assert not inside.halting
+
+
+def test_nothing_is_seen_before_a_reset():
+    model = build("performer", SOFTMAX)
+    params = even(trained_run.random_params(model))
+    ids_BT = jnp.zeros((B, T), jnp.int32)
+    resets_BT = jnp.broadcast_to(jnp.arange(T) == 2, (B, T))
+    look = jax.jit(lambda *arrays: model.inspect(*arrays, resets_BT=resets_BT)[0])
+    (found,) = look(params, ids_BT, model.init_state(B)).attention.values()
+    np.testing.assert_array_equal(found.seen_S, B * np.array([5, 3, 1, 0, 0]))
+    # Queries see 1, 2, 1, 2 and 3 tokens.
+    weight_S = B * np.array([2 + 2 / 2 + 1 / 3, 2 / 2 + 1 / 3, 1 / 3, 0, 0])
+    np.testing.assert_allclose(found.weight_HS, [weight_S] * 2, rtol=1e-5)
 
 
 def test_weights_of_each_query_sum_to_one_and_gates_are_those_of_the_layers():

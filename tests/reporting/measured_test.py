@@ -9,7 +9,9 @@ import pytest
 
 from xlformer import config as config_lib
 from xlformer.errors import UserError
+from xlformer.kernels import watching
 from xlformer.models import Aux, Model
+from xlformer.models.base import Inside
 from xlformer.reporting import insides, measured, subject
 
 T = 7
@@ -63,6 +65,15 @@ def one(model, tokens=173):
     return about, member
 
 
+class Telling(Clock):
+    """Tells how many resets there were at each place, as what is seen."""
+
+    def inspect(self, params, inputs_BT, state, *, resets_BT, step=None):
+        seen_T = resets_BT.sum(0)
+        found = watching.ByDistance(seen_T[None] + 0.0, seen_T)
+        return Inside({"layer": found}, {}, {}), state
+
+
 # With a state rows begin anywhere, else where a segment of the one row does.
 @pytest.mark.parametrize(("memory", "rows"), [(0, 1), (8, 1), (None, 8)])
 def test_each_token_is_counted_at_its_place(memory, rows):
@@ -94,6 +105,16 @@ def test_a_model_says_why_its_memory_is_what_it_is():
     scored = types.SimpleNamespace(subject=about, found={"clock": before})
     with pytest.raises(UserError, match="it is bound"):
         measured._sweep(scored, member)
+
+
+def test_documents_are_apart_inside_too():
+    about, member = one(Telling(ClockConfig(memory_length=0)), 2 * 4 * T + 1)
+    # Two rows of four segments, the second of which begins one token after the first.
+    documents = np.array([0, 3, T + 3, 4 * T + 2])
+    about.text = lambda member: (np.zeros(2 * 4 * T + 1, int), documents, {})
+    (found,) = insides._look(about, member).inside.attention.values()
+    # The rows begin at 0 and 29, which is 4 T + 1.
+    np.testing.assert_array_equal(found.seen_S, [1, 1, 0, 2, 0, 0, 0])
 
 
 def test_distances_are_binned_without_loss():

@@ -150,16 +150,22 @@ def reader(model: Model, way: str, length: int) -> Model:
     """The model as one of WAYS reads, with this attention length.
 
     Raises UserError where it has no memory of a length that can be chosen, or cannot do
-    without it.
+    without it, or sees less of it.
     """
     fields = {"memory_length": length, "extended_length": 0}
     if way == "recomputed":
         fields = {"memory_length": 0, "extended_length": length - 1}
+    line = f"{type(model).__name__} cannot be read in the three ways: "
     try:
-        return model.for_reading(**fields)
+        model = model.for_reading(**fields)
     except UserError as error:
-        line = f"{type(model).__name__} cannot be read in the three ways: "
         raise UserError(line, *error.parts) from error
+    # Shorter ones would be timed under the name of this length.
+    window = model.card().get("window")
+    if window is not None and window < length - 1:
+        line += f"its window shows distances up to {window}, which is less than "
+        raise UserError(line, Argument("lengths", length))
+    return model
 
 
 def program(model: Model, params, *, segment: int, segments: int):

@@ -162,15 +162,18 @@ def _losses(member: Member, tokens, targets: Targets, contexts, path) -> np.ndar
 
 def _found(k: int, member: Member, plan: Plan, longest, nats, gains) -> dict:
     """All that was found of member k, for JSON."""
+    # No model makes use of more than it can be fed.
+    fed = [c if longest is None else min(c, longest) for c in plan.contexts]
+    is_all = longest is not None and longest <= fed[-1]
     by_share = []
     for share, curve in gains.items():
         relative = [float(gain.relative_M[k]) for gain in curve]
-        recl = gains_lib.recl(plan.contexts, relative, plan.threshold)
+        recl = gains_lib.recl(fed, relative, plan.threshold)
         by_share.append(
             {
                 "r": share,
                 "recl": recl.context,
-                "recl_or_more": recl.more,
+                "recl_or_more": recl.more and not is_all,
                 "relative_gain": relative,
                 "error": [float(gain.error_M[k]) for gain in curve],
                 "gain_in_perplexity": [float(gain.absolute_M[k]) for gain in curve],
@@ -180,7 +183,7 @@ def _found(k: int, member: Member, plan: Plan, longest, nats, gains) -> dict:
         **member.facts(),
         "longest_context": longest,
         "nats": nats,
-        "ecl": gains_lib.ecl(plan.contexts, nats),
+        "ecl": gains_lib.ecl(fed, nats),
         "by_r": by_share,
     }
 

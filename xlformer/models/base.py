@@ -406,13 +406,13 @@ class Model:
         """
         return {}
 
-    def inspect(self, params, inputs_BT, state, *, step=None):
+    def inspect(self, params, inputs_BT, state, *, resets_BT=None, step=None):
         """What goes on inside over a segment: (Inside, the new state), or None.
 
         None where nothing of it is known. It may make an array of all pairs of tokens:
         for a small part of a text. Args as for `apply`.
         """
-        del params, inputs_BT, state, step
+        del params, inputs_BT, state, resets_BT, step
 
     def card(self) -> dict:
         """What the card of a result says of the model: how far it sees."""

@@ -207,9 +207,10 @@ class TokenModel(Model):
         options = self._options(inputs_BT, resets_BT, lengths_B, step)
         return self._run(params, "log_probs", inputs_BT, state, **options)
 
-    def inspect(self, params, inputs_BT, state, *, step=None):
+    def inspect(self, params, inputs_BT, state, *, resets_BT=None, step=None):
+        arrays, options = (inputs_BT, inputs_BT, state), {"step": step}
         with watching.watch() as told:
-            _, state, _ = self.apply(params, inputs_BT, inputs_BT, state, step=step)
+            _, state, _ = self.apply(params, *arrays, resets_BT=resets_BT, **options)
         found = Inside({}, {}, {})
         kinds = (watching.ByDistance, watching.Gate, watching.Running)
         for one in told:

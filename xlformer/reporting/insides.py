@@ -61,7 +61,7 @@ class Insides:
 
 def _look(subject: Subject, member) -> Seen:
     model, run = member.model, member.run
-    tokens, _, _ = subject.text(member)
+    tokens, documents, _ = subject.text(member)
     T = _segment(model, run.config.train.segment_length)
     length = memory(model)
     # A state has no length; some segments are better than none.
@@ -74,17 +74,22 @@ def _look(subject: Subject, member) -> Seen:
             f"segments of {T} with a full memory"
         )
     starts = np.linspace(0, len(tokens) - count, ROWS).astype(int)
-    inputs_BN = np.stack([np.asarray(tokens[s : s + count], np.int32) for s in starts])
+    index_BN = starts[:, None] + np.arange(count)
+    inputs_BN = np.asarray(tokens[index_BN], np.int32)
+    # As in training and scoring nothing is seen from one document in the next.
+    resets_BN = None if documents is None else np.isin(index_BN, documents)
     read, look = _programs(model, run.params, run.step)
     state = model.init_state(ROWS)
     found = None
     for k in range(before + SEGMENTS):
-        part_BT = inputs_BN[:, k * T : (k + 1) * T]
+        part_BT, *resets = (
+            x[:, k * T : (k + 1) * T] for x in (inputs_BN, resets_BN) if x is not None
+        )
         if k < before:
-            state = read(part_BT, state)
+            state = read(part_BT, state, *resets)
             continue
         try:
-            told = look(part_BT, state)
+            told = look(part_BT, state, *resets)
         except jax.errors.UnexpectedTracerError:
             line = f"{type(model).__name__} loops over its layers with a loop of JAX's"
             raise UserError(f"{line}, out of which it can tell nothing") from None
@@ -107,13 +112,15 @@ def _segment(model: models.Model, wanted: int) -> int:
 
 
 def _programs(model: models.Model, params, step: int):
-    """(read, look): compiled functions of a segment and a state."""
+    """(read, look): compiled functions of a segment, a state, and perhaps resets."""
 
-    def read(params, part_BT, state):
-        return model.apply(params, part_BT, part_BT, state, step=step)[1]
+    def read(params, part_BT, state, resets_BT=None):
+        options = {"resets_BT": resets_BT, "step": step}
+        return model.apply(params, part_BT, part_BT, state, **options)[1]
 
-    def look(params, part_BT, state):
-        told = model.inspect(params, part_BT, state, step=step)
+    def look(params, part_BT, state, resets_BT=None):
+        options = {} if resets_BT is None else {"resets_BT": resets_BT}
+        told = model.inspect(params, part_BT, state, step=step, **options)
         if told is None:
             return None
         inside, state = told

@@ -114,8 +114,13 @@ class Performer(TokenModel):
 
     @property
     def positions_from_end(self) -> bool:
-        """True of lsh, whose sorted tokens are cut into chunks, later ones too."""
-        return self.config.mechanism == LSH
+        """True of lsh, whose sorted tokens are cut into chunks, later ones too.
+
+        And of FAVOR as published, by the greatest exponent, which may be a later key's.
+        """
+        config = self.config
+        leaks = config.mechanism == FAVOR and config.stabiliser != "running"
+        return config.mechanism == LSH or (leaks and config.estimates)
 
     @property
     def resets_in_segment(self) -> bool:

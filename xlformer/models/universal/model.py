@@ -203,4 +203,6 @@ class UniversalTransformer(TokenModel):
         return {} if self.config.remat != "none" else {"remat": "full"}
 
     def card(self) -> dict:
-        return {**super().card(), "n_step": self.config.steps, "act": self.config.act}
+        config = self.config
+        found = {"window": config.window, "n_step": config.steps, "act": config.act}
+        return {**super().card(), **found}

@@ -114,6 +114,7 @@ def test_errors_of_the_library_name_no_flags():
     ("error", "code", "line"),
     [
         (UserError("two\n  lines   of text"), 2, "error: two lines of text"),
+        (UserError("a \x1b[2J\x07\x9bb"), 2, "error: a \ufffd[2J\ufffd\ufffdb"),
         (MemoryError("17 TiB"), 2, "error: out of memory: 17 TiB"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

@@ -11,11 +11,14 @@ on two CPU cores, `tiny` seconds.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from xlformer import command, compiled, instruments, pictures, sharding, storage
 from xlformer.errors import Argument, UserError, did_you_mean
@@ -26,6 +29,7 @@ from xlformer.scoring import cards, evaluation
 from xlformer.tables import aligned
 
 PROG = "python -m xlformer.compare"
+MOST = (1 << 32) - 1  # of a number that a flag takes: a seed has 32 bits
 
 
 def _parser(prog: str, instrument: Instrument) -> command.Parser:
@@ -66,6 +70,7 @@ def measure(prog: str, name: str, size: str, argv: Sequence[str]) -> int:
     """Runs an instrument with the flags of a command; returns the exit code."""
     instrument = instruments.find(name)
     args = _parser(prog, instrument).parse(argv)
+    _check(args)
     out = storage.path(args.out)
     pictures.check(Argument("out", out))
     storage.check_writable(out, "out")
@@ -77,9 +82,9 @@ def measure(prog: str, name: str, size: str, argv: Sequence[str]) -> int:
         args=args,
     )
     compiled.keep()
-    out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    result = instrument.measure(request)
+    with _made(out):
+        result = instrument.measure(request)
     about = {
         "instrument": name,
         "size": size,
@@ -92,17 +97,51 @@ def measure(prog: str, name: str, size: str, argv: Sequence[str]) -> int:
     return 0
 
 
+def _check(args) -> None:
+    """Refuses what no flag of an instrument means: nothing, and what has no end."""
+    for name, value in vars(args).items():
+        for one in value if isinstance(value, list) else [value]:
+            # An unset variable of a script, which does not mean the default.
+            if one == "":
+                raise UserError(Argument(name, one), " is empty")
+            if isinstance(one, int | float) and not abs(one) <= MOST:
+                line = f" must be a number up to {MOST:,}"
+                raise UserError(Argument(name, one), line)
+
+
+@contextlib.contextmanager
+def _made(out) -> Iterator[None]:
+    """The folder, which is not left behind where nothing came into it."""
+    new = []
+    if not storage.is_remote(out):
+        above = pathlib.Path(os.path.abspath(out))
+        new = [p for p in (above, *above.parents) if not os.path.lexists(p)]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in new:
+            # It stays if another process, or a run of ours, lies in it.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 def _members(instrument: Instrument, args) -> list[members_lib.Member]:
     if instrument.RUNS == "none":
         return []
     if instrument.RUNS == "needed" and not args.workdir:
         raise UserError("--workdir=DIR is missing: it names the run to measure")
-    return members_lib.load(args.workdir, checkpoint=args.checkpoint)
+    found = members_lib.load(args.workdir, checkpoint=args.checkpoint)
+    return members_lib.plain(found)
 
 
 def _seeds(instrument: Instrument, size: str, args) -> int:
     if not instrument.SEEDS:
         return 1
+    if args.seeds is not None and getattr(args, "workdir", None):
+        given = Argument("seeds", args.seeds), " with ", Argument("workdir")
+        raise UserError(*given, ": runs that are given have the seeds that they have")
     seeds = instrument.SEEDS[size] if args.seeds is None else args.seeds
     if seeds < 2:
         raise UserError(f"--seeds={seeds} shows no spread: at least 2 are needed")
@@ -110,9 +149,18 @@ def _seeds(instrument: Instrument, size: str, args) -> int:
 
 
 def _report(out, name: str, result: Result, about: dict) -> None:
-    print("\n\n".join(map(_text, result.tables)))
-    for note in result.notes:
-        print(note)
+    try:
+        _write(out, name, result, about)
+    # After the files: what reads the tables may end, as `head` does, or be full. They
+    # are printed also where the files cannot be written.
+    finally:
+        print("\n\n".join(map(_text, result.tables)))
+        for note in result.notes:
+            print(note)
+    print(f"{out / name}.json and .svg")
+
+
+def _write(out, name: str, result: Result, about: dict) -> None:
     found = {
         **about,
         "tables": [
@@ -123,11 +171,10 @@ def _report(out, name: str, result: Result, about: dict) -> None:
         **result.facts,
     }
     text = json.dumps(cards.finite(found), indent=1)
-    storage.write(out / f"{name}.json", text + "\n")
+    storage.put(out / f"{name}.json", text + "\n")
     figure = pictures.figure()
     result.draw(figure)
     pictures.save(figure, out / f"{name}.svg")
-    print(f"{out / name}.json and .svg")
 
 
 def _text(table: Table) -> str:

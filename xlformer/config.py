@@ -319,14 +319,14 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n"
 
 
-def from_json(text: str) -> ConfigDict:
+def from_json(text: str, where: str = "config.json") -> ConfigDict:
     """Reads what to_json wrote, which may come from anywhere; see from_dict."""
     try:
         found = json.loads(text)
     # Braces nested a thousand deep end in a RecursionError.
     except (ValueError, RecursionError) as error:
-        raise UserError(f"config.json is not a resolved config: {error!r}") from error
-    return from_dict(found)
+        raise UserError(f"{where} is not a resolved config: {error!r}") from error
+    return from_dict(found, where=where)
 
 
 def from_dict(found: Mapping, *, where: str = "config.json") -> ConfigDict:

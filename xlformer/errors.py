@@ -14,6 +14,8 @@ from typing import Any
 BAD_INPUT = 2  # one line has said what; no restart mends it
 INTERRUPTED = 42  # stopped by a signal; everything worth keeping is saved
 HUNG = 43  # a host made no step; all hosts have to start again
+# Control characters that are no white space.
+_STEERING = dict.fromkeys([*range(32), *range(127, 160)], "\ufffd")
 # Stands for a value that is not given, because None is one.
 _UNSAID = object()
 
@@ -66,8 +68,10 @@ class UserError(Exception):
             override = part.name.startswith("config.") and "config." in flags
             return part.as_flag() if override or part.name in flags else str(part)
 
-        # One line, whatever messages of libraries were put into it.
-        return " ".join("".join(map(shown, self.parts)).split())
+        # One line, whatever messages of libraries were put into it; what steers a
+        # terminal may come from a stranger's directory.
+        text = "".join(map(shown, self.parts))
+        return " ".join(text.split()).translate(_STEERING)
 
 
 class WorthAnotherTry(UserError):

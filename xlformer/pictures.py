@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 
-from etils import epath
-
+from xlformer import storage
 from xlformer.errors import Argument, UserError
 
 
@@ -34,4 +33,4 @@ def save(figure, path) -> None:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "xlformer"}):
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(found, format=kind, metadata=metadata)
-    epath.Path(path).write_bytes(found.getvalue())
+    storage.put(path, found.getvalue())

@@ -28,6 +28,7 @@ from xlformer.scoring import evaluation
 __all__ = ["main", "write"]
 
 FILE = "report.html"
+MOST_SAMPLES = 100  # of each run, all of which are drawn together
 TOKENS = 32_768  # scored once for each length of the memory
 
 
@@ -80,7 +81,7 @@ def write(
     title = f"Report on {names}" if len(names) < 60 else "Report"
     subtitle = f"{len(subject.members)} run{plural} of xlformer"
     text = page.page(title, subtitle, sections, _about(made_by))
-    storage.write(out / FILE, text)
+    storage.put(out / FILE, text)
     return out / FILE
 
 
@@ -89,8 +90,9 @@ def _check(out: epath.Path, split, tokens: int, samples: int) -> None:
         raise UserError(Argument("tokens", tokens), " must be at least 2")
     if split not in (None, *SPLITS):
         raise UserError(Argument("split", split), did_you_mean(split, SPLITS))
-    if samples < 0:
-        raise UserError(Argument("samples", samples), " must not be negative")
+    if not 0 <= samples <= MOST_SAMPLES:
+        line = f" must be at least 0 and at most {MOST_SAMPLES}"
+        raise UserError(Argument("samples", samples), line)
     pictures.check(Argument("out", out))
     storage.check_writable(out, "out")
 

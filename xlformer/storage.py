@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
 import os
 import shutil
 import sys
+import uuid
 
 from etils import epath
 
@@ -67,7 +69,7 @@ def check_writable(folder, name: str) -> None:
         raise UserError(Argument(name, folder), line)
 
 
-def check_room(folder, size: int, what: str) -> None:
+def check_room(folder, size: int, what: str, elsewhere: str = ELSEWHERE) -> None:
     """Raises UserError where a local folder has no room for that many bytes."""
     place = os.path.abspath(folder)
     while not os.path.lexists(place):
@@ -76,7 +78,7 @@ def check_room(folder, size: int, what: str) -> None:
     if free < size:
         raise UserError(
             f"{folder}: no room for {what}: it needs {size / 1e6:,.0f} MB, "
-            f"{free / 1e6:,.0f} MB are free: {ELSEWHERE}"
+            f"{free / 1e6:,.0f} MB are free: {elsewhere}"
         )
 
 
@@ -149,4 +151,28 @@ def write(file: epath.Path, text: str) -> None:
     except Exception as error:
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         line = f"{file}: cannot be written: {kind}{reason(error)}"
+        raise UserError(line) from error
+
+
+def put(file, content: str | bytes) -> None:
+    """Writes a file whole or not at all, whoever writes the same name at once.
+
+    Each process has a temporary file of its own, and a rename replaces at once; of one
+    that is killed it stays. Raises UserError where the file cannot be written.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    if is_remote(file):
+        # An object appears only when it is complete.
+        epath.Path(file).write_bytes(content)
+        return
+    name = f"{os.path.basename(file)}.{uuid.uuid4().hex}{TEMPORARY}"
+    temporary = os.path.join(os.path.dirname(file), name)
+    try:
+        with open(temporary, "xb") as opened:
+            opened.write(content)
+        os.replace(temporary, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        line = f"{os.fspath(file)}: cannot be written: {error.strerror}"
         raise UserError(line) from error

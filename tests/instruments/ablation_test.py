@@ -172,15 +172,24 @@ def test_given_runs_are_read_at_lengths_of_their_own(base, tmp_path):
     ("argv", "message"),
     [
         (["ablation:tiny", "--lengths=8,999"], "--lengths=8,999: 999 is not shorter"),
-        (["ablation:tiny", "--lengths=0"], "--lengths: 0 is not at least 1"),
-        (["ablation:tiny", "--lengths=a"], "--lengths: invalid"),
-        (["ablation:tiny", "--steps=0"], "--steps: 0 is not at least 1"),
+        (["ablation:tiny", "--lengths=0"], "--lengths: '0' is no whole number"),
+        (["ablation:tiny", "--lengths=a"], "--lengths: 'a' is no whole number"),
+        (["ablation:tiny", "--steps=0"], "--steps: '0' is no whole number"),
         (["ablation:tiny", "--seeds=1"], "--seeds=1 shows no spread"),
         (["ablation", "--workdir=/dev/null/x"], "holds no run"),
+        (
+            ["ablation", "--workdir={run}", "--steps=3"],
+            "--steps=3 with --workdir: what",
+        ),
+        (
+            ["ablation", "--workdir={run}", "--seeds=3"],
+            "--seeds=3 with --workdir: runs",
+        ),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, capsys, argv, message):
+def test_bad_input_is_one_line(base, tmp_path, capsys, argv, message):
     out = tmp_path / "out"
+    argv = [item.format(run=trained_run.trained(base)) for item in argv]
     assert compare.main([*argv, f"--out={out}"]) == 2
     stdout, err = capsys.readouterr()
     assert (stdout, err.count("\n")) == ("", 1) and message in err

@@ -1,12 +1,14 @@
 """The command: what it refuses, prints and writes, with an instrument of a test."""
 
+import io
 import json
 import sys
 import types
 
 import pytest
 
-from xlformer import compare, instruments, recl
+from xlformer import command, compare, instruments, recl, storage
+from xlformer.errors import UserError
 from xlformer.instruments.instrument import Result, Table
 
 
@@ -15,7 +17,12 @@ def counting(monkeypatch):
     """An instrument that counts, and what it was asked."""
     module = types.ModuleType("xlformer.instruments.counting", "Counts letters.")
     module.RUNS, module.SEEDS, module.asked = "none", {"small": 3, "tiny": 2}, []
-    module.add_flags = lambda parser: parser.add_argument("--letter", default="a")
+
+    def add_flags(parser):
+        parser.add_argument("--letter", default="a")
+        parser.add_argument("--many", type=float)
+
+    module.add_flags = add_flags
 
     def measure(request):
         module.asked.append(request)
@@ -65,6 +72,10 @@ def test_seeds_are_those_of_the_size(counting, tmp_path):
         (["counting", "--seeds=1"], "--seeds=1 shows no spread: at least 2"),
         (["counting", "--workdir=x"], "unknown argument '--workdir=x'"),
         (["counting", "--out=/proc/x"], "--out=/proc/x: "),
+        (["counting", "--letter="], "--letter= is empty"),
+        (["counting", "--many=nan"], "--many=nan must be a number up to 4,294,967,295"),
+        (["counting", "--many=-inf"], "--many=-inf must be a number"),
+        (["counting", f"--seeds={10**30}"], f"--seeds={10**30} must be a number"),
     ],
 )
 def test_bad_input_is_one_line(counting, tmp_path, capsys, argv, message):
@@ -74,6 +85,58 @@ def test_bad_input_is_one_line(counting, tmp_path, capsys, argv, message):
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1) and message in err
     assert not counting.asked and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [UserError("no"), KeyboardInterrupt()])
+def test_a_refusal_leaves_no_folder(counting, monkeypatch, tmp_path, capsys, error):
+    def measure(request):
+        assert request.out.is_dir()
+        raise error
+
+    monkeypatch.setattr(counting, "measure", measure)
+    (tmp_path / "there").mkdir()
+    for place in ("new", "new/er", "there", "there/new"):
+        assert compare.main(["counting", f"--out={tmp_path / place}"]) in (2, 130)
+        assert [p.name for p in tmp_path.iterdir()] == ["there"]
+    assert not any((tmp_path / "there").iterdir())
+
+
+def test_what_lies_in_the_folder_stays(counting, monkeypatch, tmp_path, capsys):
+    def measure(request):
+        (request.out / "text.txt").write_text("a")
+        raise UserError("no")
+
+    monkeypatch.setattr(counting, "measure", measure)
+    assert compare.main(["counting", f"--out={tmp_path / 'new'}"]) == 2
+    assert (tmp_path / "new/text.txt").exists()
+
+
+def test_a_closed_output_loses_no_files(counting, monkeypatch, tmp_path):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr(command.streams, "drop_stdout", lambda: True)
+    assert compare.main(["counting", f"--out={tmp_path}"]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"counting.json", "counting.svg"}
+
+
+def test_a_full_disk_leaves_what_was_there(counting, monkeypatch, tmp_path, capsys):
+    (tmp_path / "counting.json").write_text("of yesterday")
+
+    def replace(*names):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "replace", replace)
+    assert compare.main(["counting", f"--out={tmp_path}"]) == 2
+    line = f"error: {tmp_path / 'counting.json'}: cannot be written: No space left"
+    out, err = capsys.readouterr()
+    # What was measured is shown all the same.
+    assert err.startswith(line) and out.startswith("letters\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["counting.json"]
+    assert (tmp_path / "counting.json").read_text() == "of yesterday"
 
 
 def test_help_lists_the_instruments(capsys):

@@ -99,9 +99,14 @@ def test_a_window_shorter_than_the_attention_is_refused(name):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lengths=8,16"], "--lengths=8,16: at least three lengths from 1 on"),
+        (
+            ["--lengths=8,16"],
+            "--lengths=8,16: at least three lengths of 1 to 1048576",
+        ),
         (["--lengths=8,16,x"], "--lengths=8,16,x: at least three lengths"),
-        (["--segment=0"], "--segment=0 must be at least 1"),
+        (["--lengths=8,16,1048577"], "--lengths=8,16,1048577: at least three lengths"),
+        (["--segment=0"], "--segment=0 must be at least 1 and at most 1048576"),
+        (["--segment=1048577"], "--segment=1048577 must be at least 1"),
         (["--config=lstm_small:debug"], "LSTM cannot be read in the three ways: "),
         (["--config=vanilla_small:debug"], "VanillaTransformer cannot be read in the"),
         (["--config=quickstrat"], "did you mean 'quickstart'?"),

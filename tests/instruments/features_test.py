@@ -130,7 +130,10 @@ def test_the_error_of_attention_falls_at_small_norms(tiny):
     assert max(small["rms_error"]) < min(large["rms_error"])
 
 
-@pytest.mark.parametrize("flag", ["--draws=1", "--width=1", "--draws=many"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--draws=1", "--draws=4000000000", "--width=1", "--width=2000", "--draws=many"],
+)
 def test_bad_input_is_one_line(flag, tmp_path, capsys):
     assert compare.main(["features:tiny", f"--out={tmp_path}", flag]) == 2
     out, err = capsys.readouterr()

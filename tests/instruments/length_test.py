@@ -143,6 +143,27 @@ def member(**fields):
     return Member("own", run)
 
 
+def test_where_nothing_fits_there_is_still_a_picture(monkeypatch, tmp_path, capsys):
+    """And what failed by no limit is not kept: another call tries again."""
+    why = ["failed: a very long reason that nobody wants to read in a table"]
+
+    def apart_rows(model, lengths, ways, **limits):
+        return [Row(n, way, why=why[0]) for n in lengths for way in ways]
+
+    monkeypatch.setattr(passes, "apart_rows", apart_rows)
+    argv = ["length:tiny", f"--out={tmp_path}", "--kinds=favor"]
+    assert compare.main(argv) == 0
+    table = capsys.readouterr().out
+    assert why[0][:40] in table and why[0] not in table
+    assert why[0] in (tmp_path / "length.json").read_text()
+    assert (tmp_path / "length.svg").exists()
+    why[0] = apart.MEMORY
+    for _ in range(2):
+        assert compare.main(argv) == 0
+        assert "out of memory at 4 GiB" in capsys.readouterr().out
+        why[0] = "failed: it is not asked again"
+
+
 def test_runs_are_measured_in_place_of_kinds(counted, tmp_path):
     asked = request([member()])
     asked = Request("tiny", tmp_path, asked.members, args=asked.args)
@@ -159,6 +180,8 @@ def test_runs_are_measured_in_place_of_kinds(counted, tmp_path):
         ({"lengths": "64,64"}, "a slope needs two lengths"),
         ({"lengths": "64,0"}, "numbers of tokens"),
         ({"lengths": "64,1e3"}, "numbers of tokens"),
+        ({"lengths": f"64,{1 << 25}"}, "up to 16,777,216"),
+        ({"lengths": f"64,{'9' * 5000}"}, "up to 16,777,216"),
         ({"memory": 0.0}, "memory=0.0 must be above 0"),
         ({"seconds": float("nan")}, "seconds=nan must be above 0"),
         ({"members": [member()], "kinds": "lstm"}, "kinds='lstm' with workdir: one of"),

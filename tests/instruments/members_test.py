@@ -77,6 +77,27 @@ def test_a_name_is_as_short_as_it_can_be(configs, folders, names):
     assert members._names(configs, places) == names
 
 
+def test_names_of_strangers_are_plain(base):
+    """Nothing steers a terminal or is a formula, and no name becomes another's."""
+    run = trained_run.loaded(base)
+    names = ["\x1b[31mred\x07", "$x^", "__a<b>", "n" * 1000, "über/1 (b)"]
+    found = members.plain([Member(name, run) for name in names])
+    assert [m.name for m in found[:3]] == ["31mred_", "x_", "a_b_"]
+    assert found[3].name == "n" * members.LONGEST_NAME and found[4].name == names[4]
+    found = members.plain([Member(name, run) for name in ("a$", "a^", "$")])
+    assert [m.name for m in found] == ["1 a_", "2 a_", "3 "]
+
+
+def test_a_name_is_no_path(tmp_path):
+    assert members.file_name("lstm-2.0") == "lstm-2.0"
+    names = ["/x/a", "../../x", "..", ".", "", "a/b", "a_b", "a\x00b", "ü" * 999]
+    files = [members.file_name(name) for name in names]
+    assert len(set(files)) == len(names)
+    for file in files:
+        (tmp_path / file).write_text("")
+    assert len([*tmp_path.iterdir()]) == len(names)
+
+
 def test_facts_say_which_run_it_was(base):
     (member,) = members.load([trained_run.trained(base)])
     facts = member.facts()

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import training_runs
 from instruments.contexts_test import copying, periodic
 from ml_collections import ConfigDict
 
-from xlformer import compare, recl, runs
+from xlformer import compare, recl, runs, storage
 from xlformer.data.vocabulary import ByteVocabulary, WordVocabulary
 from xlformer.instruments import gains as gains_lib
 from xlformer.instruments import recl as recl_lib
@@ -141,6 +142,8 @@ def test_runs_of_another_text_are_named(tmp_path):
         (["--step=8", "--max_context=20"], "--max_context=20 with --step=8: must be a"),
         (["--max_context=4"], "--max_context=4 with --step=4: must be a multiple"),
         (["--threshold=0"], "--threshold=0.0 must be above 0"),
+        (["--threshold=1"], "--threshold=1.0 must be above 0 and below 1"),
+        (["--text="], "argument --text: the path is empty"),
         (["--r=0.1,2"], "--r=0.1,2: shares above 0 and at most 1, such as 0.1"),
         (["--r=all"], "--r=all: shares above 0"),
         (["--split=valid"], "--split=valid is none of train, validation, test"),
@@ -158,6 +161,16 @@ def test_bad_input_is_one_line_before_anything_is_trained(
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_losses_need_room_on_the_disk(tmp_path, monkeypatch):
+    usage = types.SimpleNamespace(free=1)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda place: usage)
+    (tmp_path / "text").write_bytes(bytes(99))
+    flags = f"--text={tmp_path / 'text'}", "--step=6", "--max_context=48"
+    asked = request(tmp_path, [run(tmp_path, 5)], *flags)
+    line = training_runs.refusal(recl_lib.measure, asked)
+    assert "no room for losses" in line and "TMPDIR names another place" in line
 
 
 def test_runs_that_do_not_compare_are_refused(tiny, tmp_path, capsys):

@@ -217,6 +217,7 @@ def test_a_model_of_ones_own_is_asked_and_what_it_cannot_is_said_first(tmp_path)
     [
         (["--task=cpoy"], "no task 'cpoy', did you mean 'copy'?"),
         (["--task=copy", "--task=copy"], "--task=copy is given twice"),
+        (["--task=copy", "--task=copy", "--task=reverse"], "--task=copy is given"),
         (["--steps=0"], "--steps=0 must be at least 1"),
         (["--seeds=1"], "--seeds=1 shows no spread"),
         (["--workdir=x"], "unknown argument '--workdir=x'"),

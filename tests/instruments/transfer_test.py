@@ -228,3 +228,4 @@ def test_bad_input_is_one_line(flag, tmp_path, capsys):
     assert compare.main(["transfer:tiny", f"--out={tmp_path}", flag]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1) and flag in err
+    assert not any(tmp_path.iterdir())

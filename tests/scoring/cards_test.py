@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from xlformer import progress, runs
+from xlformer import progress, runs, storage
 from xlformer.scoring import cards, results
 
 
@@ -74,14 +74,14 @@ def test_cards_of_one_moment_are_all_in_the_index(tmp_path):
 
 
 def test_whoever_writes_the_index_last_finds_the_others_cards(tmp_path, monkeypatch):
-    put, others = cards._put, [card(step=2)]
+    put, others = storage.put, [card(step=2)]
 
     def put_late(path, text):
         if path.name == cards.INDEX and others:  # another process, in between
             cards.write(tmp_path, [others.pop()])
         put(path, text)
 
-    monkeypatch.setattr(cards, "_put", put_late)
+    monkeypatch.setattr(cards.storage, "put", put_late)
     cards.write(tmp_path, [card(step=1)])
     assert [entry["step"] for entry in index(tmp_path)] == [1, 2]
 

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
 from xlformer import storage
+from xlformer.errors import Argument, UserError
 from xlformer.instruments import ablation_tables as tables
 from xlformer.instruments import attention_lengths as lengths_lib
 from xlformer.instruments import library_text
@@ -89,14 +90,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+        line = f"{text!r} is no whole number of at least 1"
+        raise argparse.ArgumentTypeError(line)
     return value
 
 
 def _lengths(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
+    return sorted({_positive(part) for part in text.split(",")})
 
 
 def measure(request: Request) -> Result:
@@ -163,6 +168,9 @@ def measure(request: Request) -> Result:
 def _given(request: Request) -> Result:
     """Reads runs that were trained elsewhere."""
     members, asked = request.members, request.args.lengths
+    if request.args.steps is not None:
+        given = Argument("steps", request.args.steps), " with ", Argument("workdir")
+        raise UserError(*given, ": what is trained already is not trained")
     members_lib.check_vocabularies(members)
     texts = {}
     for member in members:
@@ -222,5 +230,5 @@ def _write_texts(out: epath.Path, size: int) -> dict[str, epath.Path]:
         (IN_DISORDER, library_text.shuffled(text)),
     ):
         found[order] = out / f"{order.replace(' ', '_')}.txt"
-        storage.write(found[order], written)
+        storage.put(found[order], written)
     return found

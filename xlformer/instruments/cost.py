@@ -41,6 +41,7 @@ TURNS = {"small": (11, 0.3), "tiny": (2, 0.001)}
 # Transformer-XL, by the attention length: table 9, one GPU.
 PUBLISHED = {800: 363, 1800: 773, 2800: 1409, 3800: 1874}
 WAYS = ("recurrent", "window", "recomputed")
+MOST = 1 << 20  # tokens of a segment, and of a length
 WINDOWED_TOKENS = 32  # read one by one in a timed call
 MARKS = {"recurrent": "o-", "window": "s--", "recomputed": "D:"}
 
@@ -80,10 +81,11 @@ def measure(request: Request) -> Result:
     """Times the three ways at all lengths, in turns."""
     args = request.args
     size = "small" if request.members else request.size
-    lengths = _lengths(args.lengths or LENGTHS[size])
+    lengths = _lengths(LENGTHS[size] if args.lengths is None else args.lengths)
     segment = SEGMENTS[size] if args.segment is None else args.segment
-    if segment < 1:
-        raise UserError(Argument("segment", segment), " must be at least 1")
+    if not 1 <= segment <= MOST:
+        line = f" must be at least 1 and at most {MOST}"
+        raise UserError(Argument("segment", segment), line)
     subjects = _subjects(request, size)
     # Before any weights are made: can all of them be read so?
     readers = {
@@ -132,7 +134,7 @@ def _subjects(request: Request, size: str) -> dict[str, Subject]:
             )
             for member in request.members
         }
-    spec = spec or CONFIGS[size]
+    spec = CONFIGS[size] if spec is None else spec
     config = config_lib.load(spec)
     model = models.build(config.model, rehearsal.vocab_size(spec, config))
 
@@ -220,8 +222,8 @@ def _lengths(text: str) -> list[int]:
     except ValueError:
         lengths = []
     # A straight line goes through any two points.
-    if len(lengths) < 3 or lengths[0] < 1:
-        line = f": at least three lengths from 1 on, such as {LENGTHS['small']}"
+    if len(lengths) < 3 or not 1 <= lengths[0] <= lengths[-1] <= MOST:
+        line = f": at least three lengths of 1 to {MOST}, such as {LENGTHS['small']}"
         raise UserError(Argument("lengths", text), line)
     return lengths
 

@@ -52,6 +52,7 @@ WIDTH = 16
 ANGLES = np.pi * np.arange(1, 12) / 12  # at 0 and at pi one of two does not err
 LENGTHS = features_picture.LENGTHS
 SLICE = features_picture.SLICE
+MOST = {"draws": 10_000_000, "width": 1024}
 TRUSTED = 0.2  # relative standard error of what is shown as sampled
 
 
@@ -66,8 +67,9 @@ def measure(request: Request) -> Result:
     sizes, width = SIZES[request.size], request.args.width
     draws = sizes.draws if request.args.draws is None else request.args.draws
     for name, value in (("draws", draws), ("width", width)):
-        if value < 2:
-            raise UserError(Argument(name, value), " must be at least 2")
+        if not 2 <= value <= MOST[name]:
+            line = f" must be at least 2 and at most {MOST[name]:,}"
+            raise UserError(Argument(name, value), line)
     kernel = _kernel(sizes.maps, width, draws)
     attention = _attention(sizes, width)
     facts = {

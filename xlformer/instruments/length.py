@@ -18,11 +18,14 @@ import numpy as np
 from xlformer import storage
 from xlformer.errors import Argument, UserError, did_you_mean
 from xlformer.instruments import apart, mechanisms, passes
+from xlformer.instruments import members as members_lib
 from xlformer.instruments.instrument import Request, Result, Table
 from xlformer.instruments.mechanisms import FLOOR, KINDS, SIZES, Sizes
 from xlformer.instruments.passes import WAYS, Row
 
 RUNS, SEEDS = "possible", {}
+LONGEST = 1 << 24  # tokens
+REASON = 40  # characters of why a row failed, in a table; JSON has all of them
 UPPER = 3  # lengths that a slope is of, the greatest that there are
 MARKS = dict(zip(KINDS, "os^vxD", strict=True))
 DASHES = ("-", "--", "-.", ":")
@@ -72,10 +75,13 @@ def _lengths(text: str | None, default: tuple[int, ...]) -> list[int]:
     if text is None:
         return list(default)
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(
-            Argument("lengths", text), ": numbers of tokens, as in 512,1024"
-        )
+    digits = len(str(LONGEST))
+    if not all(
+        part.isdecimal() and len(part) <= digits and 0 < int(part) <= LONGEST
+        for part in parts
+    ):
+        line = f": numbers of tokens, as in 512,1024, up to {LONGEST:,}"
+        raise UserError(Argument("lengths", text), line)
     found = sorted(set(map(int, parts)))
     if len(found) < 2:
         raise UserError(Argument("lengths", text), ": a slope needs two lengths")
@@ -130,7 +136,8 @@ def _rows(request, name: str, of_length: Mapping, together: bool, limits) -> lis
     found = []
     for lengths, ways in work:
         model = of_length[lengths[-1]]
-        file = request.runs / "length" / f"{name}-{lengths[-1]}-{ways[-1]}.json"
+        file = f"{members_lib.file_name(name)}-{lengths[-1]}-{ways[-1]}.json"
+        file = request.runs / "length" / file
         asked = {"model": repr(model), "lengths": lengths, "ways": ways, **limits}
         asked |= {"jax": jax.__version__, "together": together}
         rows = _read(file, asked)
@@ -138,7 +145,9 @@ def _rows(request, name: str, of_length: Mapping, together: bool, limits) -> lis
             rows = passes.apart_rows(model, lengths, ways, **limits)
             file.parent.mkdir(parents=True, exist_ok=True)
             fields = [dataclasses.asdict(row) for row in rows]
-            storage.write(file, json.dumps({"asked": asked, "rows": fields}))
+            # What failed otherwise than by its limits is tried again.
+            if all(row.why in ("", apart.MEMORY, apart.TIME) for row in rows):
+                storage.put(file, json.dumps({"asked": asked, "rows": fields}))
         for row in rows:
             said = row.why or f"{row.seconds:.4f} s"
             line = f"{name}, {row.length} tokens, {row.way}: {said}"
@@ -216,7 +225,7 @@ def _passes_table(found: Mapping[str, Sequence[Row]], memory: float) -> Table:
 
 
 def _why(why: str, memory: float) -> str:
-    return f"{why} at {memory:g} GiB" if why == apart.MEMORY else why
+    return f"{why} at {memory:g} GiB" if why == apart.MEMORY else why[:REASON]
 
 
 def _scaled(value, unit: float):
@@ -282,7 +291,10 @@ def draw(figure, found: Mapping[str, Sequence[Row]], limits: Mapping) -> None:
                 style |= {"color": line.get_color(), "fillstyle": "none"}
                 most = [limits["memory"] * unit] * len(full)
                 axes.plot(sorted(full), most, linestyle="none", **style)
-        axes.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel=label)
+        axes.set(xscale="log", xlabel="length (tokens)", ylabel=label)
+        # Where no row was measured there is nothing to scale.
+        if any(line.get_xdata().size for line in axes.get_lines()):
+            axes.set_yscale("log")
         lengths = sorted({row.length for rows in found.values() for row in rows})
         axes.set_xticks(lengths, [_thousands(n) for n in lengths], fontsize=7)
         axes.minorticks_off()

@@ -90,7 +90,7 @@ class Lesson:
         kept = {"settings": settings, **self._measured()}
         kept["seconds"] = round(time.perf_counter() - begin, 1)
         folder.mkdir(parents=True, exist_ok=True)
-        storage.write(file, json.dumps(kept, indent=1) + "\n")
+        storage.put(file, json.dumps(kept, indent=1) + "\n")
         print(
             f"{self.task}, {self.member}, {self.size:,} sequences, seed {self.seed}: "
             f"loss {kept['loss']:.4f}, {kept['seconds']} s",

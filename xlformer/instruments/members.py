@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +18,8 @@ from xlformer import models, runs, storage
 from xlformer.errors import Argument, UserError
 from xlformer.scoring import texts
 from xlformer.training.run import train
+
+LONGEST_NAME = 100  # characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +96,30 @@ def _names(names: list[str], places: list[epath.Path]) -> list[str]:
         if all(choice) and len(set(choice)) == len(choice):
             return choice
     return [f"{place} {i}" for i, place in enumerate(places)]
+
+
+def plain(members: Sequence[Member]) -> list[Member]:
+    """Members under names that a terminal and a picture show as they are.
+
+    A stranger's config may hold anything: what steers terminals, formulas of
+    matplotlib, a megabyte. A label that begins with `_` stands in no legend.
+    """
+    names = [re.sub(r"[^\w .,:;=+@%~/()-]", "_", member.name) for member in members]
+    names = [name.lstrip("_ ")[:LONGEST_NAME] for name in names]
+    if not all(names) or len(set(names)) < len(names):
+        names = [f"{i} {name}" for i, name in enumerate(names, 1)]
+    return [
+        dataclasses.replace(member, name=name)
+        for member, name in zip(members, names, strict=True)
+    ]
+
+
+def file_name(name: str) -> str:
+    """A member's name as that of a file: no path, and of no other member."""
+    plain = re.sub(r"[^\w.=-]+", "_", name).lstrip(".")
+    if plain == name and 0 < len(name) <= 40:
+        return name
+    return f"{plain[-40:]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _is_copy(one: runs.Run, other: runs.Run) -> bool:

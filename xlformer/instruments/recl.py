@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from xlformer import command, progress, storage
 from xlformer import config as config_lib
-from xlformer import progress
 from xlformer.data import preparing
 from xlformer.errors import Argument, UserError
 from xlformer.fields import SPLITS
@@ -52,7 +52,7 @@ def add_flags(parser) -> None:
     parser.add_argument("--r", default=SHARES, help="shares of hard tokens")
     parser.add_argument("--threshold", type=float, default=0.01, help="of the gain")
     parser.add_argument("--split", help="of the first run's text; validation")
-    parser.add_argument("--text", help="a file in its place")
+    parser.add_argument("--text", type=command.place, help="a file in its place")
 
 
 class Plan(NamedTuple):
@@ -77,6 +77,9 @@ def measure(request: Request) -> Result:
     # In files, because they are as many numbers as targets times contexts; of two
     # contexts at a time they are read.
     with tempfile.TemporaryDirectory() as folder:
+        # A disk that fills up beneath a mapped file ends the process by a signal.
+        room = 4 * len(members) * len(plan.contexts) * len(targets.places_N)
+        storage.check_room(folder, room, "losses", "TMPDIR names another place")
         files = []
         for k, member in enumerate(members):
             path = os.path.join(folder, f"{k}.npy")
@@ -114,12 +117,13 @@ def _plan(request: Request) -> Plan:
         line = " must be a multiple of it, and at least twice"
         longest = Argument("max_context", longest)
         raise UserError(longest, " with ", Argument("step", step), f":{line}")
-    if not args.threshold > 0:
-        raise UserError(Argument("threshold", args.threshold), " must be above 0")
+    if not 0 < args.threshold < 1:  # No gain is the whole perplexity.
+        line = " must be above 0 and below 1"
+        raise UserError(Argument("threshold", args.threshold), line)
     if args.text is not None and args.split is not None:
         given = Argument("text", args.text), " with ", Argument("split", args.split)
         raise UserError(*given, ": a file of one's own has no splits")
-    split = args.split or "validation"
+    split = "validation" if args.split is None else args.split
     if split not in SPLITS:
         line = f" is none of {', '.join(SPLITS)}"
         raise UserError(Argument("split", split), line)
@@ -301,7 +305,7 @@ def _tiny(request: Request) -> dict[str, ConfigDict]:
         "a context is what comes before a token ; it may be long , or not so".split()
     )
     draw = np.random.default_rng(0).integers(0, len(words), 4000)
-    path.write_text(" ".join(words[i] for i in draw) + "\n")
+    storage.put(path, " ".join(words[i] for i in draw) + "\n")
     found = {}
     for name, like in {"Transformer-XL": "quickstart", "LSTM": "lstm_small"}.items():
         config = config_lib.load(f"{like}:debug")

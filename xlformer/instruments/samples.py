@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -177,7 +176,7 @@ def _write(request: Request, articles: Sequence[Article]) -> None:
     folder = request.out / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     for article in articles:
-        name = re.sub(r"[^\w.-]+", "_", article.member)
+        name = members_lib.file_name(article.member)
         text = "\n\n".join(
             [
                 f"===== context {article.number}",
@@ -188,7 +187,7 @@ def _write(request: Request, articles: Sequence[Article]) -> None:
                 article.own,
             ]
         )
-        storage.write(folder / f"{name}-{article.number}.txt", text + "\n")
+        storage.put(folder / f"{name}-{article.number}.txt", text + "\n")
 
 
 # What is measured ---------------------------------------------------------------------

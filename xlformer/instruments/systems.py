@@ -197,7 +197,7 @@ def _with_text(budget: Budget, request: Request) -> Budget:
         data["manual_dir"] = request.args.manual_dir
     if budget.corpus == TINY.corpus:
         path = request.out / "library.txt"
-        storage.write(path, library_text.head(20_000))
+        storage.put(path, library_text.head(20_000))
         data |= {"path": str(path), "directory": str(request.out / "prepared")}
     return budget._replace(data=data)
 
@@ -315,7 +315,7 @@ def _trial(system: str, shape: Shape, rate: float, budget: Budget, folder: epath
         print(line, file=sys.stderr, flush=True)
         # What ran out of time goes on; what failed may do better another day.
         if not outcome.why:
-            storage.write(record, json.dumps(found, indent=1) + "\n")
+            storage.put(record, json.dumps(found, indent=1) + "\n")
     del found["config"]
     return tables.Row(config.name, system, shape.width, shape.parameters, rate, **found)
 

@@ -21,8 +21,7 @@ import jax
 
 from xlformer import config as config_lib
 from xlformer import models
-from xlformer.errors import UserError
-from xlformer.fields import FREE, Rule
+from xlformer.errors import Argument, UserError
 from xlformer.instruments import fitting, learnt, sequences
 from xlformer.instruments.instrument import Request, Result
 from xlformer.instruments.lessons import Lesson, Settings
@@ -135,14 +134,15 @@ def _asked(request: Request) -> tuple[Settings, list[str]]:
     names = getattr(request.args, "task", None)
     steps = getattr(request.args, "steps", None)
     if steps is not None:
-        Rule(FREE, least=1).check("--steps", steps)
+        if steps < 1:
+            raise UserError(Argument("steps", steps), " must be at least 1")
         settings = dataclasses.replace(settings, steps=steps)
     if names is None:
         names = ["copy"] if request.size == "tiny" else list(sequences.TASKS)
-    for name in names:
+    for i, name in enumerate(names):
         sequences.find(name)
-    if len(set(names)) < len(names):
-        raise UserError(f"--task={names[-1]} is given twice")
+        if name in names[:i]:
+            raise UserError(Argument("task", name), " is given twice")
     return settings, names
 
 

@@ -119,16 +119,16 @@ def own_source(request: Request, sizes: Sizes, more: str = "") -> Member:
     spec = f"{sizes.config},{more}" if more else sizes.config
     config = config_lib.load(spec)
     config.train.update(steps=sizes.source_steps, eval_every=0)
-    if request.size == "tiny":
-        # Python's own library takes seconds to prepare, and a second layer to compile.
-        text = request.out / "text.txt"
-        storage.write(text, inspect.getsource(argparse)[:20_000])
-        config.data.update(corpus="text", path=os.fspath(text), unit="bytes")
-        config.model.n_layer = 1
     length = config.train.segment_length
     if sizes.tokens <= length:
         line = f" must be more than a segment of {length}"
         raise UserError(Argument("tokens", sizes.tokens), line)
+    if request.size == "tiny":
+        # Python's own library takes seconds to prepare, and a second layer to compile.
+        text = request.out / "text.txt"
+        storage.put(text, inspect.getsource(argparse)[:20_000])
+        config.data.update(corpus="text", path=os.fspath(text), unit="bytes")
+        config.model.n_layer = 1
     _keep(config, sizes.source_steps, sizes.points)
     name = f"softmax-{sizes.source_steps}{'-masked' * bool(more)}"
     return members_lib.trained(name, config, request.runs)

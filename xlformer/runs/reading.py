@@ -55,7 +55,7 @@ def read_config(workdir) -> ConfigDict:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a resolved config: {error}") from error
-    return config_lib.from_json(text)
+    return config_lib.from_json(text, str(path))
 
 
 def refuse_links(workdir, written: Iterable[str]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 import sys
 import uuid
 
@@ -77,8 +76,8 @@ def write(workdir, cards: list[dict]) -> None:
     found = [finite(card) for card in cards]
     newest = json.dumps(found if len(found) > 1 else found[0], indent=2)
     try:
-        _put(workdir / f"{runs.EVALUATION}{split}.json", newest + "\n")
-        _put(workdir / f"{runs.EVALUATION}{split}.txt", table(cards) + "\n")
+        storage.put(workdir / f"{runs.EVALUATION}{split}.json", newest + "\n")
+        storage.put(workdir / f"{runs.EVALUATION}{split}.txt", table(cards) + "\n")
         _archive(workdir / runs.EVALUATIONS, found)
     except (OSError, UserError) as error:
         # The caller still prints the numbers, which may have taken hours.
@@ -91,14 +90,14 @@ def _archive(folder: epath.Path, cards: list[dict]) -> None:
         # Names sort by time; the id is for two processes in one microsecond.
         now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
         name = f"{now}-{card['split']}-{uuid.uuid4().hex[:8]}.json"
-        _put(folder / name, json.dumps(card, indent=2) + "\n")
+        storage.put(folder / name, json.dumps(card, indent=2) + "\n")
     # Another process may write its card and index meanwhile: whoever writes the index
     # last finds all of the others' cards, here or in the look after it.
     names, entries = None, _known(folder / INDEX)
     while names != (names := _names(folder)):
         found = {name: entries.get(name) or _entry(folder / name) for name in names}
         entries = {name: entry for name, entry in found.items() if entry}
-        _put(folder / INDEX, json.dumps([*entries.values()], indent=1) + "\n")
+        storage.put(folder / INDEX, json.dumps([*entries.values()], indent=1) + "\n")
 
 
 def _names(folder: epath.Path) -> list[str]:
@@ -120,19 +119,3 @@ def _entry(path: epath.Path) -> dict | None:
         return {"file": path.name} | {name: card.get(name) for name in ENTRY}
     except (OSError, ValueError, AttributeError, RecursionError):
         return None  # no card of ours
-
-
-def _put(path: epath.Path, text: str) -> None:
-    """Writes a file whole or not at all, whoever writes the same name at once.
-
-    Each process has a temporary file of its own, and a rename replaces at once.
-    """
-    if storage.is_remote(path):
-        storage.write(path, text)
-        return
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{storage.TEMPORARY}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -194,7 +194,7 @@ def test_another_config_in_the_same_folder_is_refused(text, tmp_path):
     members.trained("one", config, tmp_path, model)
     config.train.segment_length += 1
     line = refused(members.trained, "one", config, tmp_path, model)
-    assert "segment_length" in line
+    assert "segment_length" in line and "another --out begins anew" in line
 
 
 def test_the_latest_checkpoint_counts(text, tmp_path):

@@ -161,7 +161,17 @@ def trained(name: str, config: ConfigDict, folder: epath.Path, model=None) -> Me
       model: in place of the config's.
     """
     workdir = folder / name
-    result = train(config, workdir, model)
+    begun = (workdir / runs.CONFIG).exists()
+    try:
+        result = train(config, workdir, model)
+    except UserError as error:
+        if not begun:
+            raise
+        # What the line advises is for who trains one run.
+        line = (
+            "; this run lies in --out from an earlier call: another --out begins anew"
+        )
+        raise type(error)(*error.parts, line) from error
     if result["interrupted"]:
         raise KeyboardInterrupt
     return Member(name, runs.load(workdir, checkpoint="latest", model=model))

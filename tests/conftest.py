@@ -22,6 +22,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes millions of objects, few of which are garbage in circles: by default
+# looking for these is 6 % of all that the tests cost.
+gc.set_threshold(100_000, 20, 20)
 
 SHARED = pathlib.Path(__file__).parent.parent.parent / "shared"
 

@@ -18,13 +18,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+quick.collect_seldom()
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tracing makes millions of objects, few of which are garbage in circles: by default
-# looking for these is 6 % of all that the tests cost.
-gc.set_threshold(100_000, 20, 20)
 
 SHARED = pathlib.Path(__file__).parent.parent.parent / "shared"
 

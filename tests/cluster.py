@@ -17,8 +17,6 @@ DEADLINE = 120  # seconds that one cluster may live: far more than it needs
 WORKER = """
 import importlib, json, resource, sys, threading, time
 sys.path.insert(0, sys.argv.pop(1))
-import quick
-quick.collect_seldom()
 from training_runs import bag, everything, text_config
 from xlformer import config, hosts, models, train
 from xlformer.data.stream import Stream

@@ -10,6 +10,7 @@ import numpy as np
 
 from xlformer import config as config_lib
 from xlformer import runs
+from xlformer.models.base import abstract_params
 from xlformer.train import train
 
 TEXT = "the naïve café — déjà vu: 17 ∑ x²\nа б в, 日本\n"  # 1, 2 and 3 bytes
@@ -37,11 +38,10 @@ def make_config(directory, text, **model):
 
 def random_params(model):
     """Without compiling; so large that what is far back matters."""
-    shapes, rng = (
-        jax.eval_shape(model.init, jax.random.key(0)),
-        np.random.default_rng(3),
+    rng = np.random.default_rng(3)
+    return jax.tree.map(
+        lambda x: rng.normal(size=x.shape).astype(x.dtype), abstract_params(model)
     )
-    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import types
 import jax
 import numpy as np
 import pytest
+import trained_run
 
 from xlformer import compare, models
 from xlformer import config as config_lib
@@ -39,11 +40,9 @@ def member(causal=True, workdir="runs/softmax", **fields):
         config.model[name] = value
     config.data.corpus = "text" if workdir == "converted" else "stdlib"
     model = models.build(config.model)
-    params = model.init(jax.random.key(1))
-    # Larger weights, that what is said is not the same everywhere.
-    params = jax.tree.map(
-        lambda x: x + 0.3 * np.sin(np.arange(x.size).reshape(x.shape)), params
-    )
+    # So large that what is said is not the same everywhere.
+    params = trained_run.random_params(model)
+    params = jax.tree.map(lambda x: np.float32(0.3) * x, params)
     run = types.SimpleNamespace(
         config=config, model=model, params=params, workdir=workdir, step=7
     )

@@ -66,13 +66,18 @@ def compiled(model, also_apply):
     return look
 
 
+@functools.cache
+def fresh(model):
+    return jax.jit(model.init)(jax.random.key(1))
+
+
 def even(params):
     """The same without any preference of what is attended."""
 
     def one(path, leaf):
         at = jax.tree_util.keystr(path, simple=True, separator="/")
         inside = "attention/" in at or at.split("/")[-1] in ("u", "v")
-        return jnp.zeros_like(leaf) if inside else leaf
+        return np.zeros_like(leaf) if inside else leaf
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -103,8 +108,8 @@ def test_weights_are_collected_by_distance(causal):
 )
 def test_attention_without_preference_is_even(name, fields, segments, layers):
     model = build(name, fields)
-    params = even(model.init(jax.random.key(1)))
-    ids_BT = jax.random.randint(jax.random.key(2), (B, T), 0, 13)
+    params = even(fresh(model))
+    ids_BT = np.random.default_rng(2).integers(13, size=(B, T))
     state = model.init_state(B)
     for k in range(segments):
         inside, state, _ = compiled(model, False)(params, ids_BT, state)
@@ -137,8 +142,8 @@ def test_nothing_is_seen_before_a_reset():
 
 def test_weights_of_each_query_sum_to_one_and_gates_are_those_of_the_layers():
     model = build("transformer_xl", XL)
-    params = model.init(jax.random.key(1))
-    ids_BT = jax.random.randint(jax.random.key(2), (B, T), 0, 13)
+    params = fresh(model)
+    ids_BT = np.random.default_rng(2).integers(13, size=(B, T))
     inside, _, _ = compiled(model, False)(params, ids_BT, model.init_state(B))
     for one in inside.attention.values():
         np.testing.assert_allclose(one.weight_HS.sum(1), B * T, rtol=1e-5)
@@ -155,13 +160,16 @@ def test_weights_of_each_query_sum_to_one_and_gates_are_those_of_the_layers():
 
 def test_the_steps_of_positions_are_those_that_are_logged():
     model = build("universal", ACT)
-    params = model.init(jax.random.key(1))
-    ids_BT = jax.random.randint(jax.random.key(2), (B, T), 0, 13)
+    params = fresh(model)
+    ids_BT = np.random.default_rng(2).integers(13, size=(B, T))
     # So that positions differ in where they halt.
-    params["trunk"]["halting_kernel"] = 3.0 * jax.random.normal(
-        jax.random.key(3), (14,)
-    )
-    params["trunk"]["halting_bias"] = jnp.array(-1.0)
+    kernel = np.float32(3.0 * np.random.default_rng(3).normal(size=14))
+    trunk = {
+        **params["trunk"],
+        "halting_kernel": kernel,
+        "halting_bias": np.float32(-1),
+    }
+    params = {**params, "trunk": trunk}
     found = compiled(model, True)(params, ids_BT, model.init_state(B))
     inside, after, (_, again, aux) = found
     jax.tree.map(np.testing.assert_array_equal, after, again)

@@ -12,6 +12,7 @@ import pytest
 from xlformer import models, testing
 from xlformer.errors import UserError
 from xlformer.models import own
+from xlformer.models.base import abstract_params
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 MODEL = own_model.Gated(own_model.Config(vocab_size=19, width=3, dropout=0.1))
@@ -45,6 +46,25 @@ def test_what_others_ask_has_a_default():
     params = jax.eval_shape(MODEL.init, jax.random.key(0))
     assert MODEL.dtype(params) == np.float32 and MODEL.dtype({}) is None
     assert MODEL.param_axes(params)["table_VD"] == (None, None)
+
+
+def test_init_is_traced_once_for_equal_models():
+    traced = []
+
+    class Traced(own_model.Gated):
+        def init(self, key):
+            traced.append(self.config)
+            return super().init(key)
+
+    other = dataclasses.replace(MODEL.config, width=5)
+    shapes = [abstract_params(Traced(c)) for c in (MODEL.config, other, MODEL.config)]
+    assert traced == [MODEL.config, other]
+    first, wider, again = (shape["table_VD"].shape for shape in shapes)
+    assert first == again == (19, 3) and wider == (19, 5)
+    # What one changes is not what another one finds.
+    whole = dict(shapes[0])
+    shapes[0].clear()
+    assert abstract_params(Traced(MODEL.config)) == whole
 
 
 def test_reading_changes_only_fields_that_there_are():

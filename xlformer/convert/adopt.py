@@ -20,6 +20,7 @@ from xlformer.data.vocabulary import (
     WordVocabulary,
 )
 from xlformer.errors import Argument, UserError
+from xlformer.models.base import abstract_params
 from xlformer.runs.checkpoints import Checkpoints
 
 VOCAB_HELP = (
@@ -69,7 +70,7 @@ def _config(model_config, params, segment_length, overrides):
     config_lib.set_fields(config, overrides)
     config_lib.check(config)
     # Overrides may change what the model does, not its parameters.
-    expected = jax.eval_shape(models.build(config.model).init, jax.random.key(0))
+    expected = abstract_params(models.build(config.model))
     if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
         raise UserError(
             Argument("config.model"),

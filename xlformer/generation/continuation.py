@@ -20,6 +20,7 @@ import numpy as np
 from xlformer import models, sharding
 from xlformer.errors import Argument, UserError
 from xlformer.generation.sampling import Sampling
+from xlformer.models.base import abstract_params
 
 # Prompts are read in parts of one shape, padded on the right: prompts of any lengths
 # share one compiled program, and a short one pays for no more than one part.
@@ -209,7 +210,7 @@ class Programs:
 
     def __init__(self, model: models.Model, mesh: jax.sharding.Mesh, rows: int):
         self._model, self._rows = model, rows
-        params = jax.eval_shape(model.init, jax.random.key(0))
+        params = abstract_params(model)
         state = jax.eval_shape(self._empty)
         placed = sharding.model_state(mesh, state, model.state_axes())
         self.cache = jax.eval_shape(self._cached, params, state)

@@ -30,6 +30,7 @@ from xlformer.instruments.instrument import Request, Result, Table
 from xlformer.machines import bench_timing, bench_workloads, rehearsal
 from xlformer.machines.bench_timing import Timing, clocks
 from xlformer.models import Model
+from xlformer.models.base import abstract_params
 
 RUNS, SEEDS = "possible", {}
 LENGTHS = {"small": "800,1800,2800,3800", "tiny": "8,16,24"}
@@ -141,7 +142,7 @@ def _subjects(request: Request, size: str) -> dict[str, Subject]:
     def params():  # Random ones, which change no time.
         return jax.jit(model.init)(jax.random.key(config.seed))
 
-    shapes = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
+    shapes = jax.tree.leaves(abstract_params(model))
     facts = {"config": spec, "parameters": sum(x.size for x in shapes)}
     return {spec: Subject(model, params, facts)}
 

@@ -22,6 +22,7 @@ from xlformer.instruments import members as members_lib
 from xlformer.instruments.instrument import Request, Result, Table
 from xlformer.instruments.mechanisms import FLOOR, KINDS, SIZES, Sizes
 from xlformer.instruments.passes import WAYS, Row
+from xlformer.models.base import abstract_params
 
 RUNS, SEEDS = "possible", {}
 LONGEST = 1 << 24  # tokens
@@ -246,7 +247,7 @@ def _slopes_table(slopes: Mapping[str, dict]) -> Table:
 
 def _about(of_length: Mapping) -> dict:
     model = next(iter(of_length.values()))
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = abstract_params(model)
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "causal": model.causal,

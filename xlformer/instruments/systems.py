@@ -31,6 +31,7 @@ from xlformer.instruments import apart, library_text
 from xlformer.instruments import systems_tables as tables
 from xlformer.instruments.instrument import Request, Result
 from xlformer.machines import cores
+from xlformer.models.base import abstract_params
 from xlformer.runs import log
 from xlformer.scoring import evaluation
 from xlformer.training.run import train
@@ -280,7 +281,7 @@ def parameters(config: ConfigDict, vocab_size: int) -> int:
     """How many numbers are trained; nothing is made."""
     size = config_lib.vocab_size(config, vocab_size)
     model = models.build(config.model, size)
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    abstract = abstract_params(model)
     return sum(x.size for x in jax.tree.leaves(abstract))
 
 

@@ -25,6 +25,7 @@ from xlformer.errors import Argument, UserError
 from xlformer.instruments import fitting, learnt, sequences
 from xlformer.instruments.instrument import Request, Result
 from xlformer.instruments.lessons import Lesson, Settings
+from xlformer.models.base import abstract_params
 
 RUNS = "none"
 SEEDS = {"small": 2, "tiny": 2}
@@ -180,7 +181,7 @@ def _check(own: Mapping[str, models.Model], settings: Settings) -> None:
         if not model.causal:
             raise UserError(f"{name} sees what comes after a token: its answer")
         try:
-            params = jax.eval_shape(model.init, jax.random.key(0))
+            params = abstract_params(model)
             jax.eval_shape(functools.partial(fitting.right, model), params, batch)
         except UserError as error:
             raise UserError(f"{name}: ", *error.parts) from error

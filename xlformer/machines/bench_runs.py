@@ -17,6 +17,7 @@ from xlformer.machines import bench_presets, rehearsal
 from xlformer.machines.bench_timing import Timing, measure, memory_may_end, report
 from xlformer.machines.bench_workloads import WORKLOADS, matrix_products
 from xlformer.models import Model
+from xlformer.models.base import abstract_params
 
 # More than the largest cutoff of a shrunk model, or its softmax could not be built.
 REHEARSED_VOCABULARY = 32
@@ -125,7 +126,7 @@ def _trace(config, model: Model, mesh) -> None:
     """Traces a model, as what cannot run here should say so before others compile."""
     shape = (sharding.padded(1, mesh), config.train.segment_length)
     tokens_BT = jax.ShapeDtypeStruct(shape, "int32")
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = abstract_params(model)
     state = jax.eval_shape(lambda: model.init_state(tokens_BT.shape[0]))
     with jax.set_mesh(mesh):
         jax.eval_shape(model.apply, params, tokens_BT, tokens_BT, state)
@@ -145,7 +146,7 @@ def _products(models: list[Model], timings: list[Timing], mesh) -> list[Timing]:
 
 def circumstances(config, model: Model, mode: str, mesh) -> dict:
     """What the numbers of a row depend on."""
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = abstract_params(model)
     dtype = model.dtype(params)
     return {
         "config": config.name,
@@ -159,7 +160,7 @@ def circumstances(config, model: Model, mode: str, mesh) -> dict:
 
 
 def _dtype(model: Model):
-    return model.dtype(jax.eval_shape(model.init, jax.random.key(0)))
+    return model.dtype(abstract_params(model))
 
 
 def bench_preset(

@@ -13,6 +13,7 @@ stack of layers over vectors need not even do that: see `tokens.TokenModel`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -95,6 +96,21 @@ def param_axes(params, table: Mapping[str, tuple]):
         return (None,) * ("layers" in keys) + tuple(names)
 
     return jax.tree_util.tree_map_with_path(name, params)
+
+
+def abstract_params(model: Model):
+    """The shapes of what `init` gives; nothing is made.
+
+    They are kept for equal models: to trace `init` takes 0.1 s of a small one, and a
+    run that is loaded and scored asks three times.
+    """
+    # Nobody gets the containers of another one.
+    return jax.tree.map(lambda x: x, _abstract_params(model, jax.config.jax_enable_x64))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_params(model: Model, x64: bool):
+    return jax.eval_shape(model.init, jax.random.key(0))
 
 
 @dataclasses.dataclass(frozen=True)

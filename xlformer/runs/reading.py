@@ -21,6 +21,7 @@ from xlformer.data import preparing, vocabularies
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import Argument, UserError
 from xlformer.fields import UNSAID
+from xlformer.models.base import abstract_params
 from xlformer.runs import resume
 from xlformer.runs.checkpoints import Checkpoints
 
@@ -120,7 +121,7 @@ def load(
     name = _params(config, params)
     # Shapes alone: nothing is initialised to be written over. Of the checkpoint only
     # the parameters are read, about a third of a training state with Adam.
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    abstract = abstract_params(model)
     mesh = mesh or sharding.make_mesh({"data": 1})
     placed = sharding.parameters(mesh, abstract, model.param_axes(abstract))
     abstract = sharding.with_shardings(abstract, placed)

@@ -14,6 +14,7 @@ import numpy as np
 
 from xlformer import sharding
 from xlformer.errors import UserError
+from xlformer.models.base import abstract_params
 from xlformer.scoring import rows as rows_lib
 from xlformer.scoring.results import Scored, Tally
 from xlformer.scoring.rows import Plan
@@ -66,7 +67,7 @@ class Evaluator:
         # compiling.
         sees_end = model.positions_from_end or not model.causal
         self._tells_lengths = sees_end and self._inputs > 1
-        params = jax.eval_shape(model.init, jax.random.key(0))
+        params = abstract_params(model)
         axes = model.cache_axes(segment_length=self._inputs)
         abstract = jax.eval_shape(self._cold_state, params)
         placed = sharding.model_state(self._mesh, abstract, axes)

@@ -58,8 +58,9 @@ def check_model(model: Model, *, key: jax.Array | None = None) -> None:
       key: for weights and tokens.
     """
     key = jax.random.key(0) if key is None else key
-    scoring.check_shapes(model)
-    params = jax.jit(model.init)(key)
+    init = jax.jit(model.init)  # traced once for both
+    scoring.check_shapes(model, init.eval_shape(key))
+    params = init(key)
     with jax.enable_x64(True):
         case = Case.make(model, params, key)
         for check in CHECKS:

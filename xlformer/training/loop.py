@@ -130,7 +130,9 @@ class Loop:
         key = jax.random.key(self.config.seed)
         if self.source is None:
             self._say("no checkpoint: starting from fresh parameters")
-            return jax.jit(create, out_shardings=placed)(key)
+            # With the mesh, as its shapes were asked for: it is traced already.
+            with jax.set_mesh(self.mesh):
+                return jax.jit(create, out_shardings=placed)(key)
         run = self.source()  # Again after a spike before the first save.
         create = start.from_weights(create, self.config, self.model, run)
         for line in start.lines(self.config, run, self.prepared):

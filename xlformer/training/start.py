@@ -23,6 +23,7 @@ from xlformer.data.prepared import Prepared
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import Argument, UserError
 from xlformer.fields import UNSAID
+from xlformer.models.base import abstract_params
 from xlformer.runs import leaves, resume
 from xlformer.runs.checkpoints import Checkpoints
 
@@ -144,7 +145,7 @@ def from_weights(
 
     Raises UserError naming the field of config.model that asks for other shapes.
     """
-    wanted = jax.eval_shape(model.init, jax.random.key(0))
+    wanted = abstract_params(model)
     if leaves.layouts(wanted) != leaves.layouts(run.params):
         raise UserError(
             Argument("init_from", config.init_from),

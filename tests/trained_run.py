@@ -10,7 +10,7 @@ import numpy as np
 
 from xlformer import config as config_lib
 from xlformer import runs
-from xlformer.models.base import abstract_params
+from xlformer.models.parameters import abstract_params
 from xlformer.train import train
 
 TEXT = "the naïve café — déjà vu: 17 ∑ x²\nа б в, 日本\n"  # 1, 2 and 3 bytes

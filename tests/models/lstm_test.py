@@ -14,7 +14,7 @@ from xlformer import models, sharding, testing
 from xlformer.errors import UserError
 from xlformer.kernels.dropout import Keys
 from xlformer.models import LSTMConfig, lstm
-from xlformer.models.base import abstract_params
+from xlformer.models.parameters import abstract_params
 
 V, B, T = 23, 4, 7
 EVERYTHING = LSTMConfig(

@@ -12,7 +12,7 @@ import pytest
 from xlformer import models, testing
 from xlformer.errors import UserError
 from xlformer.models import own
-from xlformer.models.base import abstract_params
+from xlformer.models.parameters import abstract_params
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 MODEL = own_model.Gated(own_model.Config(vocab_size=19, width=3, dropout=0.1))

@@ -14,7 +14,7 @@ from xlformer import config as config_lib
 from xlformer import models, testing
 from xlformer.errors import UserError
 from xlformer.models import SHARNNConfig, sha_rnn
-from xlformer.models.base import abstract_params
+from xlformer.models.parameters import abstract_params
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 V, B, T = 23, 3, 5

@@ -10,8 +10,8 @@ import pytest
 from xlformer import config as config_lib
 from xlformer.errors import UserError
 from xlformer.kernels import watching
+from xlformer.kernels.watching import Inside
 from xlformer.models import Aux, Model
-from xlformer.models.base import Inside
 from xlformer.reporting import insides, measured, subject
 
 T = 7

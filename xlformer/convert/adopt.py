@@ -20,7 +20,7 @@ from xlformer.data.vocabulary import (
     WordVocabulary,
 )
 from xlformer.errors import Argument, UserError
-from xlformer.models.base import abstract_params
+from xlformer.models.parameters import abstract_params
 from xlformer.runs.checkpoints import Checkpoints
 
 VOCAB_HELP = (

@@ -20,7 +20,7 @@ import numpy as np
 from xlformer import models, sharding
 from xlformer.errors import Argument, UserError
 from xlformer.generation.sampling import Sampling
-from xlformer.models.base import abstract_params
+from xlformer.models.parameters import abstract_params
 
 # Prompts are read in parts of one shape, padded on the right: prompts of any lengths
 # share one compiled program, and a short one pays for no more than one part.

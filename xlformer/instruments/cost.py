@@ -30,7 +30,7 @@ from xlformer.instruments.instrument import Request, Result, Table
 from xlformer.machines import bench_timing, bench_workloads, rehearsal
 from xlformer.machines.bench_timing import Timing, clocks
 from xlformer.models import Model
-from xlformer.models.base import abstract_params
+from xlformer.models.parameters import abstract_params
 
 RUNS, SEEDS = "possible", {}
 LENGTHS = {"small": "800,1800,2800,3800", "tiny": "8,16,24"}

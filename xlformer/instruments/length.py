@@ -22,7 +22,7 @@ from xlformer.instruments import members as members_lib
 from xlformer.instruments.instrument import Request, Result, Table
 from xlformer.instruments.mechanisms import FLOOR, KINDS, SIZES, Sizes
 from xlformer.instruments.passes import WAYS, Row
-from xlformer.models.base import abstract_params
+from xlformer.models.parameters import abstract_params
 
 RUNS, SEEDS = "possible", {}
 LONGEST = 1 << 24  # tokens

@@ -31,7 +31,7 @@ from xlformer.instruments import apart, library_text
 from xlformer.instruments import systems_tables as tables
 from xlformer.instruments.instrument import Request, Result
 from xlformer.machines import cores
-from xlformer.models.base import abstract_params
+from xlformer.models.parameters import abstract_params
 from xlformer.runs import log
 from xlformer.scoring import evaluation
 from xlformer.training.run import train

@@ -25,7 +25,7 @@ from xlformer.errors import Argument, UserError
 from xlformer.instruments import fitting, learnt, sequences
 from xlformer.instruments.instrument import Request, Result
 from xlformer.instruments.lessons import Lesson, Settings
-from xlformer.models.base import abstract_params
+from xlformer.models.parameters import abstract_params
 
 RUNS = "none"
 SEEDS = {"small": 2, "tiny": 2}

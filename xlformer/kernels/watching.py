@@ -66,6 +66,20 @@ class Running(NamedTuple):
     running_BT: Any
 
 
+class Inside(NamedTuple):
+    """What went on inside of a model over a segment; each is {} where it has none.
+
+    Attributes:
+      attention: by layer, how much weight its heads give to each distance.
+      gates: by layer and gate, how much of the new it lets in.
+      halting: by step, which positions take it.
+    """
+
+    attention: dict[str, ByDistance]
+    gates: dict[str, Gate]
+    halting: dict[str, Running]
+
+
 _told: contextvars.ContextVar[list[Told] | None] = contextvars.ContextVar(
     "told", default=None
 )

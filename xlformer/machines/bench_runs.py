@@ -17,7 +17,7 @@ from xlformer.machines import bench_presets, rehearsal
 from xlformer.machines.bench_timing import Timing, measure, memory_may_end, report
 from xlformer.machines.bench_workloads import WORKLOADS, matrix_products
 from xlformer.models import Model
-from xlformer.models.base import abstract_params
+from xlformer.models.parameters import abstract_params
 
 # More than the largest cutoff of a shrunk model, or its softmax could not be built.
 REHEARSED_VOCABULARY = 32

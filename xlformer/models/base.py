@@ -13,7 +13,6 @@ stack of layers over vectors need not even do that: see `tokens.TokenModel`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -22,21 +21,6 @@ import jax
 import jax.numpy as jnp
 
 from xlformer.errors import Argument, UserError
-from xlformer.kernels import watching
-
-
-class Inside(NamedTuple):
-    """What went on inside of a model over a segment; each is {} where it has none.
-
-    Attributes:
-      attention: by layer, how much weight its heads give to each distance.
-      gates: by layer and gate, how much of the new it lets in.
-      halting: by step, which positions take it.
-    """
-
-    attention: dict[str, watching.ByDistance]
-    gates: dict[str, watching.Gate]
-    halting: dict[str, watching.Running]
 
 
 class Aux(NamedTuple):
@@ -52,28 +36,6 @@ class Aux(NamedTuple):
 
     loss: Any
     metrics: dict
-
-
-def compute_dtype(name: str, params=None):
-    """The dtype to compute in: float64 if the parameters are, else what `name` says.
-
-    'auto' is bfloat16 where it is native (TPU, compute capability >= 8.0), else
-    float32.
-    """
-    leaves = jax.tree.leaves(params)
-    # Whatever the config says: parity with the originals and `check_model` are tested
-    # in float64, also for configs that ask for bfloat16.
-    if any(leaf.dtype == jnp.float64 for leaf in leaves):
-        return jnp.dtype("float64")
-    if name != "auto":
-        return jnp.dtype(name)
-    device = jax.devices()[0]  # All devices of a job are of one kind.
-    native = device.platform == "tpu"
-    if device.platform == "gpu":
-        # NVIDIA's is a number; AMD's, such as gfx90a, says nothing of bfloat16.
-        major, _, _ = str(device.compute_capability).partition(".")
-        native = major.isdecimal() and int(major) >= 8
-    return jnp.dtype(jnp.bfloat16 if native else jnp.float32)
 
 
 def param_axes(params, table: Mapping[str, tuple]):
@@ -96,21 +58,6 @@ def param_axes(params, table: Mapping[str, tuple]):
         return (None,) * ("layers" in keys) + tuple(names)
 
     return jax.tree_util.tree_map_with_path(name, params)
-
-
-def abstract_params(model: Model):
-    """The shapes of what `init` gives; nothing is made.
-
-    They are kept for equal models: to trace `init` takes 0.1 s of a small one, and a
-    run that is loaded and scored asks three times.
-    """
-    # Nobody gets the containers of another one.
-    return jax.tree.map(lambda x: x, _abstract_params(model, jax.config.jax_enable_x64))
-
-
-@functools.lru_cache(maxsize=64)
-def _abstract_params(model: Model, x64: bool):
-    return jax.eval_shape(model.init, jax.random.key(0))
 
 
 @dataclasses.dataclass(frozen=True)

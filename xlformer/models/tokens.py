@@ -28,7 +28,8 @@ from xlformer.layers.adaptive import (
     drop_words,
 )
 from xlformer.layers.memory import expand_resets
-from xlformer.models.base import Aux, Inside, Model, compute_dtype
+from xlformer.models.base import Aux, Model
+from xlformer.models.parameters import compute_dtype
 from xlformer.sharding import constrain
 
 # Folded into the key that rows share, for the words that are left out: beyond all row
@@ -211,7 +212,7 @@ class TokenModel(Model):
         arrays, options = (inputs_BT, inputs_BT, state), {"step": step}
         with watching.watch() as told:
             _, state, _ = self.apply(params, *arrays, resets_BT=resets_BT, **options)
-        found = Inside({}, {}, {})
+        found = watching.Inside({}, {}, {})
         kinds = (watching.ByDistance, watching.Gate, watching.Running)
         for one in told:
             into = found[kinds.index(type(one.value))]

@@ -15,7 +15,7 @@ import numpy as np
 
 from xlformer import models
 from xlformer.errors import UserError
-from xlformer.models.base import Inside
+from xlformer.kernels.watching import Inside
 from xlformer.reporting.charts import Line, Panel
 from xlformer.reporting.page import Heading, Rows, Section, Text
 from xlformer.reporting.subject import Subject, ends, memory, of_each

@@ -21,7 +21,7 @@ from xlformer.data import preparing, vocabularies
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import Argument, UserError
 from xlformer.fields import UNSAID
-from xlformer.models.base import abstract_params
+from xlformer.models.parameters import abstract_params
 from xlformer.runs import resume
 from xlformer.runs.checkpoints import Checkpoints
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from xlformer import sharding
 from xlformer.errors import UserError
-from xlformer.models.base import abstract_params
+from xlformer.models.parameters import abstract_params
 from xlformer.scoring import rows as rows_lib
 from xlformer.scoring.results import Scored, Tally
 from xlformer.scoring.rows import Plan

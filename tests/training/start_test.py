@@ -100,7 +100,7 @@ def test_what_is_no_start(text, tmp_path, capsys, monkeypatch):
     assert f"after {SOURCE}: stands best, latest or a step, not 'beste'" in line
     (tmp_path / runs.CONFIG).write_text("{")  # The other spelling of the flag.
     line = error(capsys, text, workdir, f"--config.init_from={tmp_path}")
-    assert f"error: --init_from={tmp_path}: config.json is not a resolved" in line
+    assert f"error: --init_from={tmp_path}: {tmp_path / runs.CONFIG} is not a" in line
     line = error(capsys, text, workdir, f"--init_from={SOURCE}",
                  "--config.data.unit=words", "--config.data.max_vocab=9")  # fmt: skip
     assert f"config.data.max_vocab=9 with --init_from={SOURCE}: the voc" in line

@@ -11,7 +11,7 @@ from small_transformer import V
 
 from xlformer import models
 from xlformer.errors import UserError
-from xlformer.models import TransformerXLConfig, parameters
+from xlformer.models import TransformerXLConfig, base
 
 WT103 = (20000, 40000, 200000)
 LM1B = (60000, 100000, 640000)
@@ -204,4 +204,4 @@ def test_auto_is_bfloat16_where_that_is_native(
 ):
     device = types.SimpleNamespace(platform=platform, compute_capability=capability)
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert parameters.compute_dtype("auto").name == expected
+    assert base.compute_dtype("auto").name == expected

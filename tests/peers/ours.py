@@ -21,8 +21,7 @@ from xlformer import models, scoring, sharding
 from xlformer.config import default_config
 from xlformer.machines import cores, rehearsal
 from xlformer.models import TransformerXL
-from xlformer.models.base import Model
-from xlformer.models.parameters import compute_dtype
+from xlformer.models.base import Model, compute_dtype
 from xlformer.training.compiling import TrainingStep
 
 NAIVE, PLAIN, ONE = "naive", "plain", "one device"

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from xlformer.kernels.cross_entropy import selected_nll, softmax_nll
 from xlformer.sharding import RULES, constrain, free_axes
 
-# Logical axes of the parameters: see models.base.param_axes.
+# Logical axes of the parameters: see models.parameters.param_axes.
 PARAM_AXES = {
     "embedding/table": ("vocab", "embed"),
     "embedding/projection": (None, "embed"),

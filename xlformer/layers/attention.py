@@ -17,7 +17,7 @@ from xlformer.sharding import constrain
 
 # Types 0 to 3 are numbered as the original's attn_type; 4 is not in the original.
 RELATIVE, LEARNED_RELATIVE, SINUSOID, LEARNED_ABSOLUTE, ROTARY = range(5)
-# Logical axes of the parameters: see models.base.param_axes.
+# Logical axes of the parameters: see models.parameters.param_axes.
 PARAM_AXES = {
     "attention/qkv": ("embed", None, "heads", None),
     "attention/qkv_bias": (None, "heads", None),

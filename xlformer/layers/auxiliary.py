@@ -19,7 +19,7 @@ from xlformer.kernels.cross_entropy import softmax_nll
 from xlformer.sharding import constrain
 
 # Logical axes of the parameters, behind the one of the layers: see
-# models.base.param_axes.
+# models.parameters.param_axes.
 # Widths are whole: of a table that `fsdp` alone splits, as a vocabulary of an odd size
 # is, XLA's partitioner aborted on a mesh with two other axes (jaxlib 0.10.2).
 PARAM_AXES = {

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from xlformer.kernels.dropout import dropout
 from xlformer.sharding import constrain
 
-# Logical axes of the parameters: see models.base.param_axes.
+# Logical axes of the parameters: see models.parameters.param_axes.
 PARAM_AXES = {
     "feed_forward/in_kernel": ("embed", "mlp"),
     "feed_forward/in_bias": ("mlp",),

@@ -15,7 +15,7 @@ NONE, GRU = GATES = ("none", "gru")
 # What the bias begins with. Above 0 it keeps a fresh layer near the identity: the new
 # value enters with a weight of about sigmoid(-2) = 0.12.
 BIAS = 2.0
-# Logical axes of the parameters: see models.base.param_axes.
+# Logical axes of the parameters: see models.parameters.param_axes.
 PARAM_AXES = {
     f"{module}/{name}": names
     for module in ("attention_gate", "feed_forward_gate")

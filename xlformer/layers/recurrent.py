@@ -17,7 +17,7 @@ from jax import lax
 
 from xlformer.sharding import constrain
 
-# Logical axes of the parameters of a layer: see models.base.param_axes.
+# Logical axes of the parameters of a layer: see models.parameters.param_axes.
 PARAM_AXES = {
     "lstm/input_kernel": ("embed", None, "mlp"),
     "lstm/hidden_kernel": ("embed", None, "mlp"),

@@ -20,7 +20,7 @@ from xlformer.sharding import constrain
 WIDTHS = (3, 5)
 # How many positions of the layer's input reach an output through both, less its own.
 REACH = sum(WIDTHS) - len(WIDTHS)
-# Logical axes of the parameters: see models.base.param_axes.
+# Logical axes of the parameters: see models.parameters.param_axes.
 PARAM_AXES = {
     "separable/in_depthwise": (None, "embed"),
     "separable/in_kernel": ("embed", "mlp"),

@@ -32,7 +32,7 @@ from xlformer.kernels.dropout import bernoulli, fold
 from xlformer.layers import adaptive, recurrent
 from xlformer.layers.adaptive import Bins
 from xlformer.layers.recurrent import LSTMState, Masks, Rates, Weights
-from xlformer.models import base, checks
+from xlformer.models import checks, parameters
 from xlformer.models.base import Aux
 from xlformer.models.tokens import WORDS_KEY, TokenModel, Tokens
 
@@ -249,7 +249,7 @@ class LSTM(TokenModel):
         return LSTMState(axes, axes)
 
     def param_axes(self, params):
-        return base.param_axes(params, adaptive.PARAM_AXES | recurrent.PARAM_AXES)
+        return parameters.param_axes(params, adaptive.PARAM_AXES | recurrent.PARAM_AXES)
 
     def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
         config, tensor = self.config, mesh.shape["tensor"]

@@ -1,37 +1,38 @@
-"""What is known of a model's parameters without making any: shapes, dtypes."""
+"""What is known of a model's parameters without making any: shapes, names of axes."""
 
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 
 if TYPE_CHECKING:
     from xlformer.models.base import Model
 
 
-def compute_dtype(name: str, params=None):
-    """The dtype to compute in: float64 if the parameters are, else what `name` says.
+def param_axes(params, table: Mapping[str, tuple]):
+    """Logical axis names of parameters by the end of their path.
 
-    'auto' is bfloat16 where it is native (TPU, compute capability >= 8.0), else
-    float32.
+    Args:
+      params: a tree of arrays or shapes.
+      table: names by 'module/parameter'; a number at the end of either does not count
+        ('embedding/table' is table_0 too, 'lstm/input_bias' that of lstm_0). Leaves
+        under 'layers' have one more axis in front. What is not in the table is not
+        split.
     """
-    leaves = jax.tree.leaves(params)
-    # Whatever the config says: parity with the originals and `check_model` are tested
-    # in float64, also for configs that ask for bfloat16.
-    if any(leaf.dtype == jnp.float64 for leaf in leaves):
-        return jnp.dtype("float64")
-    if name != "auto":
-        return jnp.dtype(name)
-    device = jax.devices()[0]  # All devices of a job are of one kind.
-    native = device.platform == "tpu"
-    if device.platform == "gpu":
-        # NVIDIA's is a number; AMD's, such as gfx90a, says nothing of bfloat16.
-        major, _, _ = str(device.compute_capability).partition(".")
-        native = major.isdecimal() and int(major) >= 8
-    return jnp.dtype(jnp.bfloat16 if native else jnp.float32)
+
+    def name(path, leaf):
+        # The last two parts of the path identify a parameter; a model may nest its
+        # modules as it likes above them.
+        keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        last = "/".join(re.sub(r"_\d+$", "", key) for key in keys[-2:])
+        names = table.get(last, (None,) * (len(leaf.shape) - ("layers" in keys)))
+        return (None,) * ("layers" in keys) + tuple(names)
+
+    return jax.tree_util.tree_map_with_path(name, params)
 
 
 def abstract_params(model: Model):

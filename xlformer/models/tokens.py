@@ -28,8 +28,7 @@ from xlformer.layers.adaptive import (
     drop_words,
 )
 from xlformer.layers.memory import expand_resets
-from xlformer.models.base import Aux, Model
-from xlformer.models.parameters import compute_dtype
+from xlformer.models.base import Aux, Model, compute_dtype
 from xlformer.sharding import constrain
 
 # Folded into the key that rows share, for the words that are left out: beyond all row

@@ -29,7 +29,7 @@ from xlformer.models.performer.config import (
 )
 from xlformer.sharding import constrain
 
-# Logical axes of the parameters: see models.base.param_axes.
+# Logical axes of the parameters: see models.parameters.param_axes.
 PARAM_AXES = {
     "layers/length_keys": ("embed", None),
     "layers/length_values": ("embed", None),

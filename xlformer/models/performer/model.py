@@ -58,7 +58,7 @@ import jax.numpy as jnp
 
 from xlformer.kernels import linear_attention
 from xlformer.layers import adaptive, attention, feed_forward
-from xlformer.models import base, checks
+from xlformer.models import checks, parameters
 from xlformer.models.base import Model
 from xlformer.models.performer import flops as flops_lib
 from xlformer.models.performer import layer, trunk
@@ -172,7 +172,9 @@ class Performer(TokenModel):
 
     def param_axes(self, params):
         tables = attention.PARAM_AXES | feed_forward.PARAM_AXES | adaptive.PARAM_AXES
-        return base.param_axes(params, tables | layer.PARAM_AXES | trunk.PARAM_AXES)
+        return parameters.param_axes(
+            params, tables | layer.PARAM_AXES | trunk.PARAM_AXES
+        )
 
     def for_generation(self) -> Model:
         """FAVOR's sums are carried, and a token costs the same however many came.

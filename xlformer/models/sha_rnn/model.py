@@ -27,7 +27,7 @@ from xlformer.layers.adaptive import Bins
 from xlformer.layers.feed_forward import PARAM_AXES
 from xlformer.layers.recurrent import LSTMState
 from xlformer.layers.single_head import Ring
-from xlformer.models import base
+from xlformer.models import parameters
 from xlformer.models.sha_rnn import config as config_lib
 from xlformer.models.sha_rnn.config import SHARNNConfig
 from xlformer.models.sha_rnn.trunk import State, TrunkModule
@@ -110,7 +110,7 @@ class SHARNN(TokenModel):
 
     def param_axes(self, params):
         axes = adaptive.PARAM_AXES | recurrent.PARAM_AXES | PARAM_AXES | ATTENTION_AXES
-        return base.param_axes(params, axes)
+        return parameters.param_axes(params, axes)
 
     def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
         size, tensor = self.config.d_model, mesh.shape["tensor"]

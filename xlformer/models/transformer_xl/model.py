@@ -22,7 +22,7 @@ from xlformer.layers import adaptive, attention, feed_forward, gating
 from xlformer.layers import memory as memory_lib
 from xlformer.layers.attention import LEARNED_ABSOLUTE, SINUSOID
 from xlformer.layers.memory import Memory
-from xlformer.models import base, checks
+from xlformer.models import checks, parameters
 from xlformer.models.tokens import TokenModel, Tokens
 from xlformer.models.transformer_xl import cache as cache_lib
 from xlformer.models.transformer_xl import flops as flops_lib
@@ -130,7 +130,7 @@ class TransformerXL(TokenModel):
     def param_axes(self, params):
         layers = attention.PARAM_AXES | feed_forward.PARAM_AXES | gating.PARAM_AXES
         tables = layers | adaptive.PARAM_AXES | TRUNK_AXES
-        return base.param_axes(params, tables)
+        return parameters.param_axes(params, tables)
 
     def for_generation(self) -> TransformerXL:
         """Extended context has no place here: the memory takes in every token.

@@ -48,7 +48,7 @@ import jax.numpy as jnp
 from xlformer.errors import UserError
 from xlformer.layers import adaptive, attention, feed_forward, separable
 from xlformer.layers import memory as memory_lib
-from xlformer.models import base, checks
+from xlformer.models import checks, parameters
 from xlformer.models.base import Model
 from xlformer.models.tokens import TokenModel, Tokens
 from xlformer.models.universal import flops as flops_lib
@@ -148,7 +148,7 @@ class UniversalTransformer(TokenModel):
 
     def param_axes(self, params):
         tables = attention.PARAM_AXES | feed_forward.PARAM_AXES | adaptive.PARAM_AXES
-        return base.param_axes(
+        return parameters.param_axes(
             params, tables | separable.PARAM_AXES | signals.PARAM_AXES
         )
 

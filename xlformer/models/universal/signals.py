@@ -13,7 +13,7 @@ from xlformer.layers import positions
 from xlformer.models.universal.config import UniversalConfig
 from xlformer.sharding import constrain
 
-# Logical axes of the parameters: see models.base.param_axes.
+# Logical axes of the parameters: see models.parameters.param_axes.
 PARAM_AXES = {"signals/step": (None, "embed"), "signals/position": (None, "embed")}
 
 

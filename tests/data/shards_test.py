@@ -62,6 +62,16 @@ def test_shards_are_the_same_tokens_and_the_same_card(unit, book, tmp_path):
     assert found.vocabulary.to_json() == whole.vocabulary.to_json()
 
 
+def test_a_text_of_few_shards_is_cut_into_more(book, tmp_path, monkeypatch):
+    """Or one process of two would have most of the work."""
+    monkeypatch.setattr(parts, "SIZE", 101)
+    monkeypatch.setattr(corpora, "SMALL_SHARD", 211)
+    found = prepare.prepare(options(book), directory=tmp_path)
+    sizes = [len(f.read_bytes()) for f in sorted(found.directory.glob("train-*.npy"))]
+    assert 13 <= len(sizes) <= 16  # Of all splits they are sixteenths.
+    assert max(sizes[:-1]) - min(sizes[:-1]) < 2 * 101
+
+
 def test_forgotten_words_are_said_and_stand_on_the_card(
     small, book, tmp_path, capsys, monkeypatch
 ):

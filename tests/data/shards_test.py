@@ -308,7 +308,9 @@ def test_a_step_of_100_gigabytes_costs_what_one_of_10_megabytes_costs(tmp_path):
             begin = time.perf_counter()
             stream.at(step)
             times.append(time.perf_counter() - begin)
-        return np.median(times)
+        # Other work of a machine only adds: beside a text of 2 GB that another process
+        # read, the median was 1.6 ms, and the least 0.1.
+        return min(times)
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     small, large = stream(10_000_000), stream(100_000_000_000)

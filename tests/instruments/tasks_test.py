@@ -22,11 +22,14 @@ def test_digits_are_copied_reversed_and_added():
         assert question[:-1] == answer[-2::-1] and answer[-1] == sequences.END
         question, answer = sequences.addition(rng, n)
         assert question[n] == sequences.PLUS and question[-1] == sequences.EQUALS
-        # The least significant digit comes first.
-        value = lambda digits: int("".join(map(str, digits[::-1])))  # noqa: E731
         first, second = question[:n], question[n + 1 : -1]
-        assert value(answer[:-1]) == value(first) + value(second)
+        assert number(answer[:-1]) == number(first) + number(second)
         assert len(answer) == n + 2 and answer[-1] == sequences.END
+
+
+def number(digits):
+    """Of digits of which the least significant comes first."""
+    return int("".join(map(str, digits[::-1])))
 
 
 def parsed(words):
@@ -86,7 +89,8 @@ def test_a_row_holds_its_sequence_where_it_begins():
     N = sequences.NOTHING
     assert batch["inputs_BT"].tolist() == [[1, 2, 3, 7, 8, N, N], [N, N, 4, 5, 6, 9, N]]
     assert batch["lengths_B"].tolist() == [4, 5] and "resets_BT" not in batch
-    scored = [t[w > 0].tolist() for t, w in zip(batch["targets_BT"], weights_BT)]  # noqa: B905
+    rows = zip(batch["targets_BT"], weights_BT, strict=True)
+    scored = [targets_T[w_T > 0].tolist() for targets_T, w_T in rows]
     assert scored == [[7, 8], [5, 6, 9]]
     assert sequences.rows(pairs, 5)[0]["inputs_BT"][1].tolist() == [4, 5, 6, 9, N]
 

@@ -34,7 +34,7 @@ from xlformer.models.parameters import abstract_params
 
 RUNS, SEEDS = "possible", {}
 LENGTHS = {"small": "800,1800,2800,3800", "tiny": "8,16,24"}
-CONFIGS = {"small": "quickstart", "tiny": "quickstart:debug"}
+CONFIGS = {"small": "enwik8_base", "tiny": "quickstart:debug"}
 SEGMENTS = {"small": 128, "tiny": 4}
 # Turns, and how long each thing that is timed is repeated in one.
 TURNS = {"small": (11, 0.3), "tiny": (2, 0.001)}
@@ -48,7 +48,7 @@ MARKS = {"recurrent": "o-", "window": "s--", "recomputed": "D:"}
 
 
 def add_flags(parser) -> None:
-    parser.add_argument("--config", help="whose model, with random weights; quickstart")
+    parser.add_argument("--config", help="whose model, with random weights; enwik8_base")
     parser.add_argument("--lengths", help=f"of attention; {LENGTHS['small']}")
     parser.add_argument("--segment", type=int, help="tokens that are read at once; 128")
 

@@ -60,10 +60,9 @@ def check(path: str | os.PathLike, float32: bool = False) -> Result:
         if path.is_dir():
             compare = functools.partial(_kind_of_folder(path).compare_folder, path)
         else:
-            kind = _kind_of(path, set(arrays), config)
-            compare = functools.partial(kind.compare, config=config)
+            compare = _kind_of(path, set(arrays), config).compare
         try:
-            comparison = compare(arrays=cast, dtype=dtype)
+            comparison = compare(arrays=cast, config=config, dtype=dtype)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         return judge(str(path), arrays, comparison, dtype)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from xlformer import command, runs
-from xlformer.convert import awd_lstm, sha_rnn, transformer_xl
+from xlformer.convert import awd_lstm, hugging_face, nvidia, sha_rnn, transformer_xl
 from xlformer.convert.adopt import VOCAB_HELP, adopt, read_vocabulary
 from xlformer.convert.files import read_json, read_state
 from xlformer.data.documents import is_read_once
@@ -47,6 +47,7 @@ def _state_dict(convert: Callable, *, needs_hparams: bool = True) -> Callable:
 
     def read(source, named):
         state, hparams = read_state(source)
+        vocabulary = _beside(pathlib.Path(source).parent)
         if named:
             hparams = read_json(pathlib.Path(named))
         if hparams is None:
@@ -54,23 +55,40 @@ def _state_dict(convert: Callable, *, needs_hparams: bool = True) -> Callable:
             # from widths.
             beside = pathlib.Path(source).with_name("hparams.json")
             if not beside.is_file() and not needs_hparams:
-                return (*convert(state, {}), {}, None)
+                return (*convert(state, {}), {}, vocabulary)
             if not beside.is_file():
                 raise UserError(
                     f"{source} carries no hparams: pass --hparams=FILE.json with the "
                     f"original's arguments, or put {beside.name} beside it"
                 )
             hparams = read_json(beside)
-        return (*convert(state, hparams), hparams, None)
+        return (*convert(state, hparams), hparams, vocabulary)
 
     return read
+
+
+def _beside(directory: pathlib.Path):
+    """The vocabulary that writing.py left there, or None."""
+    path = directory / runs.VOCABULARY
+    return read_vocabulary(str(path)) if path.is_file() else None
 
 
 def _hf(source, named):
     if named:
         raise UserError(f"--hparams={named} with --format=hf, which has config.json")
-    config, params = transformer_xl.from_hf(source)
-    return config, params, read_json(pathlib.Path(source) / "config.json"), None
+    config, params = hugging_face.from_hf(source)
+    directory = pathlib.Path(source)
+    vocabulary = _beside(directory)
+    return config, params, read_json(directory / hugging_face.CONFIG), vocabulary
+
+
+def _nvidia(source, named):
+    if named:
+        raise UserError(
+            f"--hparams={named} with --format=nvidia, whose checkpoints have them"
+        )
+    config, params, hparams, vocabulary = nvidia.read(source)
+    return config, params, hparams, vocabulary
 
 
 def _ours(source, named):
@@ -89,6 +107,7 @@ FORMATS = {
         "the PyTorch Transformer-XL",
     ),
     "hf": Format(_hf, "tgt_len", "Hugging Face's TransfoXL"),
+    "nvidia": Format(_nvidia, "tgt_len", "checkpoints of NVIDIA's Transformer-XL"),
     "awd_lstm": Format(
         _state_dict(awd_lstm.from_awd_lstm, needs_hparams=False),
         "bptt",
@@ -131,7 +150,7 @@ def _main(argv) -> int:
     about = "; ".join(f"{name}: {found.about}" for name, found in FORMATS.items())
     parser.add_argument("--format", required=True, choices=list(FORMATS), help=about)
     for name, required, about in (
-        ("--source", True, "weights, or an hf directory"),
+        ("--source", True, "weights, or an hf or nvidia directory"),
         ("--workdir", True, "new or empty"),
         ("--vocab", False, VOCAB_HELP),
         ("--hparams", False, "JSON of the original's arguments"),

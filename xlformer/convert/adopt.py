@@ -11,14 +11,9 @@ from etils import epath
 
 from xlformer import config as config_lib
 from xlformer import models, runs, storage
+from xlformer.convert import vocab
 from xlformer.data import preparing, vocabularies
-from xlformer.data.vocabulary import (
-    NEWLINE,
-    ByteVocabulary,
-    CharVocabulary,
-    Vocabulary,
-    WordVocabulary,
-)
+from xlformer.data.vocabulary import CharVocabulary, Vocabulary, WordVocabulary
 from xlformer.errors import Argument, UserError
 from xlformer.models.parameters import abstract_params
 from xlformer.runs.checkpoints import Checkpoints
@@ -128,13 +123,8 @@ def read_vocabulary(path: str) -> Vocabulary:
     # A list of symbols says nothing of how often they occur.
     counts = [0] * len(symbols)
     try:
-        # Single digits may be the characters of a text; a byte vocabulary has longer
-        # numbers.
-        numbers = {str(value) for value in range(256)} >= set(symbols)
-        if numbers and len(set(symbols)) == len(symbols) and max(map(len, symbols)) > 1:
-            values = [int(s) for s in symbols]
-            newline = "keep" if NEWLINE in values else "drop"
-            return ByteVocabulary(values, counts, newline=newline)
+        if values := vocab.byte_values(symbols):
+            return vocab.of_bytes(values, counts)
         if "<eos>" in symbols:
             return WordVocabulary(symbols, counts)
         return CharVocabulary(symbols, counts)

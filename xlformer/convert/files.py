@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from xlformer.errors import UserError, reason
+from xlformer.errors import UserError, reason, some
 
 STATE_DICT_RECIPE = (
     "where the model's code is installed run: model = torch.load('model.pt'); "
@@ -103,34 +106,97 @@ def _read_safetensors(path):
 
 
 def _widened(x: np.ndarray) -> np.ndarray:
-    """Turns bfloat16, which is no float to numpy, into float32."""
-    return x.astype(np.float32) if x.dtype.name == "bfloat16" else x
+    """Turns bfloat16 and 8-bit floats, which are none to numpy, into float32."""
+    # Their kind is that of raw bytes; no bytes are in a file of arrays.
+    return x.astype(np.float32) if x.dtype.kind == "V" else x
 
 
-def _read_torch(path):
+def read_sharded(index: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads the files that an index of Hugging Face names, as one state.
+
+    Args:
+      index: JSON with a `weight_map`, from each name to the file beside it that has it.
+
+    Raises:
+      UserError: no such index, a file is missing or lies elsewhere, or a name does.
+    """
+    index = pathlib.Path(index)
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index} has no weight_map from names to files")
+    state: dict[str, np.ndarray] = {}
+    for file in sorted({str(file) for file in names.values()}):
+        # A path would lead out of the directory.
+        if not re.fullmatch(r"\w[\w.-]*", file):
+            raise UserError(f"{index} names {file!r:.80}, which is no file beside it")
+        state |= read_state(index.with_name(file))[0]
+    if missing := sorted(set(names) - set(state)):
+        raise UserError(f"{index}: the files lack {some(missing)}")
+    return {name: state[name] for name in names}
+
+
+class Plain:
+    """Stands for a class that a file names: keeps its fields, and none of its code."""
+
+    __slots__ = ("fields",)
+
+    def __init__(self) -> None:
+        self.fields: dict[str, Any] = {}
+
+    def __setstate__(self, state) -> None:
+        if not isinstance(state, dict):
+            raise TypeError(f"fields are a {type(state).__name__}, no dict")
+        self.fields = state
+
+
+def read_torch(path: str | pathlib.Path, stubs: Mapping[str, type] | None = None):
+    """What torch.load makes of a file: tensors, plain containers, and nothing else.
+
+    Args:
+      path: of what torch.save wrote.
+      stubs: subclasses of Plain by the full names that the file may have for them. A
+        file that names any other class or function is refused.
+
+    Raises:
+      UserError: the file is missing, truncated or hostile, or there is no torch.
+    """
     try:
         import torch
     except ImportError as error:
         raise UserError(f"{path}: pip install torch to read it") from error
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    known = [(stub, name) for name, stub in (stubs or {}).items()]
     try:
-        # weights_only=True builds tensors and plain containers, and refuses every other
-        # name that the pickle asks for.
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        named = re.search(r"GLOBAL (\S{1,80}) ", str(error))
+        why = f"it names {named[1]}" if named else type(error).__name__
         raise UserError(
             f"{path} is not a state dict, and a pickled module could run any code; "
-            f"{STATE_DICT_RECIPE} ({type(error).__name__})"
+            f"{STATE_DICT_RECIPE} ({why})"
         ) from error
+
+
+def arrays_of(state, path) -> dict[str, np.ndarray]:
+    """A state dict of torch as arrays by name; UserError where it is none."""
+    import torch
+
     plain = isinstance(state, dict) and all(torch.is_tensor(x) for x in state.values())
     if not plain or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path} holds no state dict; {STATE_DICT_RECIPE}")
     try:
-        return {name: _numpy(x) for name, x in state.items()}, None
+        return {name: _numpy(x) for name, x in state.items()}
     # Sparse and quantised tensors, and those without data, raise errors of their own.
     except Exception as error:
         raise UserError(
             f"{path} holds tensors that are no plain arrays: {reason(error)}"
         ) from error
+
+
+def _read_torch(path):
+    return arrays_of(read_torch(path), path), None
 
 
 def _numpy(tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The argument names of the PyTorch original, as a configuration of ours."""
+"""The argument names of the PyTorch original, as a configuration of ours, and back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from xlformer.errors import UserError
-from xlformer.layers.attention import LEARNED_ABSOLUTE, LEARNED_RELATIVE, SINUSOID
+from xlformer.layers.attention import (
+    LEARNED_ABSOLUTE,
+    LEARNED_RELATIVE,
+    RELATIVE,
+    SINUSOID,
+)
 from xlformer.models import TransformerXLConfig
 
 ABSOLUTE = (SINUSOID, LEARNED_ABSOLUTE)
@@ -64,6 +69,93 @@ def to_config(hparams: Mapping[str, Any], **fields) -> TransformerXLConfig:
         table_length=_table_length(hparams),
         **fields,
     )
+
+
+def of_config(config: TransformerXLConfig, segment_length: int) -> dict[str, Any]:
+    """The arguments of the original's model, the inverse of to_config.
+
+    Raises UserError for what the original computes otherwise, or not at all.
+    """
+    found = shared(config, "the original")
+    require(config, "the original", norm_epsilon=1e-5)
+    if config.memory_length:
+        require(config, "the original", attend_zero_memory=False)
+        if config.attn_type in ABSOLUTE:
+            raise UserError(
+                f"config.model.memory_length={config.memory_length} with attn_type="
+                f"{config.attn_type}: the original adds its positions to the memory in "
+                "each segment anew"
+            )
+        if config.extended_length:
+            raise UserError(
+                f"config.model.extended_length={config.extended_length} with "
+                f"memory_length={config.memory_length}: the original forgets other "
+                "positions then, as it passes two lengths in the wrong order"
+            )
+    if config.attn_type == RELATIVE:
+        require(config, "the original", untie_r=False)
+    if config.attn_type in (LEARNED_RELATIVE, LEARNED_ABSOLUTE):
+        # Its tables have a row for each key, so that the segment says their length.
+        segment_length = (
+            config.table_length - config.extended_length - config.memory_length
+        )
+        if segment_length < 1:
+            raise UserError(
+                f"config.model.table_length={config.table_length} leaves no segment of "
+                "the original, whose tables have tgt_len + ext_len + mem_len rows"
+            )
+    return {
+        "n_token": config.vocab_size,
+        "tie_weight": config.tie_weights,
+        "tgt_len": segment_length,
+        "ext_len": config.extended_length,
+        **found,
+    }
+
+
+def shared(config: TransformerXLConfig, program: str) -> dict[str, Any]:
+    """What the original and Hugging Face's model name alike.
+
+    program: names it in errors. Raises UserError for what neither has.
+    """
+    bins = config.bins
+    if not config.proj_same_dim and config.div_val > 1:
+        if any(bins.width(b) == config.d_model for b in range(bins.n_tail + 1)):
+            require(config, program, proj_same_dim=True)
+    if config.attention_window not in (None, config.memory_length - 1):
+        raise UserError(
+            f"config.model.window={config.window} with memory_length="
+            f"{config.memory_length}: {program} shows memory_length keys or all"
+        )
+    return {
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "d_model": config.d_model,
+        "d_head": config.head_width,
+        "d_inner": config.d_inner,
+        "d_embed": config.embedding_width,
+        "mem_len": config.memory_length,
+        "attn_type": config.attn_type,
+        "pre_lnorm": config.pre_norm,
+        "clamp_len": config.clamp_length or -1,
+        "same_length": config.attention_window is not None,
+        "dropout": config.dropout,
+        "dropatt": config.attention_dropout,
+        "cutoffs": list(config.cutoffs),
+        "div_val": config.div_val,
+        "tie_projs": list(config.tie_projections or (False,) * (bins.n_tail + 1)),
+    }
+
+
+def require(config, program: str, **fields) -> None:
+    """Raises UserError where a field of a config has another value than these."""
+    for field, only in fields.items():
+        value = getattr(config, field)
+        if value != only:
+            raise UserError(
+                f"config.model.{field}={value!r}: {program} has none such, it has "
+                f"{only!r}"
+            )
 
 
 def _checked(hparams: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,13 @@
-"""Weights of the PyTorch original and of Hugging Face's TransfoXL, to and fro.
+"""Weights of the PyTorch original, to and fro; others have the same arrays.
 
     config, params = from_original(state, hparams)
     state = to_original(config, params)
-    config, params = from_hf(directory)
 
 `python -m xlformer.convert` makes a work directory that evaluates and generates.
 """
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +16,6 @@ import numpy as np
 
 from xlformer import models
 from xlformer.convert import hparams as hparams_lib
-from xlformer.convert.files import read_json, read_state
 from xlformer.errors import UserError, some
 from xlformer.layers.attention import LEARNED_ABSOLUTE, LEARNED_RELATIVE, RELATIVE
 from xlformer.models import TransformerXLConfig
@@ -66,16 +63,17 @@ def from_original(
       UserError: a name is missing or too many, or a shape does not fit.
     """
     config = hparams_lib.to_config(hparams)
-    return config, _read(config, state, reverse_clusters=True)
+    return config, read(config, state, reverse_clusters=True)
 
 
 def to_original(config: TransformerXLConfig, tree) -> dict[str, np.ndarray]:
     """The inverse of from_original, for any tree shaped like params, gradients too.
 
-    Tied arrays appear under every name of theirs.
+    Tied arrays appear under every name of theirs. With untie_r the names are Hugging
+    Face's, because the original has one u and one v for all layers.
     """
     state = {}
-    for entry in _entries(config, reverse_clusters=True):
+    for entry in entries(config, reverse_clusters=True):
         leaf = tree
         for key in entry.path:
             leaf = leaf[key]
@@ -83,44 +81,13 @@ def to_original(config: TransformerXLConfig, tree) -> dict[str, np.ndarray]:
     return state
 
 
-def from_hf(directory: str | pathlib.Path) -> tuple[TransformerXLConfig, dict]:
-    """Reads a directory that Hugging Face's TransfoXL wrote with save_pretrained.
+def entries(config: TransformerXLConfig, *, reverse_clusters: bool) -> Iterator[Entry]:
+    """All arrays of the original, tied ones too; UserError for a model it lacks.
 
-    Its memory starts as zeros that are attended. Raises UserError.
+    reverse_clusters: whether the softmax reads the tail bins from its head backwards.
     """
-    directory = pathlib.Path(directory)
-    hparams = read_json(directory / "config.json")
-    if "vocab_size" not in hparams or hparams.get("model_type") != "transfo-xl":
-        raise UserError(f"{directory}/config.json: model_type is not 'transfo-xl'")
-    if type(hparams["vocab_size"]) is not int:
-        raise UserError(f"{directory}/config.json: vocab_size is not a whole number")
-    files = [directory / n for n in ("model.safetensors", "pytorch_model.bin")]
-    found = next((f for f in files if f.is_file()), None)
-    if found is None:
-        raise UserError(f"{directory} has no {files[0].name} and no {files[1].name}")
-    state, _ = read_state(found)
-    # The model with a head has the prefix, the bare model has not.
-    state = {name.removeprefix("transformer."): x for name, x in state.items()}
-    renamed = {
-        "n_token": hparams["vocab_size"],
-        "tie_weight": hparams.get("tie_word_embeddings", True),
-    }
-    config = hparams_lib.to_config(
-        {"cutoffs": [], **hparams, **renamed},
-        # Hugging Face's memory starts as zeros and has no mask: they are attended.
-        attend_zero_memory=True,
-        norm_epsilon=hparams.get("layer_norm_epsilon", 1e-5),
-    )
-    return config, _read(config, state, reverse_clusters=False)
-
-
-def _entries(config: TransformerXLConfig, *, reverse_clusters: bool) -> Iterator[Entry]:
-    for field, ours in (("positions", "original"), ("gate", "none")):
-        value = getattr(config, field)
-        if value != ours:
-            raise UserError(
-                f"config.model.{field}={value!r}: the original has none such"
-            )
+    plain = {"positions": "original", "gate": "none", "final_norm": False}
+    hparams_lib.require(config, "the original", **plain)
     plain = config.pre_norm and config.attn_type in hparams_lib.ABSOLUTE
     if config.norm_queries == plain:
         raise UserError(
@@ -152,6 +119,15 @@ def _entries(config: TransformerXLConfig, *, reverse_clusters: bool) -> Iterator
             lambda x: x.reshape(flat),
             lambda x: x.reshape(table),
         )
+
+
+def frequencies(d_model: int, dtype) -> np.ndarray:
+    """The constants that the originals keep among their arrays, as pos_emb.inv_freq.
+
+    At least in float32: rounded ones would turn positions far away by whole circles.
+    """
+    dtype = np.result_type(dtype, np.float32).type
+    return 1 / dtype(10000) ** (np.arange(0, d_model, 2, dtype) / dtype(d_model))
 
 
 def _embedding_entries(config):
@@ -257,7 +233,7 @@ def _layer_entries(config, i):
         yield entry(f"{core}.{j}.bias", ("feed_forward", f"{part}_bias"), (outputs,))
 
 
-def _read(config, state, *, reverse_clusters):
+def read(config, state, *, reverse_clusters):
     """Fills a tree of the model's shapes from the state's arrays."""
     state = {name: np.asarray(x) for name, x in state.items() if name not in BUFFERS}
     _check(config, state, reverse_clusters)
@@ -265,7 +241,7 @@ def _read(config, state, *, reverse_clusters):
     dtype = np.result_type(*state.values())
     shapes = jax.eval_shape(models.build(config).init, jax.random.key(0))
     tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, dtype), shapes)
-    for entry in _entries(config, reverse_clusters=reverse_clusters):
+    for entry in entries(config, reverse_clusters=reverse_clusters):
         if entry.name not in state:
             # Only tied ones may be missing (_check), and their leaf is filled already.
             continue
@@ -289,7 +265,7 @@ def _check(config, state, reverse_clusters) -> None:
     It comes before anything as large as the hparams say is made.
     """
     known = set()
-    for entry in _entries(config, reverse_clusters=reverse_clusters):
+    for entry in entries(config, reverse_clusters=reverse_clusters):
         known.add(entry.name)
         if entry.name not in state:
             if entry.tied:

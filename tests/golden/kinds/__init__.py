@@ -17,5 +17,5 @@ the tolerances follow from what the file itself stores. A UserError refuses the 
 A kind of folders (with an expected.npz) has these two instead, or besides:
 
     def matches_folder(folder: pathlib.Path) -> bool
-    def compare_folder(folder: pathlib.Path, arrays, dtype) -> Comparison
+    def compare_folder(folder: pathlib.Path, arrays, config, dtype) -> Comparison
 """

@@ -19,7 +19,7 @@ def matches(names, config):
 
 
 def compare(arrays, config, dtype):
-    params = _below("params/", arrays)
+    params = below("params/", arrays)
     config, params = convert.from_original(params, config)
     # Scanned, as in training, and compiled once for all layers.
     model = models.build(dataclasses.replace(config, scan_layers=True))
@@ -27,7 +27,7 @@ def compare(arrays, config, dtype):
     forward = jax.jit(loss), jax.jit(jax.value_and_grad(loss, has_aux=True))
     segments = []
     while f"seg{len(segments)}/inputs" in arrays:
-        segments.append(_below(f"seg{len(segments)}/", arrays))
+        segments.append(below(f"seg{len(segments)}/", arrays))
     # Gradients wherever another segment of this length compiles them anyway.
     graded = {s["inputs"].shape for s in segments if any("grad/" in name for name in s)}
     values, gradients = {}, {}
@@ -45,9 +45,11 @@ def compare(arrays, config, dtype):
         if "memory" in segment:
             # The last entry, the output of the last layer, is never read, and no memory
             # of ours has it: it is the file's own here.
-            slots, last = _slots(memory), segment["memory"][-1:]
-            fits = slots.shape[1:] == last.shape[1:]  # If not, it differs as it is.
-            values[f"seg{s}/memory"] = np.concatenate([slots, last]) if fits else slots
+            filled, last = slots(memory), segment["memory"][-1:]
+            fits = filled.shape[1:] == last.shape[1:]  # If not, it differs as it is.
+            values[f"seg{s}/memory"] = (
+                np.concatenate([filled, last]) if fits else filled
+            )
     given = {name for name in arrays if name.startswith("params/")}
     given |= {
         f"seg{s}/{n}" for s in range(len(segments)) for n in ("inputs", "targets")
@@ -65,8 +67,9 @@ def matches_folder(folder):
     return isinstance(config, dict) and config.get("model_type") == "transfo-xl"
 
 
-def compare_folder(folder, arrays, dtype):
-    """Its numbers were computed in float32."""
+def compare_folder(folder, arrays, config, dtype):
+    """Its numbers were computed in float32; all is in the folder's own config.json."""
+    del config
     config, params = convert.from_hf(folder)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     model = models.build(config)
@@ -87,7 +90,8 @@ def _loss(model, params, inputs_BT, targets_BT, state):
     return nll_BT.mean(), (nll_BT, state)
 
 
-def _below(prefix, arrays):
+def below(prefix, arrays):
+    """The arrays whose names begin so, by the rest of the name."""
     return {
         name.removeprefix(prefix): x
         for name, x in arrays.items()
@@ -95,7 +99,7 @@ def _below(prefix, arrays):
     }
 
 
-def _slots(memory):
+def slots(memory):
     """The valid ones, [L, m, B, D] as in the original."""
     (m,) = set(np.asarray(memory.length_B).tolist())  # All rows have equally many.
     hidden_LBMD = np.asarray(memory.hidden_LBMD)

@@ -1,0 +1,149 @@
+"""Checkpoints of NVIDIA's Transformer-XL (DeepLearningExamples, PyTorch).
+
+    config, params, hparams, vocabulary = read("checkpoint_best.pt")
+    config, params = from_nvidia(state, hparams)
+
+Its names are those of the PyTorch original, but for the softmax:
+
+    crit.out_layers_biases.B       crit.out_layers.B.bias there
+    crit.out_layers_weights.B      crit.out_layers.B.weight; untied models alone
+    crit.shared_out_projs.B        word_emb.emb_projs.B once more
+    crit.out_projs.B               of the bins whose projection is not tied
+
+It computes as the original does, with two differences. With same_length a token sees
+mem_len + 1 keys, itself among them, not mem_len: config.window is mem_len then, and
+stays where evaluation asks for another memory. And r_emb of attn_type 3 has one axis
+for heads and their width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from xlformer.convert import hparams as hparams_lib
+from xlformer.convert import transformer_xl
+from xlformer.convert.files import Plain, arrays_of, read_torch
+from xlformer.convert.vocab import of_vocab
+from xlformer.data.vocabulary import Vocabulary
+from xlformer.errors import UserError
+from xlformer.layers.attention import LEARNED_ABSOLUTE
+from xlformer.models import TransformerXLConfig
+
+# The last is what a run goes on from, the best what is scored.
+NAMES = ("checkpoint_best.pt", "checkpoint_last.pt")
+SETTINGS = (bool, int, float, str, list, tuple)  # what is none is no setting of ours
+RENAMED = (
+    (re.compile(r"crit\.out_layers_biases\.(\d{1,9})"), r"crit.out_layers.\1.bias"),
+    (re.compile(r"crit\.out_layers_weights\.(\d{1,9})"), r"crit.out_layers.\1.weight"),
+)
+SHARED = re.compile(r"crit\.shared_out_projs\.(\d{1,9})")
+
+
+class Namespace(Plain):
+    """For argparse's: the run's arguments."""
+
+
+class Vocab(Plain):
+    """For its own class."""
+
+
+STUBS = {"argparse.Namespace": Namespace, "utils.vocabulary.Vocab": Vocab}
+
+
+def read(
+    source: str | pathlib.Path,
+) -> tuple[TransformerXLConfig, dict, dict, Vocabulary | None]:
+    """Reads a checkpoint as its training wrote it, optimizer and all.
+
+    Args:
+      source: the file, or the directory with checkpoint_best.pt or, where that is not
+        there, checkpoint_last.pt.
+
+    Returns:
+      The configuration and the parameters, for models.build(config); the settings that
+      the program kept of its model; and the vocabulary, None where it has none of
+      symbols (that of GPT-2's pieces is a package of its own).
+
+    Raises:
+      UserError: the file is missing, truncated, hostile or another program's.
+    """
+    state, hparams, vocabulary = load(source)
+    return *from_nvidia(state, hparams), hparams, vocabulary
+
+
+def load(
+    source: str | pathlib.Path,
+) -> tuple[dict[str, np.ndarray], dict, Vocabulary | None]:
+    """The model's state dict, its settings and the vocabulary, as `read` finds them."""
+    path = pathlib.Path(source)
+    if path.is_dir():
+        found = [path / name for name in NAMES if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path} has no {NAMES[0]} and no {NAMES[1]}")
+        path = found[0]
+    checkpoint = read_torch(path, STUBS)
+    if not isinstance(checkpoint, dict):
+        checkpoint = {}
+    hparams, state = checkpoint.get("model_config"), checkpoint.get("model_state")
+    if not isinstance(hparams, dict) or not isinstance(state, dict):
+        raise UserError(
+            f"{path} has no model_config and model_state: not a checkpoint of NVIDIA's "
+            "program"
+        )
+    hparams = {
+        name: x for name, x in hparams.items() if x is None or isinstance(x, SETTINGS)
+    }
+    vocab = checkpoint.get("vocab")
+    vocabulary = None
+    if isinstance(vocab, Vocab) and "idx2sym" in vocab.fields:
+        vocabulary = of_vocab(vocab.fields, f"{path}: vocab")
+    return arrays_of(state, path), hparams, vocabulary
+
+
+def from_nvidia(
+    state: Mapping[str, np.ndarray], hparams: Mapping[str, Any]
+) -> tuple[TransformerXLConfig, dict]:
+    """Reads a state dict of its model.
+
+    Args:
+      state: its names to numpy arrays; their dtype is kept.
+      hparams: the arguments of its model, which its checkpoints have as model_config.
+
+    Returns:
+      The configuration and the parameters, for models.build(config).
+
+    Raises:
+      UserError: a name is missing or too many, or a shape does not fit.
+    """
+    config = hparams_lib.to_config(hparams)
+    if config.same_length:
+        config = dataclasses.replace(config, window=config.memory_length)
+    return config, transformer_xl.read(
+        config, _original_names(config, state), reverse_clusters=True
+    )
+
+
+def _original_names(config: TransformerXLConfig, state) -> dict[str, np.ndarray]:
+    found = {}
+    for name, x in state.items():
+        x = np.asarray(x)
+        if shared := SHARED.fullmatch(name):
+            table = state.get(f"word_emb.emb_projs.{shared[1]}")
+            if table is None or not np.array_equal(table, x):
+                raise UserError(f"{name} differs from word_emb.emb_projs.{shared[1]}")
+            continue
+        for pattern, original in RENAMED:
+            name = pattern.sub(original, name)
+        found[name] = x
+    if config.attn_type == LEARNED_ABSOLUTE and np.ndim(found.get("r_emb")) == 3:
+        table = found["r_emb"]
+        heads = config.n_head, config.head_width
+        if table.shape[2] == heads[0] * heads[1]:
+            found["r_emb"] = table.reshape(*table.shape[:2], *heads)
+    return found

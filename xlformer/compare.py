@@ -87,7 +87,8 @@ def measure(prog: str, name: str, size: str, argv: Sequence[str]) -> int:
         result = instrument.measure(request)
     about = {
         "instrument": name,
-        "size": size,
+        # What is given has the size that it has.
+        "size": None if request.members else size,
         "command": shlex.join([*prog.split(), *argv]),
         "seconds": round(time.perf_counter() - begin, 1),
         "processor": cores.processor(),

@@ -120,6 +120,14 @@ def test_a_limit_of_memory_holds_what_jax_takes():
     assert row == Row(1 << 22, FORWARD, why=apart.MEMORY)
 
 
+def test_where_linux_keeps_the_old_peak_there_is_none(monkeypatch):
+    """It would be that of compiling."""
+    (model,) = set(mechanisms.kind_models("identity", SIZES, [1]).values())
+    monkeypatch.setattr(apart, "forget_peak", lambda: False)
+    (row,) = passes.measured(model, [3], [FORWARD], 0)
+    assert row["peak_bytes"] is None and row["seconds"] > 0
+
+
 def test_the_smallest_form(tiny):
     assert list(tiny["rows"]) == list(SIZES.kinds)
     for rows in tiny["rows"].values():

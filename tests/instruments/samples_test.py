@@ -84,6 +84,7 @@ def test_the_first_three_articles_follow_each_other_in_the_test_split(articles, 
     run = trained_run.loaded(base)
     tokens, _, _ = texts.read(run, "test", None)
     text = run.vocabulary.decode(tokens)
+    assert report["size"] is None  # The run was given: nothing of it is tiny.
     assert report["sampling"] == {"temperature": 1.0, "top_k": 40, "top_p": 1.0}
     for number, found in enumerate(report["texts"]):
         start = number * 44

@@ -69,15 +69,17 @@ def test_the_rate_is_chosen_in_validation_and_the_order_is_that_of_test():
         row("a", 0.2, 1.0, 3.0),  # The best in validation, though not on test.
         row("b", 0.1, float("nan"), 0.1),
         row("b", 0.2, 1.5, 2.0),
+        row("d", 0.1, float("nan"), float("nan")),  # It diverged, and is the last.
         row("c", 0.1, 0.0, 0.0, why="out of memory"),
     ]
     found = Found(systems.TINY, "bytes", rows)
-    assert [one.name for one in found.best()] == ["b-0.2", "a-0.2", "c-0.1"]
+    assert [one.name for one in found.best()] == ["b-0.2", "a-0.2", "d-0.1", "c-0.1"]
     best, rates = systems_tables.of(found)
-    *numbers, none = [line[5] for line in best.rows]
+    *numbers, _, none = [line[5] for line in best.rows]
     assert numbers == pytest.approx([2.885, 4.328], 1e-3) and none is None
     assert [line[1:] for line in rates.rows][1:] == [
         (None, pytest.approx(2.164, 1e-3)),
+        (None, None),
         (None, None),
     ]
 

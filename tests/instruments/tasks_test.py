@@ -102,6 +102,16 @@ def test_a_sequence_is_right_where_all_of_it_is(monkeypatch):
     assert fitting.accuracies(None, None, None, weights_BT) == (0.75, 0.5)
 
 
+def test_what_is_no_number_is_never_right():
+    """Its argmax is 0, a digit."""
+    model = bag(vocab_size=sequences.SYMBOLS)
+    batch, weights_BT = sequences.rows([([0, sequences.EQUALS], [0, 0])], 5)
+    params = jax.tree.map(
+        lambda x: np.full_like(x, np.nan), model.init(jax.random.key(0))
+    )
+    assert fitting.accuracies(model, params, batch, weights_BT) == (0.0, 0.0)
+
+
 def test_a_set_is_taught_in_epochs_and_now_and_then_anywhere():
     settings = lessons.Settings(batch_size=12, every=3)
     pairs = [([n], [n, 10 + n]) for n in range(4)]

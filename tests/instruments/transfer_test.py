@@ -163,7 +163,16 @@ def test_where_all_say_hidden_symbols(stored, monkeypatch):
     monkeypatch.setattr(source.run, "workdir", Place())
     monkeypatch.setattr(transfer_runs, "continued", continued := Continued(source))
     stored_sources[:] = [source]
+    read, steps = readings.read, []
+
+    def noted(*arguments):
+        steps.append(arguments[5] if len(arguments) > 5 else None)
+        return read(*arguments)
+
+    monkeypatch.setattr(readings, "read", noted)
     study = transfer._study(None, source, SIZES, ("softmax", "SMREG, redrawn"))
+    # A checkpoint is read by the draw that its last step was trained with.
+    assert steps[-4:] == [[1], [3]] * 2
     assert continued.asked[-1] == ("linformer", SIZES.source_steps)
     assert list(study["curves"]["softmax"]) == [0, 2, 4]
     # It diverged: what is known is shown, with the reason.

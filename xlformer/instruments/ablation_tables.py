@@ -96,30 +96,25 @@ def _gains(gains: Mapping[str, Sequence[float]]) -> Table:
 
 
 def of_runs(members: Sequence[Member], found: Mapping[str, Scores], unit: str) -> Table:
-    """One row for each run that was given."""
+    """One row for each run that was given; its scores at lengths are of one text."""
     name, _ = results.headline(0.0, unit)
     rows = []
     for member in members:
         scores = found[member.name]
-        length, score = None, None
+        initial, best, length = None, None, None
+        if scores.first in scores.by_length:
+            initial = statistics.fmean(scores.by_length[scores.first])
         if scores.by_length:
-            length, score = lengths_lib.best(scores.by_length)
-        trained = statistics.fmean(scores.trained)
+            length, best = lengths_lib.best(scores.by_length)
         model = member.run.config.model.name
-        rows.append(
-            (
-                member.name,
-                model,
-                member.parameters,
-                scores.first,
-                trained,
-                score,
-                length,
-            )
-        )
-    columns = ("run", "model", "parameters", "trained at", name, f"best {name}", "at")
-    return Table(f"{name} as trained, and at the best attention length", columns, rows,
-                 left=2)  # fmt: skip
+        about = member.name, model, member.parameters
+        segments = statistics.fmean(scores.trained)
+        rows.append((*about, scores.first, initial, best, length, segments))
+    columns = ("run", "model", "parameters", "trained at", "init", "best", "at")
+    title = (
+        f"{name} at the attention length of training, at best, and in whole segments"
+    )
+    return Table(title, (*columns, "segments"), rows, left=2)
 
 
 # Pictures -----------------------------------------------------------------------------

@@ -103,12 +103,13 @@ def resident_bytes() -> int | None:
     return _field("self", "VmRSS")
 
 
-def forget_peak() -> None:
-    """Lets `peak_bytes` of this process begin anew, where Linux allows it."""
+def forget_peak() -> bool:
+    """Lets `peak_bytes` of this process begin anew; whether Linux allows it."""
     try:
         pathlib.Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pass
+        return False
+    return True
 
 
 def _field(pid: int | str, name: str) -> int | None:

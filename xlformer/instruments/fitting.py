@@ -82,12 +82,14 @@ def programs(model: models.Model, rate: float, steps: int):
 
 @functools.partial(jax.jit, static_argnums=0)
 def right(model: models.Model, params, batch: dict) -> jax.Array:
-    """Whether each target is the likeliest symbol, [B, T]."""
+    """Whether each target is the likeliest symbol, [B, T]; of NaN none is."""
     targets_BT = batch["targets_BT"]
     given = {name: x for name, x in batch.items() if name != "targets_BT"}
     state = model.init_state(len(targets_BT))
     log_probs_BTV, _ = model.log_probs(params, **given, state=state)
-    return jnp.argmax(log_probs_BTV, axis=-1) == targets_BT
+    # Of numbers that are none argmax is 0, which is a digit.
+    finite_BT = ~jnp.isnan(log_probs_BTV).any(axis=-1)
+    return finite_BT & (jnp.argmax(log_probs_BTV, axis=-1) == targets_BT)
 
 
 @functools.partial(jax.jit, static_argnums=0)

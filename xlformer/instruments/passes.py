@@ -92,8 +92,8 @@ def _row(model, params, length: int, way: str, least_seconds: float) -> Row:
     # Threads start with the first pass, and keep some memory.
     jax.block_until_ready(program(*arguments))
     _give_back()
-    apart.forget_peak()
-    before = apart.resident_bytes()
+    # Else the peak would be that of what came before, such as compiling.
+    before = apart.resident_bytes() if apart.forget_peak() else None
     jax.block_until_ready(program(*arguments))
     peak = apart.peak_bytes()
     times: list[float] = []

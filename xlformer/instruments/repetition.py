@@ -18,10 +18,11 @@ def ngrams(items: Sequence[Hashable], n: int) -> list[tuple]:
 
 
 def distinct(items: Sequence[Hashable], n: int) -> float | None:
-    """Distinct n-grams as a share of all (Li et al. 2016, arXiv:1510.03055).
+    """Distinct n-grams as a share of all n-grams.
 
-    The rest is the share of n-grams that stand earlier in the text, too. It falls with
-    the length: only texts of equal length compare. None where there is no n-gram.
+    Li et al. 2016 (arXiv:1510.03055) divide by the words, n - 1 more. The rest is the
+    share of n-grams that stand earlier in the text, too. It falls with the length: only
+    texts of equal length compare. None where there is no n-gram.
     """
     found = ngrams(items, n)
     return len(set(found)) / len(found) if found else None

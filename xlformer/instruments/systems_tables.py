@@ -52,7 +52,12 @@ class Found:
         for row in self.rows:
             systems.setdefault(row.system, []).append(row)
         best = [min(rows, key=lambda row: row.validation) for rows in systems.values()]
-        return sorted(best, key=lambda row: self.test(row) or math.inf)
+
+        def place(row: Row) -> float:
+            score = self.test(row)
+            return math.inf if score is None or math.isnan(score) else score
+
+        return sorted(best, key=place)
 
     def test(self, row: Row) -> float | None:
         """Bits per byte, or perplexity; None where there is none."""

@@ -100,7 +100,9 @@ def _study(request: Request, source: Member, sizes: Sizes, kinds) -> dict:
         found = dict(begin)
         for step in checkpoints:
             run = runs.load(member.run.workdir, checkpoint=step)
-            arguments = run.model, run.params, objective, tokens, length, [step]
+            # By the draw of the last step that was trained.
+            drawn_at = [max(step - 1, 0)]
+            arguments = run.model, run.params, objective, tokens, length, drawn_at
             found[step] = readings.read(*arguments)[0].accuracy
         return found
 

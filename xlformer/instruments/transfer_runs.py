@@ -39,8 +39,7 @@ class Sizes:
     Attributes:
       config: of the run whose weights are read, where none is given.
       source_steps, steps: of that run, and of each that goes on from it.
-      redraw: steps that share a projection, of those that redraw; no multiple of it is
-        a checkpoint, which would be read by features that it was not trained with.
+      redraw: steps that share a projection, of those that redraw.
       points: checkpoints of each run.
       tokens: that are read, of the validation split.
       maps: of readings.MAPS, at step 0.

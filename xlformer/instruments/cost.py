@@ -48,7 +48,7 @@ MARKS = {"recurrent": "o-", "window": "s--", "recomputed": "D:"}
 
 
 def add_flags(parser) -> None:
-    parser.add_argument("--config", help="whose model, with random weights; enwik8_base")
+    parser.add_argument("--config", help="with random weights; enwik8_base")
     parser.add_argument("--lengths", help=f"of attention; {LENGTHS['small']}")
     parser.add_argument("--segment", type=int, help="tokens that are read at once; 128")
 

@@ -102,6 +102,9 @@ class Bundle:
     def read(self, name: str) -> np.ndarray:
         """The numbers of a variable; halves and bfloat16 widened to float32."""
         variable = self.variables[name]
+        if variable.dtype not in DTYPES:
+            line = f"{name} holds no numbers (dtype {variable.dtype})"
+            raise UserError(f"{self.prefix}.index: {line}")
         if not variable.parts:
             return self._array(name, variable)
         dtype = np.float32 if variable.dtype == BFLOAT16 else DTYPES[variable.dtype]
@@ -319,7 +322,13 @@ def _variable(key: bytes, data: bytes) -> Variable:
 
 
 def _check(name: str, found: Variable) -> None:
-    if min((*found.shape, found.offset, found.size)) < 0 or len(found.shape) > 32:
+    # An axis of zero makes nothing small that numpy has no place for.
+    least, most = min((*found.shape, 0)), math.prod(max(dim, 1) for dim in found.shape)
+    if (
+        min(least, found.offset, found.size) < 0
+        or most >= 1 << 48
+        or (len(found.shape) > 32)
+    ):
         raise ValueError(f"{name} has shape {found.shape} at byte {found.offset}")
     if found.dtype in DTYPES and not found.parts:
         size = math.prod(found.shape) * np.dtype(DTYPES[found.dtype]).itemsize

@@ -74,10 +74,9 @@ def _symbols(fields: dict) -> list[str]:
     if len(ids) != len(symbols):
         raise ValueError(f"{len(symbols)} symbols in idx2sym, {len(ids)} in sym2idx")
     for i, symbol in enumerate(symbols):
+        # Never shown by repr: what is no number may be of any size there.
         if type(ids.get(symbol)) is not int or ids[symbol] != i:
-            given = repr(ids.get(symbol))[:40]
-            line = f"symbol {i} in idx2sym is {symbol[:40]!r}, in sym2idx it is {given}"
-            raise ValueError(line)
+            raise ValueError(f"sym2idx has another number for {symbol[:40]!r} than {i}")
     return [_word(symbol) for symbol in symbols]
 
 

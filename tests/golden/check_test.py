@@ -11,6 +11,7 @@ from golden.comparison import Comparison, absolute, judge
 
 GOLDEN = pathlib.Path(__file__).parent
 ATTENTION = sorted(p.stem for p in GOLDEN.glob("attn*.npz"))
+TENSORFLOW = sorted(p.parent.name for p in GOLDEN.glob("tf_*/*.index"))
 HUGGING_FACE = sorted(p.name for p in GOLDEN.glob("hf_*"))
 NT_ASGD = GOLDEN / "nt_asgd.npz"
 
@@ -22,7 +23,7 @@ def agrees(name, **options):
 
 
 def test_the_golden_cases_are_all_here():
-    assert len(ATTENTION) == 11 and len(HUGGING_FACE) == 2
+    assert len(ATTENTION) == 11 and len(HUGGING_FACE) == 2 and len(TENSORFLOW) == 5
 
 
 # One of each form of attention: what the options compute is told in float64.
@@ -50,6 +51,16 @@ def test_transformer_xl_equals_the_original_in_float64(name):
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_transformer_xl_equals_hugging_faces_in_float32(name):
     assert agrees(name, float32=True).compared == 8
+
+
+@pytest.mark.parametrize("name", TENSORFLOW)
+def test_transformer_xl_equals_the_tensorflow_original(name):
+    """Attended zeros, mem_len + 1 keys, its epsilon, projections of every kind."""
+    assert agrees(name).compared >= 11
+
+
+def test_transformer_xl_equals_the_tensorflow_original_in_float32():
+    agrees("tf_unprojected_bin", float32=True)
 
 
 def test_nt_asgd_equals_torchs():

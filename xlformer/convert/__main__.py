@@ -13,7 +13,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from xlformer import command, runs
-from xlformer.convert import awd_lstm, hugging_face, nvidia, sha_rnn, transformer_xl
+from xlformer.convert import (
+    awd_lstm,
+    hugging_face,
+    nvidia,
+    sha_rnn,
+    tensorflow,
+    tensorflow_vocabulary,
+    transformer_xl,
+)
 from xlformer.convert.adopt import VOCAB_HELP, adopt, read_vocabulary
 from xlformer.convert.files import read_json, read_state
 from xlformer.data.documents import is_read_once
@@ -27,17 +35,36 @@ PROBE_TOKENS = 20_000
 DEFAULT_LENGTH = 64  # of a segment
 
 
+class Read(NamedTuple):
+    """What the reader of a format gives.
+
+    Attributes:
+      config, params: of the model.
+      hparams: the original's arguments.
+      vocabulary: where there is one beside the weights; or the file it is in, which is
+        read only where no other one is named.
+      step: of the training, where it is known.
+      note: a line to print in the end.
+    """
+
+    config: Any
+    params: Any
+    hparams: dict
+    vocabulary: Any = None
+    step: int = 0
+    note: str = ""
+
+
 class Format(NamedTuple):
     """A program whose weights are read.
 
     Attributes:
-      read: (source, FILE of hparams or None) -> config, params, hparams, and the
-        vocabulary where there is one beside the weights, else None.
+      read: (source, FILE of hparams or None) -> the fields of Read.
       length: which of its hparams is the length of a segment.
       about: for --help.
     """
 
-    read: Callable[[str, str | None], tuple[Any, Any, dict, Any]]
+    read: Callable[[str, str | None], tuple]
     length: str
     about: str
 
@@ -91,6 +118,17 @@ def _nvidia(source, named):
     return config, params, hparams, vocabulary
 
 
+def _tf(source, named):
+    given = read_json(pathlib.Path(named)) if named else {}
+    config, params, hparams, step = tensorflow.read(source, given)
+    beside = tensorflow_vocabulary.beside(tensorflow.prefix_of(source))
+    note = ""
+    if assumed := {k: v for k, v in hparams.items() if k not in given}:
+        listed = ", ".join(f"{name}={value}" for name, value in assumed.items())
+        note = f"as in the original's script for this size, or its default: {listed}"
+    return Read(config, params, hparams, beside, step, note=note)
+
+
 def _ours(source, named):
     if named:
         raise UserError(
@@ -108,6 +146,7 @@ FORMATS = {
     ),
     "hf": Format(_hf, "tgt_len", "Hugging Face's TransfoXL"),
     "nvidia": Format(_nvidia, "tgt_len", "checkpoints of NVIDIA's Transformer-XL"),
+    "tf": Format(_tf, "tgt_len", "the TensorFlow Transformer-XL's checkpoints (V2)"),
     "awd_lstm": Format(
         _state_dict(awd_lstm.from_awd_lstm, needs_hparams=False),
         "bptt",
@@ -150,7 +189,7 @@ def _main(argv) -> int:
     about = "; ".join(f"{name}: {found.about}" for name, found in FORMATS.items())
     parser.add_argument("--format", required=True, choices=list(FORMATS), help=about)
     for name, required, about in (
-        ("--source", True, "weights, or an hf or nvidia directory"),
+        ("--source", True, "weights; a directory of hf, nvidia or tf; PREFIX of tf"),
         ("--workdir", True, "new or empty"),
         ("--vocab", False, VOCAB_HELP),
         ("--hparams", False, "JSON of the original's arguments"),
@@ -165,8 +204,11 @@ def _main(argv) -> int:
     args, overrides = parser.parse_with_overrides(argv)
     vocabulary = read_vocabulary(args.vocab) if args.vocab else None
     found = FORMATS[args.format]
-    model_config, params, hparams, own = found.read(args.source, args.hparams)
-    vocabulary = vocabulary or own
+    read = Read(*found.read(args.source, args.hparams))
+    model_config, params = read.config, read.params
+    own = read.vocabulary
+    if vocabulary is None and own is not None:
+        vocabulary = read_vocabulary(own) if isinstance(own, str) else own
     if args.probe and is_read_once(args.probe):
         raise UserError(f"--probe={args.probe} is read twice, a pipe only once: a file")
     if args.probe and vocabulary is not None:
@@ -181,9 +223,12 @@ def _main(argv) -> int:
         params,
         args.workdir,
         vocabulary=vocabulary,
-        segment_length=_segment_length(hparams, found.length),
+        segment_length=_segment_length(read.hparams, found.length),
         overrides=overrides,
+        step=read.step,
     )
+    if read.note:
+        print(read.note)
     _probe(args, overrides)
     print(json.dumps({"workdir": args.workdir, "vocab_size": model_config.vocab_size}))
     return 0

@@ -11,7 +11,7 @@ from etils import epath
 
 from xlformer import config as config_lib
 from xlformer import models, runs, storage
-from xlformer.convert import vocab
+from xlformer.convert import tensorflow_vocabulary, vocab
 from xlformer.data import preparing, vocabularies
 from xlformer.data.vocabulary import CharVocabulary, Vocabulary, WordVocabulary
 from xlformer.errors import Argument, UserError
@@ -19,14 +19,22 @@ from xlformer.models.parameters import abstract_params
 from xlformer.runs.checkpoints import Checkpoints
 
 VOCAB_HELP = (
-    "vocabulary.json, or a symbol a line: words with <eos>, byte values, or characters"
+    "vocabulary.json, the TensorFlow original's cache.pkl, or a symbol a line: words "
+    "with <eos>, byte values, or characters"
 )
 
 
 def adopt(
-    model_config, params, workdir, *, vocabulary=None, segment_length=64, overrides=()
+    model_config,
+    params,
+    workdir,
+    *,
+    vocabulary=None,
+    segment_length=64,
+    overrides=(),
+    step=0,
 ):
-    """Writes config.json, vocabulary.json and one checkpoint, of step 0, in float32.
+    """Writes config.json, vocabulary.json and one checkpoint, in float32.
 
     Args:
       model_config, params: of any model that has a name, as the readers of this package
@@ -35,6 +43,7 @@ def adopt(
       vocabulary: symbols in the order of the weights' ids; None leaves it to the data.
       segment_length: of training and evaluation.
       overrides: 'a.b=v' of the written config, such as data.corpus=wikitext103.
+      step: of the training that made the weights.
     """
     # Parameters are kept in float32 here, whatever precision a file had.
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
@@ -42,7 +51,7 @@ def adopt(
     _check_size(config, vocabulary, model_config.vocab_size)
     workdir = _new_directory(workdir)
     with Checkpoints(workdir / runs.CHECKPOINTS) as checkpoints:
-        checkpoints.save(0, {"params": params}, config=config_lib.to_dict(config))
+        checkpoints.save(step, {"params": params}, config=config_lib.to_dict(config))
     try:
         if vocabulary is not None:
             text = vocabulary.to_json()
@@ -102,7 +111,9 @@ def _new_directory(workdir) -> epath.Path:
 
 
 def read_vocabulary(path: str) -> Vocabulary:
-    """Reads our JSON, or a text file with one symbol a line in the order of their ids.
+    """Reads our JSON, the TensorFlow original's cache.pkl, or a list of symbols.
+
+    A list is a text file with one symbol a line in the order of their ids.
 
     With `<eos>` among them the symbols are words. Different numbers below 256 are bytes
     (the original's enwik8), unless all of them are of one digit; all else are single
@@ -110,6 +121,8 @@ def read_vocabulary(path: str) -> Vocabulary:
     """
     if path.endswith(".json"):
         return vocabularies.load(path)
+    if path.endswith(".pkl"):
+        return tensorflow_vocabulary.read(path)
     try:
         # Not splitlines(), which also cuts at characters that may be symbols, such as
         # U+2028.

@@ -29,7 +29,7 @@ from xlformer.errors import UserError
 COMMANDS = ("run", "ls", "validate")
 # Where the program looks at its flags and at the files of tasks: what is wrong there it
 # raises as a plain error.
-OF_FLAGS = ("_cli", "config", "tasks")
+OF_FLAGS = ("_cli/", "config/", "tasks/", "evaluator.py")
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -53,8 +53,7 @@ def _main(argv: Sequence[str] | None) -> int:
     try:
         cli_evaluate()
     except (ValueError, TypeError, KeyError) as error:
-        folder = os.path.dirname(lm_eval.__file__)
-        if not _is_of(error, [os.path.join(folder, part) for part in OF_FLAGS]):
+        if not _is_of_flags(error, os.path.dirname(lm_eval.__file__)):
             raise
         raise UserError(f"lm_eval: {error}") from None
     finally:
@@ -62,10 +61,10 @@ def _main(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _is_of(error: Exception, folders: list[str]) -> bool:
-    """Whether it was raised by code in one of these folders."""
+def _is_of_flags(error: Exception, folder: str) -> bool:
+    """Whether it was raised in OF_FLAGS of this folder."""
     *_, last = traceback.extract_tb(error.__traceback__)
-    return any(last.filename.startswith(folder + os.sep) for folder in folders)
+    return last.filename.startswith(tuple(os.path.join(folder, p) for p in OF_FLAGS))
 
 
 def _completed(argv: list[str]) -> list[str]:

@@ -256,7 +256,7 @@ class Evaluator:
             yield self._rows.put(batch, axis=1)
 
     def _scored(
-        self, plan: Plan, tokens, first: int, nll_NBT, weights_NBT, greedy_NBT
+        self, plan: Plan, tokens, first: int, nll_NBT, weights_NBT=None, greedy_NBT=None
     ) -> Scored:
         """What counts of the nll of steps `first`, first + 1, ..., of all rows."""
         steps = range(first, first + self._steps)

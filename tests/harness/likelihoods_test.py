@@ -161,15 +161,23 @@ def test_a_model_without_memory_reads_with_a_window_that_slides():
     run = harness_runs.run(memory_length=0)
     one = answerer(memory_length=0)
     assert (one.settings.segment_length, one.settings.stride) == (5, 2)
+
+    def next_of(ids):  # The last two of each window are scored.
+        start = (len(ids) - 1) // 2 * 2
+        return log_probs(run, ids[max(0, start - 3) :])[-1]
+
     pair = LINE[:11], LINE[11:19]
-    ids = np.concatenate([one.texts.prefix, CHARS.encode("".join(pair))])
-    first, expected = 1 + len(pair[0]), 0.0
-    for start in range(0, len(ids) - 1, 2):
-        for i in range(max(start, first - 1), min(start + 2, len(ids) - 1)):
-            seen = ids[max(0, start - 3) : i + 2]
-            expected += naive(run, seen, len(seen) - 1)[0]
-    (found,) = one.loglikelihood(requests(pair))
-    assert found[0] == pytest.approx(expected, **TOLERANCE)
+    ids = CHARS.encode("\n" + "".join(pair))
+    first = 1 + len(pair[0])
+    expected = sum(next_of(ids[:i])[ids[i]] for i in range(first, len(ids)))
+    # What the model itself says at both places of a window.
+    said = [
+        (text, CHARS.decode([next_of(CHARS.encode("\n" + text)).argmax()]))
+        for text in ("".join(pair), "".join(pair)[:-1])
+    ]
+    found, *greedy = one.loglikelihood(requests(pair, *said))
+    assert found == (pytest.approx(expected, **TOLERANCE), False)
+    assert [is_greedy for _, is_greedy in greedy] == [True, True]
     plain = Answerer(run, EvalSettings(stride=0), mesh=ONE)
     assert plain.loglikelihood(requests(pair))[0][0] != found[0]
     with pytest.raises(UserError, match="a memory of 0 carries nothing"):

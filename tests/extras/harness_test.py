@@ -10,10 +10,10 @@ import harness_runs
 import pytest
 import trained_run
 
-# Read when these are imported.
+pytest.importorskip("lm_eval")
+# Read when what it needs is imported, by its first use.
 HOME = tempfile.TemporaryDirectory(prefix="xlformer-harness-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HOME.name}
-pytest.importorskip("lm_eval")
 
 from xlformer.errors import UserError  # noqa: E402
 from xlformer.harness import Answerer, __main__  # noqa: E402

@@ -19,6 +19,7 @@ EXTRAS = {
     "tokenizers": ["tokenizers>=0.20", "sentencepiece>=0.2"],
     "images": ["pillow>=10"],
     "convert": ["safetensors>=0.4"],
+    "harness": ["lm-eval>=0.4.13"],  # Needs no torch.
     "tensorboard": ["tensorboardX>=2.6"],
     "plot": ["matplotlib>=3.8"],
     "test": [

@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": ("bench", "times a model on the devices here"),
     "compare": ("compare", "measures what makes one model better than another"),
     "recl": ("recl", "says how much context models make use of"),
+    "harness": ("harness.__main__", "scores tasks of lm-evaluation-harness"),
     "report": ("report", "writes a page on runs, with pictures, to open from the disk"),
 }
 

@@ -42,6 +42,8 @@ class Evaluator:
       until they divide.
     objective: what is asked of each segment. What it hides is a function of the place
       in the text: the same whatever the rows, segments and devices are.
+    greedy: also finds which targets the model would say itself, `Scored.greedy_N`. It
+      costs `Model.log_probs` of each segment that has a target.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class Evaluator:
         steps: int | None = None,
         mesh: jax.sharding.Mesh | None = None,
         objective=NEXT_TOKEN,
+        greedy: bool = False,
     ):
-        self._model, self._objective = model, objective
+        self._model, self._objective, self._greedy = model, objective, greedy
         self._mesh = mesh or sharding.make_mesh({"data": 1})
         self._segment_length = segment_length
         self._rows = sharding.Rows(self._mesh, sharding.padded(batch_size, self._mesh))
@@ -178,18 +181,33 @@ class Evaluator:
             inputs_BT, targets_BT, weights_BT = self._objective.examples(
                 batch["inputs_BT"], batch["targets_BT"], key, batch.get("index_BT")
             )
+            about = {
+                "resets_BT": batch["resets_BT"],
+                "lengths_B": batch.get("lengths_B"),
+                "step": batch["step"],
+            }
+            before = state
             nll_BT, state, _ = self._model.apply(
-                params,
-                inputs_BT,
-                targets_BT,
-                state,
-                resets_BT=batch["resets_BT"],
-                lengths_B=batch.get("lengths_B"),
-                step=batch["step"],
+                params, inputs_BT, targets_BT, state, **about
             )
-            return state, (nll_BT, weights_BT)
+            greedy_BT = None
+            if self._greedy:
+                greedy_BT = jax.lax.cond(
+                    batch["has_targets"],
+                    lambda: self._is_greedy(
+                        params, inputs_BT, targets_BT, before, about
+                    ),
+                    lambda: jnp.zeros(targets_BT.shape, bool),
+                )
+            return state, (nll_BT, weights_BT, greedy_BT)
 
         return jax.lax.scan(body, state, batches)
+
+    def _is_greedy(self, params, inputs_BT, targets_BT, state, about):
+        """Whether generating at temperature 0 would give the target, [B, T]."""
+        log_probs_BSV, _ = self._model.log_probs(params, inputs_BT, state, **about)
+        T = targets_BT.shape[1]  # What leads is extended context.
+        return jnp.argmax(log_probs_BSV[:, -T:], axis=-1) == targets_BT
 
     def _get(self, params, state, batch):
         # Compiled by hand and kept by shapes, so that `compile` can come before a text
@@ -206,7 +224,7 @@ class Evaluator:
 
     def _batches(self, plan: Plan, tokens, documents, step: int) -> Iterator[Mapping]:
         """Yields the inputs of one call after the other, of this process's rows."""
-        mine = self._rows.mine
+        mine, whole = self._rows.mine, plan
         plan = dataclasses.replace(
             plan,
             start_B=plan.start_B[mine],
@@ -229,11 +247,17 @@ class Evaluator:
             only_before = not self._model.resets_in_segment
             if only_before and documents is None and not self._model.extended_length:
                 batch["resets_BT"] = batch["resets_BT"][:, :, :1]
+            if self._greedy:  # of any row, on whatever host
+                steps = range(first, first + self._steps)
+                scored = [rows_lib.targets_at(whole, k)[1].any() for k in steps]
+                batch["has_targets"] = np.array(scored)
             # An array, so that another checkpoint's step needs no other program.
             batch["step"] = np.full(self._steps, step, np.int32)
             yield self._rows.put(batch, axis=1)
 
-    def _scored(self, plan: Plan, tokens, first: int, nll_NBT, weights_NBT) -> Scored:
+    def _scored(
+        self, plan: Plan, tokens, first: int, nll_NBT, weights_NBT=None, greedy_NBT=None
+    ) -> Scored:
         """What counts of the nll of steps `first`, first + 1, ..., of all rows."""
         steps = range(first, first + self._steps)
         found = [rows_lib.targets_at(plan, step) for step in steps]
@@ -247,4 +271,5 @@ class Evaluator:
         # float64 before anything is summed: from 2^26 on a float32 has steps of 8, more
         # nats than most tokens have.
         nll_N = np.asarray(nll_NBT)[scored_NBT].astype(np.float64)
-        return Scored(index_N, np.asarray(tokens[index_N]), nll_N)
+        greedy_N = None if greedy_NBT is None else np.asarray(greedy_NBT)[scored_NBT]
+        return Scored(index_N, np.asarray(tokens[index_N]), nll_N, greedy_N)

@@ -23,11 +23,13 @@ class Scored(NamedTuple):
       index_N: where each target stands in the text.
       ids_N: its token.
       nll_N: its negative log-likelihood in nats, float64.
+      greedy_N: whether nothing is more probable; None where that was not asked.
     """
 
     index_N: np.ndarray
     ids_N: np.ndarray
     nll_N: np.ndarray
+    greedy_N: np.ndarray | None = None
 
 
 class Tally:

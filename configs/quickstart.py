@@ -13,6 +13,9 @@ Variant:  quickstart:positions=rotary, the same memory without the paper's encod
           1.846 bits per byte on 65,536 bytes of validation after training, where the
           paper's has 1.838 and, with another order of summation, 1.830 (what both print
           at step 3,200; one seed, 2026-11-22).
+          quickstart:optimizer=muon or adafactor, and quickstart:tail=0.25, which has a
+          constant rate and averages the last quarter of its steps: not run to the end
+          (docs/flags.md has 200 steps of muon).
 """
 
 from xlformer.config import default_config, shrink
@@ -22,8 +25,7 @@ PARAMETERS = 675_968
 
 STEPS = 3200  # at 0.040 s each on two cores
 LEARNING_RATE = 4e-3
-# Where another optimizer's is: see Variants.
-RATES = {"muon": 8e-3, "adafactor": 3e-2}
+RATES = {"muon": 8e-3, "adafactor": 3e-2}  # of which muon's alone was tried
 
 
 def get_config(debug=False, batch=0, positions="original", optimizer="adam", tail=0.0):

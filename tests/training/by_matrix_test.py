@@ -352,3 +352,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(name, tmp_path):
     line = refusal(train, other, killed, model=model)
     assert f"was trained with config.optimizer.name='{name}', now it is 'adam'" in line
     assert resume.differences(config, other)
+
+
+def test_quickstart_has_variants_that_use_them():
+    for name in ("muon", "adafactor"):
+        found = config_lib.load(f"quickstart:optimizer={name},debug").optimizer
+        assert found.name == name and found.learning_rate > 4e-3
+    found = config_lib.load("quickstart:tail=0.25")
+    assert found.train.tail_average == 0.25 and found.optimizer.schedule == "constant"

@@ -60,7 +60,7 @@ def muon(config, matrices: Callable) -> optax.GradientTransformation:
         structure, sides, tx = parts(params)
         updates, state = tx.update(updates, state, params)
         leaves = zip(jax.tree.leaves(updates), sides, strict=True)
-        # All singular values near 1: the longer side has that root mean square.
+        # Singular values near 1 make a root mean square of 1 / sqrt(the longer side).
         scaled = (
             u * (MUON_RMS * math.sqrt(max(_sizes(u, x)))) if x else u for u, x in leaves
         )

@@ -13,6 +13,9 @@ Variant:  quickstart:positions=rotary, the same memory without the paper's encod
           1.846 bits per byte on 65,536 bytes of validation after training, where the
           paper's has 1.838 and, with another order of summation, 1.830 (what both print
           at step 3,200; one seed, 2026-11-22).
+          quickstart:optimizer=muon or adafactor, and quickstart:tail=0.25, which has a
+          constant rate and averages the last quarter of its steps: not run to the end
+          (docs/flags.md has 200 steps of muon).
 """
 
 from xlformer.config import default_config, shrink
@@ -22,9 +25,10 @@ PARAMETERS = 675_968
 
 STEPS = 3200  # at 0.040 s each on two cores
 LEARNING_RATE = 4e-3
+RATES = {"muon": 8e-3, "adafactor": 3e-2}  # of which muon's alone was tried
 
 
-def get_config(debug=False, batch=0, positions="original"):
+def get_config(debug=False, batch=0, positions="original", optimizer="adam", tail=0.0):
     config = default_config(
         "transformer_xl",
         n_layer=3,
@@ -42,8 +46,10 @@ def get_config(debug=False, batch=0, positions="original"):
     config.data.corpus = "stdlib"
     config.train.update(steps=STEPS, batch_size=16, segment_length=64)
     config.train.update(log_every=50, eval_every=800, save_every=800)
-    config.optimizer.update(learning_rate=LEARNING_RATE, warmup_steps=100)
-    config.optimizer.schedule = "cosine_after_warmup"
+    rate = RATES.get(optimizer, LEARNING_RATE)
+    config.optimizer.update(name=optimizer, learning_rate=rate, warmup_steps=100)
+    config.optimizer.schedule = "constant" if tail else "cosine_after_warmup"
+    config.train.tail_average = tail
     config.eval.update(segment_length=64, batch_size=16)
     config.eval.max_tokens = 65_536  # in training: seconds, not a minute
     if debug:

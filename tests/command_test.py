@@ -365,6 +365,24 @@ def test_compiled_programs_lie_in_a_folder_of_ones_own(tmp_path, monkeypatch):
         compiled.own_folder()
 
 
+def test_a_program_that_was_kept_by_half_is_made_whole(tmp_path, monkeypatch):
+    """JAX writes no other one while there is one without its time of use."""
+    monkeypatch.setenv("XLFORMER_DATA", str(tmp_path))
+    folder = pathlib.Path(compiled.own_folder())
+    (folder / "jit_f-cache").write_bytes(b"program")
+    for name in ("jit_g-cache", "jit_g-atime", "jit_h-atime"):
+        (folder / name).write_bytes(b"as it was")
+    monkeypatch.setattr(compiled, "_named", lambda: "")
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    compiled.keep()
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["jit_f-atime", "jit_f-cache", "jit_g-atime", "jit_g-cache",
+                     "jit_h-atime"]  # fmt: skip
+    time = int.from_bytes((folder / "jit_f-atime").read_bytes(), "little")
+    assert time == (folder / "jit_f-cache").stat().st_mtime_ns
+    assert (folder / "jit_g-atime").read_bytes() == b"as it was"
+
+
 def test_a_cache_that_cannot_be_made_is_no_cache(monkeypatch, capsys):
     monkeypatch.setenv("XLFORMER_DATA", "/dev/null/x")
     monkeypatch.setattr(jax.config, "update", lambda *_: pytest.fail("a cache"))

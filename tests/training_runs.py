@@ -155,7 +155,7 @@ class StepRun:
 
     def __init__(self, config, model=None):
         self.config, self.model = config, model or bag()
-        self.optimizer = optimizers.build(config.optimizer)
+        self.optimizer = optimizers.build(config.optimizer, self.model.matrices)
         self.schedule = optimizers.learning_rate(config.optimizer, config.train.steps)
         self.function = steps.make_step(
             config, self.model, self.optimizer, self.schedule
@@ -213,7 +213,7 @@ def everything(config):
 
 def final_state(workdir, config, model):
     """(step, state, config) of the latest checkpoint of a run."""
-    optimizer = optimizers.build(config.optimizer)
+    optimizer = optimizers.build(config.optimizer, model.matrices)
     create = functools.partial(state.create, config, model, optimizer)
     abstract = jax.eval_shape(create, jax.random.key(0))
     return Checkpoints(workdir / "checkpoints", read_only=True).restore(abstract)

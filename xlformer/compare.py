@@ -20,7 +20,15 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from xlformer import command, compiled, instruments, pictures, sharding, storage
+from xlformer import (
+    command,
+    compiled,
+    instruments,
+    pictures,
+    runs,
+    sharding,
+    storage,
+)
 from xlformer.errors import Argument, UserError, did_you_mean
 from xlformer.instruments import members as members_lib
 from xlformer.instruments.instrument import SIZES, Instrument, Request, Result, Table
@@ -45,7 +53,7 @@ def _parser(prog: str, instrument: Instrument) -> command.Parser:
             type=command.place,
             help="of a run to measure; may be repeated",
         )
-        parser.add_argument("--checkpoint", default="best", help="best, latest, a step")
+        parser.add_argument("--checkpoint", default="best", help=runs.CHECKPOINT_HELP)
     if instrument.SEEDS:
         parser.add_argument("--seeds", type=int, help="runs of each kind, for a spread")
     instrument.add_flags(parser)

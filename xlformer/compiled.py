@@ -6,8 +6,10 @@ and a folder that another user could have filled is not used.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import pathlib
 import stat
 import sys
 
@@ -42,7 +44,25 @@ def keep() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     # JAX locks its cache with filelock before it removes any, and fails without it.
     if importlib.util.find_spec("filelock"):
+        _complete(folder)
         jax.config.update("jax_compilation_cache_max_size", LIMIT)
+
+
+def _complete(folder: str) -> None:
+    """Gives a time of use to each program that has none.
+
+    JAX looks at those of all programs before it writes another (jax 0.10.2), and fails
+    for one without: whoever was killed between the two files, or had no filelock, would
+    have every later start compile everything anew, with a warning for each program.
+    """
+    with os.scandir(folder) as entries:
+        found = {entry.name: entry for entry in entries}
+    for name, entry in found.items():
+        key = name.removesuffix("-cache")
+        if key != name and f"{key}-atime" not in found:
+            with contextlib.suppress(OSError):  # Another process removes some.
+                time = entry.stat().st_mtime_ns.to_bytes(8, "little")
+                pathlib.Path(folder, f"{key}-atime").write_bytes(time)
 
 
 def _named() -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from xlformer import fields as fields_lib
-from xlformer import models, storage
+from xlformer import models, storage, together
 from xlformer.data import recipes, stream
 from xlformer.errors import Argument, UserError, did_you_mean
 from xlformer.models import checks
@@ -28,9 +28,6 @@ from xlformer.models import checks
 FORMAT = 2
 # What 0.1.0 did where it had no field for it yet.
 BEFORE: dict[str, Any] = {"data.min_count": 1}
-
-# The schedule and the optimizer that do nothing without validations in training.
-VALIDATED = ("plateau", "nt_asgd")
 
 
 def default_config(model: str = "transformer_xl", **fields) -> ConfigDict:
@@ -87,7 +84,7 @@ def check(config: ConfigDict, model: models.Model | None = None) -> None:
     for section in fields_lib.TABLE:
         fields_lib.check_section(section, config[section] if section else config)
     recipes.check(config.data)
-    _check_together(config)
+    together.check(config)
     if model is not None:
         _check_objective(config.train.objective, model)
     if model is not None or config.own_model in ("", fields_lib.UNSAID):
@@ -96,64 +93,10 @@ def check(config: ConfigDict, model: models.Model | None = None) -> None:
         _check_reading(config, model)
 
 
-def _check_together(config: ConfigDict) -> None:
-    train, optimizer = config.train, config.optimizer
-    if train.batch_size % train.micro_batches:
-        raise UserError(
-            f"config.train.batch_size={train.batch_size} is not divisible by "
-            f"config.train.micro_batches={train.micro_batches}"
-        )
-    defaults = fields_lib.TABLE["optimizer"]
-    for field, users in fields_lib.ONLY_OF.items():
-        if optimizer[field] != defaults[field].default and optimizer.name not in users:
-            raise UserError(
-                f"config.optimizer.{field}={optimizer[field]} has no effect with "
-                f"{optimizer.name!r}; it belongs to {' and '.join(users)}"
-            )
-    if optimizer.name == "nt_asgd" and train.ema_decay:
-        raise UserError(
-            f"config.train.ema_decay={train.ema_decay} with config.optimizer.name="
-            "'nt_asgd', which keeps an average of its own"
-        )
-    goes_by = [x for x in (optimizer.schedule, optimizer.name) if x in VALIDATED]
-    if goes_by and not train.eval_every:
-        raise UserError(
-            f"config.train.eval_every=0 with {goes_by[0]!r} in config.optimizer, which "
-            "goes by the losses of validations: set eval_every"
-        )
-    if optimizer.length_scaled and not train.variable_length:
-        raise UserError(
-            "config.optimizer.length_scaled=True with config.train.variable_length="
-            "False: all segments have one length"
-        )
-    _check_decays(optimizer)
-
-
-def _check_decays(optimizer) -> None:
-    at, steps = optimizer.decay_at, optimizer.schedule == "steps"
-    if not all(type(x) in (int, float) and 0 < x < 1 for x in at) or list(at) != sorted(
-        set(at)
-    ):
-        raise UserError(
-            f"config.optimizer.decay_at={at!r:.80}: shares of the run, above 0, below "
-            "1, each above the one before"
-        )
-    if bool(at) != steps:
-        raise UserError(
-            f"config.optimizer.decay_at={at} with config.optimizer.schedule="
-            f"{optimizer.schedule!r}: only 'steps' has one, and it needs one"
-        )
-    factor = fields_lib.TABLE["optimizer"]["decay_factor"].default
-    if optimizer.decay_factor != factor and not steps:
-        raise UserError(
-            f"config.optimizer.decay_factor={optimizer.decay_factor} has no effect "
-            f"with schedule={optimizer.schedule!r}; it belongs to 'steps'"
-        )
-
-
 def keeps_average(config: ConfigDict) -> bool:
     """Whether a run keeps an average of its parameters, which is then what counts."""
-    return bool(config.train.ema_decay) or config.optimizer.name == "nt_asgd"
+    train, name = config.train, config.optimizer.name
+    return bool(train.ema_decay or train.tail_average) or name == "nt_asgd"
 
 
 def _check_objective(name: str, model: models.Model) -> None:

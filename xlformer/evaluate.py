@@ -32,7 +32,7 @@ def _parser() -> command.Parser:
     parser.add_argument("--split", help="train, validation (the default) or test")
     parser.add_argument("--text", type=command.place, help="score this file instead")
     parser.add_argument("--data_path", help="where the run's own text lies now")
-    parser.add_argument("--checkpoint", help="best (the default), latest or a step")
+    parser.add_argument("--checkpoint", help=f"{runs.CHECKPOINT_HELP} (best)")
     parser.add_argument(
         "--follow",
         action="store_true",

@@ -121,7 +121,16 @@ SCHEDULES = (
     "plateau",
     "steps",
 )
-OPTIMIZERS = ("adam", "adamw", "lamb", "lamb_sha_rnn", "sgd", "nt_asgd")
+OPTIMIZERS = (
+    "adam",
+    "adamw",
+    "lamb",
+    "lamb_sha_rnn",
+    "sgd",
+    "nt_asgd",
+    "muon",
+    "adafactor",
+)
 
 # Section -> name -> what it may be. '' is the top of the tree.
 TABLE: Mapping[str, Mapping[str, Field]] = {
@@ -187,6 +196,9 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         # Of the average of the parameters, free of the initial ones: after the first
         # step it is that step's. 0 keeps none.
         "ema_decay": _field(0.0, TAKEN, switch=True, **_RATIO),
+        # The last share of the steps, of whose parameters the mean is kept in the place
+        # of that average (tail averaging); 0 keeps none.
+        "tail_average": _field(0.0, TAKEN, switch=True, least=0, most=1),
         # Every so many steps; 0 validates and saves only at the end.
         "log_every": _field(100, FREE, least=0),
         "eval_every": _field(1000, TAKEN, least=0),
@@ -219,8 +231,8 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
         "b1": _field(0.9, TAKEN, **_RATIO),
         "b2": _field(0.999, TAKEN, **_RATIO),
         "epsilon": _field(1e-8, TAKEN, least=0),
-        # Which optimizers read these four says ONLY_OF. In adamw and lamb biases do
-        # not decay; in sgd and nt_asgd all do, as a part of the gradient (torch).
+        # Which optimizers read these four says ONLY_OF. Biases do not decay; but in sgd
+        # and nt_asgd, as a part of the gradient (torch), and in lamb_sha_rnn all do.
         "weight_decay": _field(0.0, TAKEN, least=0),
         "momentum": _field(0.0, TAKEN, switch=True, **_RATIO),
         # The least trust ratio of lamb_sha_rnn; 0 sets no floor.
@@ -265,7 +277,15 @@ TABLE: Mapping[str, Mapping[str, Field]] = {
 VISIBLE = ("memory_length", "clamp_length", "same_length")
 # Options of the optimizer that only some read: set for another one they are a mistake.
 ONLY_OF = {
-    "weight_decay": ("adamw", "lamb", "lamb_sha_rnn", "sgd", "nt_asgd"),
+    "weight_decay": (
+        "adamw",
+        "lamb",
+        "lamb_sha_rnn",
+        "sgd",
+        "nt_asgd",
+        "muon",
+        "adafactor",
+    ),
     "momentum": ("sgd",),
     "min_trust": ("lamb_sha_rnn",),
     "nonmonotone": ("nt_asgd",),

@@ -109,7 +109,7 @@ def _arguments(argv) -> argparse.Namespace:
         "--preset", choices=["paper"], help="512 context, top 40, 1,000"
     )
     parser.add_argument("--memory_length", type=int)
-    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    parser.add_argument("--checkpoint", default="best", help=runs.CHECKPOINT_HELP)
     parser.add_argument("--params", help="raw or ema; default: ema where it is kept")
     parser.add_argument("--mesh", default="data=-1", help=sharding.MESH_HELP)
     cores.add_flag(parser)

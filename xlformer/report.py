@@ -127,7 +127,7 @@ def _main(argv) -> int:
         help="of a run; may be repeated",
     )
     parser.add_argument("--out", required=True, type=command.place, help="a folder")
-    parser.add_argument("--checkpoint", default="best", help="best, latest, a step")
+    parser.add_argument("--checkpoint", default="best", help=runs.CHECKPOINT_HELP)
     parser.add_argument("--split", help="train, validation (the default) or test")
     parser.add_argument(
         "--tokens", type=int, default=TOKENS, help=f"to score, at most ({TOKENS:,})"

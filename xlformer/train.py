@@ -35,7 +35,7 @@ def _main(argv) -> int:
     parser.add_argument("--workdir", required=True, type=command.place)
     parser.add_argument(
         "--init_from",
-        metavar="DIR[:best|latest|STEP]",
+        metavar="DIR[:best|latest|average:N|STEP]",
         help="start from the weights, model and vocabulary of another run, or of a "
         "directory of convert",
     )

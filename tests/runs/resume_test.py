@@ -45,7 +45,7 @@ OTHER = {
 def config(**changes):
     found = config_lib.default_config(dropout=0.25, attention_dropout=0.25)
     found.data.corpus = "text"
-    found.train.update(ema_decay=0.5, spike_factor=2.0)
+    found.train.update(ema_decay=0.5, tail_average=0.5, spike_factor=2.0)
     found.optimizer.update(momentum=0.5, weight_decay=0.5, final_fraction=0.5)
     for name, value in changes.items():
         section, _, field = name.rpartition(".")
@@ -122,7 +122,13 @@ def test_what_may_change_of_a_model_and_of_the_data():
 
 
 @pytest.mark.parametrize(
-    "name", ["train.ema_decay", "optimizer.clip_norm", "optimizer.momentum"]
+    "name",
+    [
+        "train.ema_decay",
+        "train.tail_average",
+        "optimizer.clip_norm",
+        "optimizer.momentum",
+    ],
 )
 def test_what_has_arrays_of_its_own_cannot_be_switched(name):
     on, off = config(**{name: 0.25}), config(**{name: 0.0})
@@ -219,6 +225,7 @@ def test_a_model_of_ones_own_does_not_read_config_model():
 def test_what_0_2_0_sealed_without_a_word_of_its_model_goes_on_with_any():
     """Whether the weights are this model's their shapes say, when they are read."""
     adam = {"optimizer.weight_decay": 0.0, "optimizer.momentum": 0.0}
+    adam["train.tail_average"] = 0.0  # A run keeps one average.
     valid = functools.partial(config, **adam)
     said = config_lib.to_dict(valid())
     del said["own_model"]

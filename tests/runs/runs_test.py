@@ -93,10 +93,10 @@ def test_for_reading_changes_what_is_visible(base):
     ("which", "message"),
     [
         ("7", "there is no checkpoint of step 7; there are steps 1, 2"),
-        ("-1", "checkpoint='-1' is neither best, latest nor a step"),
+        ("-1", "checkpoint='-1' is neither best, latest, average:N nor a step"),
         ("newest", "checkpoint='newest' is neither"),
         ("²", "checkpoint='²' is neither"),
-        ("9" * 5000, "is neither best, latest nor a step"),
+        ("9" * 5000, "is neither best, latest, average:N nor a step"),
         ("", "checkpoint='' is neither"),
     ],
 )

@@ -163,7 +163,10 @@ def test_flags_of_generate(flags, message, refused, base):
         (("--batch_size=x",), "invalid int value: 'x'"),
         (("--memory_length=-5",), "--memory_length=-5 must not be negative"),
         (("--memory_length=3,-5",), "--memory_length=-5 must not be negative"),
-        (("--checkpoint=",), "--checkpoint= is neither best, latest nor a step"),
+        (
+            ("--checkpoint=",),
+            "--checkpoint= is neither best, latest, average:N nor a step",
+        ),
         (("--memory_length=3,",), "--memory_length=: expected int, as in 0"),
         (("--memory_length=",), "--memory_length=: expected int"),
         (("--memory_length=1e3",), "--memory_length=1e3: expected int"),

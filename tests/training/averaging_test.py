@@ -1,7 +1,9 @@
-"""NT-ASGD in a run: when it averages, what, at which rates, and what reads it.
+"""Averages in a run: when they begin, of what, at which rates, and what reads them.
 
 Against torch's own numbers it is compared in golden/check_test.py.
 """
+
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +200,79 @@ def test_the_average_lies_where_the_parameters_do():
     assert set(rest) == {sharding.replicated(mesh)} and len(rest) == 5
 
 
+# The tail of a run -------------------------------------------------------------------
+
+
+def test_the_tails_average_is_the_mean_of_the_parameters_after_its_steps():
+    """Of 17 steps the last 8; one of them is dropped, and is in no mean."""
+    config = small_config(skip_nonfinite=True, tail_average=0.45)
+    run = StepRun(config, bag(nan_steps=(11,)))
+    states, _ = run.states(17)
+    for found in states[:10]:
+        assert_same(found.ema, found.params)
+        assert int(found.tail.count) == 0
+    taken = [10, 11, 13, 14, 15, 16, 17]
+    for k in range(10, 18):
+        iterates = [states[n].params for n in taken if n <= k]
+        assert int(states[k].tail.count) == len(iterates)
+        mean = jax.tree.map(
+            lambda *x: np.mean(x, axis=0, dtype=np.float64).astype(np.float32),
+            *iterates,
+        )
+        assert_close(states[k].ema, mean, atol=0, rtol=2e-6)
+    assert_same(states[12].ema, states[11].ema)
+
+
+def test_a_run_with_another_tail_begins_its_average_anew():
+    tail = averaging.Tail(jnp.int32(0), jnp.int32(6))
+    counts = []
+    for step, start in [(5, 6), (6, 6), (7, 6), (8, 12), (11, 12), (12, 12), (13, 9)]:
+        tail = averaging.tail_stepped(tail, step, start)
+        counts.append(int(tail.count))
+    assert counts == [0, 1, 2, 0, 0, 1, 1]
+    section = config_lib.default_config().train
+    for share, total, start in ((0.25, 1000, 750), (1.0, 7, 0), (1e-9, 7, 6)):
+        section.update(tail_average=share, steps=total)
+        assert averaging.tail_start(section) == start
+
+
+@pytest.fixture(scope="module")
+def tailed(tmp_path_factory):
+    """A run of 24 steps that averages the last 12, and all of its checkpoints."""
+    text = write_text(tmp_path_factory.mktemp("text") / "text.txt")
+    config = text_config(text, tail_average=0.5, keep=4, segments_per_call=2)
+    config.train.update(save_every=6, eval_every=12)
+    config.data.directory = str(text.parent / "prepared")
+    workdir = tmp_path_factory.mktemp("tailed")
+    train(config, workdir, model=bag(vocab_size=SYMBOLS))
+    return config, workdir
+
+
+@pytest.mark.parametrize("killed_at", [6, 18])
+def test_a_run_killed_before_or_in_its_tail_goes_on_to_the_same_bits(
+    tailed, killed_at, tmp_path
+):
+    config, whole = tailed
+    expected = state_of(whole, config)
+    assert int(expected.tail.count) == 12 and int(expected.tail.start) == 12
+    workdir = shutil.copytree(whole, tmp_path / "killed")
+    for path in (workdir / runs.CHECKPOINTS).iterdir():
+        if path.name.isdigit() and int(path.name) > killed_at:
+            shutil.rmtree(path)
+    train(config, workdir, model=bag(vocab_size=SYMBOLS))
+    assert_same(state_of(workdir, config), expected)
+
+
+def test_what_reads_a_run_with_a_tail_reads_its_average(tailed):
+    config, workdir = tailed
+    expected, model = state_of(workdir, config), bag(vocab_size=SYMBOLS)
+    for params, tree in ((None, expected.ema), ("raw", expected.params)):
+        found = runs.load(workdir, checkpoint="latest", params=params, model=model)
+        assert found.averaged == (params is None)
+        assert_same(found.params, tree)
+    assert (expected.ema["table_VV"] != expected.params["table_VV"]).any()
+
+
 # What cannot be -----------------------------------------------------------------------
 
 
@@ -205,6 +280,12 @@ def test_the_average_lies_where_the_parameters_do():
     ("overrides", "message"),
     [
         (["name=nt_asgd", "train.ema_decay=0.5"], "ema_decay=0.5 with .*'nt_asgd'"),
+        (["name=nt_asgd", "train.tail_average=0.5"], "tail_average=0.5 with .*nt_asgd"),
+        (
+            ["train.ema_decay=0.5", "train.tail_average=0.5"],
+            "config.train.ema_decay=0.5 and config.train.tail_average=0.5: .* one",
+        ),
+        (["train.tail_average=1.5"], "tail_average=1.5 must be at least 0 and at most"),
         (["nonmonotone=3"], "nonmonotone=3 has no effect with 'adam'"),
         (["name=nt_asgd", "nonmonotone=0"], "nonmonotone=0 must be at least 1"),
         (["name=nt_asgd", "momentum=0.5"], "momentum=0.5 has no effect with 'nt_asgd'"),

@@ -97,7 +97,9 @@ def test_what_is_no_start(text, tmp_path, capsys, monkeypatch):
     line = error(capsys, text, workdir, "--init_from=")
     assert "--init_from= names no directory" in line
     line = error(capsys, text, workdir, f"--init_from={SOURCE}:beste")
-    assert f"after {SOURCE}: stands best, latest or a step, not 'beste'" in line
+    assert (
+        f"after {SOURCE}: stands best, latest, average:N or a step, not 'beste'" in line
+    )
     (tmp_path / runs.CONFIG).write_text("{")  # The other spelling of the flag.
     line = error(capsys, text, workdir, f"--config.init_from={tmp_path}")
     assert f"error: --init_from={tmp_path}: {tmp_path / runs.CONFIG} is not a" in line
@@ -136,6 +138,8 @@ def test_weights_alone_are_no_run_to_go_on_with(text, tmp_path, capsys):
         ("a:b:best", "a:b", "best"),
         ("gs://bucket/run", "gs://bucket/run", "best"),
         ("gs://bucket/run:17", "gs://bucket/run", "17"),
+        ("gs://bucket/run:average:4", "gs://bucket/run", "average:4"),
+        ("runs/book:average", "runs/book:average", "best"),
     ],
 )
 def test_a_suffix_is_one_only_if_it_names_a_checkpoint(name, workdir, checkpoint):
@@ -197,6 +201,14 @@ def test_what_is_unknown_is_said():
         "40.0% of the training tokens are <unk>" in start.lines(config, run, found)[1]
     )
     assert len(start.lines(config, run, prepared(here, "a b\n"))) == 1
+
+
+def test_a_start_from_a_mean_says_of_which_steps():
+    config = config_lib.load("text:path=a.txt,unit=chars,debug")
+    config.init_from = "DIR:average:2"
+    run = runs.Run("DIR", config, None, None, count_chars([b"ab"]), 7, True, (5, 7))
+    (line,) = start.lines(config, run, prepared(run.vocabulary, "ab"))
+    assert "of steps 5, 7, their mean, of DIR:average:2 (their average);" in line
 
 
 def test_other_symbols_are_refused():

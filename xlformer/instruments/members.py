@@ -50,6 +50,7 @@ class Member:
             "workdir": os.fspath(self.run.workdir),
             "model": self.run.config.model.name,
             "step": self.run.step,
+            **({"steps_averaged": self.run.mean_of} if self.run.mean_of else {}),
             "parameters": self.parameters,
         }
 

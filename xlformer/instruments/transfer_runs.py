@@ -155,12 +155,14 @@ def continued(
     _keep(config, steps, sizes.points)
     # One source or another: what goes on from it has a folder of its own.
     origin = f"{os.path.realpath(source.run.workdir)}:{source.run.step}"
+    if source.run.mean_of:
+        origin += f":{source.run.checkpoint}"
     folder = request.runs / f"from-{hashlib.sha256(origin.encode()).hexdigest()[:8]}"
     name = f"{kind.replace(', ', '-').replace(' ', '_')}-{steps}"
     if kind in (FRESH, LINFORMER):
         config_lib.set_fields(config, overrides)
     else:
-        place = f"{os.fspath(source.run.workdir)}:{source.run.step}"
+        place = f"{os.fspath(source.run.workdir)}:{source.run.checkpoint}"
         config = start.with_model(config, place, folder / name, overrides)
     return members_lib.trained(name, config, folder)
 

@@ -28,6 +28,13 @@ PARAM_AXES = {
     "attention/u": ("heads", None),
     "attention/v": ("heads", None),
 }
+# The two sides of the matrices among them: see models.sides. Queries, keys and values
+# are three.
+MATRICES = {
+    "attention/qkv": ((0,), (2, 3)),
+    "attention/output": ((0, 1), (2,)),
+    "attention/position": ((0,), (1, 2)),
+}
 
 
 class Attention(nn.Module):

@@ -20,6 +20,12 @@ PARAM_AXES = {
     "boom/kernel": ("embed", None, "mlp"),
     "boom/bias": (None, "mlp"),
 }
+# The two sides of the matrices among them: see models.sides.
+MATRICES = {
+    "feed_forward/in_kernel": ((0,), (1,)),
+    "feed_forward/out_kernel": ((0,), (1,)),
+    "boom/kernel": ((0,), (1, 2)),
+}
 
 
 def layer_norm(x: jax.Array, scale_D, bias_D, epsilon: float) -> jax.Array:

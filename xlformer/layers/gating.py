@@ -26,6 +26,16 @@ PARAM_AXES = {
         ("bias", (None,)),
     )
 }
+# The two sides of the six matrices: see models.sides.
+MATRICES = {
+    f"{module}/{name}": sides
+    for module in ("attention_gate", "feed_forward_gate")
+    for name, sides in (
+        ("new_kernel", ((0,), (2,))),
+        ("residual_kernel", ((0,), (2,))),
+        ("reset_kernel", ((0,), (1,))),
+    )
+}
 
 
 class Weights(NamedTuple):

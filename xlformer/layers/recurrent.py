@@ -24,6 +24,11 @@ PARAM_AXES = {
     "lstm/input_bias": (None, "mlp"),
     "lstm/hidden_bias": (None, "mlp"),
 }
+# The two sides of the matrices among them, one for each gate: see models.sides.
+MATRICES = {
+    "lstm/input_kernel": ((0,), (2,)),
+    "lstm/hidden_kernel": ((0,), (2,)),
+}
 
 
 class LSTMState(NamedTuple):

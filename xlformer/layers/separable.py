@@ -28,6 +28,11 @@ PARAM_AXES = {
     "separable/out_depthwise": (None, "mlp"),
     "separable/out_kernel": ("mlp", "embed"),
 }
+# The two sides of the matrices among them: see models.sides.
+MATRICES = {
+    "separable/in_kernel": ((0,), (1,)),
+    "separable/out_kernel": ((0,), (1,)),
+}
 
 
 def depthwise(x_BTF, kernel_WF, start_BT=None, context_BCF=None, *, causal=True):

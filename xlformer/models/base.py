@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from xlformer.errors import Argument, UserError
+from xlformer.models import sides
 
 
 class Aux(NamedTuple):
@@ -324,6 +325,15 @@ class Model:
         sharding.RULES says which names a mesh splits. By default nothing is split.
         """
         return jax.tree.map(lambda leaf: (None,) * len(leaf.shape), params)
+
+    def matrices(self, params):
+        """A tree of sides.Sides, the axes of matrices, with None for other leaves.
+
+        Optimizers that treat matrices by themselves ask for it (Muon). None is what is
+        no matrix, or not within the model: biases, norms, embeddings, softmax. By
+        default a leaf of two axes is one, not counting that of stacked layers.
+        """
+        return sides.of_two_axes(params)
 
     def flops(
         self,

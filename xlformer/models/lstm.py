@@ -32,7 +32,7 @@ from xlformer.kernels.dropout import bernoulli, fold
 from xlformer.layers import adaptive, recurrent
 from xlformer.layers.adaptive import Bins
 from xlformer.layers.recurrent import LSTMState, Masks, Rates, Weights
-from xlformer.models import checks, parameters
+from xlformer.models import checks, parameters, sides
 from xlformer.models.base import Aux
 from xlformer.models.tokens import WORDS_KEY, TokenModel, Tokens
 
@@ -250,6 +250,9 @@ class LSTM(TokenModel):
 
     def param_axes(self, params):
         return parameters.param_axes(params, adaptive.PARAM_AXES | recurrent.PARAM_AXES)
+
+    def matrices(self, params):
+        return sides.by_name(params, recurrent.MATRICES)
 
     def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
         config, tensor = self.config, mesh.shape["tensor"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import jax
+
+from xlformer.models.sides import end, is_stacked
 
 if TYPE_CHECKING:
     from xlformer.models.base import Model
@@ -25,12 +26,9 @@ def param_axes(params, table: Mapping[str, tuple]):
     """
 
     def name(path, leaf):
-        # The last two parts of the path identify a parameter; a model may nest its
-        # modules as it likes above them.
-        keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
-        last = "/".join(re.sub(r"_\d+$", "", key) for key in keys[-2:])
-        names = table.get(last, (None,) * (len(leaf.shape) - ("layers" in keys)))
-        return (None,) * ("layers" in keys) + tuple(names)
+        stacked = is_stacked(path)
+        names = table.get(end(path), (None,) * (len(leaf.shape) - stacked))
+        return (None,) * stacked + tuple(names)
 
     return jax.tree_util.tree_map_with_path(name, params)
 

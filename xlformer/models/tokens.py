@@ -165,6 +165,13 @@ class TokenModel(Model):
     def dtype(self, params=None):
         return compute_dtype(getattr(self.config, "dtype", "auto"), params)
 
+    def matrices(self, params):
+        """Those of the trunk alone: Muon leaves embedding and softmax to Adam."""
+        none = jax.tree.map(lambda _: None, params)
+        return none | super().matrices(
+            {k: params[k] for k in ("trunk",) if k in params}
+        )
+
     def init(self, key: jax.Array):
         """Fresh parameters: the bare tree, without Flax's 'params' level, float32."""
         # No parameter's shape depends on the number of rows or tokens: one will do.

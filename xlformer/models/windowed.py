@@ -91,6 +91,9 @@ class Windowed(Model):
     def param_axes(self, params):
         return self.config.model.param_axes(params)
 
+    def matrices(self, params):
+        return self.config.model.matrices(params)
+
     def init_state(self, batch_size: int, dtype=None) -> Window:
         del dtype
         ids_BM = jnp.zeros((batch_size, self.memory_length), jnp.int32)

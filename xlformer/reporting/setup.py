@@ -23,14 +23,23 @@ def runs(subject: Subject) -> Section:
     return Section("runs", "Runs", [*_comparable(subject), table])
 
 
+def weights(run) -> dict:
+    """Which parameters of a run were read."""
+    steps = {"mean of steps": ", ".join(map(str, run.mean_of))} if run.mean_of else {}
+    return {
+        "step": run.step,
+        **steps,
+        "weights": "average (ema)" if run.averaged else "raw",
+    }
+
+
 def _facts(subject: Subject, member) -> dict:
     run, vocabulary = member.run, member.run.vocabulary
     train = run.config.train
     facts = {
         "model": run.config.own_model or run.config.model.name,
         "parameters": member.parameters,
-        "step": run.step,
-        "weights": "average (ema)" if run.averaged else "raw",
+        **weights(run),
         "tokens read": run.step * train.batch_size * train.segment_length,
         "batch × segment": f"{train.batch_size} × {train.segment_length}",
         "carries": carries(run.model),

@@ -1,12 +1,14 @@
 """A work directory: reading it, writing it, and what keeps it whole."""
 
 from xlformer.runs.reading import (
+    CHECKPOINT_HELP,
     CHECKPOINTS,
     CONFIG,
     EVALUATION,
     EVALUATIONS,
     VOCABULARY,
     Run,
+    is_checkpoint,
     is_step,
     load,
     names_data,
@@ -17,12 +19,14 @@ from xlformer.runs.reading import (
 )
 
 __all__ = [
+    "CHECKPOINT_HELP",
     "CHECKPOINTS",
     "CONFIG",
     "EVALUATION",
     "EVALUATIONS",
     "Run",
     "VOCABULARY",
+    "is_checkpoint",
     "is_step",
     "load",
     "names_data",

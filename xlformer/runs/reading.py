@@ -22,12 +22,14 @@ from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import Argument, UserError
 from xlformer.fields import UNSAID
 from xlformer.models.parameters import abstract_params
-from xlformer.runs import resume
+from xlformer.runs import averages, resume
 from xlformer.runs.checkpoints import Checkpoints
 
 CONFIG, VOCABULARY, CHECKPOINTS = "config.json", "vocabulary.json", "checkpoints"
 EVALUATION = "evaluation-"  # how the names of evaluate's newest results begin
 EVALUATIONS = "evaluations"  # all of them; see cards.py
+AVERAGE = "average:"  # how a checkpoint is named that is the mean of the last ones
+CHECKPOINT_HELP = "best, latest, a step, or average:N, the mean of the last N"
 _log = logging.getLogger(__name__)
 
 
@@ -42,6 +44,13 @@ class Run:
     vocabulary: Vocabulary
     step: int
     averaged: bool  # whether params is the average of the run's
+    # Steps of the checkpoints whose mean params is, where average:N was asked for.
+    mean_of: tuple[int, ...] = ()
+
+    @property
+    def checkpoint(self) -> str:
+        """What `load` is told to read the same again, while no more is trained."""
+        return f"{AVERAGE}{len(self.mean_of)}" if self.mean_of else str(self.step)
 
 
 def read_config(workdir) -> ConfigDict:
@@ -98,7 +107,8 @@ def load(
 
     Args:
       workdir: of `xlformer.train` or `xlformer.convert`.
-      checkpoint: best, latest or a step; best is the latest where none was validated.
+      checkpoint: best, latest, a step, or average:N, which is the mean of the
+        parameters of the last N; best is the latest where none was validated.
       params: raw or ema; None is ema where the run keeps one, which is also what its
         validation scored.
       mesh: where the parameters shall lie; by default on the first device. It need not
@@ -114,8 +124,8 @@ def load(
     results = [p.name for p in workdir.iterdir() if p.name.startswith(EVALUATION)]
     refuse_links(workdir, [*results, EVALUATIONS])
     checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
-    step = _step(checkpoints, checkpoint)
-    config = _sealed(workdir, checkpoints, step, latest)
+    steps = _steps(checkpoints, checkpoint, latest)
+    config = _sealed(workdir, checkpoints, steps[0], latest)
     vocabulary = _vocabulary(workdir, config)
     model = _model(workdir, config, vocabulary, model)
     name = _params(config, params)
@@ -125,8 +135,36 @@ def load(
     mesh = mesh or sharding.make_mesh({"data": 1})
     placed = sharding.parameters(mesh, abstract, model.param_axes(abstract))
     abstract = sharding.with_shardings(abstract, placed)
-    found = checkpoints.restore_params(step, {name: abstract})[name]
-    return Run(workdir, config, model, found, vocabulary, step, name == "ema")
+
+    def read(step):
+        return checkpoints.restore_params(step, {name: abstract})[name]
+
+    is_mean = str(checkpoint).startswith(AVERAGE)
+    if is_mean:
+        _check_one_run(checkpoints, steps, config, checkpoint)
+    return Run(
+        workdir,
+        config,
+        model,
+        averages.mean(read, steps) if is_mean else read(steps[0]),
+        vocabulary,
+        steps[0],
+        name == "ema",
+        tuple(reversed(steps)) if is_mean else (),
+    )
+
+
+def _check_one_run(checkpoints, steps, config: ConfigDict, which: str) -> None:
+    """Raises UserError where the mean would be of parameters that differ in meaning."""
+    for step in steps[1:]:
+        where = f"{checkpoints.directory}: config of step {step}"
+        other = config_lib.from_dict(checkpoints.config(step), where=where)
+        for line in resume.differences(other, config)[:1]:
+            raise UserError(
+                Argument("checkpoint", which),
+                f": the configs in {checkpoints.directory} differ: step {steps[0]} has "
+                f"{line}, at step {step}",
+            )
 
 
 def _model(workdir, config, vocabulary: Vocabulary, own: models.Model | None):
@@ -158,7 +196,10 @@ def _params(config, which: str | None) -> str:
     if which not in ("raw", "ema"):
         raise UserError(Argument("params", which), " is neither raw nor ema")
     if which == "ema" and not config_lib.keeps_average(config):
-        line = " but the run has config.train.ema_decay=0.0"
+        line = (
+            " but the run has config.train.ema_decay=0.0 and "
+            "config.train.tail_average=0.0"
+        )
         raise UserError(Argument("params", "ema"), line)
     return {"raw": "params", "ema": "ema"}[which]
 
@@ -168,7 +209,8 @@ def read_sealed(workdir, checkpoint: str = "best") -> ConfigDict:
     workdir = storage.path(workdir)
     latest = read_config(workdir)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
-    return _sealed(workdir, checkpoints, _step(checkpoints, checkpoint), latest)
+    step = _steps(checkpoints, checkpoint, latest)[0]
+    return _sealed(workdir, checkpoints, step, latest)
 
 
 def read_vocabulary(workdir, checkpoint: str = "best") -> Vocabulary:
@@ -209,15 +251,52 @@ def names_data(config: ConfigDict) -> bool:
     return config.data.corpus != "text" or bool(config.data.path)
 
 
-def _step(checkpoints: Checkpoints, which: str | int) -> int | None:
+def _steps(checkpoints, which: str | int, config: ConfigDict) -> list:
+    """The step that `which` names; of average:N the last N, the newest first."""
     which = str(which)
+    if which.startswith(AVERAGE):
+        return _last(checkpoints, which, config.train)
     if which in ("best", "latest"):
         best = checkpoints.best() if which == "best" else None
-        return agreed(checkpoints.latest() if best is None else best)
+        return [agreed(checkpoints.latest() if best is None else best)]
     if not is_step(which):
-        line = " is neither best, latest nor a step"
+        line = f" is neither best, latest, {AVERAGE}N nor a step"
         raise UserError(Argument("checkpoint", which), line)
-    return int(which)
+    return [int(which)]
+
+
+def _last(checkpoints, which: str, train) -> list[int]:
+    """The steps of average:N; train: the section of the config of the latest start."""
+    named, text = Argument("checkpoint", which), which.removeprefix(AVERAGE)
+    if not is_step(text) or not int(text):
+        raise UserError(named, f": N of {AVERAGE}N is a whole number, at least 1")
+    wanted, there = int(text), checkpoints.steps()
+    # The best one is kept beside them: between it and them some may be gone.
+    if wanted > train.keep:
+        raise UserError(
+            named,
+            f": the run keeps its last {train.keep} checkpoints "
+            f"(config.train.keep={train.keep}), train with config.train.keep={wanted} "
+            "or more",
+        )
+    # All hosts go by what the first one sees.
+    count = agreed(len(there))
+    if wanted > count:
+        shown = f": steps {', '.join(map(str, there))}" if there else ""
+        raise UserError(
+            named,
+            f": there are {count} checkpoints in {checkpoints.directory}{shown} "
+            f"(config.train.save_every={train.save_every})",
+        )
+    last = [None] * (wanted - len(there)) + there[-wanted:]
+    return [agreed(step) for step in reversed(last)]
+
+
+def is_checkpoint(which: str) -> bool:
+    """Whether a text names a checkpoint as `load` takes it."""
+    if which in ("best", "latest"):
+        return True
+    return is_step(which.removeprefix(AVERAGE))
 
 
 def is_step(which: str) -> bool:

@@ -29,6 +29,7 @@ ENTRY = (
     "payload_sha256",
     "tokens_scored",
     "step",
+    "steps_averaged",
     "params",
     "segment_length",
     "stride",

@@ -194,6 +194,7 @@ def _of_run(run: runs.Run) -> dict:
         "run": run.config.name,
         "workdir": str(run.workdir),
         "step": run.step,
+        **({"steps_averaged": [*run.mean_of]} if run.mean_of else {}),
         "params": "ema" if run.averaged else "raw",
         "parameters": sum(x.size for x in jax.tree.leaves(run.params)),
         "seed": run.config.seed,

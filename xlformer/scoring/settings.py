@@ -25,7 +25,7 @@ class EvalSettings:
       text: a file to score in place of a split.
       data_path: where the run's own text lies now, if it is neither prepared nor at
         config.data.path.
-      checkpoint: best, latest or a step.
+      checkpoint: best, latest, a step, or average:N (the mean of the last N).
       params: raw or ema; None is ema where the run keeps one.
       segment_length: tokens; None is that of config.eval, as for all that follow.
       memory_length: tokens that each layer sees; -1 is the model's.

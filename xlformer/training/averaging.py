@@ -1,4 +1,6 @@
-"""NT-ASGD: plain SGD until validations get no better, then the average of its iterates.
+"""Averages of iterates: NT-ASGD's, and that of a run's tail.
+
+NT-ASGD is plain SGD until validations get no better, then the average of its iterates.
 
 Merity, Keskar & Socher (2018), algorithm 1, as AWD-LSTM's program has it: a validation
 switches if its loss exceeds the least of all but the last n before it. From then on
@@ -7,7 +9,11 @@ are no paper's: the average leaves out the first iterate after the switch (after
 it is the mean of iterates 2 to t, after step 1 it is iterate 1), and a rate takes
 effect one step late (the first step has its own).
 
-The average itself is TrainState.ema, which are the parameters until the switch: so what
+The tail's average is the mean of the parameters after each of the last steps, a share
+of the run (Jain et al. 2018, JMLR 18:223): each counts the same, what came before not
+at all.
+
+The average itself is TrainState.ema, which are the parameters until it begins: so what
 is validated, read and sampled is the average wherever there is one.
 """
 
@@ -84,3 +90,45 @@ def stepped(averaging: Averaging, scheduled) -> Averaging:
         count=averaging.count + averaging.triggered.astype(jnp.int32),
         rate=jnp.asarray(scheduled, averaging.rate.dtype),
     )
+
+
+# The tail of a run -------------------------------------------------------------------
+
+
+class Tail(NamedTuple):
+    """What is known of the average over a run's tail; lives in the TrainState.
+
+    Attributes:
+      count: steps whose parameters are in it.
+      start: after how many steps it begins. A run that is told to begin it elsewhere,
+        because its share or the steps of the run have changed, begins it anew.
+    """
+
+    count: jax.Array
+    start: jax.Array
+
+
+def tail_start(train) -> int:
+    """After how many steps the average begins; train: the section of a config.
+
+    At least the last step is in it.
+    """
+    return train.steps - max(1, round(train.tail_average * train.steps))
+
+
+def tail_init(train) -> Tail:
+    """Before the first step."""
+    return Tail(jnp.zeros((), jnp.int32), jnp.int32(tail_start(train)))
+
+
+def tail_stepped(tail: Tail, step, start: int) -> Tail:
+    """After a step before which `step` were taken."""
+    count = jnp.where(tail.start == start, tail.count, 0)
+    return Tail(
+        jnp.where(step >= start, count + 1, 0).astype(jnp.int32), jnp.int32(start)
+    )
+
+
+def tail_weight(tail: Tail) -> jax.Array:
+    """Of the newest parameters in the mean; 1 where there is none yet."""
+    return 1 / jnp.maximum(tail.count, 1).astype(float)

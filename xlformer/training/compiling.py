@@ -29,7 +29,7 @@ class TrainingStep:
 
     def __init__(self, config, model: Model, mesh: Mesh):
         # Nothing is allocated here: `plan` makes this for slices that are not there.
-        optimizer = optimizers.build(config.optimizer)
+        optimizer = optimizers.build(config.optimizer, model.matrices)
         schedule = optimizers.learning_rate(config.optimizer, config.train.steps)
         self._mesh, self._batch_size = mesh, config.train.batch_size
         self._function = steps.make_step(config, model, optimizer, schedule)

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Every leaf below a key of this name has a leading layer axis (but not of a list).
-STACKED = "layers"
+from xlformer.models.sides import is_stacked, of_two_axes
+from xlformer.training import by_matrix
+
 # How names of biases end, which weight decay spares. u and v are Transformer-XL's, of a
 # layer or of all: matrices [H, K] that are biases all the same.
 BIASES = ("bias", "attention/u", "attention/v", "trunk/u", "trunk/v")
@@ -156,37 +157,49 @@ def plateau_update(plateau: Plateau, loss, *, factor: float, patience: int) -> P
 # Optimizers -------------------------------------------------------------------------
 
 
-def build(config) -> optax.GradientTransformation:
+def build(config, matrices: Callable = of_two_axes) -> optax.GradientTransformation:
     """Returns the optimizer of the `optimizer` section, without the learning rate.
 
-    Its updates point uphill: the caller adds -rate * updates.
+    Its updates point uphill: the caller adds -rate * updates. matrices: of the model,
+    which says what its matrices are.
     """
     make = OPTIMIZERS[config.name]
     # Clipping comes first, by the norm over all parameters, as in the originals (0.25).
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    return optax.chain(*clip, *make(config))
+    return optax.chain(*clip, *make(config, matrices))
 
 
 def _scale_by_adam(config) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
 
 
-def _adam(config):
+def _decay(config) -> optax.GradientTransformation:
+    # Joins after the moments (Loshchilov & Hutter 2019); the rate scales both.
+    return optax.add_decayed_weights(config.weight_decay, decay_mask)
+
+
+def _adam(config, matrices):
     return [_scale_by_adam(config)]
 
 
-def _adamw(config):
-    # Decay joins after the moments (Loshchilov & Hutter 2019); the rate scales both.
-    decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
-    return [_scale_by_adam(config), decay]
+def _adamw(config, matrices):
+    return [_scale_by_adam(config), _decay(config)]
 
 
-def _lamb(config):
+def _lamb(config, matrices):
     # The trust ratio is of the update with its decay (You et al. 2020).
-    return [*_adamw(config), scale_by_layer_trust_ratio()]
+    return [*_adamw(config, matrices), scale_by_layer_trust_ratio()]
 
 
-def lamb_sha_rnn(config) -> list[optax.GradientTransformation]:
+def _muon(config, matrices):
+    return [by_matrix.muon(config, matrices), _decay(config)]
+
+
+def _adafactor(config, matrices):
+    return [by_matrix.scale_by_adafactor(matrices), _decay(config)]
+
+
+def lamb_sha_rnn(config, matrices=None) -> list[optax.GradientTransformation]:
     """The fork of LAMB that SHA-RNN was trained with (Merity 2019).
 
     Moments are not corrected for their start at zero, min(|p|, 10) / |update| is
@@ -202,7 +215,7 @@ def lamb_sha_rnn(config) -> list[optax.GradientTransformation]:
     ]
 
 
-def _sgd(config):
+def _sgd(config, matrices):
     inner = optax.trace(config.momentum) if config.momentum else optax.identity()
     return [_after_decay(config.weight_decay, inner)]
 
@@ -230,16 +243,9 @@ OPTIMIZERS = {
     "lamb_sha_rnn": lamb_sha_rnn,
     "sgd": _sgd,
     "nt_asgd": _sgd,  # Its average is that of averaging.py.
+    "muon": _muon,
+    "adafactor": _adafactor,
 }
-
-
-def is_stacked(path) -> bool:
-    """True for a leaf with a leading layer axis; path is a jax.tree_util key path."""
-    names = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
-    if STACKED not in names:
-        return False
-    below = path[names.index(STACKED) + 1 :]
-    return not (below and isinstance(below[0], jax.tree_util.SequenceKey))
 
 
 def decay_mask(params):

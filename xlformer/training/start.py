@@ -1,4 +1,4 @@
-"""Weights that a new run starts from: train --init_from=DIR[:best|latest|STEP].
+"""Weights that a new run starts from: --init_from=DIR[:best|latest|average:N|STEP].
 
 Of DIR, a work directory of train or of convert, come the parameters, config.model and
 the vocabulary. The optimizer, the step and the place in the text are new.
@@ -35,7 +35,7 @@ class Source:
     Attributes:
       name: as the person wrote it.
       workdir: a work directory.
-      checkpoint: best, latest or a step.
+      checkpoint: best, latest, average:N or a step.
     """
 
     name: str
@@ -44,15 +44,19 @@ class Source:
 
     @classmethod
     def parse(cls, name: str, own_workdir) -> Source:
-        """'DIR' is DIR:best; a suffix is one only if it is best, latest or a number."""
+        """'DIR' is DIR:best; a suffix is one only if it names a checkpoint."""
         # From the right, because a path may have colons, as gs://bucket/run has.
         workdir, colon, which = name.rpartition(":")
-        if not colon or not (runs.is_step(which) or which in ("best", "latest")):
+        # Of a folder that is called so, :best or another suffix tells it.
+        if workdir.endswith(":average"):
+            workdir, which = workdir.removesuffix(":average"), f"average:{which}"
+        if not colon or not runs.is_checkpoint(which):
             # What stands before the colon is a run, so the rest is a typo and no name.
             if workdir and (storage.path(workdir) / runs.CONFIG).exists():
                 raise UserError(
                     Argument("init_from", name),
-                    f": after {workdir}: stands best, latest or a step, not {which!r}",
+                    f": after {workdir}: stands best, latest, average:N or a step, not "
+                    f"{which!r}",
                 )
             workdir, which = name, "best"
         if not workdir:
@@ -189,8 +193,11 @@ def with_every_word(config: ConfigDict) -> ConfigDict:
 def lines(config: ConfigDict, run: runs.Run, prepared: Prepared) -> list[str]:
     """What a run says that starts from the weights of `run`."""
     averaged = " (their average)" if run.averaged else ""
+    steps = f"step {run.step}"
+    if run.mean_of:
+        steps = f"steps {', '.join(map(str, run.mean_of))}, their mean,"
     first = (
-        f"no checkpoint: starting from the parameters of step {run.step} of "
+        f"no checkpoint: starting from the parameters of {steps} of "
         f"{config.init_from}{averaged}; all else is fresh"
     )
     said = [first, *(f"{x}: not what they saw" for x in _changed(config, run))]

@@ -44,6 +44,7 @@ class TrainState(NamedTuple):
       evaluated: step of the last validation.
       spikes: what the guard against loss spikes knows.
       skipped, skipped_in_a_row: steps dropped because the loss was not finite.
+      tail: what is known of the average over the run's tail; None without one.
     """
 
     step: Any
@@ -58,6 +59,7 @@ class TrainState(NamedTuple):
     spikes: spikes.Spikes
     skipped: Any
     skipped_in_a_row: Any
+    tail: Any = None
 
 
 def create(config, model, optimizer, key: jax.Array) -> TrainState:
@@ -83,6 +85,7 @@ def create(config, model, optimizer, key: jax.Array) -> TrainState:
         spikes=spikes.init(),
         skipped=zero,
         skipped_in_a_row=zero,
+        tail=averaging.tail_init(config.train) if config.train.tail_average else None,
     )
 
 

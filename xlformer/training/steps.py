@@ -34,7 +34,7 @@ def make_step(config, model, optimizer, schedule):
     # Nobody else asks for it: a schedule inside the model is one of training.
     model = model.for_training(train.steps)
     objective = objectives.build(train, model)
-    base_key = jax.random.key(config.seed)
+    base_key, tail_start = jax.random.key(config.seed), averaging.tail_start(train)
     gradients = make_gradients(
         _loss(train, model),
         micro_batches=train.micro_batches,
@@ -58,7 +58,8 @@ def make_step(config, model, optimizer, schedule):
                 rate = optimizers.length_scaled(
                     rate, batch["length"], train.segment_length
                 )
-            new, rate = moved(old, optimizer, grads, rate, ema_decay=train.ema_decay)
+            options = {"ema_decay": train.ema_decay, "tail_start": tail_start}
+            new, rate = moved(old, optimizer, grads, rate, **options)
             new = new._replace(carried=carried)
             if train.skip_nonfinite:
                 # A dropped step leaves everything as it was, the memory too, which may
@@ -248,10 +249,11 @@ def _check_number(shown: str, value) -> None:
     raise UserError(f"{shown} of {what}: each is one number, the mean over rows")
 
 
-def moved(old: TrainState, optimizer, grads, rate, *, ema_decay=0.0):
+def moved(old: TrainState, optimizer, grads, rate, *, ema_decay=0.0, tail_start=0):
     """`old` after one step of the optimizer: parameters, its arrays, their average.
 
     Returns the rate that it had too: in NT-ASGD a scheduled one takes effect late.
+    ema_decay and tail_start, of averaging.py, are of the averages that are kept.
     """
     average, scheduled = old.averaging, rate
     if average is not None:
@@ -262,19 +264,22 @@ def moved(old: TrainState, optimizer, grads, rate, *, ema_decay=0.0):
     params = jax.tree.map(
         lambda p, u: p - (rate * u).astype(p.dtype), old.params, updates
     )
-    ema, w = old.ema, None
+    ema, tail, w = old.ema, old.tail, None
     if ema_decay:
         # By the steps that were taken: a dropped one has added nothing to the average.
         w = average_weight(ema_decay, old.step - old.skipped + 1)
     elif average is not None:
         w = averaging.weight(average)
         average = averaging.stepped(average, scheduled)
+    elif tail is not None:
+        tail = averaging.tail_stepped(tail, old.step, tail_start)
+        w = averaging.tail_weight(tail)
     if w is not None:
         ema = jax.tree.map(
             lambda a, p: ((1 - w) * a + w * p).astype(a.dtype), ema, params
         )
-    new = old._replace(params=params, opt_state=opt_state, ema=ema, averaging=average)
-    return new, rate
+    changed = {"params": params, "opt_state": opt_state, "ema": ema}
+    return old._replace(**changed, averaging=average, tail=tail), rate
 
 
 def _guarded(train, old: TrainState, loss, finite):

@@ -34,6 +34,8 @@ PARAM_AXES = {
     "layers/length_keys": ("embed", None),
     "layers/length_values": ("embed", None),
 }
+# The two sides of these matrices: see models.sides.
+MATRICES = dict.fromkeys(PARAM_AXES, ((0,), (1,)))
 
 
 class Segment(NamedTuple):

@@ -58,7 +58,7 @@ import jax.numpy as jnp
 
 from xlformer.kernels import linear_attention
 from xlformer.layers import adaptive, attention, feed_forward
-from xlformer.models import checks, parameters
+from xlformer.models import checks, parameters, sides
 from xlformer.models.base import Model
 from xlformer.models.performer import flops as flops_lib
 from xlformer.models.performer import layer, trunk
@@ -175,6 +175,10 @@ class Performer(TokenModel):
         return parameters.param_axes(
             params, tables | layer.PARAM_AXES | trunk.PARAM_AXES
         )
+
+    def matrices(self, params):
+        layers = attention.MATRICES | feed_forward.MATRICES | layer.MATRICES
+        return sides.by_name(params, layers)
 
     def for_generation(self) -> Model:
         """FAVOR's sums are carried, and a token costs the same however many came.

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 from xlformer.errors import UserError
 from xlformer.layers import adaptive, recurrent, single_head
 from xlformer.layers.adaptive import Bins
-from xlformer.layers.feed_forward import PARAM_AXES
+from xlformer.layers.feed_forward import MATRICES, PARAM_AXES
 from xlformer.layers.recurrent import LSTMState
 from xlformer.layers.single_head import Ring
-from xlformer.models import parameters
+from xlformer.models import parameters, sides
 from xlformer.models.sha_rnn import config as config_lib
 from xlformer.models.sha_rnn.config import SHARNNConfig
 from xlformer.models.sha_rnn.trunk import State, TrunkModule
@@ -38,6 +38,11 @@ ATTENTION_AXES = {
     "attention/query_kernel": ("embed", "mlp"),
     "attention/value_kernel": ("embed", None, "mlp"),
     "attention/value_bias": (None, "mlp"),
+}
+# The two sides of the matrices among them: see models.sides.
+ATTENTION_MATRICES = {
+    "attention/query_kernel": ((0,), (1,)),
+    "attention/value_kernel": ((0,), (2,)),
 }
 
 
@@ -111,6 +116,10 @@ class SHARNN(TokenModel):
     def param_axes(self, params):
         axes = adaptive.PARAM_AXES | recurrent.PARAM_AXES | PARAM_AXES | ATTENTION_AXES
         return parameters.param_axes(params, axes)
+
+    def matrices(self, params):
+        found = recurrent.MATRICES | MATRICES | ATTENTION_MATRICES
+        return sides.by_name(params, found)
 
     def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
         size, tensor = self.config.d_model, mesh.shape["tensor"]

@@ -22,7 +22,7 @@ from xlformer.layers import adaptive, attention, feed_forward, gating
 from xlformer.layers import memory as memory_lib
 from xlformer.layers.attention import LEARNED_ABSOLUTE, SINUSOID
 from xlformer.layers.memory import Memory
-from xlformer.models import checks, parameters
+from xlformer.models import checks, parameters, sides
 from xlformer.models.tokens import TokenModel, Tokens
 from xlformer.models.transformer_xl import cache as cache_lib
 from xlformer.models.transformer_xl import flops as flops_lib
@@ -131,6 +131,10 @@ class TransformerXL(TokenModel):
         layers = attention.PARAM_AXES | feed_forward.PARAM_AXES | gating.PARAM_AXES
         tables = layers | adaptive.PARAM_AXES | TRUNK_AXES
         return parameters.param_axes(params, tables)
+
+    def matrices(self, params):
+        layers = attention.MATRICES | feed_forward.MATRICES | gating.MATRICES
+        return sides.by_name(params, layers)
 
     def for_generation(self) -> TransformerXL:
         """Extended context has no place here: the memory takes in every token.

@@ -48,7 +48,7 @@ import jax.numpy as jnp
 from xlformer.errors import UserError
 from xlformer.layers import adaptive, attention, feed_forward, separable
 from xlformer.layers import memory as memory_lib
-from xlformer.models import checks, parameters
+from xlformer.models import checks, parameters, sides
 from xlformer.models.base import Model
 from xlformer.models.tokens import TokenModel, Tokens
 from xlformer.models.universal import flops as flops_lib
@@ -151,6 +151,10 @@ class UniversalTransformer(TokenModel):
         return parameters.param_axes(
             params, tables | separable.PARAM_AXES | signals.PARAM_AXES
         )
+
+    def matrices(self, params):
+        layers = attention.MATRICES | feed_forward.MATRICES | separable.MATRICES
+        return sides.by_name(params, layers)
 
     def ponder(self, params, inputs, state, *, resets_BT=None, lengths_B=None):
         """How many steps each token took, and its remainder: (updates_BT, rest_BT).

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 
 from xlformer.layers import adaptive, attention, auxiliary, feed_forward
 from xlformer.layers.auxiliary import Classifier, Targets
-from xlformer.models import checks, parameters
+from xlformer.models import checks, parameters, sides
 from xlformer.models.base import Aux, Model
 from xlformer.models.tokens import TokenModel, TokenModule, Tokens
 from xlformer.models.vanilla.config import VanillaConfig
@@ -249,6 +249,10 @@ class VanillaTransformer(TokenModel):
     def param_axes(self, params):
         tables = attention.PARAM_AXES | feed_forward.PARAM_AXES | adaptive.PARAM_AXES
         return parameters.param_axes(params, tables | auxiliary.PARAM_AXES | TRUNK_AXES)
+
+    def matrices(self, params):
+        layers = attention.MATRICES | feed_forward.MATRICES
+        return sides.by_name(params, layers)
 
     def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
         checks.heads(self.config, mesh)

@@ -42,6 +42,18 @@ class Argument:
         return f"--{self.name}" + ("" if self.value is _UNSAID else f"={self.value}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """Words around an argument that helps, for a line that is complete without them.
+
+    A command that has no such flag leaves them out.
+    """
+
+    before: str
+    argument: Argument
+    after: str = ""
+
+
 class UserError(Exception):
     """Something only the caller can change; carries exactly one line.
 
@@ -49,10 +61,11 @@ class UserError(Exception):
     standard error and the exit code BAD_INPUT.
 
     Attributes:
-      parts: texts, and each Argument that the line names; joined they are the line.
+      parts: texts, each Argument that the line names, and Advice; joined they are the
+        line.
     """
 
-    def __init__(self, *parts: str | Argument):
+    def __init__(self, *parts: str | Argument | Advice):
         self.parts = parts
         super().__init__(self.line())
 
@@ -63,6 +76,10 @@ class UserError(Exception):
         """
 
         def shown(part) -> str:
+            if isinstance(part, Advice):
+                if flags and part.argument.name not in flags:
+                    return ""
+                return part.before + shown(part.argument) + part.after
             if not isinstance(part, Argument):
                 return str(part)
             override = part.name.startswith("config.") and "config." in flags

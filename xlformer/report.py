@@ -119,15 +119,8 @@ def _about(made_by: str) -> page.Html:
 
 def _main(argv) -> int:
     parser = command.Parser(prog="python -m xlformer.report", description=__doc__)
-    parser.add_argument(
-        "--workdir",
-        action="append",
-        default=[],
-        type=command.place,
-        help="of a run; may be repeated",
-    )
+    members_lib.add_flags(parser)
     parser.add_argument("--out", required=True, type=command.place, help="a folder")
-    parser.add_argument("--checkpoint", default="best", help=runs.CHECKPOINT_HELP)
     parser.add_argument("--split", help="train, validation (the default) or test")
     parser.add_argument(
         "--tokens", type=int, default=TOKENS, help=f"to score, at most ({TOKENS:,})"
@@ -143,7 +136,7 @@ def _main(argv) -> int:
     compiled.keep()
     given = sys.argv[1:] if argv is None else argv
     path = write(
-        members_lib.load(args.workdir, checkpoint=args.checkpoint),
+        members_lib.given(args),
         out,
         split=args.split,
         tokens=args.tokens,

@@ -300,18 +300,17 @@ def _small(request: Request) -> dict[str, ConfigDict]:
 
 def _tiny(request: Request) -> dict[str, ConfigDict]:
     """Two models that a test trains in seconds, on a text of their own."""
-    path = request.out / "text.txt"
     words = (
         "a context is what comes before a token ; it may be long , or not so".split()
     )
     draw = np.random.default_rng(0).integers(0, len(words), 4000)
-    storage.put(path, " ".join(words[i] for i in draw) + "\n")
+    path = request.put("words.txt", " ".join(words[i] for i in draw) + "\n")
     found = {}
     for name, like in {"Transformer-XL": "quickstart", "LSTM": "lstm_small"}.items():
         config = config_lib.load(f"{like}:debug")
         config.data.update(config_lib.default_config().data)
         config.data.update(corpus="text", path=os.fspath(path), unit="bytes")
-        config.data.directory = os.fspath(request.out / "prepared")
+        config.data.directory = os.fspath(path.parent / "prepared")
         config.train.update(steps=20, eval_every=0, save_every=0)
         if "scan_layers" in config.model:
             config.model.scan_layers = True  # compiles faster

@@ -15,8 +15,10 @@ from xlformer.errors import UserError
 from xlformer.instruments.members import Member
 from xlformer.reporting.charts import Line, Panel
 from xlformer.reporting.page import Figure, Text, clean, shown
-from xlformer.scoring import results, texts
+from xlformer.scoring import results
 
+# Of `python -m xlformer.report`, as lines of the page name them.
+FLAGS = ("workdir", "checkpoint", "data_path", "split", "tokens", "samples")
 NAMES_IN_TEXT = 40  # characters of a run's name
 
 
@@ -59,7 +61,7 @@ class Subject:
         """(tokens, documents, facts) of the split; UserError where there is none."""
         if member.name not in self._texts:
             try:
-                found = texts.read(member.run, self.split or "validation", None)
+                found = member.text(self.split or "validation")
             except UserError as error:
                 found = error
             self._texts[member.name] = found
@@ -81,7 +83,8 @@ def of_each(subject: Subject, measure: Callable[[Member], Any]):
         try:
             found[member.name] = measure(member)
         except UserError as error:
-            missing.append(Text(f"{member.name}: {clean(error)}", "missing"))
+            line = clean(error.line(FLAGS))
+            missing.append(Text(f"{member.name}: {line}", "missing"))
         except jax.errors.JaxRuntimeError as error:
             line = clean(error)[:200]
             missing.append(Text(f"{member.name}: {line}", "missing"))

@@ -11,7 +11,7 @@ import trained_run
 import training_runs
 
 from xlformer import report, runs
-from xlformer.reporting import measured
+from xlformer.reporting import charts, measured, style
 from xlformer.train import train
 
 SCRIPT = "<script>alert(1)</script>"
@@ -149,6 +149,11 @@ def test_it_says_what_was_measured_with_what(page):
     assert "its log does not say where the time went" in text
     for name in ("Layer 1", "Layer 3", "head 2", "as trained", "tokens per second"):
         assert name in text
+
+
+def test_lines_differ_without_colours():
+    assert len(set(charts._DASHES)) == len(style.SERIES) == len(style.SERIES_NIGHT)
+    assert len(set(charts._MARKS)) == len(style.SERIES)
 
 
 def test_pictures_lie_beside_it(out, page):

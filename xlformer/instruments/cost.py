@@ -15,6 +15,7 @@ it. Absolute positions change as a window slides, so that nothing of it can be k
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ import numpy as np
 from xlformer import config as config_lib
 from xlformer import models
 from xlformer.errors import Argument, UserError
+from xlformer.instruments import members as members_lib
 from xlformer.instruments.instrument import Request, Result, Table
 from xlformer.machines import bench_timing, bench_workloads, rehearsal
 from xlformer.machines.bench_timing import Timing, clocks
@@ -89,12 +91,15 @@ def measure(request: Request) -> Result:
         raise UserError(Argument("segment", segment), line)
     subjects = _subjects(request, size)
     # Before any weights are made: can all of them be read so?
-    readers = {
-        (name, length, way): reader(subject.model, way, length)
-        for name, subject in subjects.items()
-        for length in lengths
-        for way in WAYS
-    }
+    about = {member.name: members_lib.about(member) for member in request.members}
+    readers = {}
+    for name, subject in subjects.items():
+        with about.get(name, contextlib.nullcontext()):
+            readers |= {
+                (name, length, way): reader(subject.model, way, length)
+                for length in lengths
+                for way in WAYS
+            }
     params = {name: subject.params() for name, subject in subjects.items()}
     timings = {
         key: _timing(model, params[key[0]], key[2], segment)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -196,6 +197,16 @@ def _is_copy(one: runs.Run, other: runs.Run) -> bool:
     return all(np.array_equal(a, b) for a, b in pairs)
 
 
+@contextlib.contextmanager
+def about(member: Member) -> Iterator[None]:
+    """Lets a UserError say of which of several runs it is."""
+    try:
+        yield
+    except UserError as error:
+        where = Argument("workdir", member.run.workdir)
+        raise type(error)(where, ": ", *error.parts) from error
+
+
 def check_vocabularies(members: Sequence[Member]) -> None:
     """Raises UserError where the ids of two runs stand for different symbols."""
     first = members[0].run.vocabulary
@@ -216,12 +227,8 @@ def text(member: Member, split: str, path: str | None = None):
     """Tokens of a split of a run's text, or of a file, where documents begin, facts."""
     if path is not None:
         return texts.read(member.run, split, path)
-    try:
+    with about(member):
         return member.text(split)
-    # Which of several runs it is.
-    except UserError as error:
-        where = Argument("workdir", member.run.workdir)
-        raise type(error)(where, ": ", *error.parts) from error
 
 
 def trained(name: str, config: ConfigDict, folder: epath.Path, model=None) -> Member:

@@ -109,10 +109,8 @@ def _check(member: Member) -> None:
     where = Argument("workdir", member.run.workdir)
     if not runs.names_data(member.run.config):
         raise UserError(where, " names no data, whose test split would be continued")
-    try:
+    with members_lib.about(member):
         for_generation(member.model)
-    except UserError as error:
-        raise UserError(where, ": ", *error.parts) from error
 
 
 def _trained(request: Request) -> Member:

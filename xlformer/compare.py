@@ -136,7 +136,7 @@ def _made(out) -> Iterator[None]:
     if not storage.is_remote(out):
         above = pathlib.Path(os.path.abspath(out))
         new = [p for p in (above, *above.parents) if not os.path.lexists(p)]
-    out.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(out, "out")
     try:
         yield
     except BaseException:

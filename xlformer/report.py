@@ -61,7 +61,7 @@ def write(
     out = storage.path(out)
     _check(out, split, tokens, samples)
     subject = Subject(_named(members), out, split, tokens, samples, say=say)
-    out.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(out, "out")
     logs, scored = history.History(subject), measured.Measured(subject)
     inside = insides.Insides(subject)
     sections = [

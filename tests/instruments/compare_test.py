@@ -155,6 +155,22 @@ def test_a_full_disk_leaves_what_was_there(counting, monkeypatch, tmp_path, caps
     assert (tmp_path / "counting.json").read_text() == "of yesterday"
 
 
+def test_a_store_that_does_not_answer_is_one_line(counting, monkeypatch, capsys):
+    class Far:
+        def __fspath__(self):
+            return "gs://a/b"
+
+        __str__ = __fspath__
+
+        def mkdir(self, **options):
+            raise ValueError("no network")
+
+    monkeypatch.setattr(storage, "path", lambda place: Far())
+    assert compare.main(["counting", "--out=gs://a/b"]) == 1
+    line = "error: out=gs://a/b: cannot be made: no network\n"
+    assert capsys.readouterr().err == line
+
+
 def test_help_lists_the_instruments(capsys):
     with pytest.raises(SystemExit, match="0"):
         compare.main(["--help"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 # What a command ends with, if not with 0. The programs in launch/ act by these numbers:
@@ -97,6 +98,15 @@ class WorthAnotherTry(UserError):
     Its exit code is 1: a launcher then starts again, in a job of several hosts all of
     them, which it does not do for bad input.
     """
+
+
+@contextlib.contextmanager
+def about(argument: Argument) -> Iterator[None]:
+    """Lets the lines of UserErrors begin with an argument, which they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(argument, ": ", *error.parts) from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ their configs. What a run does not have is said where it would stand.
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,11 @@ from xlformer.scoring import evaluation
 __all__ = ["main", "write"]
 
 FILE = "report.html"
+# The names of all pictures that a page may have.
+PICTURE = re.compile(
+    "training-loss|validation-loss|learning-rate|gradient-norm|throughput|places|"
+    r"memories|(attention-\d+|gates|ponder-steps|ponder-places)-\d+"
+)
 MOST_SAMPLES = 100  # of each run, all of which are drawn together
 TOKENS = 32_768  # scored once for each length of the memory
 
@@ -82,6 +88,10 @@ def write(
     subtitle = f"{len(subject.members)} run{plural} of xlformer"
     text = page.page(title, subtitle, sections, _about(made_by))
     storage.put(out / FILE, text)
+    # Of an earlier page, perhaps of other runs.
+    for path in out.glob("*.png"):
+        if PICTURE.fullmatch(path.stem) and path.stem not in subject.drawn:
+            path.unlink()
     return out / FILE
 
 

@@ -15,7 +15,6 @@ it. Absolute positions change as a window slides, so that nothing of it can be k
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlformer import config as config_lib
-from xlformer import models
+from xlformer import errors, models
 from xlformer.errors import Argument, UserError
 from xlformer.instruments import members as members_lib
 from xlformer.instruments.instrument import Request, Result, Table
@@ -61,6 +60,7 @@ class Subject(NamedTuple):
     model: Model
     params: Callable[[], Any]
     facts: Mapping[str, Any]
+    about: Any  # under which errors name what a person gave
 
 
 class Line(NamedTuple):
@@ -91,10 +91,9 @@ def measure(request: Request) -> Result:
         raise UserError(Argument("segment", segment), line)
     subjects = _subjects(request, size)
     # Before any weights are made: can all of them be read so?
-    about = {member.name: members_lib.about(member) for member in request.members}
     readers = {}
     for name, subject in subjects.items():
-        with about.get(name, contextlib.nullcontext()):
+        with subject.about:
             readers |= {
                 (name, length, way): reader(subject.model, way, length)
                 for length in lengths
@@ -136,7 +135,10 @@ def _subjects(request: Request, size: str) -> dict[str, Subject]:
             raise UserError(*given, ": a run has a model of its own")
         return {
             member.name: Subject(
-                member.model, lambda x=member: x.params, member.facts()
+                member.model,
+                lambda x=member: x.params,
+                member.facts(),
+                members_lib.about(member),
             )
             for member in request.members
         }
@@ -149,7 +151,8 @@ def _subjects(request: Request, size: str) -> dict[str, Subject]:
 
     shapes = jax.tree.leaves(abstract_params(model))
     facts = {"config": spec, "parameters": sum(x.size for x in shapes)}
-    return {spec: Subject(model, params, facts)}
+    about = errors.about(Argument("config", spec))
+    return {spec: Subject(model, params, facts, about)}
 
 
 def reader(model: Model, way: str, length: int) -> Model:

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from xlformer import command, models, runs, storage
+from xlformer import command, errors, models, runs, storage
 from xlformer.errors import Argument, UserError
 from xlformer.runs import stored
 from xlformer.scoring import texts
@@ -197,14 +197,9 @@ def _is_copy(one: runs.Run, other: runs.Run) -> bool:
     return all(np.array_equal(a, b) for a, b in pairs)
 
 
-@contextlib.contextmanager
-def about(member: Member) -> Iterator[None]:
+def about(member: Member) -> contextlib.AbstractContextManager[None]:
     """Lets a UserError say of which of several runs it is."""
-    try:
-        yield
-    except UserError as error:
-        where = Argument("workdir", member.run.workdir)
-        raise type(error)(where, ": ", *error.parts) from error
+    return errors.about(Argument("workdir", member.run.workdir))
 
 
 def check_vocabularies(members: Sequence[Member]) -> None:

@@ -35,6 +35,7 @@ class Subject:
       context, length: tokens of a continuation's prompt, and of itself.
       seed: of the samples.
       say: is told what takes its time now.
+      drawn: the names of all pictures.
     """
 
     members: Sequence[Member]
@@ -46,6 +47,7 @@ class Subject:
     length: int = 256
     seed: int = 0
     say: Callable[[str], None] = lambda line: None
+    drawn: set = dataclasses.field(default_factory=set)
     _texts: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -72,7 +74,9 @@ class Subject:
 
     def draw(self, panels: Sequence[Panel], caption: Any) -> list[Figure]:
         """The panels that have points, as one figure; [] where none has."""
-        drawn = [p.draw(self.out) for p in panels if any(len(x.x) for x in p.lines)]
+        panels = [p for p in panels if any(len(x.x) for x in p.lines)]
+        self.drawn |= {panel.name for panel in panels}
+        drawn = [panel.draw(self.out) for panel in panels]
         return [Figure(caption, drawn)] if drawn else []
 
 

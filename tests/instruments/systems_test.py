@@ -8,7 +8,7 @@ import pytest
 from xlformer import compare
 from xlformer import config as config_lib
 from xlformer.errors import UserError
-from xlformer.instruments import apart, systems, systems_tables
+from xlformer.instruments import apart, systems, systems_tables, widths
 from xlformer.instruments.instrument import Request
 from xlformer.instruments.systems_tables import Found, Row
 
@@ -18,16 +18,16 @@ def test_the_width_is_the_nearest_of_all(monkeypatch, budget):
     def count(width):
         return 5 * width * width + 256 * width
 
-    monkeypatch.setattr(systems, "parameters", lambda config, vocab: count(config))
+    monkeypatch.setattr(widths, "parameters", lambda config, vocab: count(config))
     all_widths = range(8, 513, 8)
     nearest = min(all_widths, key=lambda width: abs(count(width) - budget))
     off = abs(count(nearest) - budget) / budget
     if off > 0.1:
-        monkeypatch.setattr(systems, "Shape", _named)
+        monkeypatch.setattr(widths, "Shape", _named)
         with pytest.raises(UserError, match=rf"1,500 .* {nearest} has .* tenth off"):
-            systems.fitting(lambda width: width, 7, budget, widest=512)
+            widths.fitting(lambda width: width, 7, budget, widest=512)
     else:
-        found = systems.fitting(lambda width: width, 7, budget, widest=512)
+        found = widths.fitting(lambda width: width, 7, budget, widest=512)
         assert (found.width, found.parameters) == (nearest, count(nearest))
 
 
@@ -51,7 +51,7 @@ def test_a_system_is_itself_at_any_width(system):
 
 def test_what_is_counted_is_what_is_trained():
     config = config_lib.load("quickstart")
-    assert systems.parameters(config, 256) == 675_968
+    assert widths.parameters(config, 256) == 675_968
 
 
 def test_words_are_those_that_are_prepared_or_named(monkeypatch, tmp_path):

@@ -16,22 +16,22 @@ import functools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from xlformer import compiled, models, sharding, storage
+from xlformer import compiled, sharding, storage
 from xlformer import config as config_lib
 from xlformer.data import preparing
 from xlformer.errors import Argument, UserError, did_you_mean
 from xlformer.instruments import apart, library_text, records
 from xlformer.instruments import systems_tables as tables
 from xlformer.instruments.instrument import Request, Result
+from xlformer.instruments.widths import Shape, fitting
 from xlformer.machines import cores
-from xlformer.models.parameters import abstract_params
 from xlformer.runs import log
 from xlformer.scoring import evaluation
 from xlformer.training.run import train
@@ -49,8 +49,6 @@ BASES = {
     "universal": "universal_small",
 }
 SEGMENT = 64  # tokens, those of all these configs
-STEP = 8  # of widths: four heads of an even width
-NEAR = 0.1  # how far, as a share, parameters may be from the budget
 NO_WORDS = (
     "no words: Penn Treebank is not prepared on this machine; --manual_dir=DIR names "
     "the folder of its ptb.train.txt, ptb.valid.txt and ptb.test.txt"
@@ -238,60 +236,6 @@ def _config(system: str, budget: Budget, width: int) -> ConfigDict:
     config.eval.update(segment_length=SEGMENT, batch_size=budget.batch_size)
     config.eval.max_tokens = budget.validation
     return config
-
-
-# Widths -------------------------------------------------------------------------------
-
-
-class Shape(NamedTuple):
-    """A config of a width, and its parameters."""
-
-    config: ConfigDict
-    width: int
-    parameters: int
-
-
-def fitting(
-    make: Callable[[int], ConfigDict], vocab_size: int, budget: int, *, widest: int
-) -> Shape:
-    """The width with which a model's own count comes nearest to the budget.
-
-    make: gives the config of a width; parameters must grow with it. Raises UserError
-    where no width is within a tenth of the budget.
-    """
-
-    @functools.cache
-    def shape(width: int) -> Shape:
-        config = make(width)
-        return Shape(config, width, parameters(config, vocab_size))
-
-    # The widest that does not exceed the budget, and the next.
-    low, high = 1, widest // STEP
-    while low < high:
-        middle = (low + high + 1) // 2
-        if shape(middle * STEP).parameters <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    near = [shape(n * STEP) for n in (low, min(low + 1, widest // STEP))]
-    best = min(near, key=lambda one: abs(one.parameters - budget))
-    if abs(best.parameters - budget) > NEAR * budget:
-        raise UserError(
-            f"{best.config.model.name}: no width gives {budget:,} parameters: "
-            f"{best.width} has {best.parameters:,}, more than a tenth off"
-        )
-    return best
-
-
-def parameters(config: ConfigDict, vocab_size: int) -> int:
-    """How many numbers are trained; nothing is made."""
-    size = config_lib.vocab_size(config, vocab_size)
-    model = models.build(config.model, size)
-    abstract = abstract_params(model)
-    return sum(x.size for x in jax.tree.leaves(abstract))
-
-
-# Runs ---------------------------------------------------------------------------------
 
 
 def _trial(system: str, shape: Shape, rate: float, budget: Budget, folder: epath.Path):

@@ -32,7 +32,7 @@ from xlformer import (
 from xlformer.errors import Argument, UserError, did_you_mean
 from xlformer.instruments import members as members_lib
 from xlformer.instruments.instrument import SIZES, Instrument, Request, Result, Table
-from xlformer.machines import cores
+from xlformer.machines import cores, quick
 from xlformer.scoring import cards, evaluation
 from xlformer.tables import aligned
 
@@ -46,14 +46,7 @@ def _parser(prog: str, instrument: Instrument) -> command.Parser:
         "--out", required=True, type=command.place, help="a folder for what is found"
     )
     if instrument.RUNS != "none":
-        parser.add_argument(
-            "--workdir",
-            action="append",
-            default=[],
-            type=command.place,
-            help="of a run to measure; may be repeated",
-        )
-        parser.add_argument("--checkpoint", default="best", help=runs.CHECKPOINT_HELP)
+        members_lib.add_flags(parser)
     if instrument.SEEDS:
         parser.add_argument("--seeds", type=int, help="runs of each kind, for a spread")
     instrument.add_flags(parser)
@@ -77,10 +70,17 @@ def _main(argv: Sequence[str] | None) -> int:
 def measure(prog: str, name: str, size: str, argv: Sequence[str]) -> int:
     """Runs an instrument with the flags of a command; returns the exit code."""
     instrument = instruments.find(name)
+    _refuse(
+        argv,
+        "--workdir",
+        name,
+        instrument.RUNS != "none",
+        "measures no runs that are given",
+    )
+    _refuse(argv, "--seeds", name, bool(instrument.SEEDS), "has no spread over seeds")
     args = _parser(prog, instrument).parse(argv)
     _check(args)
     out = storage.path(args.out)
-    pictures.check(Argument("out", out))
     storage.check_writable(out, "out")
     request = Request(
         size=size,
@@ -89,6 +89,11 @@ def measure(prog: str, name: str, size: str, argv: Sequence[str]) -> int:
         seeds=_seeds(instrument, size, args),
         args=args,
     )
+    if not pictures.can_be_made():
+        line = f"xlformer: there will be no picture, which needs {pictures.NEEDED}"
+        print(line, file=sys.stderr, flush=True)
+    if size == "tiny" and not request.members:
+        quick.compile_quickly()
     compiled.keep()
     begin = time.perf_counter()
     with _made(out):
@@ -104,6 +109,12 @@ def measure(prog: str, name: str, size: str, argv: Sequence[str]) -> int:
     }
     _report(out, name, result, about)
     return 0
+
+
+def _refuse(argv, flag: str, name: str, has: bool, why: str) -> None:
+    """Raises UserError for a flag of other instruments: no other one is meant."""
+    if not has and any(item.partition("=")[0] == flag for item in argv):
+        raise UserError(f"unknown argument {flag}: {name} {why}")
 
 
 def _check(args) -> None:
@@ -125,7 +136,7 @@ def _made(out) -> Iterator[None]:
     if not storage.is_remote(out):
         above = pathlib.Path(os.path.abspath(out))
         new = [p for p in (above, *above.parents) if not os.path.lexists(p)]
-    out.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(out, "out")
     try:
         yield
     except BaseException:
@@ -141,8 +152,7 @@ def _members(instrument: Instrument, args) -> list[members_lib.Member]:
         return []
     if instrument.RUNS == "needed" and not args.workdir:
         raise UserError("--workdir=DIR is missing: it names the run to measure")
-    found = members_lib.load(args.workdir, checkpoint=args.checkpoint)
-    return members_lib.plain(found)
+    return members_lib.plain(members_lib.given(args))
 
 
 def _seeds(instrument: Instrument, size: str, args) -> int:
@@ -166,7 +176,8 @@ def _report(out, name: str, result: Result, about: dict) -> None:
         print("\n\n".join(map(_text, result.tables)))
         for note in result.notes:
             print(note)
-    print(f"{out / name}.json and .svg")
+    drawn = " and .svg" * pictures.can_be_made()
+    print(f"{out / name}.json{drawn}")
 
 
 def _write(out, name: str, result: Result, about: dict) -> None:
@@ -181,9 +192,13 @@ def _write(out, name: str, result: Result, about: dict) -> None:
     }
     text = json.dumps(cards.finite(found), indent=1)
     storage.put(out / f"{name}.json", text + "\n")
-    figure = pictures.figure()
-    result.draw(figure)
-    pictures.save(figure, out / f"{name}.svg")
+    picture = out / f"{name}.svg"
+    # What lies there from an earlier call is not of these numbers.
+    picture.unlink(missing_ok=True)
+    if pictures.can_be_made():
+        figure = pictures.figure()
+        result.draw(figure)
+        pictures.save(figure, picture)
 
 
 def _text(table: Table) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 # What a command ends with, if not with 0. The programs in launch/ act by these numbers:
@@ -42,6 +43,18 @@ class Argument:
         return f"--{self.name}" + ("" if self.value is _UNSAID else f"={self.value}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """Words around an argument that helps, for a line that is complete without them.
+
+    A command that has no such flag leaves them out.
+    """
+
+    before: str
+    argument: Argument
+    after: str = ""
+
+
 class UserError(Exception):
     """Something only the caller can change; carries exactly one line.
 
@@ -49,10 +62,11 @@ class UserError(Exception):
     standard error and the exit code BAD_INPUT.
 
     Attributes:
-      parts: texts, and each Argument that the line names; joined they are the line.
+      parts: texts, each Argument that the line names, and Advice; joined they are the
+        line.
     """
 
-    def __init__(self, *parts: str | Argument):
+    def __init__(self, *parts: str | Argument | Advice):
         self.parts = parts
         super().__init__(self.line())
 
@@ -63,6 +77,10 @@ class UserError(Exception):
         """
 
         def shown(part) -> str:
+            if isinstance(part, Advice):
+                if flags and part.argument.name not in flags:
+                    return ""
+                return part.before + shown(part.argument) + part.after
             if not isinstance(part, Argument):
                 return str(part)
             override = part.name.startswith("config.") and "config." in flags
@@ -80,6 +98,15 @@ class WorthAnotherTry(UserError):
     Its exit code is 1: a launcher then starts again, in a job of several hosts all of
     them, which it does not do for bad input.
     """
+
+
+@contextlib.contextmanager
+def about(argument: Argument) -> Iterator[None]:
+    """Lets the lines of UserErrors begin with an argument, which they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(argument, ": ", *error.parts) from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -8,11 +8,18 @@ import io
 from xlformer import storage
 from xlformer.errors import Argument, UserError
 
+NEEDED = "matplotlib: pip install 'xlformer[plot]'"
+
+
+def can_be_made() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
 
 def check(argument: Argument) -> None:
     """Raises UserError where no picture can be made, for the flag that wants one."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(argument, " needs matplotlib: pip install 'xlformer[plot]'")
+    if not can_be_made():
+        raise UserError(argument, f" needs {NEEDED}")
 
 
 def figure(width: float = 8.0, height: float = 3.5):

@@ -9,6 +9,7 @@ their configs. What a run does not have is said where it would stand.
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,11 @@ from xlformer.scoring import evaluation
 __all__ = ["main", "write"]
 
 FILE = "report.html"
+# The names of all pictures that a page may have.
+PICTURE = re.compile(
+    "training-loss|validation-loss|learning-rate|gradient-norm|throughput|places|"
+    r"memories|(attention-\d+|gates|ponder-steps|ponder-places)-\d+"
+)
 MOST_SAMPLES = 100  # of each run, all of which are drawn together
 TOKENS = 32_768  # scored once for each length of the memory
 
@@ -61,7 +67,7 @@ def write(
     out = storage.path(out)
     _check(out, split, tokens, samples)
     subject = Subject(_named(members), out, split, tokens, samples, say=say)
-    out.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(out, "out")
     logs, scored = history.History(subject), measured.Measured(subject)
     inside = insides.Insides(subject)
     sections = [
@@ -82,6 +88,10 @@ def write(
     subtitle = f"{len(subject.members)} run{plural} of xlformer"
     text = page.page(title, subtitle, sections, _about(made_by))
     storage.put(out / FILE, text)
+    # Of an earlier page, perhaps of other runs.
+    for path in out.glob("*.png"):
+        if PICTURE.fullmatch(path.stem) and path.stem not in subject.drawn:
+            path.unlink()
     return out / FILE
 
 
@@ -119,15 +129,8 @@ def _about(made_by: str) -> page.Html:
 
 def _main(argv) -> int:
     parser = command.Parser(prog="python -m xlformer.report", description=__doc__)
-    parser.add_argument(
-        "--workdir",
-        action="append",
-        default=[],
-        type=command.place,
-        help="of a run; may be repeated",
-    )
+    members_lib.add_flags(parser)
     parser.add_argument("--out", required=True, type=command.place, help="a folder")
-    parser.add_argument("--checkpoint", default="best", help=runs.CHECKPOINT_HELP)
     parser.add_argument("--split", help="train, validation (the default) or test")
     parser.add_argument(
         "--tokens", type=int, default=TOKENS, help=f"to score, at most ({TOKENS:,})"
@@ -143,7 +146,7 @@ def _main(argv) -> int:
     compiled.keep()
     given = sys.argv[1:] if argv is None else argv
     path = write(
-        members_lib.load(args.workdir, checkpoint=args.checkpoint),
+        members_lib.given(args),
         out,
         split=args.split,
         tokens=args.tokens,

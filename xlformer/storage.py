@@ -69,6 +69,20 @@ def check_writable(folder, name: str) -> None:
         raise UserError(Argument(name, folder), line)
 
 
+def make_folder(folder: epath.Path, name: str) -> None:
+    """Makes a folder and those above it; raises one line where a store does not answer.
+
+    name: of the argument. Of a local one command.run makes a line.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except Exception as error:
+        if not is_remote(folder):
+            raise
+        line = f"{name}={folder}: cannot be made"
+        raise unreadable(line, folder, error) from error
+
+
 def check_room(folder, size: int, what: str, elsewhere: str = ELSEWHERE) -> None:
     """Raises UserError where a local folder has no room for that many bytes."""
     place = os.path.abspath(folder)

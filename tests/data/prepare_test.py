@@ -195,11 +195,14 @@ def test_the_standard_library_is_there_without_a_network():
 
 def test_what_is_prepared_is_found_again_until_the_text_changes(book, monkeypatch):
     options = data_config(path=str(book))
+    assert not preparing.is_prepared(options)
     one = prepare.prepare(options)
+    assert preparing.is_prepared(options)
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "_build", "never".index)  # would raise
         assert prepare.prepare(options).directory == one.directory
     book.write_bytes(book.read_bytes()[1:])
+    assert not preparing.is_prepared(options)
     assert prepare.prepare(options).directory != one.directory
     options.unit = "chars"
     assert prepare.prepare(options).directory != one.directory

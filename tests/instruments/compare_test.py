@@ -9,7 +9,7 @@ import pytest
 
 from xlformer import command, compare, instruments, recl, storage
 from xlformer.errors import UserError
-from xlformer.instruments.instrument import Result, Table
+from xlformer.instruments.instrument import Request, Result, Table
 
 
 @pytest.fixture
@@ -55,6 +55,22 @@ def test_a_table_is_printed_and_written_with_a_picture(counting, tmp_path, capsy
     assert "<svg" in (tmp_path / "new/counting.svg").read_text()
 
 
+def test_without_matplotlib_there_are_numbers(counting, tmp_path, capsys, monkeypatch):
+    (tmp_path / "counting.svg").write_text("of another call")
+    monkeypatch.setattr(compare.pictures, "can_be_made", lambda: False)
+    assert compare.main(["counting", f"--out={tmp_path}"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "pip install 'xlformer[plot]'" in err
+    assert out.endswith(f"{tmp_path / 'counting'}.json\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["counting.json"]
+
+
+def test_a_tiny_run_is_no_beginning_of_another(tmp_path):
+    small, tiny = (Request(size, tmp_path) for size in ("small", "tiny"))
+    assert small.put("a.txt", "a") != tiny.put("a.txt", "b")
+    assert (small.runs, tiny.runs) == (tmp_path / "runs", tmp_path / "runs/tiny")
+
+
 def test_seeds_are_those_of_the_size(counting, tmp_path):
     for size, seeds in (("", 3), (":small", 3), (":tiny", 2)):
         assert compare.main([f"counting{size}", f"--out={tmp_path}"]) == 0
@@ -70,7 +86,7 @@ def test_seeds_are_those_of_the_size(counting, tmp_path):
         (["--out=x", "counting"], "--out=x stands where an instrument must"),
         (["counting"], "required: --out"),
         (["counting", "--seeds=1"], "--seeds=1 shows no spread: at least 2"),
-        (["counting", "--workdir=x"], "unknown argument '--workdir=x'"),
+        (["counting", "--workdir=x"], "argument --workdir: counting measures no runs"),
         (["counting", "--out=/proc/x"], "--out=/proc/x: "),
         (["counting", "--letter="], "--letter= is empty"),
         (["counting", "--many=nan"], "--many=nan must be a number up to 4,294,967,295"),
@@ -137,6 +153,22 @@ def test_a_full_disk_leaves_what_was_there(counting, monkeypatch, tmp_path, caps
     assert err.startswith(line) and out.startswith("letters\n")
     assert [p.name for p in tmp_path.iterdir()] == ["counting.json"]
     assert (tmp_path / "counting.json").read_text() == "of yesterday"
+
+
+def test_a_store_that_does_not_answer_is_one_line(counting, monkeypatch, capsys):
+    class Far:
+        def __fspath__(self):
+            return "gs://a/b"
+
+        __str__ = __fspath__
+
+        def mkdir(self, **options):
+            raise ValueError("no network")
+
+    monkeypatch.setattr(storage, "path", lambda place: Far())
+    assert compare.main(["counting", "--out=gs://a/b"]) == 1
+    line = "error: out=gs://a/b: cannot be made: no network\n"
+    assert capsys.readouterr().err == line
 
 
 def test_help_lists_the_instruments(capsys):

@@ -1,6 +1,8 @@
 """The members of an instrument: that they are different runs, and their training."""
 
 import dataclasses
+import functools
+import json
 import shutil
 
 import jax
@@ -9,7 +11,7 @@ import pytest
 import trained_run
 from training_runs import SYMBOLS, assert_same, bag, text_config, write_text
 
-from xlformer import runs
+from xlformer import compare, recl, runs
 from xlformer.data.vocabulary import ByteVocabulary
 from xlformer.errors import UserError
 from xlformer.instruments import members
@@ -109,6 +111,48 @@ def test_facts_say_which_run_it_was(base):
     sizes = [np.size(leaf) for leaf in jax.tree.leaves(member.run.params)]
     assert facts["parameters"] == member.parameters == sum(sizes) > 1000
     assert facts["step"] == member.run.step and facts["workdir"]
+
+
+@pytest.fixture
+def moved(base, tmp_path):
+    """A run whose text and prepared tokens are gone, and where the text lies now."""
+    workdir = trained_run.copy(base, tmp_path / "moved")
+    config = json.loads((workdir / runs.CONFIG).read_text())
+    gone = {"path": str(tmp_path / "gone.txt"), "directory": str(tmp_path / "none")}
+    config["data"] |= gone
+    (workdir / runs.CONFIG).write_text(json.dumps(config))
+    return workdir, trained_run.trained(base).parent / "text.txt"
+
+
+def test_a_text_is_found_among_those_that_are_named(moved, tmp_path):
+    workdir, text = moved
+    other = write_text(tmp_path / "other.txt")
+    (member,) = members.load([workdir], data_paths=[str(text)])
+    tokens, _, _ = members.text(member, "validation")
+    both = dataclasses.replace(member, data_paths=(str(other), str(text)))
+    assert np.array_equal(both.text("validation")[0], tokens)
+    wrong = dataclasses.replace(member, data_paths=(str(text), str(other)))
+    assert np.array_equal(wrong.text("validation")[0], tokens)
+    none = dataclasses.replace(member, data_paths=(str(other),))
+    line = refused(members.text, none, "validation")
+    assert line.startswith(f"workdir='{workdir}': data_path='{other}' holds another")
+    load = functools.partial(members.load, data_paths=[str(text), str(other)])
+    line = refused(load, [workdir])
+    assert line == f"data_path='{other}' is one of 2 texts, of 1 runs"
+
+
+def test_advice_names_flags_of_the_command(moved, tmp_path, capsys):
+    workdir, text = moved
+    flags = [f"--workdir={workdir}", f"--out={tmp_path / 'out'}"]
+    assert compare.main(["ablation", *flags]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: --workdir={workdir}: config.data.path: no such")
+    assert err.endswith("--data_path=FILE says where that text lies now\n")
+    assert recl.main(flags) == 2
+    err = capsys.readouterr().err
+    assert err.endswith("text lies now, --text=FILE scores another one\n")
+    assert recl.main([flags[1], f"--data_path={text}"]) == 2
+    assert f"--data_path={text} without --workdir" in capsys.readouterr().err
 
 
 def with_vocabulary(run, vocabulary, name):

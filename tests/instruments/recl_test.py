@@ -174,7 +174,7 @@ def test_losses_need_room_on_the_disk(tmp_path, monkeypatch):
 
 
 def test_runs_that_do_not_compare_are_refused(tiny, tmp_path, capsys):
-    own = tiny / "runs" / "LSTM"
+    own = tiny / "runs/tiny/LSTM"
     for workdirs, message in (
         ((own, own), "are one run, which is compared with itself"),
         ((own, tmp_path), "holds no run"),

@@ -140,7 +140,7 @@ def test_a_model_of_its_own_is_trained_without_a_run(tmp_path):
         (["--num_tokens=0"], "--num_tokens=0 must be at least 1"),
         (["--context=-1"], "--context=-1 must be at least 1"),
         (["--seed=-1"], "--seed=-1 must be at least 0"),
-        ([], "3 times 512 of context and 1,000 that follow need 4,536"),
+        ([], "3 times --context=512 and --num_tokens=1000 need 4,536"),
         (["--workdir=/nowhere"], "--workdir=/nowhere holds no run"),
     ],
 )

@@ -8,7 +8,8 @@ import pytest
 from xlformer import compare
 from xlformer import config as config_lib
 from xlformer.errors import UserError
-from xlformer.instruments import apart, systems, systems_tables
+from xlformer.instruments import apart, systems, systems_tables, widths
+from xlformer.instruments.instrument import Request
 from xlformer.instruments.systems_tables import Found, Row
 
 
@@ -17,16 +18,16 @@ def test_the_width_is_the_nearest_of_all(monkeypatch, budget):
     def count(width):
         return 5 * width * width + 256 * width
 
-    monkeypatch.setattr(systems, "parameters", lambda config, vocab: count(config))
+    monkeypatch.setattr(widths, "parameters", lambda config, vocab: count(config))
     all_widths = range(8, 513, 8)
     nearest = min(all_widths, key=lambda width: abs(count(width) - budget))
     off = abs(count(nearest) - budget) / budget
     if off > 0.1:
-        monkeypatch.setattr(systems, "Shape", _named)
+        monkeypatch.setattr(widths, "Shape", _named)
         with pytest.raises(UserError, match=rf"1,500 .* {nearest} has .* tenth off"):
-            systems.fitting(lambda width: width, 7, budget, widest=512)
+            widths.fitting(lambda width: width, 7, budget, widest=512)
     else:
-        found = systems.fitting(lambda width: width, 7, budget, widest=512)
+        found = widths.fitting(lambda width: width, 7, budget, widest=512)
         assert (found.width, found.parameters) == (nearest, count(nearest))
 
 
@@ -50,7 +51,21 @@ def test_a_system_is_itself_at_any_width(system):
 
 def test_what_is_counted_is_what_is_trained():
     config = config_lib.load("quickstart")
-    assert systems.parameters(config, 256) == 675_968
+    assert widths.parameters(config, 256) == 675_968
+
+
+def test_words_are_those_that_are_prepared_or_named(monkeypatch, tmp_path):
+    def corpora(**flags):
+        args = types.SimpleNamespace(systems=None, steps=None, **flags)
+        size, notes = systems._size(Request("small", tmp_path, args=args))
+        return [budget.corpus for budget in size.budgets], notes
+
+    both = ["stdlib", "penn"]
+    for there in (True, False):
+        monkeypatch.setattr(systems.preparing, "is_prepared", lambda data, x=there: x)
+        assert corpora(manual_dir=str(tmp_path)) == (both, [])
+        expected = (both, []) if there else (["stdlib"], [systems.NO_WORDS])
+        assert corpora(manual_dir=None) == expected
 
 
 def row(system, rate, validation, test, why=""):
@@ -127,7 +142,7 @@ def test_what_is_done_is_found_and_what_was_another_run_is_done_again(
     again = json.loads((out / "systems.json").read_text())
     assert again["corpora"] == found["corpora"] and not asked
     # One record is gone, and one is of other options: neither counts.
-    records = sorted((out / "runs").glob("*.json"))
+    records = sorted((out / "runs/tiny").glob("*.json"))
     records[0].unlink()
     other = json.loads(records[1].read_text())
     other["config"]["seed"] += 1
@@ -148,7 +163,8 @@ def test_what_is_done_is_found_and_what_was_another_run_is_done_again(
         ([":tiny", "--steps=0"], "--steps=0 must be at least 1"),
         ([":tiny", "--manual_dir=/"], "--manual_dir=/: tiny reads no Penn Treebank"),
         (["", "--manual_dir=/no"], "--manual_dir=/no: there is no such folder"),
-        (["", "--workdir=x"], "unknown argument '--workdir=x'"),
+        (["", "--workdir=x"], "unknown argument --workdir: systems measures no runs"),
+        ([":tiny", "--seeds=2"], "--seeds: systems has no spread"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, argv, message):

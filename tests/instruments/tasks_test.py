@@ -180,11 +180,11 @@ def found(tmp_path_factory):
 
 
 def test_each_run_is_kept_with_its_settings_and_found_again(found, capsys):
-    runs = sorted((found / "runs").glob("*.json"))
+    runs = sorted((found / "runs/tiny").glob("*.json"))
     assert len(runs) == 8  # 2 models, 2 sets, 2 seeds
     report = json.loads((found / "tasks.json").read_text())
     assert report["runs"][0] == json.loads(
-        (found / "runs/copy-universal_ACT-30-0.json").read_text()
+        (found / "runs/tiny/copy-universal_ACT-30-0.json").read_text()
     )
     steps = [level["steps"] for level in report["runs"][0]["by_difficulty"]]
     assert all(1 <= n <= 2 for n in steps)

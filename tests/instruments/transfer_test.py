@@ -217,11 +217,15 @@ def test_the_smallest_form(tiny):
     [
         ([member(), member(workdir="b")], "workdir='b': one run is read"),
         ([member(mechanism="lsh")], "its attention is not softmax"),
+        (
+            [member(mechanism="favor", redraw_interval=2)],
+            "its attention is not softmax",
+        ),
         ([member(workdir="converted")], "workdir='converted' names no data"),
         (
             [Member("x", types.SimpleNamespace(model=models.build(
                 models.LSTMConfig(vocab_size=7)), workdir="x"))],
-            "workdir='x': mechanism='softmax': LSTM has no mechanism",
+            "workdir='x': LSTM has no mechanism of attention",
         ),
     ],
 )  # fmt: skip

@@ -11,7 +11,7 @@ import trained_run
 import training_runs
 
 from xlformer import report, runs
-from xlformer.reporting import measured
+from xlformer.reporting import charts, measured, style
 from xlformer.train import train
 
 SCRIPT = "<script>alert(1)</script>"
@@ -151,11 +151,17 @@ def test_it_says_what_was_measured_with_what(page):
         assert name in text
 
 
+def test_lines_differ_without_colours():
+    assert len(set(charts._DASHES)) == len(style.SERIES) == len(style.SERIES_NIGHT)
+    assert len(set(charts._MARKS)) == len(style.SERIES)
+
+
 def test_pictures_lie_beside_it(out, page):
     names = sorted(path.name for path in out.glob("*.png"))
     assert {"training-loss.png", "places.png", "memories.png"} <= set(names)
     assert {f"attention-1-{layer}.png" for layer in (1, 2, 3)} <= set(names)
     assert len(names) == page.count("<svg")
+    assert all(report.PICTURE.fullmatch(name.removesuffix(".png")) for name in names)
     assert all((out / n).read_bytes().startswith(b"\x89PNG") for n in names)
 
 
@@ -163,12 +169,17 @@ def test_a_picture_does_not_write_where_a_link_points(base, tmp_path, monkeypatc
     canary = tmp_path / "canary"
     canary.write_text("as it was")
     (tmp_path / "training-loss.png").symlink_to(canary)
+    # One is of an earlier page, one is nobody's business.
+    for name in ("attention-9-9.png", "attention.png"):
+        (tmp_path / name).write_text("")
     for part in ("Measured", "Insides"):
         monkeypatch.setattr(getattr(report, _home(part)), part, _nothing)
     argv = [f"--workdir={trained_run.trained(base)}", f"--out={tmp_path}"]
     assert report.main([*argv, "--samples=0"]) == 0
     assert canary.read_text() == "as it was"
     assert not (tmp_path / "training-loss.png").is_symlink()
+    assert not (tmp_path / "attention-9-9.png").exists()
+    assert (tmp_path / "attention.png").exists()
 
 
 def _home(part):

@@ -46,8 +46,7 @@ def prepare(data, *, directory=None, stored=False) -> Prepared:
     the config was read from a work directory, which may be a stranger's: what lies in
     its config.data.directory is read, but nothing is made there.
     """
-    recipe = recipes.recipe(data)
-    name = f"{recipe.name}-{recipe.unit}-{_digest(recipe.key())}"
+    recipe, name = _named(data)
     named = directory or data.directory
     if stored and named:
         card = storage.path(named) / name / CARD
@@ -55,6 +54,18 @@ def prepare(data, *, directory=None, stored=False) -> Prepared:
         named = named if card.exists() else ""
     root = str(named or storage.cache())
     return opened(root, name, functools.partial(_build, recipe=recipe))
+
+
+def is_prepared(data) -> bool:
+    """Whether `prepare` would find everything made."""
+    root = storage.path(data.directory or storage.cache())
+    return (root / _named(data)[1] / CARD).exists()
+
+
+def _named(data) -> tuple[Recipe, str]:
+    """(what is made, the name of its folder)."""
+    recipe = recipes.recipe(data)
+    return recipe, f"{recipe.name}-{recipe.unit}-{_digest(recipe.key())}"
 
 
 def opened(root: str, name: str, build=None) -> Prepared:

@@ -21,7 +21,6 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
-from xlformer import storage
 from xlformer.errors import Argument, UserError
 from xlformer.instruments import ablation_tables as tables
 from xlformer.instruments import attention_lengths as lengths_lib
@@ -113,12 +112,12 @@ def measure(request: Request) -> Result:
         size = size._replace(steps=request.args.steps)
     asked = request.args.lengths or size.lengths
     lengths_lib.check_lengths(asked, size.scored)
-    texts = _write_texts(request.out, size.text)
+    texts = _write_texts(request, size.text)
     found: dict[str, dict[Kind, Scores]] = {IN_ORDER: {}, IN_DISORDER: {}}
     facts = []
     for order, kinds in ((IN_ORDER, size.kinds), (IN_DISORDER, size.shuffled)):
         for kind in kinds:
-            make = functools.partial(_config, kind, size, texts[order], request.out)
+            make = functools.partial(_config, kind, size, texts[order])
             name = f"{kind.folder}-{order.replace(' ', '_')}"
             group = [
                 members_lib.trained(
@@ -209,12 +208,13 @@ def _segment(member: Member) -> int:
     return member.run.config.train.segment_length
 
 
-def _config(kind: Kind, size: Size, text, out, seed: int) -> ConfigDict:
+def _config(kind: Kind, size: Size, text: epath.Path, seed: int) -> ConfigDict:
     config = config_lib.load("quickstart")
     T = size.segment
     config.name, config.seed = kind.folder, seed
     config.model.update(size.model, **kind.model(T))
-    config.data.update(corpus="text", path=str(text), directory=str(out / "prepared"))
+    config.data.update(corpus="text", path=str(text))
+    config.data.directory = str(text.parent / "prepared")
     config.train.update(steps=size.steps, batch_size=size.batch_size, segment_length=T)
     config.train.update(half_loss=kind.half, eval_every=0, save_every=size.steps)
     config.optimizer.warmup_steps = size.steps // 10
@@ -222,13 +222,11 @@ def _config(kind: Kind, size: Size, text, out, seed: int) -> ConfigDict:
     return config
 
 
-def _write_texts(out: epath.Path, size: int) -> dict[str, epath.Path]:
+def _write_texts(request: Request, size: int) -> dict[str, epath.Path]:
     """Files with the first bytes of Python's library, and with its lines shuffled."""
-    text, found = library_text.head(size), {}
-    for order, written in (
-        (IN_ORDER, text),
-        (IN_DISORDER, library_text.shuffled(text)),
-    ):
-        found[order] = out / f"{order.replace(' ', '_')}.txt"
-        storage.put(found[order], written)
-    return found
+    text = library_text.head(size)
+    texts = {IN_ORDER: text, IN_DISORDER: library_text.shuffled(text)}
+    return {
+        order: request.put(f"{order.replace(' ', '_')}.txt", written)
+        for order, written in texts.items()
+    }

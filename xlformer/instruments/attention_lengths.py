@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from xlformer.errors import Argument, UserError
-from xlformer.instruments.members import Member
+from xlformer.instruments.members import Member, about
 from xlformer.models import Model
 from xlformer.scoring import results, rows
 from xlformer.scoring.evaluator import Evaluator
@@ -97,6 +97,10 @@ class Reader:
             step=member.run.step,
             tally=found,
         )
+        if not np.isfinite(found.nats):
+            with about(member):
+                name = type(member.model).__name__
+                raise UserError(f"{name} gives a loss that is not finite")
         return found
 
 
@@ -182,14 +186,14 @@ def scores(
 
 def check(member: Member) -> None:
     """Raises UserError for a run whose model cannot be measured."""
-    if not member.model.causal:
-        raise UserError(
-            Argument("workdir", member.run.workdir),
-            " is of a model that sees what comes after a token: no length of memory "
-            "or of context is all that it sees",
-        )
-    # A model of one's own may have a memory of one length only.
-    at_length(member.model, 1, segment=member.run.config.train.segment_length)
+    with about(member):
+        if not member.model.causal:
+            raise UserError(
+                f"{type(member.model).__name__} sees what comes after a token: no "
+                "length of memory or of context is all that it sees"
+            )
+        # A model of one's own may have a memory of one length only.
+        at_length(member.model, 1, segment=member.run.config.train.segment_length)
 
 
 def check_lengths(lengths: Sequence[int], tokens: int) -> None:

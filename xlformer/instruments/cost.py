@@ -24,9 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlformer import config as config_lib
-from xlformer import models
+from xlformer import errors, models
 from xlformer.errors import Argument, UserError
-from xlformer.instruments.instrument import Request, Result, Table
+from xlformer.instruments import cost_tables as tables
+from xlformer.instruments import members as members_lib
+from xlformer.instruments.cost_tables import PUBLISHED, WAYS
+from xlformer.instruments.instrument import Request, Result
 from xlformer.machines import bench_timing, bench_workloads, rehearsal
 from xlformer.machines.bench_timing import Timing, clocks
 from xlformer.models import Model
@@ -38,13 +41,8 @@ CONFIGS = {"small": "enwik8_base", "tiny": "quickstart:debug"}
 SEGMENTS = {"small": 128, "tiny": 4}
 # Turns, and how long each thing that is timed is repeated in one.
 TURNS = {"small": (11, 0.3), "tiny": (2, 0.001)}
-# What the recomputing model of Al-Rfou et al. took in the time of one token of
-# Transformer-XL, by the attention length: table 9, one GPU.
-PUBLISHED = {800: 363, 1800: 773, 2800: 1409, 3800: 1874}
-WAYS = ("recurrent", "window", "recomputed")
 MOST = 1 << 20  # tokens of a segment, and of a length
 WINDOWED_TOKENS = 32  # read one by one in a timed call
-MARKS = {"recurrent": "o-", "window": "s--", "recomputed": "D:"}
 
 
 def add_flags(parser) -> None:
@@ -59,23 +57,7 @@ class Subject(NamedTuple):
     model: Model
     params: Callable[[], Any]
     facts: Mapping[str, Any]
-
-
-class Line(NamedTuple):
-    """y = slope x + intercept, and the share of the variance that it explains."""
-
-    slope: float
-    intercept: float
-    r2: float
-
-
-def line(x: Sequence[float], y: Sequence[float]) -> Line:
-    """The straight line of least squares."""
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    slope, intercept = np.polyfit(x, y, 1)
-    rest, all_ = y - slope * x - intercept, y - y.mean()
-    r2 = 1 - (rest @ rest) / (all_ @ all_) if all_.any() else 1.0
-    return Line(float(slope), float(intercept), float(r2))
+    about: Any  # under which errors name what a person gave
 
 
 def measure(request: Request) -> Result:
@@ -89,12 +71,14 @@ def measure(request: Request) -> Result:
         raise UserError(Argument("segment", segment), line)
     subjects = _subjects(request, size)
     # Before any weights are made: can all of them be read so?
-    readers = {
-        (name, length, way): reader(subject.model, way, length)
-        for name, subject in subjects.items()
-        for length in lengths
-        for way in WAYS
-    }
+    readers = {}
+    for name, subject in subjects.items():
+        with subject.about:
+            readers |= {
+                (name, length, way): reader(subject.model, way, length)
+                for length in lengths
+                for way in WAYS
+            }
     params = {name: subject.params() for name, subject in subjects.items()}
     timings = {
         key: _timing(model, params[key[0]], key[2], segment)
@@ -107,7 +91,7 @@ def measure(request: Request) -> Result:
         for name in subjects
         for length in lengths
     ]
-    fits = _fits(rows)
+    fits = tables.fits(rows)
     facts = {
         "models": [subject.facts for subject in subjects.values()],
         "lengths": lengths,
@@ -117,9 +101,9 @@ def measure(request: Request) -> Result:
         "measured": rows,
         "lines": fits,
     }
-    notes = _notes(segment, fits)
-    table = _table(rows, len(subjects) > 1)
-    return Result([table], facts, _picture(rows, fits), notes)
+    notes = tables.notes(segment, fits)
+    table = tables.table(rows, len(subjects) > 1)
+    return Result([table], facts, tables.picture(rows, fits), notes)
 
 
 def _subjects(request: Request, size: str) -> dict[str, Subject]:
@@ -131,7 +115,10 @@ def _subjects(request: Request, size: str) -> dict[str, Subject]:
             raise UserError(*given, ": a run has a model of its own")
         return {
             member.name: Subject(
-                member.model, lambda x=member: x.params, member.facts()
+                member.model,
+                lambda x=member: x.params,
+                member.facts(),
+                members_lib.about(member),
             )
             for member in request.members
         }
@@ -144,7 +131,8 @@ def _subjects(request: Request, size: str) -> dict[str, Subject]:
 
     shapes = jax.tree.leaves(abstract_params(model))
     facts = {"config": spec, "parameters": sum(x.size for x in shapes)}
-    return {spec: Subject(model, params, facts)}
+    about = errors.about(Argument("config", spec))
+    return {spec: Subject(model, params, facts, about)}
 
 
 def reader(model: Model, way: str, length: int) -> Model:
@@ -238,108 +226,3 @@ def _row(name: str, length: int, timings: Sequence[Timing]) -> dict:
         row[timing.name] = statistics.median(found) if found else None
         row[f"{timing.name}_seconds"] = found
     return row
-
-
-def ratio(row: Mapping, above: str, below: str) -> float | None:
-    """Of two times of a row."""
-    times = row[above], row[below]
-    return None if None in times else times[0] / times[1]
-
-
-PAIRS = (
-    ("window", "recurrent"),
-    ("recomputed", "recurrent"),
-    ("recomputed", "window"),
-)
-
-
-def _fits(rows: Sequence[Mapping]) -> list[dict]:
-    """Of each model and pair of ways, the line of the ratio over the length."""
-    found = []
-    for name in dict.fromkeys(row["model"] for row in rows):
-        for above, below in PAIRS:
-            points = [
-                (row["length"], ratio(row, above, below))
-                for row in rows
-                if row["model"] == name and ratio(row, above, below) is not None
-            ]
-            if len(points) > 2:
-                fit = line(*zip(*points, strict=True))._asdict()
-                found.append({"model": name, "above": above, "below": below, **fit})
-    return found
-
-
-def _table(rows: Sequence[Mapping], several: bool) -> Table:
-    columns = ["length", *(f"{above}/{below}" for above, below in PAIRS)]
-    columns += ["published", *(f"{way} us" for way in WAYS), "spread %"]
-    cells = []
-    for row in rows:
-        times = [row[way] for way in WAYS]
-        spreads = [
-            (max(row[f"{way}_seconds"]) - min(row[f"{way}_seconds"])) / row[way]
-            for way in WAYS
-            if row[way]
-        ]
-        cells.append(
-            [
-                *[row["model"]] * several,
-                row["length"],
-                *(ratio(row, *pair) for pair in PAIRS),
-                row["published"],
-                *(time and 1e6 * time for time in times),
-                100 * max(spreads, default=0.0),
-            ]
-        )
-    title = "time per token, one row, by the length of attention"
-    return Table(title, ["model"] * several + columns, cells, left=int(several))
-
-
-def _picture(rows: Sequence[Mapping], fits: Sequence[Mapping]):
-    """Draws the times, and the ratio of the third to the first with its line."""
-
-    def draw(figure) -> None:
-        times, ratios = figure.subplots(1, 2)
-        name = rows[0]["model"]
-        mine = [row for row in rows if row["model"] == name]
-        for way in WAYS:
-            points = [(row["length"], row[way]) for row in mine if row[way]]
-            x, y = zip(*points, strict=True) if points else ((), ())
-            times.plot(x, np.array(y) * 1e3, MARKS[way], label=way)
-        times.set_yscale("log")
-        low, high = times.get_ylim()
-        times.set_ylim(low, 10 * high)  # room for the legend
-        times.set_ylabel("ms per token")
-        for fit, mark in zip(fits, "s^Dov<", strict=False):
-            if fit["model"] == name and fit["above"] == "recomputed":
-                pair = fit["above"], fit["below"]
-                x = np.array([row["length"] for row in mine])
-                found = [ratio(row, *pair) or np.nan for row in mine]
-                label = f"recomputed / {fit['below']}, R2 {fit['r2']:.3f}"
-                dots = ratios.plot(x, found, mark, label=label)
-                fitted = fit["slope"] * x + fit["intercept"]
-                ratios.plot(x, fitted, "--", color=dots[0].get_color(), linewidth=1)
-        known = [(row["length"], row["published"]) for row in mine if row["published"]]
-        if known:
-            ratios.plot(*zip(*known, strict=True), "ko", mfc="none", label="published")
-        ratios.set_ylabel("times as long")
-        ratios.set_ylim(0, 1.4 * ratios.get_ylim()[1])
-        for axes in (times, ratios):
-            axes.set_xlabel("attention length (tokens)")
-            axes.grid(alpha=0.3)
-            axes.legend()
-
-    return draw
-
-
-def _notes(segment: int, fits: Sequence[Mapping]) -> list[str]:
-    notes = [
-        f"recurrent reads {segment} tokens at once, window one at a time: the same "
-        "model and memory, so that their ratio is what reading together gains. "
-        "published is recomputed/recurrent of another model, on a GPU."
-    ]
-    for fit in fits:
-        if fit["above"] == "recomputed":
-            formula = f"{fit['slope']:.3g} length {fit['intercept']:+.3g}"
-            what = f"{fit['model']}: recomputed/{fit['below']}"
-            notes.append(f"{what} = {formula}, R2 {fit['r2']:.4f}")
-    return notes

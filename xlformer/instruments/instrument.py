@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from etils import epath
 
+from xlformer import storage
 from xlformer.instruments.members import Member
 
 # Forms of what an instrument trains or draws: `tiny` is for tests, 20 s at most, and
@@ -36,8 +37,19 @@ class Request:
 
     @property
     def runs(self) -> epath.Path:
-        """Where runs lie that an instrument trains: another call finds them there."""
-        return self.out / "runs"
+        """Where runs lie that an instrument trains: another call finds them there.
+
+        Those of `tiny`, and their texts, are no beginning of others.
+        """
+        folder = self.out / "runs"
+        return folder / "tiny" if self.size == "tiny" else folder
+
+    def put(self, name: str, text: str) -> epath.Path:
+        """Writes a text that runs are trained on; returns where it lies."""
+        folder = self.runs if self.size == "tiny" else self.out
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.put(folder / name, text)
+        return folder / name
 
 
 @dataclasses.dataclass(frozen=True)

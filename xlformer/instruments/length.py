@@ -17,7 +17,7 @@ import numpy as np
 
 from xlformer import storage
 from xlformer.errors import Argument, UserError, did_you_mean
-from xlformer.instruments import apart, mechanisms, passes
+from xlformer.instruments import apart, mechanisms, passes, records
 from xlformer.instruments import members as members_lib
 from xlformer.instruments.instrument import Request, Result, Table
 from xlformer.instruments.mechanisms import FLOOR, KINDS, SIZES, Sizes
@@ -141,7 +141,8 @@ def _rows(request, name: str, of_length: Mapping, together: bool, limits) -> lis
         file = request.runs / "length" / file
         asked = {"model": repr(model), "lengths": lengths, "ways": ways, **limits}
         asked |= {"jax": jax.__version__, "together": together}
-        rows = _read(file, asked)
+        kept = records.read(file, asked=asked)
+        rows = [Row(**row) for row in kept["rows"]] if kept else None
         if rows is None:
             rows = passes.apart_rows(model, lengths, ways, **limits)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -155,14 +156,6 @@ def _rows(request, name: str, of_length: Mapping, together: bool, limits) -> lis
             print(line, file=sys.stderr, flush=True)
         found += rows
     return found
-
-
-def _read(file, asked: dict) -> list[Row] | None:
-    try:
-        stored = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    return [Row(**row) for row in stored["rows"]] if stored["asked"] == asked else None
 
 
 # What comes of it ---------------------------------------------------------------------

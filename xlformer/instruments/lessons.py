@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from xlformer import models, storage
-from xlformer.instruments import fitting, sequences
+from xlformer.instruments import fitting, records, sequences
 from xlformer.instruments.sequences import Task
 
 
@@ -82,10 +82,8 @@ class Lesson:
         name = f"{self.task}-{self.member}-{self.size}-{self.seed}"
         file = folder / (re.sub(r"[^\w.-]+", "_", name) + ".json")
         settings = self.facts()
-        if file.exists():
-            kept = json.loads(file.read_text())
-            if kept["settings"] == settings:
-                return kept
+        if kept := records.read(file, settings=settings):
+            return kept
         begin = time.perf_counter()
         kept = {"settings": settings, **self._measured()}
         kept["seconds"] = round(time.perf_counter() - begin, 1)

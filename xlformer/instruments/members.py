@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -14,8 +15,9 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from xlformer import models, runs, storage
+from xlformer import command, errors, models, runs, storage
 from xlformer.errors import Argument, UserError
+from xlformer.runs import stored
 from xlformer.scoring import texts
 from xlformer.training.run import train
 
@@ -24,10 +26,16 @@ LONGEST_NAME = 100  # characters
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A run under the name that tables give it."""
+    """A run under the name that tables give it.
+
+    Attributes:
+      data_paths: where texts of runs lie now, its own among them; () is where its
+        config says.
+    """
 
     name: str
     run: runs.Run
+    data_paths: Sequence[str] = ()
 
     @property
     def model(self) -> models.Model:
@@ -42,6 +50,16 @@ class Member:
         """How many numbers were trained."""
         return sum(x.size for x in jax.tree.leaves(self.run.params))
 
+    def text(self, split: str):
+        """Tokens of a split of its text, where documents begin, and facts."""
+        *others, last = self.data_paths or (None,)
+        for path in others:
+            try:
+                return texts.read(self.run, split, None, path)
+            except stored.AnotherText:  # It is that of another run.
+                pass
+        return texts.read(self.run, split, None, last)
+
     def facts(self) -> dict:
         """What tells it from others, for JSON."""
         return {
@@ -55,12 +73,52 @@ class Member:
         }
 
 
-def load(workdirs: Sequence, *, checkpoint: str = "best") -> list[Member]:
+def add_flags(parser) -> None:
+    """The flags that name runs, of each command that takes several; see `given`."""
+    parser.add_argument(
+        "--workdir",
+        action="append",
+        default=[],
+        type=command.place,
+        help="of a run; may be repeated",
+    )
+    parser.add_argument("--checkpoint", help=runs.CHECKPOINT_HELP)
+    parser.add_argument(
+        "--data_path",
+        action="append",
+        default=[],
+        type=command.place,
+        help="where a run's own text lies now; may be repeated",
+    )
+
+
+def given(args) -> list[Member]:
+    """The runs that the flags of `add_flags` name, none without --workdir."""
+    paths, checkpoint = args.data_path, args.checkpoint
+    asked = {"checkpoint": checkpoint, "data_path": paths[0] if paths else None}
+    for name, value in asked.items():
+        if value is not None and not args.workdir:
+            named = Argument("workdir", "DIR")
+            raise UserError(Argument(name, value), " without ", named, ", its run")
+    checkpoint = "best" if checkpoint is None else checkpoint
+    return load(args.workdir, checkpoint=checkpoint, data_paths=paths)
+
+
+def load(
+    workdirs: Sequence, *, checkpoint: str = "best", data_paths: Sequence[str] = ()
+) -> list[Member]:
     """The runs of work directories; UserError where two of them are one run.
 
     They are called as their configs are, or as their folders where configs repeat.
+
+    Args:
+      workdirs, checkpoint: see `runs.load`.
+      data_paths: where texts of these runs lie now, in any order.
     """
     places = [storage.path(workdir) for workdir in workdirs]
+    if len(data_paths) > len(places):
+        line = f" is one of {len(data_paths)} texts, of {len(places)} runs"
+        raise UserError(Argument("data_path", data_paths[-1]), line)
     seen: dict[str, epath.Path] = {}
     for place in places:
         real = os.fspath(place)
@@ -73,7 +131,15 @@ def load(workdirs: Sequence, *, checkpoint: str = "best") -> list[Member]:
                 " are one run, which is compared with itself",
             )
         seen[real] = place
-    return of([runs.load(place, checkpoint=checkpoint) for place in places])
+    found = of([runs.load(place, checkpoint=checkpoint) for place in places])
+    corpora = [member.run.config.data.corpus for member in found]
+    return [
+        # A public corpus has no other place; where there is no other, reading says so.
+        dataclasses.replace(member, data_paths=tuple(data_paths))
+        if corpus == "text" or "text" not in corpora
+        else member
+        for member, corpus in zip(found, corpora, strict=True)
+    ]
 
 
 def of(found: Sequence[runs.Run]) -> list[Member]:
@@ -131,6 +197,11 @@ def _is_copy(one: runs.Run, other: runs.Run) -> bool:
     return all(np.array_equal(a, b) for a, b in pairs)
 
 
+def about(member: Member) -> contextlib.AbstractContextManager[None]:
+    """Lets a UserError say of which of several runs it is."""
+    return errors.about(Argument("workdir", member.run.workdir))
+
+
 def check_vocabularies(members: Sequence[Member]) -> None:
     """Raises UserError where the ids of two runs stand for different symbols."""
     first = members[0].run.vocabulary
@@ -149,7 +220,10 @@ def check_vocabularies(members: Sequence[Member]) -> None:
 
 def text(member: Member, split: str, path: str | None = None):
     """Tokens of a split of a run's text, or of a file, where documents begin, facts."""
-    return texts.read(member.run, split, path)
+    if path is not None:
+        return texts.read(member.run, split, path)
+    with about(member):
+        return member.text(split)
 
 
 def trained(name: str, config: ConfigDict, folder: epath.Path, model=None) -> Member:

@@ -50,7 +50,10 @@ def model_of(source: Model, **fields) -> Model:
 
 def is_softmax(model: Model) -> bool:
     """Whether a model attends by softmax; UserError where it has no mechanism."""
-    return model.for_reading(mechanism="softmax") == model
+    mechanism = model.card().get("mechanism")
+    if mechanism is None:
+        raise UserError(f"{type(model).__name__} has no mechanism of attention")
+    return mechanism == "softmax"
 
 
 def read(

@@ -71,7 +71,7 @@ def measure(request: Request) -> Result:
     plan = _plan(request)
     members = request.members or _trained(request, plan)
     members_lib.check_vocabularies(members)
-    longest = [contexts_lib.reader(member.model)[1] for member in members]
+    longest = [_longest(member) for member in members]
     tokens, documents, text = members_lib.text(members[0], plan.split, plan.text)
     targets = contexts_lib.spread(len(tokens), plan.targets, plan.contexts, documents)
     # In files, because they are as many numbers as targets times contexts; of two
@@ -143,20 +143,27 @@ def _shares(text: str) -> list[float]:
     return sorted(set(shares))
 
 
+def _longest(member: Member) -> int | None:
+    """The longest context that a model can be fed; None is any."""
+    with members_lib.about(member):
+        return contexts_lib.reader(member.model)[1]
+
+
 def _losses(member: Member, tokens, targets: Targets, contexts, path) -> np.ndarray:
     """Nats of each target with each context, [C, N], in a file."""
     shape = len(contexts), len(targets.places_N)
     found_CN = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-    contexts_lib.score(
-        member.model,
-        member.params,
-        tokens,
-        targets.places_N,
-        contexts,
-        found_CN,
-        step=member.run.step,
-        progress=progress.Progress(f"scoring {member.name}"),
-    )
+    with members_lib.about(member):
+        contexts_lib.score(
+            member.model,
+            member.params,
+            tokens,
+            targets.places_N,
+            contexts,
+            found_CN,
+            step=member.run.step,
+            progress=progress.Progress(f"scoring {member.name}"),
+        )
     return found_CN
 
 
@@ -300,18 +307,17 @@ def _small(request: Request) -> dict[str, ConfigDict]:
 
 def _tiny(request: Request) -> dict[str, ConfigDict]:
     """Two models that a test trains in seconds, on a text of their own."""
-    path = request.out / "text.txt"
     words = (
         "a context is what comes before a token ; it may be long , or not so".split()
     )
     draw = np.random.default_rng(0).integers(0, len(words), 4000)
-    storage.put(path, " ".join(words[i] for i in draw) + "\n")
+    path = request.put("words.txt", " ".join(words[i] for i in draw) + "\n")
     found = {}
     for name, like in {"Transformer-XL": "quickstart", "LSTM": "lstm_small"}.items():
         config = config_lib.load(f"{like}:debug")
         config.data.update(config_lib.default_config().data)
         config.data.update(corpus="text", path=os.fspath(path), unit="bytes")
-        config.data.directory = os.fspath(request.out / "prepared")
+        config.data.directory = os.fspath(path.parent / "prepared")
         config.train.update(steps=20, eval_every=0, save_every=0)
         if "scan_layers" in config.model:
             config.model.scan_layers = True  # compiles faster

@@ -22,6 +22,7 @@ import numpy as np
 
 from xlformer import config as config_lib
 from xlformer import models, runs, storage
+from xlformer.data import preparing
 from xlformer.errors import Argument, UserError
 from xlformer.generation.continuation import MOST, for_generation, generate
 from xlformer.generation.printing import decoded
@@ -64,7 +65,7 @@ def measure(request: Request) -> Result:
     asked = _Asked.of(request)
     for member in request.members:
         _check(member)
-    members = list(request.members) or [_trained(request)]
+    members = list(request.members) or [_trained(request, asked)]
     # All texts are read before the first one is continued, which takes long.
     windows = [_windows(member, asked) for member in members]
     articles = []
@@ -103,38 +104,49 @@ class _Asked:
                 raise UserError(Argument(name, found[name]), line)
         return cls(**found)
 
+    @property
+    def size(self) -> int:
+        """Tokens of an article."""
+        return self.context + self.num_tokens
+
+    def check(self, tokens) -> None:
+        """Raises UserError where a test split has no room for the articles."""
+        if len(tokens) < ARTICLES * self.size:
+            raise UserError(
+                f"the test split has {len(tokens):,} tokens; {ARTICLES} times ",
+                Argument("context", self.context),
+                " and ",
+                Argument("num_tokens", self.num_tokens),
+                f" need {ARTICLES * self.size:,}",
+            )
+
 
 def _check(member: Member) -> None:
     """Raises UserError for a run that cannot be asked."""
     where = Argument("workdir", member.run.workdir)
     if not runs.names_data(member.run.config):
         raise UserError(where, " names no data, whose test split would be continued")
-    try:
+    with members_lib.about(member):
         for_generation(member.model)
-    except UserError as error:
-        raise UserError(where, ": ", *error.parts) from error
 
 
-def _trained(request: Request) -> Member:
+def _trained(request: Request, asked: _Asked) -> Member:
     tiny = request.size == "tiny"
     config = config_lib.load("quickstart:debug" if tiny else "quickstart")
     if tiny:
         config.train.update(steps=2, eval_every=0, save_every=0)
         config.eval.max_tokens = 64
+    # Before minutes of training: is there so much to continue?
+    asked.check(preparing.prepare(config.data).tokens["test"])
     return members_lib.trained("quickstart", config, request.runs)
 
 
 def _windows(member: Member, asked: _Asked) -> list[np.ndarray]:
     """Contexts, each with what follows it: the first ones of the test split."""
     tokens, _, _ = members_lib.text(member, "test")
-    size = asked.context + asked.num_tokens
-    if len(tokens) < ARTICLES * size:
-        raise UserError(
-            Argument("workdir", member.run.workdir),
-            f": its test split has {len(tokens):,} tokens; {ARTICLES} times "
-            f"{asked.context:,} of context and {asked.num_tokens:,} that follow need "
-            f"{ARTICLES * size:,}",
-        )
+    with members_lib.about(member):
+        asked.check(tokens)
+    size = asked.size
     return [np.asarray(tokens[i * size : (i + 1) * size]) for i in range(ARTICLES)]
 
 

@@ -2,11 +2,11 @@
 
     python -m xlformer.compare systems --out=DIR [--manual_dir=DIR] [--steps=N]
 
-Bytes of Python's own library, and words of Penn Treebank where --manual_dir has its
-files. Each system gets the width with which its parameters come nearest to the budget,
-and is trained at three learning rates, of which the best in validation counts. Each
-run has a process of its own, whose peak memory is known; what is finished is found by
-another call, what was killed goes on from its last checkpoint.
+Bytes of Python's own library, and words of Penn Treebank where it is prepared already
+or --manual_dir has its files. Each system gets the width with which its parameters come
+nearest to the budget, and is trained at three learning rates, of which the best in
+validation counts. Each run has a process of its own, whose peak memory is known; what
+is finished is found by another call, what was killed goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import functools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from xlformer import compiled, models, sharding, storage
+from xlformer import compiled, sharding, storage
 from xlformer import config as config_lib
 from xlformer.data import preparing
 from xlformer.errors import Argument, UserError, did_you_mean
-from xlformer.instruments import apart, library_text
+from xlformer.instruments import apart, library_text, records
 from xlformer.instruments import systems_tables as tables
 from xlformer.instruments.instrument import Request, Result
+from xlformer.instruments.widths import Shape, fitting
 from xlformer.machines import cores
-from xlformer.models.parameters import abstract_params
 from xlformer.runs import log
 from xlformer.scoring import evaluation
 from xlformer.training.run import train
@@ -49,8 +49,10 @@ BASES = {
     "universal": "universal_small",
 }
 SEGMENT = 64  # tokens, those of all these configs
-STEP = 8  # of widths: four heads of an even width
-NEAR = 0.1  # how far, as a share, parameters may be from the budget
+NO_WORDS = (
+    "no words: Penn Treebank is not prepared on this machine; --manual_dir=DIR names "
+    "the folder of its ptb.train.txt, ptb.valid.txt and ptb.test.txt"
+)
 # Seconds; no run of the sizes below takes a tenth of it on two cores.
 LIMIT = 3600.0
 
@@ -114,7 +116,9 @@ SIZES = {
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--manual_dir", help="where the files of Penn Treebank lie: train.txt, ..."
+        "--manual_dir",
+        help="where ptb.train.txt, ptb.valid.txt and ptb.test.txt of Penn Treebank "
+        "lie; not needed where it was prepared before",
     )
     parser.add_argument("--steps", type=int, help="of each run, not the size's")
     parser.add_argument("--systems", help=f"some of {','.join(BASES)}; default: all")
@@ -166,9 +170,10 @@ def _size(request: Request) -> tuple[Size, list[str]]:
         size = size._replace(budgets=budgets)
     if WORDS.corpus in [budget.corpus for budget in size.budgets]:
         if args.manual_dir is None:
-            budgets = [b for b in size.budgets if b.corpus != WORDS.corpus]
-            size = size._replace(budgets=budgets)
-            notes.append("no words: --manual_dir names no files of Penn Treebank")
+            if not preparing.is_prepared(_base(WORDS).data):
+                budgets = [b for b in size.budgets if b.corpus != WORDS.corpus]
+                size = size._replace(budgets=budgets)
+                notes.append(NO_WORDS)
         elif not storage.path(args.manual_dir).is_dir():
             line = ": there is no such folder"
             raise UserError(Argument("manual_dir", args.manual_dir), line)
@@ -195,11 +200,10 @@ def _plan(budget: Budget, systems: Sequence[str], request: Request) -> tuple:
 def _with_text(budget: Budget, request: Request) -> Budget:
     data = dict(budget.data)
     if budget.corpus == WORDS.corpus:
-        data["manual_dir"] = request.args.manual_dir
+        data["manual_dir"] = request.args.manual_dir or ""
     if budget.corpus == TINY.corpus:
-        path = request.out / "library.txt"
-        storage.put(path, library_text.head(20_000))
-        data |= {"path": str(path), "directory": str(request.out / "prepared")}
+        path = request.put("library.txt", library_text.head(20_000))
+        data |= {"path": str(path), "directory": str(path.parent / "prepared")}
     return budget._replace(data=data)
 
 
@@ -234,60 +238,6 @@ def _config(system: str, budget: Budget, width: int) -> ConfigDict:
     return config
 
 
-# Widths -------------------------------------------------------------------------------
-
-
-class Shape(NamedTuple):
-    """A config of a width, and its parameters."""
-
-    config: ConfigDict
-    width: int
-    parameters: int
-
-
-def fitting(
-    make: Callable[[int], ConfigDict], vocab_size: int, budget: int, *, widest: int
-) -> Shape:
-    """The width with which a model's own count comes nearest to the budget.
-
-    make: gives the config of a width; parameters must grow with it. Raises UserError
-    where no width is within a tenth of the budget.
-    """
-
-    @functools.cache
-    def shape(width: int) -> Shape:
-        config = make(width)
-        return Shape(config, width, parameters(config, vocab_size))
-
-    # The widest that does not exceed the budget, and the next.
-    low, high = 1, widest // STEP
-    while low < high:
-        middle = (low + high + 1) // 2
-        if shape(middle * STEP).parameters <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    near = [shape(n * STEP) for n in (low, min(low + 1, widest // STEP))]
-    best = min(near, key=lambda one: abs(one.parameters - budget))
-    if abs(best.parameters - budget) > NEAR * budget:
-        raise UserError(
-            f"{best.config.model.name}: no width gives {budget:,} parameters: "
-            f"{best.width} has {best.parameters:,}, more than a tenth off"
-        )
-    return best
-
-
-def parameters(config: ConfigDict, vocab_size: int) -> int:
-    """How many numbers are trained; nothing is made."""
-    size = config_lib.vocab_size(config, vocab_size)
-    model = models.build(config.model, size)
-    abstract = abstract_params(model)
-    return sum(x.size for x in jax.tree.leaves(abstract))
-
-
-# Runs ---------------------------------------------------------------------------------
-
-
 def _trial(system: str, shape: Shape, rate: float, budget: Budget, folder: epath.Path):
     """A run that is done, now or by an earlier call."""
     config = ConfigDict(shape.config.to_dict())
@@ -296,9 +246,9 @@ def _trial(system: str, shape: Shape, rate: float, budget: Budget, folder: epath
     workdir = folder / config.name
     record = folder / f"{config.name}.json"
     asked = json.loads(config_lib.to_json(config))
-    found = json.loads(record.read_text()) if record.exists() else None
     # Of another release, or another place, it may be of another run.
-    if found is None or found["config"] != asked:
+    found = records.read(record, config=asked)
+    if found is None:
         folder.mkdir(parents=True, exist_ok=True)
         arguments = {"config": asked, "workdir": str(workdir)}
         arguments["test"] = budget.test

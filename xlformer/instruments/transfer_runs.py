@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
-from xlformer import runs, storage
+from xlformer import runs
 from xlformer.errors import Argument, UserError
 from xlformer.instruments import members as members_lib
 from xlformer.instruments import readings
@@ -124,8 +124,7 @@ def own_source(request: Request, sizes: Sizes, more: str = "") -> Member:
         raise UserError(Argument("tokens", sizes.tokens), line)
     if request.size == "tiny":
         # Python's own library takes seconds to prepare, and a second layer to compile.
-        text = request.out / "text.txt"
-        storage.put(text, inspect.getsource(argparse)[:20_000])
+        text = request.put("argparse.txt", inspect.getsource(argparse)[:20_000])
         config.data.update(corpus="text", path=os.fspath(text), unit="bytes")
         config.model.n_layer = 1
     _keep(config, sizes.source_steps, sizes.points)
@@ -149,6 +148,8 @@ def continued(
     overrides = [f"model.{name}={value}" for name, value in fields.items()]
     config = ConfigDict(source.run.config.to_dict())
     config.init_from = ""
+    if source.data_paths:
+        config.data.path = source.data_paths[0]
     config.train.steps = steps
     warmup = min(config.optimizer.warmup_steps, steps // 10)
     config.optimizer.warmup_steps = warmup

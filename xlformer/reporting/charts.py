@@ -26,7 +26,15 @@ MOST_POINTS = 400  # of a line; no panel can show more
 MOST_NAMED = 16  # lines that a legend names
 LARGEST = 1e30  # beyond it a loss is none, and its axis would overflow
 LEAST = 1e-5  # of the highest, what an axis of powers shows
-_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
+# As many as colours, so that lines differ in grey too.
+_DASHES = (
+    "-",
+    (0, (5, 1.5)),
+    (0, (1.5, 1.2)),
+    (0, (6, 1.5, 1.5, 1.5)),
+    (0, (10, 2.5)),
+    (0, (4, 1.2, 1.2, 1.2, 1.2, 1.2)),
+)
 _MARKS = "osD^vP"
 _INCH = 72  # points, which are the units of matplotlib's SVG
 _DOTS = 200  # per inch, of a PNG: sharp on any screen
@@ -125,7 +133,9 @@ class Panel:
         only = len(names) == len(self.lines) == 1  # The caption names it.
         if only or not 0 < len(names) <= MOST_NAMED:
             return 0, 1
-        return len(names), max(1, min(len(names), 54 // (max(map(len, names)) + 7)))
+        most = max(1, min(len(names), 54 // (max(map(len, names)) + 7)))
+        # matplotlib fills columns: as many as make rows of equal length.
+        return len(names), -(-len(names) // -(-len(names) // most))
 
     def _scale(self, axes) -> None:
         from matplotlib import ticker

@@ -67,6 +67,7 @@ th,td{{padding:.3rem .9rem .3rem 0;text-align:left;vertical-align:baseline;
 white-space:nowrap}}
 thead th{{border-bottom:1.5px solid var(--ink);font-weight:600}}
 tbody th{{font-weight:400;color:var(--pale);padding-right:1.4rem}}
+tr>:first-child{{position:sticky;left:0;background:var(--paper)}}
 tbody tr{{border-bottom:1px solid var(--rule)}}
 .number{{text-align:right}}
 th:last-child,td:last-child{{padding-right:0}}

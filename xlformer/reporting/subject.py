@@ -15,8 +15,10 @@ from xlformer.errors import UserError
 from xlformer.instruments.members import Member
 from xlformer.reporting.charts import Line, Panel
 from xlformer.reporting.page import Figure, Text, clean, shown
-from xlformer.scoring import results, texts
+from xlformer.scoring import results
 
+# Of `python -m xlformer.report`, as lines of the page name them.
+FLAGS = ("workdir", "checkpoint", "data_path", "split", "tokens", "samples")
 NAMES_IN_TEXT = 40  # characters of a run's name
 
 
@@ -33,6 +35,7 @@ class Subject:
       context, length: tokens of a continuation's prompt, and of itself.
       seed: of the samples.
       say: is told what takes its time now.
+      drawn: the names of all pictures.
     """
 
     members: Sequence[Member]
@@ -44,6 +47,7 @@ class Subject:
     length: int = 256
     seed: int = 0
     say: Callable[[str], None] = lambda line: None
+    drawn: set = dataclasses.field(default_factory=set)
     _texts: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -59,7 +63,7 @@ class Subject:
         """(tokens, documents, facts) of the split; UserError where there is none."""
         if member.name not in self._texts:
             try:
-                found = texts.read(member.run, self.split or "validation", None)
+                found = member.text(self.split or "validation")
             except UserError as error:
                 found = error
             self._texts[member.name] = found
@@ -70,7 +74,9 @@ class Subject:
 
     def draw(self, panels: Sequence[Panel], caption: Any) -> list[Figure]:
         """The panels that have points, as one figure; [] where none has."""
-        drawn = [p.draw(self.out) for p in panels if any(len(x.x) for x in p.lines)]
+        panels = [p for p in panels if any(len(x.x) for x in p.lines)]
+        self.drawn |= {panel.name for panel in panels}
+        drawn = [panel.draw(self.out) for panel in panels]
         return [Figure(caption, drawn)] if drawn else []
 
 
@@ -81,7 +87,8 @@ def of_each(subject: Subject, measure: Callable[[Member], Any]):
         try:
             found[member.name] = measure(member)
         except UserError as error:
-            missing.append(Text(f"{member.name}: {clean(error)}", "missing"))
+            line = clean(error.line(FLAGS))
+            missing.append(Text(f"{member.name}: {line}", "missing"))
         except jax.errors.JaxRuntimeError as error:
             line = clean(error)[:200]
             missing.append(Text(f"{member.name}: {line}", "missing"))

@@ -23,7 +23,7 @@ from xlformer.data.documents import Text
 from xlformer.data.prepared import FORMAT, Prepared
 from xlformer.data.sources import SPLITS
 from xlformer.data.vocabulary import Vocabulary
-from xlformer.errors import Argument, UserError
+from xlformer.errors import Advice, Argument, UserError
 from xlformer.runs import writing
 
 PATH = "config.data.path"
@@ -153,11 +153,9 @@ def _text(data, card: dict, name: str | Argument, *, advice: bool) -> Text | Non
     """
     remedy = (
         f"; no prepared copy of the run's text (sha256 {card['payload_sha256'][:12]}) "
-        f"is in {' or '.join(_roots(data))}: ",
-        Argument("data_path", "FILE"),
-        " says where that text lies now, ",
-        Argument("text", "FILE"),
-        " scores another one",
+        f"is in {' or '.join(_roots(data))}",
+        Advice(": ", Argument("data_path", "FILE"), " says where that text lies now"),
+        Advice(", ", Argument("text", "FILE"), " scores another one"),
     ) * advice
     try:
         if name == PATH and _is_read_once(data.path):
@@ -178,12 +176,12 @@ def _text(data, card: dict, name: str | Argument, *, advice: bool) -> Text | Non
     return text
 
 
-class _AnotherText(UserError):
+class AnotherText(UserError):
     """What lies in a place is not what the run was trained on."""
 
 
-def _another(where: str | Argument, found: str, card: dict, remedy=()) -> _AnotherText:
-    return _AnotherText(
+def _another(where: str | Argument, found: str, card: dict, remedy=()) -> AnotherText:
+    return AnotherText(
         where,
         f" holds another text than the run was trained on: sha256 {found[:12]}, the "
         f"run has {card['payload_sha256'][:12]}",
@@ -195,7 +193,7 @@ def _say_if_changed(data, card: dict, found) -> None:
     """Says so where config.data.path has another text by now, which is not scored."""
     try:
         _text(data, card, PATH, advice=False)
-    except _AnotherText as error:
+    except AnotherText as error:
         line = f"{error}: scoring the prepared text of the run, in {found}"
         print(f"xlformer: {line}", file=sys.stderr, flush=True)
     except UserError:

@@ -92,6 +92,24 @@ def test_padding_is_not_there():
         assert np.isfinite(slopes).all() and (slopes[:, L:] == 0).all()
 
 
+def test_a_document_is_what_it_is_alone_in_its_row():
+    """However great the keys of those before and after it are; so are its gradients."""
+    original = Original(feature_epsilon=1e-2)
+    start_BT = np.broadcast_to(np.array([0, 0, 0, 3, 3, 3, 6]), (B, T))
+    great = KEYS * np.array([5, 5, 5, 1, 1, 1, 5])[:, None, None]
+    whole = theirs(great, original, start_BT=start_BT)
+    slopes = gradients(original, great, start_BT=start_BT)
+
+    def alone(k, part):
+        found = attention(Q[:, part], k, VALUES[:, part], "positive", W, original)
+        return (found * WEIGHTS[:, part]).sum(), found
+
+    for part in (slice(0, 3), slice(3, 6)):
+        expected, found = jax.grad(alone, has_aux=True)(great[:, part], part)
+        np.testing.assert_allclose(whole[:, part], found, rtol=1e-10)
+        np.testing.assert_allclose(slopes[:, part], expected, atol=1e-10)
+
+
 def test_in_older_versions_a_row_depends_on_its_batch_mates():
     other = KEYS.copy()
     other[1:] *= 3

@@ -97,11 +97,17 @@ def attention(
       features_name: of FEATURES; 'hyperbolic' is in neither program.
       projection_MK: rows of random features, or None for generalised ones without.
       start_BT: the first key that each query sees, never decreasing in t; [B, 1] where
-        causal is False.
+        causal is False. Where True, keys of one start have a greatest of their own.
       valid_BT: which keys count; the others' features are 0, and no maximum is theirs.
     """
     q_BTHM, k_BTHM = features(
-        q_BTHK, k_BTHK, features_name, projection_MK, original, valid_BT=valid_BT
+        q_BTHK,
+        k_BTHK,
+        features_name,
+        projection_MK,
+        original,
+        start_BT=start_BT if causal else None,
+        valid_BT=valid_BT,
     )
     # The sum of the weights is one more value, which is 1 at every key.
     values_BTHV = v_BTHV.astype(wide(v_BTHV.dtype))
@@ -128,7 +134,14 @@ def attention(
 
 
 def features(
-    q_BTHK, k_BTHK, features_name, projection_MK, original: Original, *, valid_BT=None
+    q_BTHK,
+    k_BTHK,
+    features_name,
+    projection_MK,
+    original: Original,
+    *,
+    start_BT=None,
+    valid_BT=None,
 ):
     """Features of queries and of keys, [B, T, H, M], in float32 at least."""
     if FEATURES[features_name].softmax and features_name not in SOFTMAX:
@@ -142,39 +155,59 @@ def features(
     else:
         make = _trigonometric if features_name == "trigonometric" else _positive
         w_MK = lax.stop_gradient(projection_MK).astype(dtype)
-        q_BTHM = make(q_BTHK, w_MK, original, None, is_query=True)
-        k_BTHM = make(k_BTHK, w_MK, original, valid_BT, is_query=False)
+        q_BTHM = make(q_BTHK, w_MK, original, None, None, is_query=True)
+        k_BTHM = make(k_BTHK, w_MK, original, start_BT, valid_BT, is_query=False)
     if valid_BT is not None:
         k_BTHM = jnp.where(valid_BT[..., None, None], k_BTHM, 0)
     return q_BTHM, k_BTHM
 
 
-def _positive(x_BTHK, w_MK, original, valid_BT, *, is_query):
+def _positive(x_BTHK, w_MK, original, start_BT, valid_BT, *, is_query):
     """(exp(w . x - |x|^2 / 2 - greatest w . x) + epsilon) / sqrt(m)."""
     p_BTHM = jnp.einsum("BTHK,MK->BTHM", x_BTHK, w_MK)
     # Of a query there is one for each position, which cancels but for the epsilon.
     axes = (-1,) if is_query else ROW
     if not is_query and original.stabiliser == "original_batch":
         axes = (0, 1, 2, 3)
-    most = _greatest(p_BTHM, axes, valid_BT, original)
+    most = _greatest(p_BTHM, axes, start_BT, valid_BT, original)
     f_BTHM = _exp(p_BTHM - _half_square(x_BTHK) - most, valid_BT)
     return (f_BTHM + original.feature_epsilon) * w_MK.shape[0] ** -0.5
 
 
-def _trigonometric(x_BTHK, w_MK, original, valid_BT, *, is_query):
+def _trigonometric(x_BTHK, w_MK, original, start_BT, valid_BT, *, is_query):
     """exp(|x|^2 / 2 - the greatest of a sequence) (cos, sin)(w . x) / sqrt(m)."""
     p_BTHM = jnp.einsum("BTHK,MK->BTHM", x_BTHK, w_MK)
     half_BTH1 = _half_square(x_BTHK)
-    most = _greatest(half_BTH1, ROW, valid_BT, original)
+    most = _greatest(half_BTH1, ROW, start_BT, valid_BT, original)
     f_BTHM = jnp.concatenate([jnp.cos(p_BTHM), jnp.sin(p_BTHM)], -1)
     return f_BTHM * _exp(half_BTH1 - most, valid_BT) * w_MK.shape[0] ** -0.5
 
 
-def _greatest(x_BTHM, axes, valid_BT, original):
+def _greatest(x_BTHM, axes, start_BT, valid_BT, original):
     if valid_BT is not None:
         x_BTHM = jnp.where(valid_BT[..., None, None], x_BTHM, -jnp.inf)
-    most = x_BTHM.max(axes, keepdims=True)
+    if start_BT is not None and axes == ROW:
+        # The programs know no documents: each has here what it has alone in its row.
+        most = _of_document(x_BTHM.max(-1, keepdims=True), start_BT)
+    else:
+        most = x_BTHM.max(axes, keepdims=True)
     return lax.stop_gradient(most) if original.maxima == "constant" else most
+
+
+def _of_document(x_BTH1, start_BT):
+    """The greatest of those positions that begin to see where each one does."""
+    start_BT11 = jnp.broadcast_to(start_BT[..., None, None], x_BTH1.shape)
+
+    def joined(one, other):
+        (x, start), (y, later) = one, other
+        return jnp.where(start == later, jnp.maximum(x, y), y), later
+
+    # From both ends: what comes before it, and what comes after.
+    both = (
+        lax.associative_scan(joined, (x_BTH1, start_BT11), reverse=reverse, axis=1)[0]
+        for reverse in (False, True)
+    )
+    return jnp.maximum(*both)
 
 
 def _exp(x_BTHM, valid_BT):

@@ -160,6 +160,8 @@ def attention(insides: Insides) -> Section:
         if len(chosen) < len(layers):
             fewer = f" {len(chosen)} of {len(layers)} layers are drawn."
         ahead = "" if member.model.causal else " Distances ahead and back are one."
+        if seen.inside.halting:
+            ahead += " Positions that have halted count in the steps after, too."
         caption = (
             f"{member.name}: mean weight of attention by distance, of all queries that "
             f"see as far, over {seen.how()}; a line a head. From distance {EXACT} on a "

@@ -20,15 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from xlformer import (
-    command,
-    compiled,
-    instruments,
-    pictures,
-    runs,
-    sharding,
-    storage,
-)
+from xlformer import command, compiled, instruments, pictures, sharding, storage
 from xlformer.errors import Argument, UserError, did_you_mean
 from xlformer.instruments import members as members_lib
 from xlformer.instruments.instrument import SIZES, Instrument, Request, Result, Table
@@ -70,14 +62,9 @@ def _main(argv: Sequence[str] | None) -> int:
 def measure(prog: str, name: str, size: str, argv: Sequence[str]) -> int:
     """Runs an instrument with the flags of a command; returns the exit code."""
     instrument = instruments.find(name)
-    _refuse(
-        argv,
-        "--workdir",
-        name,
-        instrument.RUNS != "none",
-        "measures no runs that are given",
-    )
-    _refuse(argv, "--seeds", name, bool(instrument.SEEDS), "has no spread over seeds")
+    takes_runs, has_seeds = instrument.RUNS != "none", bool(instrument.SEEDS)
+    _refuse(argv, "--workdir", name, takes_runs, "measures no runs that are given")
+    _refuse(argv, "--seeds", name, has_seeds, "has no spread over seeds")
     args = _parser(prog, instrument).parse(argv)
     _check(args)
     out = storage.path(args.out)

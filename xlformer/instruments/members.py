@@ -82,7 +82,7 @@ def add_flags(parser) -> None:
         type=command.place,
         help="of a run; may be repeated",
     )
-    parser.add_argument("--checkpoint", help=runs.CHECKPOINT_HELP)
+    parser.add_argument("--checkpoint", help=f"{runs.CHECKPOINT_HELP} (best)")
     parser.add_argument(
         "--data_path",
         action="append",

@@ -232,6 +232,20 @@ def test_devices_change_nothing():
         one, two = learnt(text(), rows), learnt(text(), rows, devices=2)
         assert one.keys() == two.keys()
         np.testing.assert_allclose([*two.values()], [*one.values()], 1e-5)
+    found = [
+        squares.root_mean(
+            bag(),
+            bag_params(),
+            text(7, 131),
+            plan_of(),
+            documents=None,
+            mesh=sharding.make_mesh({"data": devices}),
+            step=0,
+            segments=17,
+        )[0]
+        for devices in (1, 2)
+    ]
+    assert_close(*found, rtol=1e-5)
 
 
 def test_a_short_training_text_is_looked_at_as_far_as_it_goes():

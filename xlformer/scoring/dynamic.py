@@ -115,6 +115,8 @@ def given(
             progress=progress,
         )
     numbers = settings.dynamic_rate, settings.dynamic_decay, settings.dynamic_epsilon
+    # As numbers of Python they have the dtype of what they multiply.
+    numbers = (None if x is None else float(x) for x in numbers)
     return Given(run.params, rms, *numbers), said
 
 

@@ -101,8 +101,8 @@ def test_it_learns_from_what_it_has_scored(name, path, trained):
     """With parameters that two devices share; the text repeats itself."""
     expected = trained(name)["eval/nats_per_token"]
     options = {"max_tokens": 163, "mesh": sharding.make_mesh({"data": 1, "fsdp": 2})}
-    card = evaluate.evaluate(path / name, dynamic="sgd", dynamic_rate=0.3, **options)
-    assert card["nats_per_token"] < 0.99 * expected, (card["nats_per_token"], expected)
+    card = evaluate.evaluate(path / name, dynamic="sgd", dynamic_rate=0.1, **options)
+    assert card["nats_per_token"] < 0.995 * expected
 
 
 @every_model

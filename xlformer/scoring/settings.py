@@ -19,7 +19,7 @@ NUMBERS = ("memory_length", "clamp_length", *OF_ROWS)
 SGD = {"dynamic_rate": 0.1, "dynamic_decay": 0.0}
 RMS = {
     "dynamic_rate": 1e-4,
-    "dynamic_decay": 1e-3,
+    "dynamic_decay": 0.0,
     "dynamic_epsilon": 1e-5,
     "dynamic_segments": 256,
 }

@@ -9,6 +9,7 @@ Each host of a job makes the same call; the first of them prints and writes.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Iterable
@@ -46,6 +47,13 @@ def _parser() -> command.Parser:
     parser.add_argument("--same_length", nargs="?", const="true", help="true or false")
     parser.add_argument("--batch_size", type=int, help="rows")
     parser.add_argument("--warmup", default="auto", help=", ".join(scoring.WARMUPS))
+    parser.add_argument("--dynamic", help="sgd or rms: learn from what was scored")
+    parser.add_argument("--dynamic_rate", help="one number, or several: 1e-5,1e-4")
+    parser.add_argument("--dynamic_decay", type=float, help="to what was trained")
+    parser.add_argument("--dynamic_epsilon", type=float, help="of rms")
+    parser.add_argument(
+        "--dynamic_segments", type=int, help="of the training text, for rms"
+    )
     parser.add_argument("--mesh", default="data=-1", help=sharding.MESH_HELP)
     cores.add_flag(parser)
     hosts.add_flags(parser)
@@ -58,6 +66,8 @@ def _main(argv) -> int:
         raise UserError(
             f"--checkpoint={args.checkpoint} with --follow, which scores every one"
         )
+    if args.follow and args.dynamic is not None:
+        raise UserError(f"--dynamic={args.dynamic} with --follow: score one checkpoint")
     if args.checkpoint is None:
         args.checkpoint = "best"
     settings = _settings(args)
@@ -65,7 +75,8 @@ def _main(argv) -> int:
     with hosts.reading(args, args.workdir):
         sizes = sharding.parse_mesh(args.mesh)
         _share_cores(args, settings[0], sizes)
-        mesh = sharding.make_mesh(sizes, where="--mesh")
+        rows = settings[0].learning_rows
+        mesh = sharding.make_mesh(sizes, rows=rows, where="--mesh")
         scorers = [Scorer(one, mesh) for one in settings]
         # Scorers are made once: with --follow each checkpoint uses the same programs.
         for run in _runs(args, mesh):
@@ -80,19 +91,25 @@ def _main(argv) -> int:
 
 
 def _settings(args) -> list[EvalSettings]:
-    """The settings for each --memory_length, all checked before the first is scored."""
-    texts = [None] if args.memory_length is None else args.memory_length.split(",")
-    lengths = [_parsed("memory_length", text, 0) for text in texts]
+    """The settings of each card, all checked before the first is scored."""
+    several = {
+        "memory_length": _several("memory_length", args.memory_length, 0),
+        "dynamic_rate": _several("dynamic_rate", args.dynamic_rate, 0.0),
+    }
     same_length = _parsed("same_length", args.same_length, False)
     # The flags are named as the fields of EvalSettings are.
     given = vars(args) | {"same_length": same_length}
     names = {field.name for field in dataclasses.fields(EvalSettings)}
     given = {k: v for k, v in given.items() if k in names}
-    settings = [EvalSettings(**given | {"memory_length": n}) for n in lengths]
+    settings = [
+        EvalSettings(**given | dict(zip(several, values, strict=True)))
+        for values in itertools.product(*several.values())
+    ]
     if args.text and is_read_once(args.text):
         again = ""
-        if len(lengths) > 1:
-            again = f"--memory_length names {len(lengths)}"
+        named = [name for name, values in several.items() if len(values) > 1]
+        if named:
+            again = f"--{named[0]} names {len(several[named[0]])}"
         elif args.follow:
             again = "--follow scores it again and again"
         if again:
@@ -135,6 +152,12 @@ def _report(workdir, found: list[dict]) -> None:
     # Flushed: whoever reads a pipe of --follow shall not wait for the next card.
     print(json.dumps(as_json if len(as_json) > 1 else as_json[0]), flush=True)
     cards.write(workdir, found)
+
+
+def _several(name: str, text: str | None, like) -> list:
+    """The values of a flag that takes several, between commas."""
+    texts = [None] if text is None else text.split(",")
+    return [_parsed(name, one, like) for one in texts]
 
 
 def _parsed(name: str, text: str | None, like):

@@ -97,6 +97,15 @@ def test_it_is_read_over_a_mesh_and_continued(name, path, trained, capsys):
 
 
 @every_model
+def test_it_learns_from_what_it_has_scored(name, path, trained):
+    """With parameters that two devices share; the text repeats itself."""
+    expected = trained(name)["eval/nats_per_token"]
+    options = {"max_tokens": 163, "mesh": sharding.make_mesh({"data": 1, "fsdp": 2})}
+    card = evaluate.evaluate(path / name, dynamic="sgd", dynamic_rate=0.1, **options)
+    assert card["nats_per_token"] < 0.995 * expected
+
+
+@every_model
 def test_a_memory_is_asked_only_of_a_model_that_has_one(name, path, trained, capsys):
     trained(name)
     workdir, flag = f"--workdir={path / name}", "--memory_length=5"

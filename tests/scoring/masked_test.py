@@ -61,6 +61,12 @@ def test_masked_loss_by_hand(workdir):
     assert other["tokens_scored"] == mask_N.sum() and other["nats"] != card["nats"]
 
 
+def test_nothing_is_learnt_from_hidden_tokens(workdir):
+    options = {"model": blanks(SYMBOLS + 1), "dynamic": "sgd"}
+    line = refusal(evaluate.evaluate, workdir, **options)
+    assert line.startswith("dynamic='sgd': the run has config.train.objective=masked")
+
+
 def test_each_hidden_token_is_told_where_it_stands(workdir):
     model, ids = blanks(SYMBOLS + 1), np.arange(41) % SYMBOLS
     plan = scoring.cut_rows_for(model, 41, batch_size=3, segment_length=T)

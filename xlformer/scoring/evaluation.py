@@ -11,7 +11,7 @@ import jax
 from xlformer import __version__, models, runs, sharding
 from xlformer.data import preparing, shards
 from xlformer.errors import UserError
-from xlformer.scoring import results, rows, texts, units
+from xlformer.scoring import dynamic, results, rows, texts, units
 from xlformer.scoring.evaluator import Evaluator
 from xlformer.scoring.rows import Plan, cut_rows_for
 from xlformer.scoring.settings import EvalSettings
@@ -43,7 +43,7 @@ def evaluate(
       UserError: no such run, checkpoint, text or setting.
     """
     settings = (settings or EvalSettings()).replaced(**fields)
-    mesh = mesh or sharding.make_mesh({"data": -1})
+    mesh = mesh or sharding.make_mesh({"data": -1}, rows=settings.learning_rows)
     run = runs.load(
         workdir,
         checkpoint=settings.checkpoint,
@@ -67,10 +67,24 @@ class Scorer:
         if self._prepared_for != (run.model, run.config):
             self._prepare(run)
             self._prepared_for = run.model, run.config
-        self._evaluator.compile(run.params)  # whose time is not the model's
+        params, learning = run.params, {}
+        if self._settings.dynamic:
+            # Which part of the segments that is in all; sgd looks at none of them.
+            more = self._settings.dynamic_segments or 0
+            share = more / (more + self._plan.steps)
+            params, learning = dynamic.given(
+                self._settings,
+                run,
+                self._model,
+                self._plan,
+                self._mesh,
+                _within(progress, 0, share),
+            )
+            progress = _within(progress, share, 1)
+        self._evaluator.compile(params)  # whose time is not the model's
         tally = results.Tally()
         score = self._evaluator.score(
-            run.params,
+            params,
             self._tokens,
             self._plan,
             documents=self._documents,
@@ -84,6 +98,7 @@ class Scorer:
             **_of_run(run),
             **self._data,
             **self._how(run),
+            **learning,
             **_of_objective(run, self._objective),
             **tally.results(*self._count(run)),
             "seconds": round(score.seconds, 3),
@@ -107,7 +122,7 @@ class Scorer:
         self._settings = settings = self._given.filled(run.config.eval)
         self._model = settings.model(run.model)
         self._everything, self._documents, self._data = texts.read(
-            run, settings.split or "validation", settings.text, settings.data_path
+            run, settings.split or "validation", settings.text, settings.text_path
         )
         # All tokens are kept beside those that are scored: what words and bytes these
         # stand for is known only by comparing the whole split with its card.
@@ -125,7 +140,8 @@ class Scorer:
         # One CPU device gains a fifth by it, and two have no more to gain. Elsewhere it
         # was not measured.
         alone = self._mesh.size == 1 and self._mesh.devices.flat[0].platform == "cpu"
-        if alone and self._given.segment_length is None and not settings.stride:
+        asked = settings.stride or settings.dynamic
+        if alone and self._given.segment_length is None and not asked:
             own = self._plan.segment_length
             self._plan = rows.faster(
                 self._plan,
@@ -136,9 +152,11 @@ class Scorer:
             if self._plan.segment_length != own:
                 self._chosen = f"for speed: no token sees more than with {own}"
         self._objective = objectives.build(run.config.train, self._model)
-        self._evaluator = Evaluator.of(
-            self._model, self._plan, self._mesh, self._objective
-        )
+        kind = Evaluator
+        if settings.dynamic:
+            dynamic.check(settings, run, self._model, self._objective)
+            kind = dynamic.Dynamic
+        self._evaluator = kind.of(self._model, self._plan, self._mesh, self._objective)
 
     def _how(self, run: runs.Run) -> dict:
         """The lengths and the precision with which the text was read."""
@@ -166,6 +184,13 @@ class Scorer:
             lines=preparing.OF_LINES in self._data["words_are"],
             documents=self._documents,
         )
+
+
+def _within(progress, start: float, stop: float):
+    """The progress of what takes from `start` to `stop` of the whole."""
+    if progress is None:
+        return None
+    return lambda fraction: progress(start + fraction * (stop - start))
 
 
 def _of_window(settings: EvalSettings, plan: Plan) -> dict:

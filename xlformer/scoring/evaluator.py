@@ -70,10 +70,7 @@ class Evaluator:
         # compiling.
         sees_end = model.positions_from_end or not model.causal
         self._tells_lengths = sees_end and self._inputs > 1
-        params = abstract_params(model)
-        axes = model.cache_axes(segment_length=self._inputs)
-        abstract = jax.eval_shape(self._cold_state, params)
-        placed = sharding.model_state(self._mesh, abstract, axes)
+        placed = self._layout(abstract_params(model))
         self._begin = jax.jit(self._cold_state, out_shardings=placed)
         # The state is donated, as in training: there may be no room for a second cache
         # of keys and values.
@@ -120,12 +117,32 @@ class Evaluator:
           tally: is given what each call has scored, token by token.
         """
         start = time.perf_counter()
+        tally = Tally() if tally is None else tally
+        finished, _ = self.read(
+            params,
+            tokens,
+            plan,
+            documents=documents,
+            step=step,
+            progress=progress,
+            tally=tally,
+        )
+        if not finished:
+            return None
+        if not tally.targets:
+            raise UserError(
+                f"none of {plan.targets} tokens is scored: the text is too short for "
+                "one of them to be hidden"
+            )
+        return Score(tally.nats, tally.targets, time.perf_counter() - start)
+
+    def read(self, params, tokens, plan: Plan, *, documents, step, progress, tally):
+        """(whether it was not given up, the state after the last call); see `score`."""
         # Rows that score nothing are added until all of them divide by the devices.
         padded = rows_lib.pad(plan, self._rows.batch_size)
         # Waited for, so that the memory that making it took is free before the scan
         # begins: there may be no room for both.
         state = jax.block_until_ready(self._init_state(params))
-        tally = Tally() if tally is None else tally
         calls = math.ceil(plan.steps / self._steps)
         pending: tuple = ()
         for call, batch in enumerate(self._batches(padded, tokens, documents, step)):
@@ -135,14 +152,9 @@ class Evaluator:
                 tally.add(self._scored(padded, tokens, *pending))
             pending = call * self._steps, *found
             if progress is not None and progress((call + 1) / calls):
-                return None
+                return False, state
         tally.add(self._scored(padded, tokens, *pending))
-        if not tally.targets:
-            raise UserError(
-                f"none of {plan.targets} tokens is scored: the text is too short for "
-                "one of them to be hidden"
-            )
-        return Score(tally.nats, tally.targets, time.perf_counter() - start)
+        return True, state
 
     def compile(self, params):
         """Compiles for parameters of these shapes, so that no signal waits for it.
@@ -155,6 +167,12 @@ class Evaluator:
         return self._get(params, self._init_state(params), batch)
 
     # On the device --------------------------------------------------------------------
+
+    def _layout(self, params):
+        """Where the state lies, for parameters of these shapes."""
+        axes = self._model.cache_axes(segment_length=self._inputs)
+        abstract = jax.eval_shape(self._cold_state, params)
+        return sharding.model_state(self._mesh, abstract, axes)
 
     def _cold_state(self, params):
         """In the form that the model likes for scoring, of these very parameters."""
@@ -233,7 +251,7 @@ class Evaluator:
         )
         for first in range(0, plan.steps, self._steps):
             chunk = [
-                rows_lib.batch(plan, tokens, documents, k, self._model.extended_length)
+                self._segment(plan, tokens, documents, k)
                 for k in range(first, first + self._steps)
             ]
             batch = {name: np.stack([b[name] for b in chunk]) for name in chunk[0]}
@@ -254,6 +272,11 @@ class Evaluator:
             # An array, so that another checkpoint's step needs no other program.
             batch["step"] = np.full(self._steps, step, np.int32)
             yield self._rows.put(batch, axis=1)
+
+    def _segment(self, plan: Plan, tokens, documents, step: int) -> dict:
+        """What the scan is given of one step."""
+        more = self._model.extended_length
+        return rows_lib.batch(plan, tokens, documents, step, more)
 
     def _scored(
         self, plan: Plan, tokens, first: int, nll_NBT, weights_NBT=None, greedy_NBT=None

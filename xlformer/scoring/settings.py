@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -14,6 +15,17 @@ from xlformer.models import Model, checks
 # is VISIBLE.
 OF_ROWS = ("segment_length", "batch_size")
 NUMBERS = ("memory_length", "clamp_length", *OF_ROWS)
+# Of dynamic evaluation: what is taken where nothing is said.
+SGD = {"dynamic_rate": 0.1, "dynamic_decay": 0.0}
+RMS = {
+    "dynamic_rate": 1e-4,
+    "dynamic_decay": 0.0,
+    # With this rate it is sgd of 0.1 for what the looked-at text has no gradient of,
+    # such as rare words: the published programs' is 0.12 to 0.2.
+    "dynamic_epsilon": 1e-3,
+    "dynamic_segments": 256,
+}
+DYNAMIC = {"sgd": SGD, "rms": RMS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +50,12 @@ class EvalSettings:
       batch_size: rows that the text is cut into.
       warmup: auto, exact, fill or none; see rows.py.
       max_tokens: of the text's beginning; 0 is all.
+      dynamic: sgd or rms: the parameters learn from each segment after it was scored;
+        see dynamic.py. None: they stay as they are.
+      dynamic_rate: how far they go.
+      dynamic_decay: which share of the way back they go at each segment.
+      dynamic_epsilon: of rms: what is added to the size of a gradient.
+      dynamic_segments: of rms: at most how many of the training text tell that size.
     """
 
     split: str | None = None
@@ -53,6 +71,11 @@ class EvalSettings:
     batch_size: int | None = None
     warmup: str = "auto"
     max_tokens: int = 0
+    dynamic: str | None = None
+    dynamic_rate: float | None = None
+    dynamic_decay: float | None = None
+    dynamic_epsilon: float | None = None
+    dynamic_segments: int | None = None
 
     def __post_init__(self):
         if self.text is not None and self.split is not None:
@@ -62,7 +85,7 @@ class EvalSettings:
                 Argument("split", self.split),
                 ": a file of one's own has no splits",
             )
-        for name in (*NUMBERS, "stride", "max_tokens"):
+        for name in (*NUMBERS, "stride", "max_tokens", "dynamic_segments"):
             value = getattr(self, name)
             if not isinstance(value, int | np.integer | None):
                 line = " is not a whole number"
@@ -75,6 +98,25 @@ class EvalSettings:
         if self.stride is not None and self.stride < 0:
             line = " must not be negative (0: segments follow each other)"
             raise UserError(Argument("stride", self.stride), line)
+        self._check_dynamic()
+
+    def _check_dynamic(self):
+        if self.dynamic is not None and self.dynamic not in DYNAMIC:
+            line = f" is none of {', '.join(DYNAMIC)}"
+            raise UserError(Argument("dynamic", self.dynamic), line)
+        if self.dynamic and self.stride:
+            line = ": what a window reads again would be learnt before it is scored"
+            named = Argument("dynamic", self.dynamic), Argument("stride", self.stride)
+            raise UserError(named[0], " with ", named[1], line)
+        used = DYNAMIC.get(self.dynamic, {})
+        for name in RMS:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if name not in used:
+                how = Argument("dynamic", "rms" if name not in SGD else "sgd")
+                raise UserError(Argument(name, value), " is nothing without ", how)
+            _check_number(name, value, self.dynamic)
 
     def replaced(self, **fields) -> EvalSettings:
         """Returns settings with other values; UserError for an unknown name."""
@@ -96,7 +138,29 @@ class EvalSettings:
         # The section has no None: its False is the model's own.
         if self.same_length is None and not defaults.same_length:
             found["same_length"] = None
+        if self.dynamic:
+            found |= self._filled_dynamic()
         return dataclasses.replace(self, **found)
+
+    def _filled_dynamic(self) -> dict:
+        # One row is what was published, and no other order of the text.
+        rows = 1 if self.batch_size is None else self.batch_size
+        found = {"batch_size": rows}
+        for name, value in DYNAMIC[self.dynamic].items():
+            given = getattr(self, name)
+            found[name] = value if given is None else given
+        if rows > 1:
+            if self.warmup not in ("auto", "none"):
+                raise UserError(
+                    Argument("warmup", self.warmup),
+                    " with ",
+                    Argument("dynamic", self.dynamic),
+                    " and ",
+                    Argument("batch_size", rows),
+                    ": what a row replays would be learnt before it is scored",
+                )
+            found["warmup"] = "none"
+        return found
 
     def model(self, model: Model) -> Model:
         """Returns the model that reads with these settings; they are filled.
@@ -111,9 +175,37 @@ class EvalSettings:
         return _sliding(model, window, self.stride) if self.stride else model
 
     @property
+    def text_path(self) -> str | None:
+        """Where the text to be scored lies now, as far as data_path is said of it."""
+        # With another text, the training text alone is the run's own: see dynamic.py.
+        of_training = self.text is not None and self.dynamic == "rms"
+        return None if of_training else self.data_path
+
+    @property
+    def learning_rows(self) -> int:
+        """Rows whose updates devices would have to share; 0 where nothing learns."""
+        return (self.batch_size or 1) if self.dynamic else 0
+
+    @property
     def scored_length(self) -> int:
         """How many tokens of a segment are scored; all, where no window slides."""
         return self.stride or self.segment_length or 0
+
+
+def _check_number(name: str, value, dynamic: str) -> None:
+    """Raises UserError for what no option of dynamic evaluation can be."""
+    is_number = isinstance(value, int | float | np.number)
+    if not is_number or isinstance(value, bool) or not math.isfinite(value):
+        raise UserError(Argument(name, value), " is no finite number")
+    if name == "dynamic_segments" and value < 1:
+        raise UserError(Argument(name, value), " must be at least 1")
+    if name == "dynamic_epsilon" and value <= 0:
+        raise UserError(Argument(name, value), " must be above 0")
+    if value < 0:
+        raise UserError(Argument(name, value), " must not be negative")
+    if name == "dynamic_decay" and dynamic == "sgd" and value > 1:
+        line = " must be at most 1: more goes beyond the trained parameters"
+        raise UserError(Argument(name, value), line)
 
 
 def _sliding(model: Model, window: int, stride: int) -> Model:

@@ -173,7 +173,7 @@ def test_a_directory_without_a_checkpoint_or_with_two(folder, tmp_path):
 @pytest.mark.parametrize(
     ("hparams", "said"),
     [
-        ({}, "its shapes do not tell what a token sees: pass --hparams=FILE.json"),
+        ({}, "its shapes do not tell what a token sees: pass hparams with mem_len"),
         ({"mem_len": "5"}, "mem_len='5' is not a whole number"),
         ({"mem_len": -5}, "memory_length=-5"),
         ({"same_length": 1}, "same_length=1 is not true or false"),

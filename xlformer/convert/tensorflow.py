@@ -24,7 +24,7 @@ from xlformer import models
 from xlformer.convert import tensor_bundle
 from xlformer.convert.tensor_bundle import Bundle
 from xlformer.convert.transformer_xl import Entry
-from xlformer.errors import UserError, some
+from xlformer.errors import Argument, UserError, some
 from xlformer.models import TransformerXLConfig
 from xlformer.models.parameters import abstract_params
 
@@ -158,10 +158,11 @@ def _seen(bundle: Bundle, hparams: Mapping, fields: Mapping) -> dict[str, Any]:
         found |= dict(zip(names, SCRIPTS[size], strict=True)) | {"same_length": True}
     found |= hparams
     if "mem_len" not in found:
+        example = '{"mem_len": 640, "clamp_len": 400, "same_length": true}'
         raise UserError(
-            f"{bundle.prefix}: its shapes do not tell what a token sees: pass "
-            '--hparams=FILE.json, such as {"mem_len": 640, "clamp_len": 400, '
-            '"same_length": true, "tgt_len": 64}'
+            f"{bundle.prefix}: its shapes do not tell what a token sees: pass ",
+            Argument("hparams"),
+            f" with mem_len, such as a JSON file of {example}",
         )
     for name, kind in (("mem_len", int), ("clamp_len", int), ("same_length", bool)):
         if type(found[name]) is not kind:

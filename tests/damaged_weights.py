@@ -11,7 +11,7 @@ import shutil
 
 import numpy as np
 
-from xlformer.convert import tensor_bundle, tensorflow_vocabulary
+from xlformer.convert import leveldb, tensor_bundle, tensorflow_vocabulary
 from xlformer.convert.crc32c import crc32c, masked
 from xlformer.errors import UserError
 
@@ -50,18 +50,18 @@ def resealed(data: bytes) -> bytes:
     """An index with true checksums again, wherever its blocks can still be found."""
     found = bytearray(data)
     try:
-        at = len(data) - tensor_bundle.FOOTER
-        _, _, at = tensor_bundle._handle(data, at, len(data) - 8)
-        start, size, _ = tensor_bundle._handle(data, at, len(data) - 8)
+        at = len(data) - leveldb.FOOTER
+        _, _, at = leveldb.handle(data, at, len(data) - 8)
+        start, size, _ = leveldb.handle(data, at, len(data) - 8)
         # The blocks lie one behind another, the filters' before the index's.
         blocks = [(start, size)]
-        for _, handle in tensor_bundle._entries(data[start : start + size], 1 << 20):
-            blocks.append(tensor_bundle._handle(handle, 0, len(handle))[:2])
+        for _, handle in leveldb.entries(data[start : start + size], 1 << 20):
+            blocks.append(leveldb.handle(handle, 0, len(handle))[:2])
     except (ValueError, IndexError):
         blocks = []
     for start, size in blocks:
         end = start + size
-        if end + 5 <= len(data) - tensor_bundle.FOOTER:
+        if end + 5 <= len(data) - leveldb.FOOTER:
             crc = masked(crc32c(data[start : end + 1]))
             found[end + 1 : end + 5] = crc.to_bytes(4, "little")
     return bytes(found)

@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 
 from xlformer import convert, runs
-from xlformer.convert import crc32c, tensor_bundle, tensorflow
+from xlformer.convert import (
+    crc32c,
+    leveldb,
+    tensor_bundle,
+    tensorflow,
+    tensorflow_shapes,
+)
 from xlformer.convert.__main__ import main
 from xlformer.errors import UserError
 
@@ -62,11 +68,11 @@ def test_shapes_tell_the_model_and_hparams_what_it_sees():
 
 def test_without_hparams_a_known_size_is_read_as_its_script_evaluates_it():
     fields = {"n_layer": 18, "d_model": 1024, "n_head": 16}
-    found = tensorflow._seen(None, {}, fields)
+    found = tensorflow_shapes.seen(None, {}, fields)
     script = {"tgt_len": 128, "mem_len": 1600, "clamp_len": 1000, "same_length": True}
     assert found == script
     given = {"mem_len": 3}
-    found = tensorflow._seen(None, given, fields)
+    found = tensorflow_shapes.seen(None, given, fields)
     assert found == {"mem_len": 3, "clamp_len": -1, "same_length": False}
 
 
@@ -128,10 +134,10 @@ def index(old, new):
 
 def compressed(data):
     """The type byte of the first block, behind which all others lie."""
-    _, _, at = tensor_bundle._handle(data, len(data) - 48, len(data))
-    start, size, _ = tensor_bundle._handle(data, at, len(data))
-    (_, handle), *_ = tensor_bundle._entries(data[start : start + size], 1 << 20)
-    _, size, _ = tensor_bundle._handle(handle, 0, len(handle))
+    _, _, at = leveldb.handle(data, len(data) - 48, len(data))
+    start, size, _ = leveldb.handle(data, at, len(data))
+    (_, handle), *_ = leveldb.entries(data[start : start + size], 1 << 20)
+    _, size, _ = leveldb.handle(handle, 0, len(handle))
     return damaged_weights.resealed(data[:size] + b"\1" + data[size + 1 :])
 
 
@@ -173,7 +179,7 @@ def test_a_directory_without_a_checkpoint_or_with_two(folder, tmp_path):
 @pytest.mark.parametrize(
     ("hparams", "said"),
     [
-        ({}, "its shapes do not tell what a token sees: pass --hparams=FILE.json"),
+        ({}, "its shapes do not tell what a token sees: pass hparams with mem_len"),
         ({"mem_len": "5"}, "mem_len='5' is not a whole number"),
         ({"mem_len": -5}, "memory_length=-5"),
         ({"same_length": 1}, "same_length=1 is not true or false"),
@@ -194,12 +200,18 @@ def test_wrong_hparams_are_named_with_the_shapes_that_contradict(hparams, said):
 
 
 def test_nothing_is_written_where_the_command_refuses(folder, tmp_path, capsys):
-    (folder / LAST).unlink()
+    cache = damaged_weights.CACHES / "wt103" / "cache.pkl"
+    shutil.copy(cache, folder)
+    (tmp_path / "hparams.json").write_text(json.dumps(SEEN))
     flags = [f"--source={folder}", f"--workdir={tmp_path / 'run'}", "--format=tf"]
-    assert main(flags) == 2
-    out, err = capsys.readouterr()
-    assert not out and err.count("\n") == 1 and LAST in err
-    assert not (tmp_path / "run").exists()
+    for more, said in (
+        ([f"--hparams={tmp_path / 'hparams.json'}"], "cache.pkl has 13 symbols, the"),
+        ([], "what a token sees: pass --hparams with mem_len"),
+    ):
+        assert main([*flags, *more]) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.count("\n") == 1 and said in err
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", damaged_weights.CLASSES)

@@ -56,7 +56,8 @@ def test_transformer_xl_equals_hugging_faces_in_float32(name):
 @pytest.mark.parametrize("name", TENSORFLOW)
 def test_transformer_xl_equals_the_tensorflow_original(name):
     """Attended zeros, mem_len + 1 keys, its epsilon, projections of every kind."""
-    assert agrees(name).compared >= 11
+    found = agrees(name)
+    assert found.compared >= 7 and found.values < 1e-13
 
 
 def test_transformer_xl_equals_the_tensorflow_original_in_float32():

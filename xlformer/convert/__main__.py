@@ -209,6 +209,12 @@ def _main(argv) -> int:
     own = read.vocabulary
     if vocabulary is None and own is not None:
         vocabulary = read_vocabulary(own) if isinstance(own, str) else own
+        size = model_config.vocab_size
+        if isinstance(own, str) and vocabulary.size != size:
+            raise UserError(
+                f"{own} has {vocabulary.size} symbols, the weights of {args.source} "
+                f"have {size}: pass their own as --vocab"
+            )
     if args.probe and is_read_once(args.probe):
         raise UserError(f"--probe={args.probe} is read twice, a pipe only once: a file")
     if args.probe and vocabulary is not None:

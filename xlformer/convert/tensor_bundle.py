@@ -3,12 +3,10 @@
     bundle = tensor_bundle.open_bundle("model.ckpt-4000")
     x = bundle.read("transformer/r_w_bias")
 
-PREFIX.index is a table in LevelDB's layout: blocks of sorted entries whose keys share
-their beginnings with the one before, an index block of the blocks, a footer. Key ''
-holds the header, every other key is a variable's name; its value, a protocol buffer,
-says where in PREFIX.data-SSSSS-of-NNNNN its numbers lie. A variable that was saved in
-parts has an entry with the parts' extents, and entries of theirs under keys that
-`_part_key` makes.
+PREFIX.index is a table in LevelDB's layout (leveldb.py). Key '' holds the header, every
+other key is a variable's name; its value, a protocol buffer, says where in
+PREFIX.data-SSSSS-of-NNNNN its numbers lie. A variable that was saved in parts has an
+entry with the parts' extents, and entries of theirs under keys that `_part_key` makes.
 
 The files are a stranger's: each offset, size and count is held against what is there
 before it is used, and each block and array against its checksum.
@@ -23,14 +21,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xlformer.convert import leveldb
 from xlformer.convert.crc32c import crc32c, masked
 from xlformer.errors import UserError
 
-MAGIC = bytes.fromhex("57fb808b247547db")
-FOOTER = 48
-TRAILER = 5  # of a block: how it is packed, and its checksum
-# Of the index, and of all its keys written out: 40 bytes a variable are usual.
-MOST_INDEX = 1 << 26
 MOST_SHARDS = 100_000
 # The dtypes of checkpoints by their numbers there; bfloat16 is read as its bits.
 DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 4: "<u1", 5: "<i2", 6: "<i1", 9: "<i8"}
@@ -153,9 +147,9 @@ def open_bundle(prefix: str | pathlib.Path) -> Bundle:
     path = prefix.with_name(f"{prefix.name}.index")
     try:
         size = path.stat().st_size
-        if size > MOST_INDEX:
-            raise ValueError(f"{size} bytes, more than {MOST_INDEX}")
-        entries = dict(_table(path.read_bytes()))
+        if size > leveldb.MOST:
+            raise ValueError(f"{size} bytes, more than {leveldb.MOST}")
+        entries = dict(leveldb.table(path.read_bytes()))
         shards = _header(entries.pop(b"", None))
         variables = {}
         for key, value in entries.items():
@@ -169,87 +163,6 @@ def open_bundle(prefix: str | pathlib.Path) -> Bundle:
     return Bundle(prefix, shards, variables)
 
 
-# The table ----------------------------------------------------------------------------
-
-
-def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Its keys and values, in order."""
-    if len(data) < FOOTER or data[-8:] != MAGIC:
-        raise ValueError("its end is not that of such a table; it may be cut short")
-    at = len(data) - FOOTER
-    _, _, at = _handle(data, at, len(data) - 8)  # Of filters, of which there are none.
-    start, size, at = _handle(data, at, len(data) - 8)
-    before, left, last = 0, MOST_INDEX, None
-    for _, handle in _entries(_block(data, start, size), MOST_INDEX):
-        start, size, _ = _handle(handle, 0, len(handle))
-        # Blocks that follow each other are as many as there are, and no more.
-        if start < before:
-            raise ValueError(f"a block at byte {start} follows one that ends behind it")
-        before = start + size + TRAILER
-        for key, value in _entries(_block(data, start, size), left):
-            left -= len(key)
-            if last is not None and key <= last:
-                raise ValueError(f"key {key[:60]!r} does not follow {last[:60]!r}")
-            last = key
-            yield key, value
-
-
-def _block(data: bytes, start: int, size: int) -> bytes:
-    if start + size + TRAILER > len(data) - FOOTER:
-        raise ValueError(f"a block of {size} bytes at {start} is not all there")
-    end = start + size
-    if masked(crc32c(data[start : end + 1])) != int.from_bytes(
-        data[end + 1 : end + TRAILER], "little"
-    ):
-        raise ValueError(f"the block at byte {start} has another checksum")
-    if data[end]:
-        kind = {1: "snappy"}.get(data[end], f"method {data[end]}")
-        raise ValueError(
-            f"its blocks are compressed ({kind}), which TensorFlow's are not"
-        )
-    return data[start:end]
-
-
-def _entries(block: bytes, left: int) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values; `left`: how many bytes the keys may have in all."""
-    restarts = int.from_bytes(block[-4:], "little") if len(block) >= 4 else -1
-    end = len(block) - 4 - 4 * restarts
-    if restarts < 0 or end < 0:
-        raise ValueError("a block without its end")
-    at, key = 0, b""
-    while at < end:
-        shared, at = _varint(block, at, end)
-        own, at = _varint(block, at, end)
-        size, at = _varint(block, at, end)
-        if shared > len(key) or own + size > end - at:
-            raise ValueError("an entry that is not all there")
-        key = key[:shared] + block[at : at + own]
-        left -= len(key)
-        if left < 0:
-            raise ValueError(f"more than {MOST_INDEX} bytes of keys")
-        at += own
-        yield key, block[at : at + size]
-        at += size
-
-
-def _handle(data: bytes, at: int, end: int) -> tuple[int, int, int]:
-    start, at = _varint(data, at, end)
-    size, at = _varint(data, at, end)
-    return start, size, at
-
-
-def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    found = 0
-    for i in range(10):
-        if at >= end:
-            break
-        byte, at = data[at], at + 1
-        found |= (byte & 127) << 7 * i
-        if byte < 128:
-            return found, at
-    raise ValueError("a number that is not all there")
-
-
 # Its values ---------------------------------------------------------------------------
 
 
@@ -257,13 +170,13 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """Numbers and values of a protocol buffer: whole numbers, or bytes."""
     at = 0
     while at < len(data):
-        tag, at = _varint(data, at, len(data))
+        tag, at = leveldb.varint(data, at, len(data))
         if tag & 7 == 0:
-            value, at = _varint(data, at, len(data))
+            value, at = leveldb.varint(data, at, len(data))
             value -= (value >> 63 & 1) << 64  # Negative ones are 64 bits long.
         else:
             if tag & 7 == 2:
-                size, at = _varint(data, at, len(data))
+                size, at = leveldb.varint(data, at, len(data))
             else:
                 size = {1: 8, 5: 4}.get(tag & 7, len(data) + 1)
             if size > len(data) - at:

@@ -102,10 +102,10 @@ def _read_safetensors(path):
         raise UserError(
             f"{path} is not a readable safetensors file: {reason(error)}"
         ) from error
-    return {name: _widened(x) for name, x in state.items()}, None
+    return {name: widened(x) for name, x in state.items()}, None
 
 
-def _widened(x: np.ndarray) -> np.ndarray:
+def widened(x: np.ndarray) -> np.ndarray:
     """Turns bfloat16 and 8-bit floats, which are none to numpy, into float32."""
     # Their kind is that of raw bytes; no bytes are in a file of arrays.
     return x.astype(np.float32) if x.dtype.kind == "V" else x

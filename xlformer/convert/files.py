@@ -136,7 +136,10 @@ def read_sharded(index: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 
 class Plain:
-    """Stands for a class that a file names: keeps its fields, and none of its code."""
+    """Stands for a class that a file names: keeps its fields, and none of its code.
+
+    Subclasses have `__slots__ = ()`, so that a file sets no attribute of theirs.
+    """
 
     __slots__ = ("fields",)
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from xlformer.convert import hparams as hparams_lib
 from xlformer.errors import UserError, some
 from xlformer.layers.attention import LEARNED_ABSOLUTE, LEARNED_RELATIVE, RELATIVE
 from xlformer.models import TransformerXLConfig
+from xlformer.models.parameters import abstract_params
 
 # What is in the originals' files and needs no counterpart: the frequencies of the
 # sinusoids are constants.
@@ -239,7 +241,9 @@ def read(config, state, *, reverse_clusters):
     _check(config, state, reverse_clusters)
     # float64 stays float64, for comparisons that rounding must not blur.
     dtype = np.result_type(*state.values())
-    shapes = jax.eval_shape(models.build(config).init, jax.random.key(0))
+    # Scanned or not the parameters are the same; a scan is traced faster.
+    model = models.build(dataclasses.replace(config, scan_layers=True))
+    shapes = abstract_params(model)
     tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, dtype), shapes)
     for entry in entries(config, reverse_clusters=reverse_clusters):
         if entry.name not in state:

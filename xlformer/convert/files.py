@@ -106,7 +106,7 @@ def _read_safetensors(path):
 
 
 def widened(x: np.ndarray) -> np.ndarray:
-    """Turns bfloat16 and 8-bit floats, which are none to numpy, into float32."""
+    """Turns bfloat16, which is no float to numpy, into float32."""
     # Their kind is that of raw bytes; no bytes are in a file of arrays.
     return x.astype(np.float32) if x.dtype.kind == "V" else x
 

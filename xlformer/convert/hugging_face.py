@@ -58,10 +58,9 @@ LAYERS = re.compile(r"layers\.\d{1,9}\.dec_attn\.(r_w_bias|r_r_bias)")
 def from_hf(directory: str | pathlib.Path) -> tuple[TransformerXLConfig, dict]:
     """Reads a directory that Hugging Face's TransfoXL wrote with save_pretrained.
 
-    Weights are in one file or in several with their index, of any dtype of floats;
-    numbers of 16 and 8 bits that are none to numpy become float32. Names that
-    config.json lacks have the program's default. The memory starts as zeros that are
-    attended. Raises UserError.
+    Weights are in one file or in several with their index, in float16, float32 or
+    float64; bfloat16 becomes float32. Names that config.json lacks have the program's
+    default. The memory starts as zeros that are attended. Raises UserError.
     """
     directory = pathlib.Path(directory)
     hparams = settings(directory)

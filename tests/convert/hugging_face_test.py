@@ -158,6 +158,9 @@ def test_what_layers_share_may_be_there_for_each(folder):
     _, written = convert.to_hf(config, params)
     np.testing.assert_array_equal(written["transformer.r_w_bias"], u)
     np.testing.assert_array_equal(written["transformer.r_r_bias"], v)
+    # Its reader misses none of the layers' names.
+    again = written["transformer.layers.2.dec_attn.r_r_bias"]
+    np.testing.assert_array_equal(again, v)
     arrays["transformer.layers.2.dec_attn.r_w_bias"] = u + 1
     safetensors.numpy.save_file(arrays, folder / WEIGHTS)
     with pytest.raises(UserError, match="layers.2.dec_attn.r_w_bias differs between"):

@@ -52,7 +52,8 @@ ALIASES = {
 }
 INITIAL = ("init", "init_range", "init_std", "proj_init_std")  # named alike in ours
 # Where all layers share u and v, each has them under a name of its own besides.
-LAYERS = re.compile(r"layers\.\d{1,9}\.dec_attn\.(r_w_bias|r_r_bias)")
+SHARED = ("r_w_bias", "r_r_bias")
+LAYERS = re.compile(rf"layers\.\d{{1,9}}\.dec_attn\.({'|'.join(SHARED)})")
 
 
 def from_hf(directory: str | pathlib.Path) -> tuple[TransformerXLConfig, dict]:
@@ -67,17 +68,25 @@ def from_hf(directory: str | pathlib.Path) -> tuple[TransformerXLConfig, dict]:
     state = _weights(directory)
     # The model with a head has the prefix, the bare model has not.
     state = {name.removeprefix(PREFIX): x for name, x in state.items()}
+    try:
+        config = config_of(hparams)
+        if not config.untie_r:
+            state = _once(state)
+        return config, transformer_xl.read(config, state, reverse_clusters=False)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from error
+
+
+def config_of(hparams: dict[str, Any]) -> TransformerXLConfig:
+    """Our configuration for what `settings` returns."""
     fields = {name: hparams[name] for name in INITIAL if name in hparams}
-    config = hparams_lib.to_config(
+    return hparams_lib.to_config(
         hparams,
         # Hugging Face's memory starts as zeros and has no mask: they are attended.
         attend_zero_memory=True,
         norm_epsilon=hparams.get("layer_norm_epsilon", 1e-5),
         **fields,
     )
-    if not config.untie_r:
-        state = _once(state)
-    return config, transformer_xl.read(config, state, reverse_clusters=False)
 
 
 def settings(directory: pathlib.Path) -> dict[str, Any]:
@@ -136,6 +145,12 @@ def to_hf(
         x = entry.turn_back(np.asarray(leaf)[entry.index])
         own = entry.name.startswith(SOFTMAX)
         arrays[entry.name if own else f"{PREFIX}{entry.name}"] = x
+    # All layers of its model have the one u and v, each under a name of its own: that
+    # from_pretrained may miss none there are copies, as in what torch.save makes of it.
+    for name in () if config.untie_r else SHARED:
+        for layer in range(config.n_layer):
+            copy = f"{PREFIX}layers.{layer}.dec_attn.{name}"
+            arrays[copy] = arrays[f"{PREFIX}{name}"]
     dtype = np.result_type(*arrays.values())
     frequencies = transformer_xl.frequencies(config.d_model, dtype)
     arrays[f"{PREFIX}pos_emb.inv_freq"] = frequencies

@@ -238,7 +238,7 @@ def _layer_entries(config, i):
 def read(config, state, *, reverse_clusters):
     """Fills a tree of the model's shapes from the state's arrays."""
     state = {name: np.asarray(x) for name, x in state.items() if name not in BUFFERS}
-    _check(config, state, reverse_clusters)
+    check(config, state, reverse_clusters)
     # float64 stays float64, for comparisons that rounding must not blur.
     dtype = np.result_type(*state.values())
     # Scanned or not the parameters are the same; a scan is traced faster.
@@ -247,7 +247,7 @@ def read(config, state, *, reverse_clusters):
     tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, dtype), shapes)
     for entry in entries(config, reverse_clusters=reverse_clusters):
         if entry.name not in state:
-            # Only tied ones may be missing (_check), and their leaf is filled already.
+            # Only tied ones may be missing (check), and their leaf is filled already.
             continue
         found = state[entry.name]
         leaf = tree
@@ -263,7 +263,7 @@ def read(config, state, *, reverse_clusters):
     return tree
 
 
-def _check(config, state, reverse_clusters) -> None:
+def check(config, state, reverse_clusters: bool) -> None:
     """Raises UserError where state and hparams disagree.
 
     It comes before anything as large as the hparams say is made.

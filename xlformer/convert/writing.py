@@ -111,6 +111,8 @@ def write_hf(
         path = folder / hugging_face.WEIGHTS
         safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
         _write(folder, files)
+        # The library makes it for its owner alone.
+        path.chmod((folder / hugging_face.CONFIG).stat().st_mode & 0o777)
 
 
 def _tokenizer(vocabulary: WordVocabulary) -> dict[str, Any]:

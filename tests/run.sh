@@ -13,7 +13,7 @@ source "$ROOT/launch/environment.sh"
 
 aot="" extras=""
 # The last release that has TransfoXL, which wants sacremoses for its tokenizer.
-EXTRAS=(torch==2.13.0 transformers==4.57.6 sacremoses)
+EXTRAS=(torch==2.13.0 transformers==4.57.6 sacremoses lm-eval==0.4.13)
 arguments=()
 for argument in "$@"; do
     case $argument in

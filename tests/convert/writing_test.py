@@ -149,7 +149,7 @@ def test_the_original_needs_torch(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "changes", "line"),
     [
-        (XL, {}, "attend_zero_memory=False: .* --format=xlformer"),
+        (XL, {}, "attend_zero_memory=False: .* format xlformer"),
         (ATTENDED, {"attn_type": 1, "table_length": 9}, "attn_type=1: Hugging Face's"),
         (ATTENDED, {"extended_length": 3}, "extended_length=3: Hugging Face's"),
         (ATTENDED, {"window": 5}, "window=5 .*: Hugging Face's TransfoXL shows"),

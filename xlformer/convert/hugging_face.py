@@ -19,7 +19,7 @@ import numpy as np
 from xlformer.convert import hparams as hparams_lib
 from xlformer.convert import transformer_xl
 from xlformer.convert.files import read_json, read_sharded, read_state
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 from xlformer.models import TransformerXLConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -130,8 +130,9 @@ def to_hf(
     if config.memory_length and not config.attend_zero_memory:
         raise UserError(
             f"config.model.attend_zero_memory=False: the memory of {PROGRAM} begins as "
-            "zeros that are attended; python -m xlformer.convert --format=xlformer "
-            "--config.model.attend_zero_memory=true makes a run that does so"
+            "zeros that are attended; xlformer.convert makes such a run of this one, "
+            "from the format xlformer, with ",
+            Argument("config.model.attend_zero_memory", True),
         )
     hparams_lib.require(config, PROGRAM, attn_type=0, extended_length=0)
     arrays = {}

@@ -71,6 +71,10 @@ def _read_npz(path):
         # npy or a pickle of the same name.
         with np.lib.npyio.NpzFile(path, allow_pickle=False) as arrays:
             state = dict(arrays)
+            # numpy reads as far as an entry's header says, which may be before the end,
+            # and only there the checksum is compared.
+            if bad := arrays.zip.testzip():
+                raise ValueError(f"{bad} is damaged")
     # A hostile file can raise anything: zlib.error, MemoryError, NotImplementedError.
     except Exception as error:
         raise UserError(

@@ -88,8 +88,8 @@ def entries(config: TransformerXLConfig, *, reverse_clusters: bool) -> Iterator[
 
     reverse_clusters: whether the softmax reads the tail bins from its head backwards.
     """
-    plain = {"positions": "original", "gate": "none", "final_norm": False}
-    hparams_lib.require(config, "the original", **plain)
+    only = {"positions": "original", "gate": "none", "final_norm": False}
+    hparams_lib.require(config, "the original", **only)
     plain = config.pre_norm and config.attn_type in hparams_lib.ABSOLUTE
     if config.norm_queries == plain:
         raise UserError(
@@ -128,8 +128,9 @@ def frequencies(d_model: int, dtype) -> np.ndarray:
 
     At least in float32: rounded ones would turn positions far away by whole circles.
     """
-    dtype = np.result_type(dtype, np.float32).type
-    return 1 / dtype(10000) ** (np.arange(0, d_model, 2, dtype) / dtype(d_model))
+    number: Any = np.result_type(dtype, np.float32).type
+    exponents = np.arange(0, d_model, 2).astype(number) / number(d_model)
+    return 1 / number(10000) ** exponents
 
 
 def _embedding_entries(config):

@@ -6,17 +6,28 @@ that reads the folder to plain values. `outcome` says how a damaged one ended.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import shutil
 
 import numpy as np
 
-from xlformer.convert import leveldb, tensor_bundle, tensorflow_vocabulary
+from xlformer.convert import (
+    hugging_face,
+    leveldb,
+    tensor_bundle,
+    tensorflow_vocabulary,
+    transformer_xl,
+)
 from xlformer.convert.crc32c import crc32c, masked
+from xlformer.convert.files import read_sharded, read_state
 from xlformer.errors import UserError
 
 HERE = pathlib.Path(__file__).parent
 SHARDED = HERE / "convert" / "tf_sharded"
+ARRAYS = HERE / "convert" / "arrays"
+HUGGING_FACE = HERE / "golden" / "hf_transfo_xl_div4"
+INDEX_OF_SHARDS = "model.safetensors.index.json"
 CACHES = HERE / "golden" / "tf_vocabulary"
 # Numbers that arithmetic may go wrong on, as bytes and as varints.
 NUMBERS = [n.to_bytes(k, "little") for n in (0, 1, 127, 255) for k in (1, 4, 8)]
@@ -77,17 +88,46 @@ def read_cache(folder: pathlib.Path):
     return tensorflow_vocabulary.read(folder / "cache.pkl").symbols
 
 
+def read_arrays(name: str):
+    return lambda folder: read_state(folder / name)[0]
+
+
+def read_index(folder: pathlib.Path):
+    return read_sharded(folder / INDEX_OF_SHARDS)
+
+
+@functools.cache
+def _hugging_faces() -> dict:
+    state = read_state(HUGGING_FACE / "model.safetensors")[0]
+    return {name.removeprefix(hugging_face.PREFIX): x for name, x in state.items()}
+
+
+def read_settings(folder: pathlib.Path):
+    """What from_hf does before it makes anything: its shapes against the config's."""
+    try:
+        config = hugging_face.config_of(hugging_face.settings(folder))
+        transformer_xl.check(config, _hugging_faces(), False)
+        return config
+    except UserError as error:  # from_hf names the folder.
+        raise UserError(f"{folder}: {error}") from error
+
+
 # The folder, the file, the reader, and what may be done to a damaged file.
 INDEX, DATA = "model.ckpt-4000.index", "model.ckpt-4000.data-00002-of-00003"
 CLASSES = {
     "index": (SHARDED, INDEX, read_bundle, bytes),
     "resealed index": (SHARDED, INDEX, read_bundle, resealed),
     "data": (SHARDED, DATA, read_bundle, bytes),
+    "npz": (ARRAYS, "w.npz", read_arrays("w.npz"), bytes),
+    "npz compressed": (ARRAYS, "z.npz", read_arrays("z.npz"), bytes),
+    "safetensors": (ARRAYS, "w.safetensors", read_arrays("w.safetensors"), bytes),
+    "index of shards": (ARRAYS, INDEX_OF_SHARDS, read_index, bytes),
+    "config.json": (HUGGING_FACE, "config.json", read_settings, bytes),
     "pickle of words": (CACHES / "wt103", "cache.pkl", read_cache, bytes),
     "pickle of bytes": (CACHES / "enwik8", "cache.pkl", read_cache, bytes),
 }
 # Checksums keep the values; a pickle has none, so that it may say something else.
-KEPT = ("index", "data")
+KEPT = ("index", "data", "npz", "npz compressed")
 
 
 def copy(name: str, target: pathlib.Path) -> pathlib.Path:

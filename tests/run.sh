@@ -1,19 +1,25 @@
 #!/usr/bin/env bash
 # Runs the tests in .venv of the repository: bash tests/run.sh [--aot | --aot=full]
-# [PYTEST ARGUMENTS]. With --aot also compiles kernels and training steps for TPUs that
-# are not here, in .venv-tpu (500 MB; about two minutes, four at most); --aot=full whole
-# models too, and for an H100 that is not here, in .venv-cuda12 (5 GB).
+# [--extras] [PYTEST ARGUMENTS]. With --aot also compiles kernels and training steps for
+# TPUs that are not here, in .venv-tpu (500 MB; about two minutes, four at most);
+# --aot=full whole models too, and for an H100 that is not here, in .venv-cuda12 (5 GB).
+# With --extras runs only what needs other programs, tests/extras, in .venv-extras, which
+# has PyTorch and more beside the packages of .venv (1 GB; where pip's own index is all
+# that pip knows, 4 GB, with a CUDA that nothing here uses).
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 # shellcheck source=launch/environment.sh disable=SC1091
 source "$ROOT/launch/environment.sh"
 
-aot=""
+aot="" extras=""
+# The last release that has TransfoXL, which wants sacremoses for its tokenizer.
+EXTRAS=(torch==2.13.0 transformers==4.57.6 sacremoses lm-eval==0.4.13)
 arguments=()
 for argument in "$@"; do
     case $argument in
         --aot) aot=some ;;
         --aot=full) aot=full ;;
+        --extras) extras=yes ;;
         --aot=*)
             say "error: $argument: give --aot or --aot=full"
             exit 2
@@ -46,9 +52,36 @@ compile_for() {
     }
 }
 
+# run_extras PYTEST ARGUMENTS: ordinary runs see neither these packages nor these tests.
+# What cannot be had without a network is left out, and said.
+run_extras() {
+    local venv="$ROOT/.venv-extras" stamp current packages
+    stamp="$venv/installed-extras"
+    current=$({ printf '%s\n' "$ROOT" "${EXTRAS[@]}"; cat "$ROOT/setup.py"; } | cksum)
+    if [[ ! -f $stamp || $(<"$stamp") != "$current" ]]; then
+        say "extras: installing ${EXTRAS[*]} into $venv (minutes the first time)"
+        make_venv "$python" "$venv" || return
+        packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+        "$ROOT/.venv/bin/python" -c "$packages" \
+            >"$("$venv/bin/python" -c "$packages")/ordinary.pth"
+        if ! "$venv/bin/python" -m pip install --quiet "${EXTRAS[@]}"; then
+            say "extras: skipped: ${EXTRAS[*]} cannot be installed here"
+            return 0
+        fi
+        printf '%s\n' "$current" >"$stamp"
+    fi
+    bash "$ROOT/launch/gpu.sh" --prepare </dev/null ||
+        say "extras: not all programs could be fetched; what needs them is skipped"
+    "$venv/bin/python" -m pytest -n 0 -rs "${@:-tests/extras}"
+}
+
 python=$(find_python)
 install "$python" test
 cd "$ROOT"
+if [[ -n $extras ]]; then
+    run_extras ${arguments[@]+"${arguments[@]}"}
+    exit
+fi
 # Two processes: compiling is what most of the time goes to, and XLA does that on one
 # core. A file stays in one process, which its fixtures and compiled functions share.
 status=0

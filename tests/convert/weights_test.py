@@ -124,6 +124,14 @@ def test_flipped_bytes_are_refused_or_harmless(tmp_path):
     assert refused > len(content) // 6
 
 
+def test_an_array_that_says_to_be_shorter_is_refused(tmp_path):
+    """Fewer bytes would be read than have a checksum, which nobody would compare."""
+    content = npz(tmp_path / "w.npz", **ARRAYS).read_bytes()
+    assert content.count(b"(2, 3)") == 1
+    (tmp_path / "w.npz").write_bytes(content.replace(b"(2, 3)", b"(1, 3)"))
+    assert "a.weight.npy" in refusal(read_state, tmp_path / "w.npz")
+
+
 def test_headers_that_claim_huge_sizes(tmp_path):
     header = {"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}
     for claimed in (len(json.dumps(header)), 1 << 62):

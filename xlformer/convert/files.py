@@ -71,6 +71,10 @@ def _read_npz(path):
         # npy or a pickle of the same name.
         with np.lib.npyio.NpzFile(path, allow_pickle=False) as arrays:
             state = dict(arrays)
+            # numpy reads as far as an entry's header says, which may be before the end,
+            # and only there the checksum is compared.
+            if bad := arrays.zip.testzip():
+                raise ValueError(f"{bad} is damaged")
     # A hostile file can raise anything: zlib.error, MemoryError, NotImplementedError.
     except Exception as error:
         raise UserError(
@@ -102,11 +106,11 @@ def _read_safetensors(path):
         raise UserError(
             f"{path} is not a readable safetensors file: {reason(error)}"
         ) from error
-    return {name: _widened(x) for name, x in state.items()}, None
+    return {name: widened(x) for name, x in state.items()}, None
 
 
-def _widened(x: np.ndarray) -> np.ndarray:
-    """Turns bfloat16 and 8-bit floats, which are none to numpy, into float32."""
+def widened(x: np.ndarray) -> np.ndarray:
+    """Turns bfloat16, which is no float to numpy, into float32."""
     # Their kind is that of raw bytes; no bytes are in a file of arrays.
     return x.astype(np.float32) if x.dtype.kind == "V" else x
 
@@ -136,7 +140,10 @@ def read_sharded(index: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 
 class Plain:
-    """Stands for a class that a file names: keeps its fields, and none of its code."""
+    """Stands for a class that a file names: keeps its fields, and none of its code.
+
+    Subclasses have `__slots__ = ()`, so that a file sets no attribute of theirs.
+    """
 
     __slots__ = ("fields",)
 

@@ -19,7 +19,7 @@ import numpy as np
 from xlformer.convert import hparams as hparams_lib
 from xlformer.convert import transformer_xl
 from xlformer.convert.files import read_json, read_sharded, read_state
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError
 from xlformer.models import TransformerXLConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -52,33 +52,41 @@ ALIASES = {
 }
 INITIAL = ("init", "init_range", "init_std", "proj_init_std")  # named alike in ours
 # Where all layers share u and v, each has them under a name of its own besides.
-LAYERS = re.compile(r"layers\.\d{1,9}\.dec_attn\.(r_w_bias|r_r_bias)")
+SHARED = ("r_w_bias", "r_r_bias")
+LAYERS = re.compile(rf"layers\.\d{{1,9}}\.dec_attn\.({'|'.join(SHARED)})")
 
 
 def from_hf(directory: str | pathlib.Path) -> tuple[TransformerXLConfig, dict]:
     """Reads a directory that Hugging Face's TransfoXL wrote with save_pretrained.
 
-    Weights are in one file or in several with their index, of any dtype of floats;
-    numbers of 16 and 8 bits that are none to numpy become float32. Names that
-    config.json lacks have the program's default. The memory starts as zeros that are
-    attended. Raises UserError.
+    Weights are in one file or in several with their index, in float16, float32 or
+    float64; bfloat16 becomes float32. Names that config.json lacks have the program's
+    default. The memory starts as zeros that are attended. Raises UserError.
     """
     directory = pathlib.Path(directory)
     hparams = settings(directory)
     state = _weights(directory)
     # The model with a head has the prefix, the bare model has not.
     state = {name.removeprefix(PREFIX): x for name, x in state.items()}
+    try:
+        config = config_of(hparams)
+        if not config.untie_r:
+            state = _once(state)
+        return config, transformer_xl.read(config, state, reverse_clusters=False)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from error
+
+
+def config_of(hparams: dict[str, Any]) -> TransformerXLConfig:
+    """Our configuration for what `settings` returns."""
     fields = {name: hparams[name] for name in INITIAL if name in hparams}
-    config = hparams_lib.to_config(
+    return hparams_lib.to_config(
         hparams,
         # Hugging Face's memory starts as zeros and has no mask: they are attended.
         attend_zero_memory=True,
         norm_epsilon=hparams.get("layer_norm_epsilon", 1e-5),
         **fields,
     )
-    if not config.untie_r:
-        state = _once(state)
-    return config, transformer_xl.read(config, state, reverse_clusters=False)
 
 
 def settings(directory: pathlib.Path) -> dict[str, Any]:
@@ -122,8 +130,9 @@ def to_hf(
     if config.memory_length and not config.attend_zero_memory:
         raise UserError(
             f"config.model.attend_zero_memory=False: the memory of {PROGRAM} begins as "
-            "zeros that are attended; python -m xlformer.convert --format=xlformer "
-            "--config.model.attend_zero_memory=true makes a run that does so"
+            "zeros that are attended; xlformer.convert makes such a run of this one, "
+            "from the format xlformer, with ",
+            Argument("config.model.attend_zero_memory", True),
         )
     hparams_lib.require(config, PROGRAM, attn_type=0, extended_length=0)
     arrays = {}
@@ -137,6 +146,12 @@ def to_hf(
         x = entry.turn_back(np.asarray(leaf)[entry.index])
         own = entry.name.startswith(SOFTMAX)
         arrays[entry.name if own else f"{PREFIX}{entry.name}"] = x
+    # All layers of its model have the one u and v, each under a name of its own: that
+    # from_pretrained may miss none there are copies, as in what torch.save makes of it.
+    for name in () if config.untie_r else SHARED:
+        for layer in range(config.n_layer):
+            copy = f"{PREFIX}layers.{layer}.dec_attn.{name}"
+            arrays[copy] = arrays[f"{PREFIX}{name}"]
     dtype = np.result_type(*arrays.values())
     frequencies = transformer_xl.frequencies(config.d_model, dtype)
     arrays[f"{PREFIX}pos_emb.inv_freq"] = frequencies

@@ -48,9 +48,13 @@ SHARED = re.compile(r"crit\.shared_out_projs\.(\d{1,9})")
 class Namespace(Plain):
     """For argparse's: the run's arguments."""
 
+    __slots__ = ()
+
 
 class Vocab(Plain):
     """For its own class."""
+
+    __slots__ = ()
 
 
 STUBS = {"argparse.Namespace": Namespace, "utils.vocabulary.Vocab": Vocab}

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from xlformer.convert import hparams as hparams_lib
 from xlformer.errors import UserError, some
 from xlformer.layers.attention import LEARNED_ABSOLUTE, LEARNED_RELATIVE, RELATIVE
 from xlformer.models import TransformerXLConfig
+from xlformer.models.parameters import abstract_params
 
 # What is in the originals' files and needs no counterpart: the frequencies of the
 # sinusoids are constants.
@@ -86,8 +88,8 @@ def entries(config: TransformerXLConfig, *, reverse_clusters: bool) -> Iterator[
 
     reverse_clusters: whether the softmax reads the tail bins from its head backwards.
     """
-    plain = {"positions": "original", "gate": "none", "final_norm": False}
-    hparams_lib.require(config, "the original", **plain)
+    only = {"positions": "original", "gate": "none", "final_norm": False}
+    hparams_lib.require(config, "the original", **only)
     plain = config.pre_norm and config.attn_type in hparams_lib.ABSOLUTE
     if config.norm_queries == plain:
         raise UserError(
@@ -126,8 +128,9 @@ def frequencies(d_model: int, dtype) -> np.ndarray:
 
     At least in float32: rounded ones would turn positions far away by whole circles.
     """
-    dtype = np.result_type(dtype, np.float32).type
-    return 1 / dtype(10000) ** (np.arange(0, d_model, 2, dtype) / dtype(d_model))
+    number: Any = np.result_type(dtype, np.float32).type
+    exponents = np.arange(0, d_model, 2).astype(number) / number(d_model)
+    return 1 / number(10000) ** exponents
 
 
 def _embedding_entries(config):
@@ -236,14 +239,16 @@ def _layer_entries(config, i):
 def read(config, state, *, reverse_clusters):
     """Fills a tree of the model's shapes from the state's arrays."""
     state = {name: np.asarray(x) for name, x in state.items() if name not in BUFFERS}
-    _check(config, state, reverse_clusters)
+    check(config, state, reverse_clusters)
     # float64 stays float64, for comparisons that rounding must not blur.
     dtype = np.result_type(*state.values())
-    shapes = jax.eval_shape(models.build(config).init, jax.random.key(0))
+    # Scanned or not the parameters are the same; a scan is traced faster.
+    model = models.build(dataclasses.replace(config, scan_layers=True))
+    shapes = abstract_params(model)
     tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, dtype), shapes)
     for entry in entries(config, reverse_clusters=reverse_clusters):
         if entry.name not in state:
-            # Only tied ones may be missing (_check), and their leaf is filled already.
+            # Only tied ones may be missing (check), and their leaf is filled already.
             continue
         found = state[entry.name]
         leaf = tree
@@ -259,7 +264,7 @@ def read(config, state, *, reverse_clusters):
     return tree
 
 
-def _check(config, state, reverse_clusters) -> None:
+def check(config, state, reverse_clusters: bool) -> None:
     """Raises UserError where state and hparams disagree.
 
     It comes before anything as large as the hparams say is made.

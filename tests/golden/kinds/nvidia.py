@@ -5,6 +5,7 @@ has the state dict under params/. `config` is the checkpoint's model_config with
 lengths of the evaluation in it.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -21,7 +22,7 @@ INPUTS = ("inputs", "targets")
 
 
 def matches(names, config):
-    return "attn_type" in config and "params/crit.out_layers_biases.0" in names
+    return "n_token" in config and "params/crit.out_layers_biases.0" in names
 
 
 def compare(arrays, config, dtype):
@@ -40,7 +41,8 @@ def compare_folder(folder, arrays, config, dtype):
 
 def _compare(arrays, state, config, dtype):
     config, params = convert.from_nvidia(state, config)
-    model = models.build(config)
+    # Scanned, so that all layers are compiled once.
+    model = models.build(dataclasses.replace(config, scan_layers=True))
     forward = jax.jit(functools.partial(_forward, model))
     values, s, memory = {}, 0, None
     while segment := below(f"seg{s}/", arrays):

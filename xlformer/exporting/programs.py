@@ -87,7 +87,9 @@ class Memory(Named):
 
 def _with_rows(leaf, names, rows):
     # An array without rows belongs to all of them.
-    shape = [rows if n == "batch" else s for n, s in zip(names, leaf.shape, strict=True)]
+    shape = [
+        rows if n == "batch" else s for n, s in zip(names, leaf.shape, strict=True)
+    ]
     return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
 
 
@@ -123,7 +125,9 @@ class Scoring:
             "score",
             self._score,
             (
-                Value("params", self.params.shapes, "the parameters, of model.safetensors"),
+                Value(
+                    "params", self.params.shapes, "the parameters, of model.safetensors"
+                ),
                 Value("memory", self.memory.shapes, "initial, or what a call returned"),
                 Value(
                     "tokens",
@@ -142,7 +146,9 @@ class Scoring:
                     "resets",
                     jax.ShapeDtypeStruct((rows, resets), bool),
                     "true where a token sees nothing before it: a text begins"
-                    + ("" if resets > 1 or inputs == 1 else "; before the segment only"),
+                    + (
+                        "" if resets > 1 or inputs == 1 else "; before the segment only"
+                    ),
                 ),
             ),
             (("nll", "nats of each target"), ("memory", "for the next segment")),
@@ -177,7 +183,9 @@ class Generating:
         self.part = min(PREFILL, self.model.longest_segment or PREFILL)
         self.params = Named(params)
         of_params = Value("params", self.params.shapes, "as for score")
-        of_memory = Value("memory", self.memory.shapes, "initial, or of the call before")
+        of_memory = Value(
+            "memory", self.memory.shapes, "initial, or of the call before"
+        )
         self.programs = (
             Program(
                 "read",
@@ -201,7 +209,9 @@ class Generating:
                 self._next,
                 (
                     of_params,
-                    Value("cache", self.cache.shapes, "of start, or of the call before"),
+                    Value(
+                        "cache", self.cache.shapes, "of start, or of the call before"
+                    ),
                     Value("token", _ids(rows), "the last token of each row"),
                 ),
                 (
@@ -232,7 +242,10 @@ class Generating:
 
     def _next(self, params, cache, token):
         log_probs_B1V, state = self.model.log_probs(
-            self.params.tree(params), token[:, None], self.cache.tree(cache), step=self.step
+            self.params.tree(params),
+            token[:, None],
+            self.cache.tree(cache),
+            step=self.step,
         )
         return log_probs_B1V[:, 0], self.cache.arrays(state)
 

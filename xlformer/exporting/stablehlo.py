@@ -99,7 +99,10 @@ class _Made:
     def __init__(self, model, T: int, rows, run: runs.Run):
         self.rows, self.refusal, self.part = rows, "", None
         scoring = Scoring(model, T, rows, run.step)
-        self.programs, self.memories = [scoring.program], {"score": (model, scoring.memory)}
+        self.programs, self.memories = (
+            [scoring.program],
+            {"score": (model, scoring.memory)},
+        )
         try:
             generating = Generating(model, rows, run.step)
         except UserError as error:
@@ -157,7 +160,9 @@ def _about(run: runs.Run, model, made: _Made) -> dict:
             "ids": model.vocab_size,
         },
         "parameters": {"file": PARAMS},
-        "programs": {p.name: _of_program(p, made.exported[p.name]) for p in made.programs},
+        "programs": {
+            p.name: _of_program(p, made.exported[p.name]) for p in made.programs
+        },
         "memory": {name: _initial(*x, made.rows) for name, x in made.memories.items()},
     }
 
@@ -197,8 +202,9 @@ def _initial(model, memory: Memory, rows) -> dict:
     for name, leaf in memory.shapes.items():
         x = one[name]
         value = x.astype(np.float64 if x.dtype.kind not in "biu" else x.dtype)
-        same = value.size and (value == value.flat[0]).all()
-        value = value.flat[0] if same else value
+        # An array without elements, the memory of no slots, has no first one.
+        first = value.flat[0] if value.size else np.zeros(())
+        value = first if (value == first).all() else value
         found[name] = {
             **_shapes(leaf),
             "axes": list(memory.axes[name]),

@@ -1,4 +1,4 @@
-"""The smallest run of every system, as `runs.load` would give it; nothing is trained."""
+"""The smallest run of every system, as `runs.load` would give it."""
 
 import functools
 import importlib.util

@@ -20,6 +20,7 @@ from xlformer.errors import UserError
 from xlformer.exporting import programs, stablehlo
 from xlformer.generation.continuation import generate
 from xlformer.generation.sampling import Sampling
+from xlformer.models import Model
 
 IDS = np.random.default_rng(3).integers(VOCABULARY.size, size=(2, T + 1))
 B = len(IDS)
@@ -44,7 +45,7 @@ def written(tmp_path):
         def memory(of):
             return {
                 name: np.broadcast_to(
-                    np.full(x["initial_shape"], x["initial"], x["dtype"]),
+                    np.full(*x["initial"]),
                     [B if n == "b" else n for n in x["shape"]],
                 )
                 for name, x in manifest["memory"][of].items()
@@ -140,7 +141,7 @@ def test_a_process_with_jax_alone_scores_and_writes_the_same_text(tmp_path, caps
             step=run.step,
         )
         assert line.split() == [str(i) for i in tokens[0]]
-    assert len(set(greedy.split())) > 2  # or any program would say it
+    assert greedy != drawn
 
 
 def test_context_that_is_read_again_and_rows_of_a_fixed_number(tmp_path):
@@ -192,12 +193,9 @@ def test_models_of_ones_own(written, tmp_path):
     assert manifest["memory"]["score"]["seen_VB"]["axes"] == ["vocab", "batch"]
     script = exported_runs.script(tmp_path)
     assert script.score(IDS[0]) == pytest.approx(sum(scored(run, IDS[0])), rel=1e-5)
-    silent = type("Silent", (Counting,), {"log_probs": runs_nothing})
+    silent = type("Silent", (Counting,), {"log_probs": Model.log_probs})
     said = written(dataclasses.replace(run, model=silent(own.config)))[-1]
     assert said[-1] == "scoring only: Silent has no log_probs: it cannot generate"
-
-
-runs_nothing = programs.Model.log_probs
 
 
 def test_what_is_computed_in(written):
@@ -222,4 +220,4 @@ def test_no_flatbuffers_is_one_line(tmp_path, monkeypatch):
 def test_the_script_is_short():
     path = pathlib.Path(stablehlo.__file__).with_name(stablehlo.SCRIPT)
     code = path.read_text().partition('"""\n\n')[2].splitlines()
-    assert sum(bool(line.strip()) for line in code) <= 45
+    assert sum(bool(line.strip()) for line in code) <= 40

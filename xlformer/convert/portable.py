@@ -1,6 +1,6 @@
 """A trained model as three files that any program can read, and nothing else can.
 
-model.safetensors  the parameters, each under its path: embedding/table, trunk/layers/...
+model.safetensors  the parameters, each under its path: embedding/table, ...
 config.json        the resolved config of the run, without places on its machine, and
                    under 'exported' the step and whether the weights are an average
 vocabulary.json    what the ids mean
@@ -31,7 +31,7 @@ from xlformer.runs import leaves
 
 WEIGHTS = "model.safetensors"
 EXPORTED = "exported"
-# Where things lie on the machine of the run: of no use elsewhere, nobody else's business.
+# Where things lie on the machine of the run, which is nobody else's business.
 PLACES = ("path", "directory", "manual_dir")
 # What of the section 'train' says how the weights are read; all else is how they came.
 READING = ("segment_length", "objective", "mask_rate")

@@ -125,9 +125,7 @@ class Scoring:
             "score",
             self._score,
             (
-                Value(
-                    "params", self.params.shapes, "the parameters, of model.safetensors"
-                ),
+                Value("params", self.params.shapes, "the parameters, of params.npz"),
                 Value("memory", self.memory.shapes, "initial, or what a call returned"),
                 Value(
                     "tokens",

@@ -10,27 +10,24 @@ import json
 import pathlib
 import sys
 
-import jax
+import jax.export
 import numpy as np
-from jax import export
 
 HERE = pathlib.Path(__file__).parent
 ABOUT = json.loads((HERE / "manifest.json").read_text("utf-8"))
-ROWS = ABOUT["rows"]  # 1 where any number will do.
 PARAMS = jax.device_put(dict(np.load(HERE / "params.npz", allow_pickle=False)))
 
 
 def load(program):
-    return jax.jit(export.deserialize(bytearray((HERE / program).read_bytes())).call)
+    return jax.jit(jax.export.deserialize((HERE / program).read_bytes()).call)
 
 
 def initial(memory):
-    memory = ABOUT["memory"][memory].items()
-    return {k: np.full(x["initial_shape"], x["initial"], x["dtype"]) for k, x in memory}
+    return {k: np.full(*x["initial"]) for k, x in ABOUT["memory"][memory].items()}
 
 
 def rows(*values):
-    return [np.broadcast_to(x, (ROWS, *np.shape(x))) for x in values]
+    return [np.broadcast_to(x, (ABOUT["rows"], *np.shape(x))) for x in values]
 
 
 def score(ids):
@@ -49,8 +46,7 @@ def generate(ids, num_tokens, temperature, seed):
     read, memory, T = load("read.jax"), initial("read"), ABOUT["prompt_length"]
     padded, N, found = np.pad(ids[:-1], (0, T)), len(ids) - 1, [ids[-1]]
     for at in range(0, N, T):
-        part = rows(padded[at:][:T], np.int32(min(T, N - at)))
-        memory = read(PARAMS, memory, *part)
+        memory = read(PARAMS, memory, *rows(padded[at:][:T], np.int32(min(T, N - at))))
     cache, call = load("start.jax")(PARAMS, memory), load("next.jax")
     key = jax.random.fold_in(jax.random.key(int(seed)), 0)  # 0: the number of a row
     for number in range(int(num_tokens)):

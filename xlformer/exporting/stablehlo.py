@@ -195,7 +195,11 @@ def _size(n) -> int | str:
 
 
 def _initial(model, memory: Memory, rows) -> dict:
-    """The state before the first token: a number, or what one row begins with."""
+    """The state before the first token: `initial` is what numpy.full makes it of.
+
+    That is a shape with the fixed number of rows or one, a number or the array of one
+    row, and a dtype.
+    """
     rows = rows if isinstance(rows, int) else 1
     found = {}
     one = memory.arrays(jax.device_get(jax.jit(lambda: model.init_state(1))()))
@@ -208,8 +212,11 @@ def _initial(model, memory: Memory, rows) -> dict:
         found[name] = {
             **_shapes(leaf),
             "axes": list(memory.axes[name]),
-            "initial_shape": [n if isinstance(n, int) else rows for n in leaf.shape],
-            "initial": _plain(np.asarray(value).tolist()),
+            "initial": [
+                [n if isinstance(n, int) else rows for n in leaf.shape],
+                _plain(np.asarray(value).tolist()),
+                leaf.dtype.name,
+            ],
         }
     return found
 

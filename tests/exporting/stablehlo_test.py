@@ -156,10 +156,11 @@ def test_context_that_is_read_again_and_rows_of_a_fixed_number(tmp_path):
     ids = np.random.default_rng(5).integers(VOCABULARY.size, size=13)
     # As evaluate cuts it: each segment with the three tokens before it.
     model, expected = programs.fit(run.model, None), 0.0
+    apply = jax.jit(model.apply)
     for at in range(0, 12, T):
         start, end = max(0, at - 3), min(at + T, 12)
         both = ids[None, start:end], ids[None, at + 1 : end + 1]
-        nll_BT, _, _ = model.apply(run.params, *both, model.init_state(1))
+        nll_BT, _, _ = apply(run.params, *both, model.init_state(1))
         expected += float(nll_BT.sum())
     assert exported_runs.script(tmp_path).score(ids) == pytest.approx(
         expected, rel=1e-5

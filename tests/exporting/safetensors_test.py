@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import exported_runs
 import jax
@@ -10,6 +11,7 @@ import pytest
 import safetensors.numpy
 import trained_run
 from exported_runs import VOCABULARY, run_of
+from golden import check
 
 from xlformer import export, runs
 from xlformer.convert import __main__ as convert
@@ -187,3 +189,30 @@ def test_a_failure_in_the_middle_leaves_nothing(base, tmp_path, capsys, monkeypa
         f"error: --out={out}: cannot be written: No space left on device\n"
     )
     assert not any(tmp_path.iterdir())
+
+
+HF = pathlib.Path(check.__file__).parent / "hf_transfo_xl_div4"
+
+
+def test_what_the_originals_load(tmp_path, capsys):
+    """The files themselves are tested where they are written."""
+    run, vocabulary = tmp_path / "run", tmp_path / "vocab.txt"
+    size = json.loads((HF / "config.json").read_text())["vocab_size"]
+    vocabulary.write_text("<eos>\n" + "".join(f"w{i}\n" for i in range(1, size)))
+    flags = [f"--source={HF}", f"--workdir={run}", f"--vocab={vocabulary}"]
+    assert convert.main(["--format=hf", *flags]) == 0
+    out = tmp_path / "hf"
+    flags = [f"--workdir={run}", f"--out={out}"]
+    assert export.main([*flags, "--format=hf"]) == 0
+    found = safetensors.numpy.load_file(out / "model.safetensors")
+    expected = safetensors.numpy.load_file(HF / "model.safetensors")
+    assert set(found) == set(expected)
+    for name, x in expected.items():
+        np.testing.assert_array_equal(found[name], x, err_msg=name)
+    capsys.readouterr()
+    flags = [f"--workdir={run}", f"--out={tmp_path / 'original'}"]
+    assert export.main([*flags, "--format=original"]) == 2
+    # Hugging Face's memory begins as zeros that are seen, the PyTorch original's not.
+    error = capsys.readouterr().err
+    assert error.startswith("error: config.model.attend_zero_memory=True")
+    assert not (tmp_path / "original").exists()

@@ -19,7 +19,7 @@ SYSTEMS = {
     "lstm": dict(n_layer=1, d_model=8, d_hidden=11),
     # Two blocks, the last but one of which attends; not collapsed.
     "sha_rnn": dict(n_layer=2, d_model=8, d_inner=16, memory_length=11),
-    "universal": SMALL,
+    "universal": dict(SMALL, n_step=2, act="convex", act_max_steps=2),
     "vanilla": dict(SMALL, context_length=13),
     "performer": SMALL,
 }

@@ -10,12 +10,11 @@ stablehlo    functions that run with jax alone, on CPU, GPU and TPU (docs/export
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 
 from xlformer import command, runs
-from xlformer.convert import portable
+from xlformer.convert import portable, writing
 from xlformer.errors import Argument, UserError
 from xlformer.exporting import place, stablehlo
 
@@ -77,7 +76,6 @@ def _main(argv) -> int:
 
 
 def _write_original(args, run: runs.Run) -> None:
-    writing = importlib.import_module("xlformer.convert.writing")
     write = {"original": writing.write_original, "hf": writing.write_hf}[args.format]
     write(
         args.out,

@@ -29,7 +29,7 @@ def _arguments(argv) -> argparse.Namespace:
     parser.add_argument("--workdir", required=True, type=command.place)
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--out", required=True, type=command.place, help="new or empty")
-    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    parser.add_argument("--checkpoint", default="best", help=runs.CHECKPOINT_HELP)
     parser.add_argument("--params", help="raw or ema; default: ema where it is kept")
     parser.add_argument(
         "--segment_length",

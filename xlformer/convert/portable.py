@@ -95,7 +95,8 @@ def _described(run: runs.Run) -> dict:
     with config.model.ignore_type():
         config.model.vocab_size = run.model.vocab_size
     params = "ema" if run.averaged else "raw"
-    said = {"step": run.step, "params": params, "xlformer": __version__}
+    said = {"step": run.step, "params": params, "mean_of": list(run.mean_of)}
+    said |= {"xlformer": __version__}
     return {EXPORTED: said, **config_lib.to_dict(config)}
 
 

@@ -144,6 +144,7 @@ def _about(run: runs.Run, model, made: _Made) -> dict:
         "model": type(model).__name__,
         "step": run.step,
         "weights": "ema" if run.averaged else "raw",
+        "mean_of": list(run.mean_of),
         "dtype": None if dtype is None else dtype.name,
         "objective": run.config.train.objective,
         "batch": _size(made.rows),

@@ -161,7 +161,7 @@ def test_one_line_and_nothing_half_written(base, tmp_path, capsys):
         ({"out": "gs://bucket/x"}, "a local directory is needed"),
         ({"out": "/proc/x"}, "--out=/proc/x: "),
         ({"workdir": full}, "holds no run"),
-        ({"checkpoint": "newest"}, "is neither best, latest nor a step"),
+        ({"checkpoint": "newest"}, "--checkpoint=newest is neither best, latest"),
         ({"params": "mean"}, "--params=mean is neither raw nor ema"),
         ({"segment_length": 3}, "--segment_length=3 is of --format=stablehlo, not of"),
         ({"format": "stablehlo", "batch_size": 0}, "--batch_size=0 must be at least 1"),

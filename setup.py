@@ -20,6 +20,7 @@ EXTRAS = {
     "images": ["pillow>=10"],
     "convert": ["safetensors>=0.4"],
     "harness": ["lm-eval>=0.4.13"],  # Needs no torch.
+    "export": ["safetensors>=0.4", "flatbuffers>=24.3"],  # jax.export's serializer
     "tensorboard": ["tensorboardX>=2.6"],
     "plot": ["matplotlib>=3.8"],
     "test": [
@@ -27,6 +28,7 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "ruff>=0.17,<0.18",  # Another minor version may format otherwise.
         "safetensors>=0.4",
+        "flatbuffers>=24.3",
         "tensorboardX>=2.6",
         "tensorboard>=2.18",  # Reads back what the other one writes.
         "matplotlib>=3.8",

@@ -79,6 +79,7 @@ ALLOWED = {
     ("files.py", "torch.load"): "weights_only=True",
     ("files.py", "np.lib.npyio.NpzFile"): "allow_pickle=False",
     ("prepared.py", "np.load"): "allow_pickle=False",
+    ("run_exported.py", "np.load"): "allow_pickle=False",
 }
 
 

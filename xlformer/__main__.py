@@ -21,6 +21,7 @@ COMMANDS = {
         "convert.__main__",
         "makes a work directory of other programs' weights",
     ),
+    "export": ("export", "writes a trained model for other programs"),
     "plan": ("plan", "says whether a run fits onto a slice, and what it costs"),
     "bench": ("bench", "times a model on the devices here"),
     "compare": ("compare", "measures what makes one model better than another"),

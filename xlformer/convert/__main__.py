@@ -17,6 +17,7 @@ from xlformer.convert import (
     awd_lstm,
     hugging_face,
     nvidia,
+    portable,
     sha_rnn,
     tensorflow,
     tensorflow_vocabulary,
@@ -44,6 +45,7 @@ class Read(NamedTuple):
       vocabulary: where there is one beside the weights; or the file it is in, which is
         read only where no other one is named.
       step: of the training, where it is known.
+      base: the run's config, where it is one of ours.
       note: a line to print in the end.
     """
 
@@ -52,6 +54,7 @@ class Read(NamedTuple):
     hparams: dict
     vocabulary: Any = None
     step: int = 0
+    base: Any = None
     note: str = ""
 
 
@@ -138,6 +141,22 @@ def _ours(source, named):
     return run.model.config, run.params, run.config.train.to_dict(), run.vocabulary
 
 
+def _portable(source, named):
+    if named:
+        raise UserError(
+            f"--hparams={named} with --format=safetensors, which has config.json"
+        )
+    found = portable.read(source)
+    return Read(
+        found.model_config,
+        found.params,
+        {},
+        found.vocabulary,
+        found.step,
+        found.config,
+    )
+
+
 FORMATS = {
     "original": Format(
         _state_dict(transformer_xl.from_original),
@@ -156,6 +175,11 @@ FORMATS = {
         _state_dict(sha_rnn.from_sha_rnn, needs_hparams=False), "bptt", "SHA-RNN"
     ),
     "xlformer": Format(_ours, "segment_length", "a run of ours, to --collapse it"),
+    "safetensors": Format(
+        _portable,
+        "segment_length",
+        "a directory of python -m xlformer.export --format=safetensors",
+    ),
 }
 
 
@@ -232,6 +256,7 @@ def _main(argv) -> int:
         segment_length=_segment_length(read.hparams, found.length),
         overrides=overrides,
         step=read.step,
+        base=read.base,
     )
     if read.note:
         print(read.note)

@@ -8,6 +8,7 @@ import pathlib
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
 from xlformer import models, runs, storage
@@ -33,6 +34,7 @@ def adopt(
     segment_length=64,
     overrides=(),
     step=0,
+    base=None,
 ):
     """Writes config.json, vocabulary.json and one checkpoint, in float32.
 
@@ -44,10 +46,13 @@ def adopt(
       segment_length: of training and evaluation.
       overrides: 'a.b=v' of the written config, such as data.corpus=wikitext103.
       step: of the training that made the weights.
+      base: a config to start from, whose segment length stays; None has the defaults.
     """
     # Parameters are kept in float32 here, whatever precision a file had.
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
-    config = _config(model_config, params, segment_length, overrides)
+    if base is None:
+        base = _fresh(model_config, segment_length)
+    config = _config(base, model_config, params, overrides)
     _check_size(config, vocabulary, model_config.vocab_size)
     workdir = _new_directory(workdir)
     with Checkpoints(workdir / runs.CHECKPOINTS) as checkpoints:
@@ -63,14 +68,20 @@ def adopt(
         raise UserError(Argument("workdir", workdir), line) from error
 
 
-def _config(model_config, params, segment_length, overrides):
-    fields = dataclasses.asdict(model_config)
-    config = config_lib.default_config(models.name_of(model_config), **fields)
+def _fresh(model_config, segment_length: int):
+    config = config_lib.default_config(models.name_of(model_config))
     config.name = "converted"
     config.data.corpus = "text"
     # The weights say which words there are: none is left out for being rare.
     config.data.min_count = 1
     config.train.segment_length = config.eval.segment_length = segment_length
+    return config
+
+
+def _config(base, model_config, params, overrides):
+    fields = dataclasses.asdict(model_config)
+    model = models.default_config(models.name_of(model_config), **fields)
+    config = ConfigDict({**base.to_dict(), "model": model})
     config_lib.set_fields(config, overrides)
     config_lib.check(config)
     # Overrides may change what the model does, not its parameters.
@@ -91,7 +102,8 @@ def _check_size(config, vocabulary, vocab_size) -> None:
         if not runs.names_data(config):
             return
         vocabulary, name = preparing.prepare(config.data).vocabulary, "the data"
-    if vocabulary.size != vocab_size:
+    # The mask of a masked model is no symbol.
+    if config_lib.vocab_size(config, vocabulary.size) != vocab_size:
         raise UserError(
             name, f" has {vocabulary.size} symbols, the weights have {vocab_size}"
         )

@@ -53,7 +53,9 @@ def selected_nll(
     a loop is not JAX's, so the backward pass runs it again, from the saved normalisers.
     """
     with jax.named_scope("selected_nll"):
-        tokens = min(tokens, h_ND.shape[0])
+        # An exported program leaves open how many tokens there are.
+        if isinstance(N := h_ND.shape[0], int):
+            tokens = min(tokens, N)
         return _selected(
             h_ND, table_VD, bias_V, targets_N, selected_N, chunk_size, tokens
         )
@@ -193,7 +195,8 @@ def _over_selected(selected_N, tokens, body, carry):
     N = selected_N.shape[0]
     # Filled up to whole groups: dynamic_slice moves a slice back that runs over the
     # end, and would take some tokens twice.
-    (order_N,) = jnp.nonzero(selected_N, size=N + -N % tokens, fill_value=N)
+    more = -N % tokens if isinstance(N, int) else tokens
+    (order_N,) = jnp.nonzero(selected_N, size=N + more, fill_value=N)
 
     def step(i, carry):
         return body(carry, lax.dynamic_slice_in_dim(order_N, i * tokens, tokens))

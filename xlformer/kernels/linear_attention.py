@@ -159,8 +159,10 @@ def _attend(maps, q, k, v_BTHV, sums, start_BT, valid_BT, causal, chunk):
     # A reset in the padding is not there.
     start_BT = lax.cummax(jnp.where(valid_BT, start_BT, blocks.CARRIED), axis=1)
     C = min(chunk or (CPU_CHUNK_SIZE if platform() == "cpu" else CHUNK_SIZE), T)
+    # An exported program leaves open how many rows it will have: then as for one.
+    rows = B if isinstance(B, int) else 1
     n = _chunks_at_once(
-        -(-T // C), BLOCK_SIZE.get(platform(), BLOCK_SIZE["gpu"]) // (B * H * M * C)
+        -(-T // C), BLOCK_SIZE.get(platform(), BLOCK_SIZE["gpu"]) // (rows * H * M * C)
     )
     inputs = blocks.Inputs(q, k, v_BTHV, start_BT, valid_BT)
     carry = _to_carry(sums, dtype)

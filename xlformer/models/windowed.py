@@ -158,7 +158,7 @@ class Windowed(Model):
     def _ask(self, params, ids_BW, count_B, step):
         """log p of what follows the last token that counts, [B, V]."""
         model, last_B11 = self.config.model, (count_B - 1)[:, None, None]
-        state = model.init_state(len(ids_BW), self.dtype(params))
+        state = model.init_state(ids_BW.shape[0], self.dtype(params))
         if not isinstance(model, TokenModel):
             log_probs_BWV, _ = model.log_probs(
                 params, ids_BW, state, lengths_B=count_B, step=step

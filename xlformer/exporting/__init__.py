@@ -1,0 +1,1 @@
+"""Models for programs that are not ours: files of weights, and compiled functions."""

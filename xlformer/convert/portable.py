@@ -129,8 +129,7 @@ def _step(said, where) -> int:
     # Orbax names a directory by it.
     if type(step) is not int or not 0 <= step < 1 << 31:
         raise UserError(
-            f"{where}: {EXPORTED}={said!r:.50} has no step: is it of "
-            "python -m xlformer.export --format=safetensors?"
+            f"{where}: {EXPORTED}={said!r:.50} has no step: is it of xlformer.export?"
         )
     return step
 

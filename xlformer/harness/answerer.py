@@ -85,7 +85,7 @@ class Answerer:
                 near = did_you_mean(name, ARGUMENTS)
                 raise UserError(f"model_args: no argument {name}={value}{near}")
         if arguments.get("workdir") in (None, ""):
-            raise UserError("model_args has no workdir: --model_args workdir=DIR")
+            raise UserError("model_args has no workdir: give workdir=DIR")
         given = {name: x for name, x in arguments.items() if x is not None}
         given["batch_size"] = _rows(given.get("batch_size"))
         settings = {name: given[name] for name in OF_READING if name in given}

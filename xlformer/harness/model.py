@@ -47,7 +47,7 @@ class XLFormer(LM):
 
     def chat_template(self, chat_template=False) -> str:
         if chat_template:
-            raise UserError("--apply_chat_template: a run of xlformer has none")
+            raise UserError("a run of xlformer has no chat template to apply")
         return ""
 
     def get_model_info(self) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,10 @@ STATE_DICT_RECIPE = (
     "where the model's code is installed run: model = torch.load('model.pt'); "
     "torch.save(model.state_dict(), 'state.pt')"
 )
+
+
+MOST = 1 << 26  # bytes of settings and of symbols, and of arrays however packed
+MOST_PACKED = 16  # Weights are packed to nine tenths.
 
 
 def read_state(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict | None]:
@@ -46,10 +51,26 @@ def read_state(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict | 
     return readers[path.suffix](path)
 
 
+def content(path: str | pathlib.Path) -> bytes:
+    """All of a file of settings or symbols, which may be a process's output.
+
+    Raises OSError or ValueError; of what has no end, too.
+    """
+    path = pathlib.Path(path)
+    # A pipe that lies in a stranger's directory may have nobody who writes into it.
+    if path.is_fifo() and path.parent.name != "fd":
+        raise ValueError("it is a pipe")
+    with path.open("rb") as file:
+        found = file.read(MOST + 1)
+    if len(found) > MOST:
+        raise ValueError(f"it has more than {MOST} bytes")
+    return found
+
+
 def read_json(path: pathlib.Path) -> dict:
     """Reads a JSON object; anything else is a UserError."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(content(path).decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -70,6 +91,7 @@ def _read_npz(path):
         # NpzFile, not np.load, which goes by what a file begins with and would take an
         # npy or a pickle of the same name.
         with np.lib.npyio.NpzFile(path, allow_pickle=False) as arrays:
+            _check_sizes(path, arrays.zip)
             state = dict(arrays)
             # numpy reads as far as an entry's header says, which may be before the end,
             # and only there the checksum is compared.
@@ -90,6 +112,17 @@ def _read_npz(path):
         prefix = "params/"
         state = {k[len(prefix) :]: x for k, x in state.items() if k.startswith(prefix)}
     return state, hparams
+
+
+def _check_sizes(path: pathlib.Path, entries: zipfile.ZipFile) -> None:
+    """Raises ValueError where a small file would become large arrays.
+
+    Zeros are packed a thousand times over, and entries may share what they unpack.
+    """
+    claimed = sum(entry.file_size for entry in entries.infolist())
+    size = path.stat().st_size
+    if claimed > max(MOST, MOST_PACKED * size):
+        raise ValueError(f"it has {size} bytes, and {claimed} of arrays in them")
 
 
 def _read_safetensors(path):

@@ -19,7 +19,7 @@ import codecs
 import mmap
 import pathlib
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from xlformer.errors import UserError
@@ -30,7 +30,9 @@ INSTANCE, PAIRS, ENCODE, SKIPPED, REBUILD = "instance", "pairs", "encode", "skip
 MOST_OPERATIONS = 16_000_000
 MOST_MEMORY = 1 << 29  # bytes for strings and containers, of which lm1b's need a third
 CONTAINER = 128  # bytes of an empty one, and of what it takes to find it
+MEMO = 64  # bytes of remembering something by a number
 LONGEST = 1 << 16  # of a string that is kept
+MOST_TEXT = 1 << 26  # characters of many strings; lm1b's words have 7 million
 
 
 class Skipped(NamedTuple):
@@ -76,7 +78,8 @@ class Instance:
         """Its attributes; of a name that repeats, the last."""
         if not isinstance(self.state, Pairs):
             raise ValueError(f"a {self.name} that has no attributes")
-        return {text(key): value for key, value in self.state}
+        items = list(self.state)
+        return dict(zip(texts(k for k, _ in items), (v for _, v in items), strict=True))
 
 
 def text(value) -> str:
@@ -86,6 +89,17 @@ def text(value) -> str:
     if not isinstance(value, str):
         raise ValueError(f"a {type(value).__name__} in place of a string")
     return value
+
+
+def texts(values: Iterable) -> list[str]:
+    """Strings of either Python, which a file may name again and again."""
+    found, left = [], MOST_TEXT
+    for value in values:
+        left -= len(value) if isinstance(value, str | bytes) else 0
+        if left < 0:
+            raise ValueError(f"strings of more than {MOST_TEXT} characters")
+        found.append(text(value))
+    return found
 
 
 def read(path: str | pathlib.Path, roles: Mapping[str, str]) -> Any:
@@ -98,6 +112,8 @@ def read(path: str | pathlib.Path, roles: Mapping[str, str]) -> Any:
     Raises:
       UserError: it cannot be read, is no whole pickle, or names anything else.
     """
+    if pathlib.Path(path).exists() and not pathlib.Path(path).is_file():
+        raise UserError(f"{path}: not a pickle that is read here: it is not a file")
     try:
         with (
             open(path, "rb") as file,
@@ -173,11 +189,14 @@ class _Reader:
 
     def kept(self, found):
         """A new string or container, which is charged for."""
-        self.left -= len(found) if isinstance(found, str | bytes) else 0
-        self.left -= CONTAINER
+        size = len(found) if isinstance(found, str | bytes) else 0
+        self.charge(size + CONTAINER)
+        return found
+
+    def charge(self, size: int) -> None:
+        self.left -= size
         if self.left < 0:
             raise ValueError(f"more than {MOST_MEMORY} bytes of what would be kept")
-        return found
 
     def long(self, size: int) -> int:
         if size > 16:
@@ -268,6 +287,7 @@ class _Reader:
 
     def put(self, key: int) -> None:
         self.memo[key] = self.top(object)
+        self.charge(MEMO)
 
     def get(self, key: int) -> None:
         if key not in self.memo:

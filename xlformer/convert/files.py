@@ -1,7 +1,7 @@
 """Reading other programs' weight files, none of which can run code.
 
-npz (allow_pickle=False), safetensors, and PyTorch state dicts through
-torch.load(weights_only=True). A pickled module is refused.
+npz (allow_pickle=False), safetensors, and PyTorch state dicts (convert/torch_file.py,
+which needs no PyTorch). A pickled module is refused.
 """
 
 from __future__ import annotations
@@ -10,18 +10,11 @@ import json
 import pathlib
 import re
 import zipfile
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
+from xlformer.convert.torch_file import TorchFile
 from xlformer.errors import UserError, reason, some
-
-STATE_DICT_RECIPE = (
-    "where the model's code is installed run: model = torch.load('model.pt'); "
-    "torch.save(model.state_dict(), 'state.pt')"
-)
-
 
 MOST = 1 << 26  # bytes of settings and of symbols, and of arrays however packed
 MOST_PACKED = 16  # Weights are packed to nine tenths.
@@ -125,6 +118,11 @@ def _check_sizes(path: pathlib.Path, entries: zipfile.ZipFile) -> None:
         raise ValueError(f"it has {size} bytes, and {claimed} of arrays in them")
 
 
+def _read_torch(path):
+    file = TorchFile(path)
+    return file.arrays(file.found), None
+
+
 def _read_safetensors(path):
     try:
         import safetensors.numpy
@@ -170,76 +168,3 @@ def read_sharded(index: str | pathlib.Path) -> dict[str, np.ndarray]:
     if missing := sorted(set(names) - set(state)):
         raise UserError(f"{index}: the files lack {some(missing)}")
     return {name: state[name] for name in names}
-
-
-class Plain:
-    """Stands for a class that a file names: keeps its fields, and none of its code.
-
-    Subclasses have `__slots__ = ()`, so that a file sets no attribute of theirs.
-    """
-
-    __slots__ = ("fields",)
-
-    def __init__(self) -> None:
-        self.fields: dict[str, Any] = {}
-
-    def __setstate__(self, state) -> None:
-        if not isinstance(state, dict):
-            raise TypeError(f"fields are a {type(state).__name__}, no dict")
-        self.fields = state
-
-
-def read_torch(path: str | pathlib.Path, stubs: Mapping[str, type] | None = None):
-    """What torch.load makes of a file: tensors, plain containers, and nothing else.
-
-    Args:
-      path: of what torch.save wrote.
-      stubs: subclasses of Plain by the full names that the file may have for them. A
-        file that names any other class or function is refused.
-
-    Raises:
-      UserError: the file is missing, truncated or hostile, or there is no torch.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(f"{path}: pip install torch to read it") from error
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    known = [(stub, name) for name, stub in (stubs or {}).items()]
-    try:
-        with torch.serialization.safe_globals(known):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        named = re.search(r"GLOBAL (\S{1,80}) ", str(error))
-        why = f"it names {named[1]}" if named else type(error).__name__
-        raise UserError(
-            f"{path} is not a state dict, and a pickled module could run any code; "
-            f"{STATE_DICT_RECIPE} ({why})"
-        ) from error
-
-
-def arrays_of(state, path) -> dict[str, np.ndarray]:
-    """A state dict of torch as arrays by name; UserError where it is none."""
-    import torch
-
-    plain = isinstance(state, dict) and all(torch.is_tensor(x) for x in state.values())
-    if not plain or not all(isinstance(name, str) for name in state):
-        raise UserError(f"{path} holds no state dict; {STATE_DICT_RECIPE}")
-    try:
-        return {name: _numpy(x) for name, x in state.items()}
-    # Sparse and quantised tensors, and those without data, raise errors of their own.
-    except Exception as error:
-        raise UserError(
-            f"{path} holds tensors that are no plain arrays: {reason(error)}"
-        ) from error
-
-
-def _read_torch(path):
-    return arrays_of(read_torch(path), path), None
-
-
-def _numpy(tensor) -> np.ndarray:
-    # numpy has no bfloat16 and none of torch's 8-bit floats; float16 is widened too.
-    half = tensor.is_floating_point() and tensor.element_size() < 4
-    return (tensor.float() if half else tensor).numpy()

@@ -26,6 +26,7 @@ from xlformer.errors import UserError
 
 # What the names of a pickle stand for.
 INSTANCE, PAIRS, ENCODE, SKIPPED, REBUILD = "instance", "pairs", "encode", "skip", "new"
+CALL, NAME = "call", "name"  # becomes a Call; is never called
 # lm1b's 793,471 words take 5 million operations, or 8 million written by Python 2.
 MOST_OPERATIONS = 16_000_000
 MOST_MEMORY = 1 << 29  # bytes for strings and containers, of which lm1b's need a third
@@ -46,6 +47,15 @@ class Name(NamedTuple):
 
     name: str
     role: str
+
+
+class Call(NamedTuple):  # A call that the file asks for, which was not made.
+    name: str
+    given: tuple
+
+
+class UnknownName(ValueError):
+    """The file names something that its caller does not list."""
 
 
 class Pairs:
@@ -119,17 +129,39 @@ def read(path: str | pathlib.Path, roles: Mapping[str, str]) -> Any:
             open(path, "rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
-            return _Reader(data, roles).run()
+            return parse(data, roles)[0]
     # An empty file cannot be mapped: a ValueError.
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a pickle that is read here: {error}") from error
 
 
+def parse(
+    data,
+    roles: Mapping[str, str],
+    start: int = 0,
+    persistent: Callable[[Any], Any] | None = None,
+) -> tuple[Any, int]:
+    """What the pickle in bytes or a map of a file holds, and where it ends.
+
+    Args:
+      data, roles: as `read` has them.
+      start: where it begins.
+      persistent: makes what stands for an id of an object outside of the pickle;
+        without it such an id is refused.
+
+    Raises:
+      ValueError: as `read` for a UserError; UnknownName for a name.
+    """
+    reader = _Reader(data, roles, start, persistent)
+    return reader.run(), reader.at
+
+
 class _Reader:
     """The machine that a pickle is a program for, without its calls."""
 
-    def __init__(self, data, roles: Mapping[str, str]):
-        self.data, self.roles, self.at = data, roles, 0
+    def __init__(self, data, roles: Mapping[str, str], start, persistent):
+        self.data, self.roles, self.at = data, roles, start
+        self.persistent = persistent
         self.stack: list = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -243,7 +275,7 @@ class _Reader:
     def named(self, module, name) -> None:
         full = f"{text(module)}.{text(name)}"
         if full not in self.roles:
-            raise ValueError(
+            raise UnknownName(
                 f"it names {full[:100]!r}, and only {', '.join(self.roles)} are taken"
             )
         self.push(Name(full, self.roles[full]))
@@ -256,6 +288,8 @@ class _Reader:
 
     def called(self, name: Name, given: tuple):
         """What stands for name(*given); no argument is copied."""
+        if name.role == CALL:
+            return self.kept(Call(name.name, given))
         if name.role == SKIPPED:
             return Skipped(name.name)
         if name.role == PAIRS and not given:
@@ -279,9 +313,15 @@ class _Reader:
 
     def build(self) -> None:
         state = self.pop()
-        found = self.top((Instance, Skipped))
+        # An OrderedDict may have attributes, as a state dict of torch has.
+        found = self.top((Instance, Skipped, Pairs))
         if isinstance(found, Instance):
             found.state = state
+
+    def outside(self) -> None:
+        if self.persistent is None:
+            raise ValueError(f"an object outside of it at byte {self.at}")
+        self.push(self.kept(self.persistent(self.pop())))
 
     # The memo.
 
@@ -377,5 +417,6 @@ STEPS: dict[int, Callable[[_Reader], Any]] = {
         "R": _Reader.reduce,
         "\x81": _Reader.reduce,  # A class and the arguments of its __new__.
         "b": _Reader.build,
+        "Q": _Reader.outside,
     }.items()
 }

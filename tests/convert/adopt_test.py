@@ -173,16 +173,6 @@ def test_awd_lstm_needs_no_hparams_and_takes_its_bptt_for_segments(
     assert line in refused(capsys, tmp_path / "bad", code)
 
 
-def test_weights_only_pt(tmp_path, vocab):
-    torch = pytest.importorskip("torch")
-    state, hparams = golden()
-    torch.save({k: torch.from_numpy(x) for k, x in state.items()}, tmp_path / "w.pt")
-    (tmp_path / "hparams.json").write_text(json.dumps(hparams))
-    flag = f"--vocab={vocab(SYMBOLS[60])}"
-    assert main(tmp_path / "w.pt", tmp_path / "run", flag) == 0
-    assert runs.load(tmp_path / "run").vocabulary.size == 60
-
-
 def test_vocabulary_files(tmp_path, vocab):
     read = adopt.read_vocabulary
     numbers = read(str(vocab([98, 10, 97])))

@@ -143,14 +143,8 @@ def parse(
 ) -> tuple[Any, int]:
     """What the pickle in bytes or a map of a file holds, and where it ends.
 
-    Args:
-      data, roles: as `read` has them.
-      start: where it begins.
-      persistent: makes what stands for an id of an object outside of the pickle;
-        without it such an id is refused.
-
-    Raises:
-      ValueError: as `read` for a UserError; UnknownName for a name.
+    It begins at `start`; `persistent` makes what stands for the id of an object outside
+    of it, which is refused without. Raises ValueError, UnknownName for a name.
     """
     reader = _Reader(data, roles, start, persistent)
     return reader.run(), reader.at

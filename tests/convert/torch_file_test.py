@@ -139,6 +139,18 @@ def test_views_begin_and_step_where_they_say(tmp_path):
     assert found["scalar"] == 5 and np.shares_memory(found["all"], found["one"])
 
 
+def test_a_storage_stands_for_few_tensors(tmp_path):
+    """Each would become an array of its own, as soon as it is a parameter."""
+    path, zeros = tmp_path / "w.pt", bytes(40_000)
+    for count, good in ((6, True), (60, False)):
+        named = {str(i): tensor(size=10_000, shape=(10_000,)) for i in range(count)}
+        saved(path, named, **{"data/0": zeros})
+        if good:
+            assert len(read_state(path)[0]) == 6
+        else:
+            assert "2400000 bytes of tensors that share storages" in refusal(path)
+
+
 @pytest.mark.parametrize(
     ("found", "line"),
     [

@@ -11,7 +11,7 @@ name what is listed here and nothing else.
 
 Nothing made is larger than the file, but that 16-bit and 8-bit floats become float32:
 tensors are views of their storage, each is read once, and a tensor of more elements
-than its storage has is refused.
+than its storage has is refused, and so are too many of one storage.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ TENSOR, NEW_TENSOR = (
     "torch._utils._rebuild_tensor_v3",
 )
 PARAMETER = "torch._utils._rebuild_parameter"
+# What tensors may take that share storages, in sizes of the file: tied ones are there
+# twice or thrice, and 16-bit floats become twice as large.
+MOST_SHARED = 8
 FLOATS = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2".split()
 WHOLE = "int64 int32 int16 int8 uint8 bool uint16 uint32 uint64".split()
 DTYPES = {
@@ -162,7 +165,11 @@ class TorchFile:
             if not all(type(name) is str and _call(x) for name, x in pairs):
                 raise UserError(f"{self.path} holds no state dict; {STATE_DICT_RECIPE}")
             with open(self.path, "rb") as file, self._opened(file) as take:
-                return {name: _tensor(_call(x), take, read) for name, x in pairs}
+                found = {name: _tensor(_call(x), take, read) for name, x in pairs}
+                most = MOST_SHARED * file.seek(0, 2)
+            if (total := sum(x.nbytes for x in found.values())) > most:
+                raise ValueError(f"{total} bytes of tensors that share storages")
+            return found
         except UserError:
             raise
         except Exception as error:

@@ -11,7 +11,7 @@ import damaged_weights
 import numpy as np
 import pytest
 
-from xlformer.convert import adopt, plain_pickle, tensorflow_vocabulary
+from xlformer.convert import adopt, plain_pickle, plain_values, tensorflow_vocabulary
 from xlformer.data.vocabulary import ByteVocabulary, CharVocabulary, WordVocabulary
 from xlformer.errors import UserError
 
@@ -203,7 +203,7 @@ def test_a_small_file_cannot_stand_for_a_large_one(name, tmp_path, monkeypatch):
 
 def test_one_string_does_not_become_many(tmp_path, monkeypatch):
     """A small file may name one of its byte strings a million times."""
-    monkeypatch.setattr(plain_pickle, "MOST_TEXT", 10_000)
+    monkeypatch.setattr(plain_values, "MOST_TEXT", 10_000)
 
     def named(x: bytes, *, count: int) -> bytes:
         return b"C" + bytes([len(x)]) + x + b"q\0" + b"h\0" * (count - 1)

@@ -28,7 +28,7 @@ import numpy as np
 
 from xlformer.convert import hparams as hparams_lib
 from xlformer.convert import transformer_xl
-from xlformer.convert.plain_pickle import Instance, Pairs, text
+from xlformer.convert.plain_values import Instance, Pairs, texts
 from xlformer.convert.torch_file import TorchFile
 from xlformer.convert.vocab import of_vocab
 from xlformer.data.vocabulary import Vocabulary
@@ -86,7 +86,10 @@ def load(
             name: found
             for name, x in _fields(checkpoint.get("model_config")).items()
             if isinstance(found := list(x) if type(x) is tuple else x, SETTINGS)
-            or (isinstance(found, list) and all(isinstance(y, SETTINGS) for y in found))
+            or (
+                isinstance(found, list)
+                and all(isinstance(y, int | float) for y in found)
+            )
         }
         state = checkpoint["model_state"]
     except (KeyError, ValueError) as error:
@@ -100,7 +103,8 @@ def load(
 def _fields(found) -> dict[str, Any]:
     if not isinstance(found, Pairs):
         raise ValueError("no dict")
-    return {text(name): x for name, x in found}
+    items = list(found)
+    return dict(zip(texts(k for k, _ in items), (x for _, x in items), strict=True))
 
 
 def _vocabulary(found, path) -> Vocabulary | None:
@@ -111,7 +115,7 @@ def _vocabulary(found, path) -> Vocabulary | None:
         if "idx2sym" not in fields:
             return None
         if isinstance(counter := fields.get("counter"), Pairs):
-            fields["counter"] = {text(symbol): count for symbol, count in counter}
+            fields["counter"] = _fields(counter)
     except ValueError as error:
         raise UserError(f"{path}: vocab: {error}") from error
     return of_vocab(fields, f"{path}: vocab")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 
 from xlformer.convert import plain_pickle, vocab
-from xlformer.convert.plain_pickle import Instance, Pairs, text, texts
+from xlformer.convert.plain_values import Instance, Pairs, text, texts
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError
 

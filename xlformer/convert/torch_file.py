@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from xlformer.convert import plain_pickle
-from xlformer.convert.plain_pickle import Call, Name, Pairs
+from xlformer.convert.plain_values import Call, Name, Pairs
 from xlformer.errors import UserError, reason
 
 STATE_DICT_RECIPE = (

@@ -188,6 +188,16 @@ def test_what_is_no_tensor_is_refused_in_a_line(found, line, tmp_path):
 def test_a_storage_is_of_one_kind(tmp_path):
     found = {"a": tensor(), "b": tensor(kind=Named("torch IntStorage"))}
     assert "'0' is of two kinds" in refusal(saved(tmp_path / "w.pt", found))
+    function, untyped = (
+        "torch._utils _rebuild_tensor_v3",
+        "torch.storage UntypedStorage",
+    )
+    found = {}
+    for dtype in ("uint16", "float8_e5m2"):
+        _, given = tensor(kind=Named(untyped), size=24)
+        given = *given, Named(f"torch {dtype}"), None
+        found[dtype] = Called((Named(function), given))
+    assert "'0' is of two dtypes" in refusal(saved(tmp_path / "w.pt", found))
     assert "holds no state dict" in refusal(saved(tmp_path / "w.pt", {3: tensor()}))
     assert "holds no state dict" in refusal(saved(tmp_path / "w.pt", tensor()))
 
@@ -215,14 +225,15 @@ def overlapped(archive):
         (lambda x: x.writestr("v/data/1", b""), "not those of one NAME/data.pkl"),
         (lambda x: x.writestr("../data/1", b""), "not those of one NAME/data.pkl"),
         (again, "not those of one NAME/data.pkl"),
-        (overlapped, "no plain arrays"),
+        (overlapped, "its entries have more than its"),
     ],
     ids=["deflated", "two folders", "a path", "twice", "overlapped"],
 )
 def test_zips_that_torch_does_not_write(change, line, tmp_path):
     keys = [str(i) for i in range(100 if change is overlapped else 1)]
-    found = {key: tensor(key=key) for key in keys}
-    assert line in refusal(saved(tmp_path / "w.pt", found, change=change))
+    found = {key: tensor(key=key, size=1000) for key in keys}
+    zeros = {"data/0": bytes(4000)}
+    assert line in refusal(saved(tmp_path / "w.pt", found, change=change, **zeros))
 
 
 def test_bytes_are_in_their_order_and_checked(tmp_path):

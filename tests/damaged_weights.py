@@ -15,6 +15,7 @@ import numpy as np
 from xlformer.convert import (
     hugging_face,
     leveldb,
+    nvidia,
     tensor_bundle,
     tensorflow_vocabulary,
     transformer_xl,
@@ -26,6 +27,8 @@ from xlformer.errors import UserError
 HERE = pathlib.Path(__file__).parent
 SHARDED = HERE / "convert" / "tf_sharded"
 ARRAYS = HERE / "convert" / "arrays"
+TORCH = HERE / "convert" / "torch_files"
+NVIDIA = HERE / "golden" / "nvidia_wt103_base"
 HUGGING_FACE = HERE / "golden" / "hf_transfo_xl_div4"
 INDEX_OF_SHARDS = "model.safetensors.index.json"
 CACHES = HERE / "golden" / "tf_vocabulary"
@@ -96,6 +99,10 @@ def read_index(folder: pathlib.Path):
     return read_sharded(folder / INDEX_OF_SHARDS)
 
 
+def read_checkpoint(folder: pathlib.Path):
+    return nvidia.load(folder)[0]
+
+
 @functools.cache
 def _hugging_faces() -> dict:
     state = read_state(HUGGING_FACE / "model.safetensors")[0]
@@ -121,13 +128,16 @@ CLASSES = {
     "npz": (ARRAYS, "w.npz", read_arrays("w.npz"), bytes),
     "npz compressed": (ARRAYS, "z.npz", read_arrays("z.npz"), bytes),
     "safetensors": (ARRAYS, "w.safetensors", read_arrays("w.safetensors"), bytes),
+    "torch zip": (TORCH, "state.pt", read_arrays("state.pt"), bytes),
+    "torch legacy": (TORCH, "legacy.pt", read_arrays("legacy.pt"), bytes),
+    "checkpoint of nvidia": (NVIDIA, "checkpoint_last.pt", read_checkpoint, bytes),
     "index of shards": (ARRAYS, INDEX_OF_SHARDS, read_index, bytes),
     "config.json": (HUGGING_FACE, "config.json", read_settings, bytes),
     "pickle of words": (CACHES / "wt103", "cache.pkl", read_cache, bytes),
     "pickle of bytes": (CACHES / "enwik8", "cache.pkl", read_cache, bytes),
 }
 # Checksums keep the values; a pickle has none, so that it may say something else.
-KEPT = ("index", "data", "npz", "npz compressed")
+KEPT = ("index", "data", "npz", "npz compressed", "torch zip", "checkpoint of nvidia")
 
 
 def copy(name: str, target: pathlib.Path) -> pathlib.Path:

@@ -76,7 +76,6 @@ ALLOWED = {
     ("storage.py", "importlib.import_module"): "import_module(name)",  # of constants
     ("__main__.py", "importlib.import_module"): "f'xlformer.{module}'",  # of a table
     ("__init__.py", "importlib.import_module"): "f'xlformer.instruments.{name}'",
-    ("files.py", "torch.load"): "weights_only=True",
     ("files.py", "np.lib.npyio.NpzFile"): "allow_pickle=False",
     ("prepared.py", "np.load"): "allow_pickle=False",
     ("run_exported.py", "np.load"): "allow_pickle=False",

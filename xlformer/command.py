@@ -30,6 +30,7 @@ OVERRIDE = "--config."
 _DENIED = "EACCES EPERM ENOENT ENOTDIR EISDIR EEXIST EROFS ENOSPC EDQUOT EFBIG"
 _DENIED += " ENAMETOOLONG ELOOP EIO ESTALE ENOTEMPTY EBUSY EMFILE ENFILE ENXIO ENODEV"
 OF_FILES = {getattr(errno, name) for name in _DENIED.split()}
+LONGEST = 4095  # bytes of a path, on Linux
 # The flags of the command that runs, without their dashes: what a library says of an
 # argument is shown as the flag that the person typed.
 _typed: set[str] = set()
@@ -196,6 +197,8 @@ def place(text: str) -> str:
     except UnicodeEncodeError:
         line = f"the path is not UTF-8: {os.fsencode(text)!r}"
         raise argparse.ArgumentTypeError(line) from None
+    if len(os.fsencode(text)) > LONGEST:
+        raise argparse.ArgumentTypeError(f"the path has more than {LONGEST} bytes")
     return os.fspath(storage.path(text))
 
 

@@ -14,9 +14,9 @@ import json
 import sys
 
 from xlformer import command, runs
-from xlformer.convert import portable, writing
+from xlformer.convert import place, portable, writing
 from xlformer.errors import Argument, UserError
-from xlformer.exporting import place, stablehlo
+from xlformer.exporting import stablehlo
 
 __all__ = ["main"]
 

@@ -173,16 +173,6 @@ def test_awd_lstm_needs_no_hparams_and_takes_its_bptt_for_segments(
     assert line in refused(capsys, tmp_path / "bad", code)
 
 
-def test_weights_only_pt(tmp_path, vocab):
-    torch = pytest.importorskip("torch")
-    state, hparams = golden()
-    torch.save({k: torch.from_numpy(x) for k, x in state.items()}, tmp_path / "w.pt")
-    (tmp_path / "hparams.json").write_text(json.dumps(hparams))
-    flag = f"--vocab={vocab(SYMBOLS[60])}"
-    assert main(tmp_path / "w.pt", tmp_path / "run", flag) == 0
-    assert runs.load(tmp_path / "run").vocabulary.size == 60
-
-
 def test_vocabulary_files(tmp_path, vocab):
     read = adopt.read_vocabulary
     numbers = read(str(vocab([98, 10, 97])))
@@ -273,14 +263,36 @@ def test_refusals_write_nothing(tmp_path, vocab, text, capsys):
     assert "carries no hparams: pass --hparams" in refused(capsys, workdir, code)
 
 
-def test_workdir_must_be_new_or_empty(tmp_path, vocab, capsys):
+def test_workdir_must_be_new_or_empty(tmp_path, vocab, text, capsys):
     flag = f"--vocab={vocab(SYMBOLS[60])}"
     assert main(NPZ, tmp_path, flag) == 2  # It holds the vocabulary.
     assert "is not empty" in capsys.readouterr().err
     assert main(NPZ, tmp_path / "vocab.txt", flag) == 2
     assert "not a directory" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
+    # It may be a file system of its own, over which nothing can be renamed.
+    number = (tmp_path / "empty").stat().st_ino
     assert main(NPZ, tmp_path / "empty", flag) == 0
+    assert (tmp_path / "empty").stat().st_ino == number
+    assert evaluate.evaluate(tmp_path / "empty", text=text)["tokens_scored"] == 104
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_conversion_that_ends_in_the_middle_leaves_nothing(
+    there, tmp_path, vocab, capsys, monkeypatch
+):
+    def full(file, text):
+        assert (file.parent / runs.CHECKPOINTS).is_dir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adopt.storage, "write", full)
+    workdir = tmp_path / "new" / "run"
+    if there:
+        workdir.mkdir(parents=True)
+    assert main(NPZ, workdir, f"--vocab={vocab(SYMBOLS[60])}") == 2
+    line = f"error: --workdir={workdir}: cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == line
+    assert not any(workdir.parent.iterdir()) or there and not any(workdir.iterdir())
 
 
 def test_a_format_is_a_row_of_the_table_and_its_model_any_model(

@@ -6,20 +6,21 @@ That its program scores the same is in tests/extras, which has PyTorch.
 import functools
 import json
 import pathlib
-import sys
 
+import jax
 import numpy as np
 import pytest
 from golden import check
 
-from xlformer import convert
+from xlformer import convert, runs
 from xlformer.convert import hparams as hparams_lib
 from xlformer.convert import nvidia, transformer_xl, vocab
 from xlformer.convert.__main__ import main as command
 from xlformer.errors import UserError
 
 GOLDEN = pathlib.Path(check.__file__).parent
-BASE, DIV = "nvidia_wt103_base.npz", "nvidia_div2_pre_norm.npz"
+BASE, DIV = "nvidia_wt103_base", "nvidia_div2_pre_norm.npz"
+MODULE = pathlib.Path(__file__).parent / "torch_files" / "module.pt"
 SHARED = "crit.shared_out_projs.1"
 
 
@@ -107,18 +108,35 @@ def test_what_does_not_fit_is_said_in_a_line(changes, line):
     assert "\n" not in str(raised.value)
 
 
-def test_the_command_says_what_it_lacks(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch", None)
+def test_the_command_says_what_it_lacks(tmp_path, capsys):
     flags = ["--format=nvidia", f"--workdir={tmp_path / 'run'}"]
+    (tmp_path / "module.pt").write_bytes(MODULE.read_bytes())
     for source, line in (
         (tmp_path, "has no checkpoint_best.pt and no checkpoint_last.pt"),
-        (tmp_path / "x.pt", "pip install torch to read it"),
+        (tmp_path / "x.pt", "no such file"),
+        (tmp_path / "module.pt", "could run any code"),
+        (MODULE.with_name("state.pt"), "has no model_config and model_state"),
     ):
         assert command([*flags, f"--source={source}"]) == 2
         assert line in capsys.readouterr().err
     assert command([*flags, f"--source={tmp_path}", "--hparams=x.json"]) == 2
     assert "whose checkpoints have them" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_its_training(tmp_path):
+    """With arguments, optimizer and random states, which are passed over."""
+    config, params, hparams, found = nvidia.read(GOLDEN / BASE)
+    assert (config.n_layer, config.vocab_size, hparams["cutoffs"]) == (2, 61, [20, 40])
+    assert hparams["tie_projs"] == [False, True, True] and hparams["dtype"] is None
+    assert found.symbols[0] == "<eos>" and len(found.symbols) == 61
+    assert found.counts_V.sum() > 61
+    flags = ["--format=nvidia", f"--source={GOLDEN / BASE}"]
+    assert command([*flags, f"--workdir={tmp_path / 'run'}"]) == 0
+    run = runs.load(tmp_path / "run")
+    assert run.vocabulary.symbols == found.symbols
+    for ours, theirs in zip(*map(jax.tree.leaves, (run.params, params)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 # Its vocabulary -----------------------------------------------------------------------
@@ -158,9 +176,3 @@ def test_ids_of_a_vocabulary_are_kept():
 def test_what_is_no_vocabulary(fields, line):
     with pytest.raises(UserError, match=f"^x.pt.*{line}"):
         vocab.of_vocab(fields, "x.pt")
-
-
-def test_a_stub_keeps_fields_and_nothing_else():
-    assert not hasattr(nvidia.Vocab(), "__dict__")
-    with pytest.raises(TypeError, match="no dict"):
-        nvidia.Namespace().__setstate__([1])

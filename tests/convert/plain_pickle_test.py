@@ -11,7 +11,7 @@ import damaged_weights
 import numpy as np
 import pytest
 
-from xlformer.convert import adopt, plain_pickle, tensorflow_vocabulary
+from xlformer.convert import adopt, plain_pickle, plain_values, tensorflow_vocabulary
 from xlformer.data.vocabulary import ByteVocabulary, CharVocabulary, WordVocabulary
 from xlformer.errors import UserError
 
@@ -199,3 +199,25 @@ def test_a_small_file_cannot_stand_for_a_large_one(name, tmp_path, monkeypatch):
         assert tracemalloc.get_traced_memory()[1] < 30e6
     finally:
         tracemalloc.stop()
+
+
+def test_one_string_does_not_become_many(tmp_path, monkeypatch):
+    """A small file may name one of its byte strings a million times."""
+    monkeypatch.setattr(plain_values, "MOST_TEXT", 10_000)
+
+    def named(x: bytes, *, count: int) -> bytes:
+        return b"C" + bytes([len(x)]) + x + b"q\0" + b"h\0" * (count - 1)
+
+    begin, end = b"cvocabulary\nVocab\n)\x81}(", b"ub."
+    long, listed = named(b"x" * 200, count=100), b"X\7\0\0\0idx2sym]("
+    said = "strings of more than 10000 characters"
+    refused(tmp_path, begin + listed + long + b"e" + end, "no sym2idx")
+    numbered = b"X\7\0\0\0sym2idx}"
+    refused(tmp_path, begin + listed + long + b"e" + numbered + end, said)
+    refused(tmp_path, begin + long.replace(b"h\0", b"Nh\0") + b"N" + end, said)
+
+
+def test_what_is_remembered_is_charged_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(plain_pickle, "MOST_MEMORY", 1000 * plain_pickle.MEMO)
+    refused(tmp_path, b"N" + b"\x94" * 1000 + b".", "neither a")
+    refused(tmp_path, b"N" + b"\x94" * 1001 + b".", "of what would be kept")

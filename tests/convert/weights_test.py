@@ -4,7 +4,6 @@ import io
 import json
 import pathlib
 import pickle
-import sys
 import zipfile
 
 import jax.numpy as jnp
@@ -191,28 +190,6 @@ def test_hostile_json(tmp_path, content, message):
     assert message in refusal(read_json, path)
     assert "no such file" in refusal(read_json, tmp_path / "other.json")
     assert "is not JSON" in refusal(read_json, tmp_path)  # a directory
-
-
-def test_pt_needs_torch(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "w.pt").write_bytes(b"x")
-    assert "pip install torch" in refusal(read_state, tmp_path / "w.pt")
-
-
-def test_pt_state_dict_and_pickled_module(tmp_path):
-    torch = pytest.importorskip("torch")
-    state = {name: torch.from_numpy(x) for name, x in ARRAYS.items()}
-    torch.save(state, tmp_path / "w.pt")
-    assert_same(read_state(tmp_path / "w.pt")[0])
-    state = {"h": torch.ones(3, dtype=torch.bfloat16)}
-    torch.save(state, tmp_path / "w.bin")
-    assert read_state(tmp_path / "w.bin")[0]["h"].dtype == np.float32
-    torch.save(torch.nn.Linear(3, 5), tmp_path / "model.pt")
-    assert "torch.save(model.state_dict(), 'state.pt')" in refusal(
-        read_state, tmp_path / "model.pt"
-    )
-    torch.save({"epoch": 3, "model": state}, tmp_path / "nested.pt")
-    assert "holds no state dict" in refusal(read_state, tmp_path / "nested.pt")
 
 
 # What does not fit the hparams -------------------------------------------------------

@@ -205,12 +205,12 @@ def test_after_an_error_nothing_is_left(tmp_path, monkeypatch):
         raise RuntimeError("no space left")
 
     monkeypatch.setattr(safetensors.numpy, "save_file", full)
-    with pytest.raises(UserError, match="out: cannot be written: no space left"):
+    with pytest.raises(UserError, match="out': cannot be written: no space left"):
         writing.write_hf(tmp_path / "out", ATTENDED, params_of(ATTENDED))
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", "gs://bucket/out"):
-        with pytest.raises(UserError, match="is not empty|local directories alone"):
+        with pytest.raises(UserError, match="is not a directory|a local directory"):
             writing.write_hf(place, ATTENDED, params_of(ATTENDED))
 
 

@@ -23,7 +23,7 @@ from xlformer.convert import (
     tensorflow_vocabulary,
     transformer_xl,
 )
-from xlformer.convert.adopt import VOCAB_HELP, adopt, read_vocabulary
+from xlformer.convert.adopt import VOCAB_HELP, adopt, check_new, read_vocabulary
 from xlformer.convert.files import read_json, read_state
 from xlformer.data.documents import is_read_once
 from xlformer.data.prepared import encode_file
@@ -226,6 +226,7 @@ def _main(argv) -> int:
         help="of sha_rnn: one vector for the weights that make it, to read only",
     )
     args, overrides = parser.parse_with_overrides(argv)
+    check_new(args.workdir)
     vocabulary = read_vocabulary(args.vocab) if args.vocab else None
     found = FORMATS[args.format]
     read = Read(*found.read(args.source, args.hparams))

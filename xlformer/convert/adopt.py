@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import pathlib
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
 from xlformer import models, runs, storage
-from xlformer.convert import tensorflow_vocabulary, vocab
+from xlformer.convert import place, tensorflow_vocabulary, vocab
+from xlformer.convert.files import content
 from xlformer.data import preparing, vocabularies
 from xlformer.data.vocabulary import CharVocabulary, Vocabulary, WordVocabulary
 from xlformer.errors import Argument, UserError
@@ -54,18 +56,13 @@ def adopt(
         base = _fresh(model_config, segment_length)
     config = _config(base, model_config, params, overrides)
     _check_size(config, vocabulary, model_config.vocab_size)
-    workdir = _new_directory(workdir)
-    with Checkpoints(workdir / runs.CHECKPOINTS) as checkpoints:
-        checkpoints.save(step, {"params": params}, config=config_lib.to_dict(config))
-    try:
+    with _new_directory(workdir) as folder:
+        with Checkpoints(folder / runs.CHECKPOINTS) as checkpoints:
+            tree = {"params": params}
+            checkpoints.save(step, tree, config=config_lib.to_dict(config))
         if vocabulary is not None:
-            text = vocabulary.to_json()
-            (workdir / runs.VOCABULARY).write_text(text, encoding="utf-8")
-        text = config_lib.to_json(config)
-        (workdir / runs.CONFIG).write_text(text, encoding="utf-8")
-    except OSError as error:
-        line = f": cannot be written: {error}"
-        raise UserError(Argument("workdir", workdir), line) from error
+            storage.write(folder / runs.VOCABULARY, vocabulary.to_json())
+        storage.write(folder / runs.CONFIG, config_lib.to_json(config))
 
 
 def _fresh(model_config, segment_length: int):
@@ -109,17 +106,25 @@ def _check_size(config, vocabulary, vocab_size) -> None:
         )
 
 
-def _new_directory(workdir) -> epath.Path:
-    workdir = storage.path(workdir)
-    try:
-        if workdir.exists() and any(workdir.iterdir()):
-            line = " is not empty; name a new directory"
-            raise UserError(Argument("workdir", workdir), line)
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        line = f": not a directory: {error}"
-        raise UserError(Argument("workdir", workdir), line) from error
-    return workdir
+def check_new(workdir) -> None:
+    """Raises UserError where a directory is not empty or cannot be made."""
+    if not storage.is_remote(workdir):
+        place.check(workdir, "workdir")
+    elif storage.path(workdir).exists() and any(storage.path(workdir).iterdir()):
+        line = " is not empty; name a new directory"
+        raise UserError(Argument("workdir", workdir), line)
+
+
+@contextlib.contextmanager
+def _new_directory(workdir) -> Iterator[epath.Path]:
+    if storage.is_remote(workdir):
+        check_new(workdir)
+        # The config comes last, and without it there is no run.
+        storage.make_folder(storage.path(workdir), "workdir")
+        yield storage.path(workdir)
+        return
+    with place.whole(workdir, "workdir") as folder:
+        yield epath.Path(folder)
 
 
 def read_vocabulary(path: str) -> Vocabulary:
@@ -138,8 +143,8 @@ def read_vocabulary(path: str) -> Vocabulary:
     try:
         # Not splitlines(), which also cuts at characters that may be symbols, such as
         # U+2028.
-        symbols = pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        symbols = content(path).decode("utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
         raise UserError(
             Argument("vocab", path), f": cannot be read: {error}"
         ) from error

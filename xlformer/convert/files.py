@@ -1,7 +1,7 @@
 """Reading other programs' weight files, none of which can run code.
 
-npz (allow_pickle=False), safetensors, and PyTorch state dicts through
-torch.load(weights_only=True). A pickled module is refused.
+npz (allow_pickle=False), safetensors, and PyTorch state dicts (convert/torch_file.py,
+which needs no PyTorch). A pickled module is refused.
 """
 
 from __future__ import annotations
@@ -9,17 +9,15 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Mapping
-from typing import Any
+import zipfile
 
 import numpy as np
 
+from xlformer.convert.torch_file import TorchFile
 from xlformer.errors import UserError, reason, some
 
-STATE_DICT_RECIPE = (
-    "where the model's code is installed run: model = torch.load('model.pt'); "
-    "torch.save(model.state_dict(), 'state.pt')"
-)
+MOST = 1 << 26  # bytes of settings and of symbols, and of arrays however packed
+MOST_PACKED = 16  # Weights are packed to nine tenths.
 
 
 def read_state(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict | None]:
@@ -46,10 +44,26 @@ def read_state(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict | 
     return readers[path.suffix](path)
 
 
+def content(path: str | pathlib.Path) -> bytes:
+    """All of a file of settings or symbols, which may be a process's output.
+
+    Raises OSError or ValueError; of what has no end, too.
+    """
+    path = pathlib.Path(path)
+    # A pipe that lies in a stranger's directory may have nobody who writes into it.
+    if path.is_fifo() and path.parent.name != "fd":
+        raise ValueError("it is a pipe")
+    with path.open("rb") as file:
+        found = file.read(MOST + 1)
+    if len(found) > MOST:
+        raise ValueError(f"it has more than {MOST} bytes")
+    return found
+
+
 def read_json(path: pathlib.Path) -> dict:
     """Reads a JSON object; anything else is a UserError."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(content(path).decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -70,6 +84,7 @@ def _read_npz(path):
         # NpzFile, not np.load, which goes by what a file begins with and would take an
         # npy or a pickle of the same name.
         with np.lib.npyio.NpzFile(path, allow_pickle=False) as arrays:
+            _check_sizes(path, arrays.zip)
             state = dict(arrays)
             # numpy reads as far as an entry's header says, which may be before the end,
             # and only there the checksum is compared.
@@ -90,6 +105,22 @@ def _read_npz(path):
         prefix = "params/"
         state = {k[len(prefix) :]: x for k, x in state.items() if k.startswith(prefix)}
     return state, hparams
+
+
+def _check_sizes(path: pathlib.Path, entries: zipfile.ZipFile) -> None:
+    """Raises ValueError where a small file would become large arrays.
+
+    Zeros are packed a thousand times over, and entries may share what they unpack.
+    """
+    claimed = sum(entry.file_size for entry in entries.infolist())
+    size = path.stat().st_size
+    if claimed > max(MOST, MOST_PACKED * size):
+        raise ValueError(f"it has {size} bytes, and {claimed} of arrays in them")
+
+
+def _read_torch(path):
+    file = TorchFile(path)
+    return file.arrays(file.found), None
 
 
 def _read_safetensors(path):
@@ -137,76 +168,3 @@ def read_sharded(index: str | pathlib.Path) -> dict[str, np.ndarray]:
     if missing := sorted(set(names) - set(state)):
         raise UserError(f"{index}: the files lack {some(missing)}")
     return {name: state[name] for name in names}
-
-
-class Plain:
-    """Stands for a class that a file names: keeps its fields, and none of its code.
-
-    Subclasses have `__slots__ = ()`, so that a file sets no attribute of theirs.
-    """
-
-    __slots__ = ("fields",)
-
-    def __init__(self) -> None:
-        self.fields: dict[str, Any] = {}
-
-    def __setstate__(self, state) -> None:
-        if not isinstance(state, dict):
-            raise TypeError(f"fields are a {type(state).__name__}, no dict")
-        self.fields = state
-
-
-def read_torch(path: str | pathlib.Path, stubs: Mapping[str, type] | None = None):
-    """What torch.load makes of a file: tensors, plain containers, and nothing else.
-
-    Args:
-      path: of what torch.save wrote.
-      stubs: subclasses of Plain by the full names that the file may have for them. A
-        file that names any other class or function is refused.
-
-    Raises:
-      UserError: the file is missing, truncated or hostile, or there is no torch.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(f"{path}: pip install torch to read it") from error
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    known = [(stub, name) for name, stub in (stubs or {}).items()]
-    try:
-        with torch.serialization.safe_globals(known):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        named = re.search(r"GLOBAL (\S{1,80}) ", str(error))
-        why = f"it names {named[1]}" if named else type(error).__name__
-        raise UserError(
-            f"{path} is not a state dict, and a pickled module could run any code; "
-            f"{STATE_DICT_RECIPE} ({why})"
-        ) from error
-
-
-def arrays_of(state, path) -> dict[str, np.ndarray]:
-    """A state dict of torch as arrays by name; UserError where it is none."""
-    import torch
-
-    plain = isinstance(state, dict) and all(torch.is_tensor(x) for x in state.values())
-    if not plain or not all(isinstance(name, str) for name in state):
-        raise UserError(f"{path} holds no state dict; {STATE_DICT_RECIPE}")
-    try:
-        return {name: _numpy(x) for name, x in state.items()}
-    # Sparse and quantised tensors, and those without data, raise errors of their own.
-    except Exception as error:
-        raise UserError(
-            f"{path} holds tensors that are no plain arrays: {reason(error)}"
-        ) from error
-
-
-def _read_torch(path):
-    return arrays_of(read_torch(path), path), None
-
-
-def _numpy(tensor) -> np.ndarray:
-    # numpy has no bfloat16 and none of torch's 8-bit floats; float16 is widened too.
-    half = tensor.is_floating_point() and tensor.element_size() < 4
-    return (tensor.float() if half else tensor).numpy()

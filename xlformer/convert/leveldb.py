@@ -16,6 +16,7 @@ MAGIC = bytes.fromhex("57fb808b247547db")
 FOOTER = 48
 TRAILER = 5  # of a block: how it is packed, and its checksum
 MOST = 1 << 26  # bytes of a file, and of all its keys written out
+ENTRY = 256  # bytes that an entry takes besides, where it is kept
 
 
 def table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -33,7 +34,7 @@ def table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             raise ValueError(f"a block at byte {start} follows one that ends behind it")
         before = start + size + TRAILER
         for key, value in entries(block(data, start, size), left):
-            left -= len(key)
+            left -= len(key) + ENTRY
             if last is not None and key <= last:
                 raise ValueError(f"key {key[:60]!r} does not follow {last[:60]!r}")
             last = key
@@ -71,9 +72,9 @@ def entries(block: bytes, left: int) -> Iterator[tuple[bytes, bytes]]:
         if shared > len(key) or own + size > end - at:
             raise ValueError("an entry that is not all there")
         key = key[:shared] + block[at : at + own]
-        left -= len(key)
+        left -= len(key) + ENTRY
         if left < 0:
-            raise ValueError(f"more than {MOST} bytes of keys")
+            raise ValueError(f"more than {MOST} bytes of keys and entries")
         at += own
         yield key, block[at : at + size]
         at += size

@@ -28,7 +28,8 @@ import numpy as np
 
 from xlformer.convert import hparams as hparams_lib
 from xlformer.convert import transformer_xl
-from xlformer.convert.files import Plain, arrays_of, read_torch
+from xlformer.convert.plain_values import Instance, Pairs, texts
+from xlformer.convert.torch_file import TorchFile
 from xlformer.convert.vocab import of_vocab
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError
@@ -37,27 +38,14 @@ from xlformer.models import TransformerXLConfig
 
 # The last is what a run goes on from, the best what is scored.
 NAMES = ("checkpoint_best.pt", "checkpoint_last.pt")
-SETTINGS = (bool, int, float, str, list, tuple)  # what is none is no setting of ours
+SETTINGS = (bool, int, float, str, type(None))  # what is none is no setting of ours
 RENAMED = (
     (re.compile(r"crit\.out_layers_biases\.(\d{1,9})"), r"crit.out_layers.\1.bias"),
     (re.compile(r"crit\.out_layers_weights\.(\d{1,9})"), r"crit.out_layers.\1.weight"),
 )
 SHARED = re.compile(r"crit\.shared_out_projs\.(\d{1,9})")
-
-
-class Namespace(Plain):
-    """For argparse's: the run's arguments."""
-
-    __slots__ = ()
-
-
-class Vocab(Plain):
-    """For its own class."""
-
-    __slots__ = ()
-
-
-STUBS = {"argparse.Namespace": Namespace, "utils.vocabulary.Vocab": Vocab}
+# The objects that its checkpoints hold beside tensors.
+ARGUMENTS, VOCAB = "argparse.Namespace", "utils.vocabulary.Vocab"
 
 
 def read(
@@ -91,23 +79,46 @@ def load(
         if not found:
             raise UserError(f"{path} has no {NAMES[0]} and no {NAMES[1]}")
         path = found[0]
-    checkpoint = read_torch(path, STUBS)
-    if not isinstance(checkpoint, dict):
-        checkpoint = {}
-    hparams, state = checkpoint.get("model_config"), checkpoint.get("model_state")
-    if not isinstance(hparams, dict) or not isinstance(state, dict):
+    file = TorchFile(path, (ARGUMENTS, VOCAB))
+    try:
+        checkpoint = _fields(file.found)
+        hparams = {
+            name: found
+            for name, x in _fields(checkpoint.get("model_config")).items()
+            if isinstance(found := list(x) if type(x) is tuple else x, SETTINGS)
+            or (
+                isinstance(found, list)
+                and all(isinstance(y, int | float) for y in found)
+            )
+        }
+        state = checkpoint["model_state"]
+    except (KeyError, ValueError) as error:
         raise UserError(
             f"{path} has no model_config and model_state: not a checkpoint of NVIDIA's "
             "program"
-        )
-    hparams = {
-        name: x for name, x in hparams.items() if x is None or isinstance(x, SETTINGS)
-    }
-    vocab = checkpoint.get("vocab")
-    vocabulary = None
-    if isinstance(vocab, Vocab) and "idx2sym" in vocab.fields:
-        vocabulary = of_vocab(vocab.fields, f"{path}: vocab")
-    return arrays_of(state, path), hparams, vocabulary
+        ) from error
+    return file.arrays(state), hparams, _vocabulary(checkpoint.get("vocab"), path)
+
+
+def _fields(found) -> dict[str, Any]:
+    if not isinstance(found, Pairs):
+        raise ValueError("no dict")
+    items = list(found)
+    return dict(zip(texts(k for k, _ in items), (x for _, x in items), strict=True))
+
+
+def _vocabulary(found, path) -> Vocabulary | None:
+    if not isinstance(found, Instance) or found.name != VOCAB:
+        return None
+    try:
+        fields = found.attributes()
+        if "idx2sym" not in fields:
+            return None
+        if isinstance(counter := fields.get("counter"), Pairs):
+            fields["counter"] = _fields(counter)
+    except ValueError as error:
+        raise UserError(f"{path}: vocab: {error}") from error
+    return of_vocab(fields, f"{path}: vocab")
 
 
 def from_nvidia(

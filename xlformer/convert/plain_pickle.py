@@ -19,73 +19,25 @@ import codecs
 import mmap
 import pathlib
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from xlformer.convert.plain_values import Call, Instance, Name, Pairs, Skipped, text
 from xlformer.errors import UserError
 
 # What the names of a pickle stand for.
 INSTANCE, PAIRS, ENCODE, SKIPPED, REBUILD = "instance", "pairs", "encode", "skip", "new"
+CALL, NAME = "call", "name"  # becomes a Call; is never called
 # lm1b's 793,471 words take 5 million operations, or 8 million written by Python 2.
 MOST_OPERATIONS = 16_000_000
 MOST_MEMORY = 1 << 29  # bytes for strings and containers, of which lm1b's need a third
 CONTAINER = 128  # bytes of an empty one, and of what it takes to find it
+MEMO = 64  # bytes of remembering something by a number
 LONGEST = 1 << 16  # of a string that is kept
 
 
-class Skipped(NamedTuple):
-    """Something that was not kept."""
-
-    what: str
-
-
-class Name(NamedTuple):
-    """A class or a function that the file names, and what it stands for."""
-
-    name: str
-    role: str
-
-
-class Pairs:
-    """The items of a dict in their order, of which keys may repeat and be anything."""
-
-    __slots__ = ("items",)
-
-    def __init__(self, items: list):
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        for item in self.items:
-            if not isinstance(item, tuple | list) or len(item) != 2:
-                raise ValueError("an item of a dict that is no pair")
-            yield item[0], item[1]
-
-
-class Instance:
-    """An object: the name of its class and the state that it was given."""
-
-    __slots__ = ("name", "state")
-
-    def __init__(self, name: str):
-        self.name, self.state = name, None
-
-    def attributes(self) -> dict[str, Any]:
-        """Its attributes; of a name that repeats, the last."""
-        if not isinstance(self.state, Pairs):
-            raise ValueError(f"a {self.name} that has no attributes")
-        return {text(key): value for key, value in self.state}
-
-
-def text(value) -> str:
-    """A string of either Python: Python 2 wrote bytes."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "backslashreplace")
-    if not isinstance(value, str):
-        raise ValueError(f"a {type(value).__name__} in place of a string")
-    return value
+class UnknownName(ValueError):
+    """The file names something that its caller does not list."""
 
 
 def read(path: str | pathlib.Path, roles: Mapping[str, str]) -> Any:
@@ -98,22 +50,40 @@ def read(path: str | pathlib.Path, roles: Mapping[str, str]) -> Any:
     Raises:
       UserError: it cannot be read, is no whole pickle, or names anything else.
     """
+    if pathlib.Path(path).exists() and not pathlib.Path(path).is_file():
+        raise UserError(f"{path}: not a pickle that is read here: it is not a file")
     try:
         with (
             open(path, "rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
-            return _Reader(data, roles).run()
+            return parse(data, roles)[0]
     # An empty file cannot be mapped: a ValueError.
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a pickle that is read here: {error}") from error
 
 
+def parse(
+    data,
+    roles: Mapping[str, str],
+    start: int = 0,
+    persistent: Callable[[Any], Any] | None = None,
+) -> tuple[Any, int]:
+    """What the pickle in bytes or a map of a file holds, and where it ends.
+
+    It begins at `start`; `persistent` makes what stands for the id of an object outside
+    of it, which is refused without. Raises ValueError, UnknownName for a name.
+    """
+    reader = _Reader(data, roles, start, persistent)
+    return reader.run(), reader.at
+
+
 class _Reader:
     """The machine that a pickle is a program for, without its calls."""
 
-    def __init__(self, data, roles: Mapping[str, str]):
-        self.data, self.roles, self.at = data, roles, 0
+    def __init__(self, data, roles: Mapping[str, str], start, persistent):
+        self.data, self.roles, self.at = data, roles, start
+        self.persistent = persistent
         self.stack: list = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -173,11 +143,14 @@ class _Reader:
 
     def kept(self, found):
         """A new string or container, which is charged for."""
-        self.left -= len(found) if isinstance(found, str | bytes) else 0
-        self.left -= CONTAINER
+        size = len(found) if isinstance(found, str | bytes) else 0
+        self.charge(size + CONTAINER)
+        return found
+
+    def charge(self, size: int) -> None:
+        self.left -= size
         if self.left < 0:
             raise ValueError(f"more than {MOST_MEMORY} bytes of what would be kept")
-        return found
 
     def long(self, size: int) -> int:
         if size > 16:
@@ -224,7 +197,7 @@ class _Reader:
     def named(self, module, name) -> None:
         full = f"{text(module)}.{text(name)}"
         if full not in self.roles:
-            raise ValueError(
+            raise UnknownName(
                 f"it names {full[:100]!r}, and only {', '.join(self.roles)} are taken"
             )
         self.push(Name(full, self.roles[full]))
@@ -237,6 +210,8 @@ class _Reader:
 
     def called(self, name: Name, given: tuple):
         """What stands for name(*given); no argument is copied."""
+        if name.role == CALL:
+            return self.kept(Call(name.name, given))
         if name.role == SKIPPED:
             return Skipped(name.name)
         if name.role == PAIRS and not given:
@@ -260,14 +235,21 @@ class _Reader:
 
     def build(self) -> None:
         state = self.pop()
-        found = self.top((Instance, Skipped))
+        # An OrderedDict may have attributes, as a state dict of torch has.
+        found = self.top((Instance, Skipped, Pairs))
         if isinstance(found, Instance):
             found.state = state
+
+    def outside(self) -> None:
+        if self.persistent is None:
+            raise ValueError(f"an object outside of it at byte {self.at}")
+        self.push(self.kept(self.persistent(self.pop())))
 
     # The memo.
 
     def put(self, key: int) -> None:
         self.memo[key] = self.top(object)
+        self.charge(MEMO)
 
     def get(self, key: int) -> None:
         if key not in self.memo:
@@ -357,5 +339,6 @@ STEPS: dict[int, Callable[[_Reader], Any]] = {
         "R": _Reader.reduce,
         "\x81": _Reader.reduce,  # A class and the arguments of its __new__.
         "b": _Reader.build,
+        "Q": _Reader.outside,
     }.items()
 }

@@ -146,6 +146,8 @@ def open_bundle(prefix: str | pathlib.Path) -> Bundle:
     prefix = pathlib.Path(prefix)
     path = prefix.with_name(f"{prefix.name}.index")
     try:
+        if not path.is_file():
+            raise FileNotFoundError
         size = path.stat().st_size
         if size > leveldb.MOST:
             raise ValueError(f"{size} bytes, more than {leveldb.MOST}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 
 from xlformer.convert import plain_pickle, vocab
-from xlformer.convert.plain_pickle import Instance, Pairs, text
+from xlformer.convert.plain_values import Instance, Pairs, text, texts
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import UserError
 
@@ -69,8 +69,9 @@ def _symbols(fields: dict) -> list[str]:
         raise ValueError("it has no list idx2sym of symbols")
     if not isinstance(numbered, Pairs):
         raise ValueError("it has no sym2idx")
-    symbols = [text(symbol) for symbol in listed]
-    ids = {text(symbol): number for symbol, number in numbered}
+    symbols, pairs = texts(listed), list(numbered)
+    names = texts(symbol for symbol, _ in pairs)
+    ids = dict(zip(names, (number for _, number in pairs), strict=True))
     if len(ids) != len(symbols):
         raise ValueError(f"{len(symbols)} symbols in idx2sym, {len(ids)} in sym2idx")
     for i, symbol in enumerate(symbols):
@@ -84,7 +85,9 @@ def _counter(fields: dict) -> dict[str, int]:
     counter = fields.get("counter")
     if not isinstance(counter, Pairs):
         return {}
-    return {_word(text(symbol)): count for symbol, count in counter}
+    pairs = list(counter)
+    names = map(_word, texts(symbol for symbol, _ in pairs))
+    return dict(zip(names, (count for _, count in pairs), strict=True))
 
 
 def _word(symbol: str) -> str:

@@ -10,25 +10,21 @@ appears whole or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
-import shutil
-import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from xlformer import models, runs, storage
+from xlformer import models, runs
 from xlformer.convert import hparams as hparams_lib
-from xlformer.convert import hugging_face, transformer_xl
+from xlformer.convert import hugging_face, place, transformer_xl
 from xlformer.convert.awd_lstm import RATES, to_awd_lstm
 from xlformer.convert.files import widened
 from xlformer.convert.sha_rnn import FIELDS, to_sha_rnn
 from xlformer.data.vocabulary import Vocabulary, WordVocabulary
-from xlformer.errors import UserError, reason
+from xlformer.errors import UserError
 from xlformer.layers.attention import RELATIVE, SINUSOID
 from xlformer.models import LSTMConfig, SHARNNConfig, TransformerXLConfig
 
@@ -36,7 +32,7 @@ HPARAMS, STATE = "hparams.json", "model.pt"
 
 
 def write_original(
-    directory: str | os.PathLike,
+    out: str | os.PathLike,
     model_config,
     params,
     vocabulary: Vocabulary | None = None,
@@ -50,7 +46,7 @@ def write_original(
     reads them back bit by bit.
 
     Args:
-      directory: new or empty.
+      out: a new or an empty directory.
       model_config, params: of a Transformer-XL, an LSTM (AWD-LSTM) or a SHA-RNN.
       vocabulary: symbols in the order of the weights' ids.
       segment_length: tgt_len or bptt of the arguments.
@@ -64,14 +60,14 @@ def write_original(
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"{directory}: pip install torch to write {STATE}") from error
-    with _appearing(directory) as folder:
+        raise UserError(f"{out}: pip install torch to write {STATE}") from error
+    with place.whole(out, errors=Exception) as folder:
         torch.save(_tensors(state), folder / STATE)
         _write(folder, files)
 
 
 def write_hf(
-    directory: str | os.PathLike,
+    out: str | os.PathLike,
     model_config,
     params,
     vocabulary: Vocabulary | None = None,
@@ -105,9 +101,9 @@ def write_hf(
         import safetensors.numpy
     except ImportError as error:
         line = "pip install 'xlformer[convert]' to write safetensors"
-        raise UserError(f"{directory}: {line}") from error
+        raise UserError(f"{out}: {line}") from error
     arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
-    with _appearing(directory) as folder:
+    with place.whole(out, errors=Exception) as folder:
         path = folder / hugging_face.WEIGHTS
         safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
         _write(folder, files)
@@ -230,27 +226,3 @@ def _json(content: dict[str, Any]) -> str:
 def _write(folder: pathlib.Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _appearing(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A folder beside it that becomes it at the end; after an error it is gone."""
-    if storage.is_remote(directory):
-        raise UserError(f"{directory}: written are local directories alone")
-    path = pathlib.Path(os.path.realpath(storage.path(directory)))
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{storage.TEMPORARY}")
-    try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{directory} is not empty; name a new directory")
-        temporary.mkdir(parents=True)
-        yield temporary
-        # Over an empty directory, too.
-        os.replace(temporary, path)
-    except UserError:
-        raise
-    # The libraries that write have errors of their own for a full disk.
-    except Exception as error:
-        line = f"{directory}: cannot be written: {reason(error)}"
-        raise UserError(line) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,7 +1,7 @@
 """NVIDIA's Transformer-XL: segments of its program, with its checkpoint or its arrays.
 
-A folder has a checkpoint as its training wrote it, which needs torch to be read; a file
-has the state dict under params/. `config` is the checkpoint's model_config with the
+A folder has a checkpoint as its training wrote it, and expected.npz; a file has the
+state dict under params/. `config` is the checkpoint's model_config with the
 lengths of the evaluation in it.
 """
 

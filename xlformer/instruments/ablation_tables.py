@@ -144,7 +144,10 @@ def draw_kinds(ordered, shuffled, segment: int, figure) -> None:
             capsize=2,
         )
     _label_lengths(left, "bits per byte")
-    for order, found in (("in order", ordered), ("shuffled", shuffled)):
+    for order, found, dashes, marker in (
+        ("in order", ordered, ("-", "--"), "o"),
+        ("shuffled", shuffled, ("-.", ":"), "x"),
+    ):
         for kind, scores in found.items():
             if kind.positions != "relative" or kind.half:
                 continue
@@ -155,10 +158,11 @@ def draw_kinds(ordered, shuffled, segment: int, figure) -> None:
                 bits,
                 label=f"{order}, {memory}",
                 color="C0" if order == "in order" else "C3",
-                linestyle="-" if kind.memory else "--",
-                marker="o" if order == "in order" else "x",
+                linestyle=dashes[0 if kind.memory else 1],
+                marker=marker,
                 fillstyle="full" if kind.memory else "none",
-                markersize=3,
+                markersize=4,
+                markevery=3,
             )
     _label_places(right, "bits per byte")
 

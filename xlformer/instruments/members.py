@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from xlformer import command, errors, models, runs, storage
 from xlformer.errors import Argument, UserError
-from xlformer.runs import stored
+from xlformer.runs import locks, stored
 from xlformer.scoring import texts
 from xlformer.training.run import train
 
@@ -239,6 +239,8 @@ def trained(name: str, config: ConfigDict, folder: epath.Path, model=None) -> Me
     begun = (workdir / runs.CONFIG).exists()
     try:
         result = train(config, workdir, model)
+    except locks.InUse:  # Another call trains it at this moment.
+        raise
     except UserError as error:
         if not begun:
             raise

@@ -236,13 +236,16 @@ def test_another_config_in_the_same_folder_is_refused(text, tmp_path):
     model = bag(vocab_size=SYMBOLS)
     config = make(text)
     config.train.steps = 2
-    members.trained("one", config, tmp_path, model)
-    config.train.segment_length += 1
-    line = refused(members.trained, "one", config, tmp_path, model)
-    assert "segment_length" in line and "another --out begins anew" in line
+    one = members.trained("one", config, tmp_path, model)
+    # Its config has the fields of another model.
+    assert one.facts()["model"] == "Bag"
+    config.train.steps = 4
     with WorkdirLock(tmp_path / "one"):
         line = refused(members.trained, "one", config, tmp_path, model)
     assert "is in use by pid" in line and "earlier call" not in line
+    config.train.segment_length += 1
+    line = refused(members.trained, "one", config, tmp_path, model)
+    assert "segment_length" in line and "another --out begins anew" in line
 
 
 def test_the_latest_checkpoint_counts(text, tmp_path):

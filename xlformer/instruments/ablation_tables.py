@@ -106,8 +106,7 @@ def of_runs(members: Sequence[Member], found: Mapping[str, Scores], unit: str) -
             initial = statistics.fmean(scores.by_length[scores.first])
         if scores.by_length:
             length, best = lengths_lib.best(scores.by_length)
-        model = member.run.config.model.name
-        about = member.name, model, member.parameters
+        about = member.name, member.kind, member.parameters
         segments = statistics.fmean(scores.trained)
         rows.append((*about, scores.first, initial, best, length, segments))
     columns = ("run", "model", "parameters", "trained at", "init", "best", "at")

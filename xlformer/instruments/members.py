@@ -46,6 +46,11 @@ class Member:
         return self.run.params
 
     @property
+    def kind(self) -> str:
+        """What its model is called; of one's own, whose config is unused, its class."""
+        return self.run.config.own_model or self.run.config.model.name
+
+    @property
     def parameters(self) -> int:
         """How many numbers were trained."""
         return sum(x.size for x in jax.tree.leaves(self.run.params))
@@ -66,7 +71,7 @@ class Member:
             "name": self.name,
             "run": self.run.config.name,
             "workdir": os.fspath(self.run.workdir),
-            "model": self.run.config.model.name,
+            "model": self.kind,
             "step": self.run.step,
             **({"steps_averaged": self.run.mean_of} if self.run.mean_of else {}),
             "parameters": self.parameters,

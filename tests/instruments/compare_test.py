@@ -1,5 +1,6 @@
 """The command: what it refuses, prints and writes, with an instrument of a test."""
 
+import argparse
 import io
 import json
 import sys
@@ -69,6 +70,28 @@ def test_a_tiny_run_is_no_beginning_of_another(tmp_path):
     small, tiny = (Request(size, tmp_path) for size in ("small", "tiny"))
     assert small.put("a.txt", "a") != tiny.put("a.txt", "b")
     assert (small.runs, tiny.runs) == (tmp_path / "runs", tmp_path / "runs/tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("recl", {"step": 0}),
+        ("cost", {"segment": 0}),
+        ("ablation", {"lengths": [1 << 40]}),
+        ("length", {"memory": 0}),
+        ("features", {"width": 1}),
+        ("transfer", {"steps": 0}),
+        ("tasks", {"steps": 0}),
+        ("systems", {"steps": 0}),
+        ("samples", {"context": 0}),
+    ],
+)
+def test_from_python_flags_need_not_be_given(tmp_path, name, wrong):
+    (flag,) = wrong
+    request = Request("tiny", tmp_path, args=argparse.Namespace(**wrong))
+    with pytest.raises(UserError, match=f"{flag}="):
+        instruments.find(name).measure(request)
+    assert not any(tmp_path.iterdir())
 
 
 def test_seeds_are_those_of_the_size(counting, tmp_path):

@@ -16,6 +16,7 @@ from xlformer.data.vocabulary import ByteVocabulary
 from xlformer.errors import UserError
 from xlformer.instruments import members
 from xlformer.instruments.members import Member
+from xlformer.runs.locks import WorkdirLock
 from xlformer.training.loop import Loop
 
 
@@ -235,7 +236,13 @@ def test_another_config_in_the_same_folder_is_refused(text, tmp_path):
     model = bag(vocab_size=SYMBOLS)
     config = make(text)
     config.train.steps = 2
-    members.trained("one", config, tmp_path, model)
+    one = members.trained("one", config, tmp_path, model)
+    # Its config has the fields of another model.
+    assert one.facts()["model"] == "Bag"
+    config.train.steps = 4
+    with WorkdirLock(tmp_path / "one"):
+        line = refused(members.trained, "one", config, tmp_path, model)
+    assert "is in use by pid" in line and "earlier call" not in line
     config.train.segment_length += 1
     line = refused(members.trained, "one", config, tmp_path, model)
     assert "segment_length" in line and "another --out begins anew" in line

@@ -11,6 +11,7 @@ from xlformer.errors import UserError
 from xlformer.instruments import apart, systems, systems_tables, widths
 from xlformer.instruments.instrument import Request
 from xlformer.instruments.systems_tables import Found, Row
+from xlformer.runs.locks import WorkdirLock
 
 
 @pytest.mark.parametrize("budget", [1500, 22_000, 40_320, 500_000])
@@ -153,6 +154,16 @@ def test_what_is_done_is_found_and_what_was_another_run_is_done_again(
         assert len(asked) == 2 and asked[0][0] is systems.run
     notes = json.loads((out / "systems.json").read_text())["notes"]
     assert [note.rpartition(": ")[2] for note in notes] == ["out of time"] * 2
+
+
+def test_what_another_call_trains_now_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(apart, "run", None)
+    shape = widths.Shape(systems._config("lstm", systems.TINY, 8), 8, 99)
+    with (
+        WorkdirLock(tmp_path / "text-lstm-0.002-2"),
+        pytest.raises(UserError, match="is in use by"),
+    ):
+        systems._trial("lstm", shape, 0.002, systems.TINY, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ def test_a_model_of_ones_own_is_asked_and_what_it_cannot_is_said_first(tmp_path)
         (["--task=copy", "--task=copy", "--task=reverse"], "--task=copy is given"),
         (["--steps=0"], "--steps=0 must be at least 1"),
         (["--seeds=1"], "--seeds=1 shows no spread"),
-        (["--workdir=x"], "unknown argument '--workdir=x'"),
+        (["--workdir=x"], "unknown argument --workdir: tasks measures no runs"),
     ],
 )
 def test_bad_input_is_one_line(flags, line, tmp_path, capsys):

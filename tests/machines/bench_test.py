@@ -27,10 +27,11 @@ def debug():
 
 
 def test_timings_take_turns_and_the_median_counts():
-    log = []
+    log, done = [], []
     timings = [fake("a", 0.5, log), fake("b", 0.25, log)]
     timings[1].steps = 5
-    bench_timing.measure(timings, repeats=3, seconds=1.0)
+    bench_timing.measure(timings, repeats=3, seconds=1.0, progress=done.append)
+    assert done == [0, 1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8]
     warm, turns = log[:4], log[4:]
     assert warm == [("a", 1), ("a", 1), ("b", 1), ("b", 1)]
     assert turns == [("a", 2), ("b", 4)] * 3

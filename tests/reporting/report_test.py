@@ -5,13 +5,15 @@ import json
 import re
 import shutil
 import subprocess
+import types
 
 import pytest
 import trained_run
 import training_runs
 
+from xlformer import config as config_lib
 from xlformer import report, runs
-from xlformer.reporting import charts, measured, style
+from xlformer.reporting import charts, history, measured, style
 from xlformer.train import train
 
 SCRIPT = "<script>alert(1)</script>"
@@ -272,3 +274,12 @@ def _browse(folder, name):
     argv.append(f"file://{folder / name}")
     done = subprocess.run(argv, capture_output=True, timeout=120)
     return done.stdout.decode(), done.stderr.decode()
+
+
+@pytest.mark.parametrize(("every", "when"), [(0, "at the end"), (40, "every 40")])
+def test_a_run_without_validations_has_one_at_the_end(every, when):
+    config = config_lib.load("quickstart")
+    config.train.eval_every = every
+    run = types.SimpleNamespace(config=config)
+    caption = history._caption([types.SimpleNamespace(name="a", run=run)])
+    assert caption.endswith(f" tokens {when}.")

@@ -105,6 +105,7 @@ def _lengths(text: str) -> list[int]:
 
 def measure(request: Request) -> Result:
     """Trains and reads all kinds, or reads what is given."""
+    request = request.with_flags(add_flags)
     if request.members:
         return _given(request)
     size = SIZES[request.size]

@@ -106,8 +106,7 @@ def of_runs(members: Sequence[Member], found: Mapping[str, Scores], unit: str) -
             initial = statistics.fmean(scores.by_length[scores.first])
         if scores.by_length:
             length, best = lengths_lib.best(scores.by_length)
-        model = member.run.config.model.name
-        about = member.name, model, member.parameters
+        about = member.name, member.kind, member.parameters
         segments = statistics.fmean(scores.trained)
         rows.append((*about, scores.first, initial, best, length, segments))
     columns = ("run", "model", "parameters", "trained at", "init", "best", "at")
@@ -144,7 +143,10 @@ def draw_kinds(ordered, shuffled, segment: int, figure) -> None:
             capsize=2,
         )
     _label_lengths(left, "bits per byte")
-    for order, found in (("in order", ordered), ("shuffled", shuffled)):
+    for order, found, dashes, marker in (
+        ("in order", ordered, ("-", "--"), "o"),
+        ("shuffled", shuffled, ("-.", ":"), "x"),
+    ):
         for kind, scores in found.items():
             if kind.positions != "relative" or kind.half:
                 continue
@@ -155,10 +157,11 @@ def draw_kinds(ordered, shuffled, segment: int, figure) -> None:
                 bits,
                 label=f"{order}, {memory}",
                 color="C0" if order == "in order" else "C3",
-                linestyle="-" if kind.memory else "--",
-                marker="o" if order == "in order" else "x",
+                linestyle=dashes[0 if kind.memory else 1],
+                marker=marker,
                 fillstyle="full" if kind.memory else "none",
-                markersize=3,
+                markersize=4,
+                markevery=3,
             )
     _label_places(right, "bits per byte")
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlformer import config as config_lib
-from xlformer import errors, models
+from xlformer import errors, models, progress
 from xlformer.errors import Argument, UserError
 from xlformer.instruments import cost_tables as tables
 from xlformer.instruments import members as members_lib
@@ -62,6 +62,7 @@ class Subject(NamedTuple):
 
 def measure(request: Request) -> Result:
     """Times the three ways at all lengths, in turns."""
+    request = request.with_flags(add_flags)
     args = request.args
     size = "small" if request.members else request.size
     lengths = _lengths(LENGTHS[size] if args.lengths is None else args.lengths)
@@ -85,7 +86,12 @@ def measure(request: Request) -> Result:
         for key, model in readers.items()
     }
     repeats, seconds = TURNS[size]
-    bench_timing.measure([*timings.values()], repeats=repeats, seconds=seconds)
+    bench_timing.measure(
+        [*timings.values()],
+        repeats=repeats,
+        seconds=seconds,
+        progress=progress.Progress("timing"),
+    )
     rows = [
         _row(name, length, [timings[name, length, way] for way in WAYS])
         for name in subjects

@@ -64,6 +64,7 @@ def add_flags(parser) -> None:
 
 
 def measure(request: Request) -> Result:
+    request = request.with_flags(add_flags)
     sizes, width = SIZES[request.size], request.args.width
     draws = sizes.draws if request.args.draws is None else request.args.draws
     for name, value in (("draws", draws), ("width", width)):

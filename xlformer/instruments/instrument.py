@@ -26,7 +26,7 @@ class Request:
       out: a folder, which is there; what is trained goes to `out / "runs"`.
       members: runs to measure; empty where the instrument trains its own.
       seeds: how many, of an instrument that has SEEDS.
-      args: its own flags.
+      args: its own flags; see `with_flags`.
     """
 
     size: str
@@ -34,6 +34,16 @@ class Request:
     members: Sequence[Member] = ()
     seeds: int = 1
     args: argparse.Namespace = dataclasses.field(default_factory=argparse.Namespace)
+
+    def with_flags(self, add_flags: Callable) -> Request:
+        """This request, in which flags that are not given have their defaults.
+
+        Who calls an instrument from Python need not give them.
+        """
+        parser = argparse.ArgumentParser(add_help=False)
+        add_flags(parser)
+        args = {**vars(parser.parse_args([])), **vars(self.args)}
+        return dataclasses.replace(self, args=argparse.Namespace(**args))
 
     @property
     def runs(self) -> epath.Path:

@@ -10,7 +10,8 @@ from xlformer.instruments.instrument import Result, Table
 from xlformer.instruments.sequences import TASKS
 
 # By member in order: told apart without colours, too.
-MARKERS, STYLES = "os^Dvx*P", ("-", "--", "-.", ":")
+MARKERS = "os^Dvx*P"
+STYLES = ("-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)))
 
 
 def result(found: Sequence[dict]) -> Result:
@@ -152,6 +153,8 @@ def _draw(figure, *, found, tasks, sets) -> None:
         left.set(title=f"{task}, by {TASKS[task].unit}", ylabel="characters right")
         right.set(xlabel="sequences in the training set", ylabel="sequences right")
         right.set(title=f"{task}, by training set", xscale="log")
+        right.set_xticks(sets, [f"{size:,}" for size in sets])
+        right.minorticks_off()
         for panel in (left, right):
             panel.set_ylim(-0.05, 1.05)
     figure.legend(

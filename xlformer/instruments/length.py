@@ -44,6 +44,7 @@ def add_flags(parser) -> None:
 
 
 def measure(request: Request) -> Result:
+    request = request.with_flags(add_flags)
     sizes, args = SIZES[request.size], request.args
     lengths = _lengths(args.lengths, sizes.lengths)
     for name in ("memory", "seconds"):

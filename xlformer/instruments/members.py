@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from xlformer import command, errors, models, runs, storage
 from xlformer.errors import Argument, UserError
-from xlformer.runs import stored
+from xlformer.runs import locks, stored
 from xlformer.scoring import texts
 from xlformer.training.run import train
 
@@ -46,6 +46,11 @@ class Member:
         return self.run.params
 
     @property
+    def kind(self) -> str:
+        """What its model is called; of one's own, whose config is unused, its class."""
+        return self.run.config.own_model or self.run.config.model.name
+
+    @property
     def parameters(self) -> int:
         """How many numbers were trained."""
         return sum(x.size for x in jax.tree.leaves(self.run.params))
@@ -66,7 +71,7 @@ class Member:
             "name": self.name,
             "run": self.run.config.name,
             "workdir": os.fspath(self.run.workdir),
-            "model": self.run.config.model.name,
+            "model": self.kind,
             "step": self.run.step,
             **({"steps_averaged": self.run.mean_of} if self.run.mean_of else {}),
             "parameters": self.parameters,
@@ -239,6 +244,8 @@ def trained(name: str, config: ConfigDict, folder: epath.Path, model=None) -> Me
     begun = (workdir / runs.CONFIG).exists()
     try:
         result = train(config, workdir, model)
+    except locks.InUse:  # Another call trains it at this moment.
+        raise
     except UserError as error:
         if not begun:
             raise

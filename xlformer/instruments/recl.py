@@ -68,6 +68,7 @@ class Plan(NamedTuple):
 
 def measure(request: Request) -> Result:
     """Scores all members with all contexts, and compares."""
+    request = request.with_flags(add_flags)
     plan = _plan(request)
     members = request.members or _trained(request, plan)
     members_lib.check_vocabularies(members)

@@ -62,7 +62,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def measure(request: Request) -> Result:
     """Continues three contexts with each run; see the module."""
-    asked = _Asked.of(request)
+    asked = _Asked.of(request.with_flags(add_flags))
     for member in request.members:
         _check(member)
     members = list(request.members) or [_trained(request, asked)]
@@ -93,8 +93,7 @@ class _Asked:
             "num_tokens": TINY_TOKENS if tiny else many,
             "seed": 0,
         }
-        # Who calls from Python need not give flags.
-        given = {name: getattr(request.args, name, None) for name in defaults}
+        given = {name: getattr(request.args, name) for name in defaults}
         found = {k: defaults[k] if v is None else v for k, v in given.items()}
         for name, least in {"context": 1, "num_tokens": 1, "seed": 0}.items():
             # A key of JAX has 32 bits of a seed: a larger one would repeat another.

@@ -32,7 +32,7 @@ from xlformer.instruments import systems_tables as tables
 from xlformer.instruments.instrument import Request, Result
 from xlformer.instruments.widths import Shape, fitting
 from xlformer.machines import cores
-from xlformer.runs import log
+from xlformer.runs import locks, log
 from xlformer.scoring import evaluation
 from xlformer.training.run import train
 
@@ -126,6 +126,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def measure(request: Request) -> Result:
     """Trains what is not trained yet, and compares."""
+    request = request.with_flags(add_flags)
     size, notes = _size(request)
     # All texts and widths before the first run: what cannot be is said at once.
     plans = [_plan(budget, size.systems, request) for budget in size.budgets]
@@ -250,6 +251,9 @@ def _trial(system: str, shape: Shape, rate: float, budget: Budget, folder: epath
     found = records.read(record, config=asked)
     if found is None:
         folder.mkdir(parents=True, exist_ok=True)
+        # What another call trains now is refused, and is no run that failed.
+        with locks.WorkdirLock(workdir):
+            pass
         arguments = {"config": asked, "workdir": str(workdir)}
         arguments["test"] = budget.test
         outcome = apart.run(run, arguments, seconds=LIMIT)

@@ -113,7 +113,7 @@ def measure(
         sequences.SYMBOLS ids.
       rate: at which they learn.
     """
-    settings, names = _asked(request)
+    settings, names = _asked(request.with_flags(add_flags))
     if own is None:
         taught = _members(settings, request.size)
     else:
@@ -131,9 +131,7 @@ def measure(
 
 def _asked(request: Request) -> tuple[Settings, list[str]]:
     settings = SIZES[request.size]
-    # Who calls from Python need not give flags.
-    names = getattr(request.args, "task", None)
-    steps = getattr(request.args, "steps", None)
+    names, steps = request.args.task, request.args.steps
     if steps is not None:
         if steps < 1:
             raise UserError(Argument("steps", steps), " must be at least 1")

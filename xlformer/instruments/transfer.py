@@ -44,6 +44,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def measure(request: Request) -> Result:
     """Reads the weights, goes on from them, and shows both."""
+    request = request.with_flags(add_flags)
     sizes = SIZES[request.size]
     if request.members:
         sizes = dataclasses.replace(SMALL, config="", masked=False)
@@ -194,23 +195,33 @@ def draw(figure, studies: Sequence[Mapping]) -> None:
     """A panel for each source, and one of what began from the start."""
     panels = [(study, "curves") for study in studies]
     panels += [(s, "from_the_start") for s in studies if s["from_the_start"]]
-    figure.set_size_inches(4.2 * max(len(panels), 2), 4)
-    for axes, (study, name) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    rows = -(-len(panels) // 2)
+    figure.set_size_inches(8, 1 + 2.8 * rows)
+    grid = figure.subplots(rows, min(len(panels), 2), squeeze=False)
+    all_axes = [*grid.flat]
+    shown = {}
+    for axes, (study, name) in zip(all_axes, panels, strict=False):
         said = "next symbol" if study["causal"] else "hidden symbols"
-        for number, (kind, curve) in enumerate(study[name].items()):
-            axes.plot(
+        for kind, curve in study[name].items():
+            # One look for each kind, in whatever panel.
+            number = shown[kind][0] if kind in shown else len(shown)
+            (line,) = axes.plot(
                 list(curve),
                 list(curve.values()),
-                marker="osv^Dx"[number % 6],
+                color=f"C{number}",
+                marker="osv^Dx*"[number % 7],
                 ls=("-", "--", "-.", ":")[number % 4],
-                ms=4,
+                ms=5,
                 lw=1,
-                label=kind,
             )
-        axes.axhline(study["most_frequent"], color="gray", lw=0.8)
+            shown[kind] = number, line
+        frequent = axes.axhline(study["most_frequent"], color="gray", lw=0.8)
         begun = "trained on" if name == "curves" else "from the start"
-        axes.set(xlabel="steps", ylabel=f"accuracy, {said}", ylim=(0, None))
-        axes.set_title(f"{said}: {begun}", size=9)
-        axes.legend(fontsize=7, loc="lower right")
+        axes.set(xlabel="steps", ylabel="accuracy", ylim=(0, None))
+        axes.set_title(f"{said}: {begun}")
+        axes.locator_params(axis="x", nbins=6, integer=True)
+    for axes in all_axes[len(panels) :]:
+        axes.axis("off")
+    lines = [line for _, line in shown.values()]
+    labels = [*shown, "the most frequent symbol"]
+    figure.legend([*lines, frequent], labels, loc="outside lower center", ncols=3)

@@ -81,10 +81,20 @@ def memory_may_end(timing: Timing):
         timing.run = None
 
 
-def measure(timings: list[Timing], *, repeats: int, seconds: float) -> None:
-    """Times all of them in turns: `repeats` turns of about `seconds` for each."""
-    rounds = {}
-    for timing in timings:
+def measure(
+    timings: list[Timing],
+    *,
+    repeats: int,
+    seconds: float,
+    progress: Callable[[float], object] = lambda fraction: None,
+) -> None:
+    """Times all of them in turns: `repeats` turns of about `seconds` for each.
+
+    progress: called with the fraction done.
+    """
+    rounds, turns = {}, len(timings) * (1 + repeats)
+    for done, timing in enumerate(timings):
+        progress(done / turns)
         if not timing.out_of_memory:
             with memory_may_end(timing):
                 # The first run also loads the program onto the device.
@@ -94,8 +104,9 @@ def measure(timings: list[Timing], *, repeats: int, seconds: float) -> None:
                 fitting = round(seconds / max(once, 1e-9))
                 rounds[id(timing)] = max(1, min(MOST_ROUNDS, fitting))
     # Each once, then each again: what slows the machine for a while slows all of them.
-    for _ in range(repeats):
-        for timing in timings:
+    for turn in range(1, 1 + repeats):
+        for done, timing in enumerate(timings, turn * len(timings)):
+            progress(done / turns)
             if timing.out_of_memory:
                 continue
             with memory_may_end(timing):

@@ -85,9 +85,10 @@ def _caption(members) -> str:
     how = {}
     for member in members:
         train, most = member.run.config.train, member.run.config.eval.max_tokens
+        when = f"every {train.eval_every}" if train.eval_every else "at the end"
         how[member.name] = (
             f"a record every {train.log_every} steps, validation of "
-            f"{f'{most:,}' if most else 'all'} tokens every {train.eval_every}"
+            f"{f'{most:,}' if most else 'all'} tokens {when}"
         )
     return (
         "From the log of each run. A training loss is the mean over the steps since "

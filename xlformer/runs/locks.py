@@ -29,6 +29,10 @@ PATIENCE = 6
 ANCIENT = 10
 
 
+class InUse(UserError):
+    """Another process has the work directory."""
+
+
 class WorkdirLock:
     """Holds a work directory for one process.
 
@@ -78,7 +82,7 @@ class WorkdirLock:
         except BlockingIOError:
             owner = _owner(file)
             file.close()
-            raise UserError(f"{self._workdir} is in use by {_name(owner)}") from None
+            raise InUse(f"{self._workdir} is in use by {_name(owner)}") from None
         except OSError:
             file.close()
             return False
@@ -206,7 +210,7 @@ class _Heartbeat:
         storage.write(self._path, text)
 
     def _refusal(self, owner) -> UserError:
-        return UserError(f"{self._path.parent} is in use by {_name(owner)}")
+        return InUse(f"{self._path.parent} is in use by {_name(owner)}")
 
 
 def _me() -> dict:

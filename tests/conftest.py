@@ -4,6 +4,7 @@ NPROC: eight virtual devices on two cores deadlock in a collective when XLA's th
 pools are sized by the real core count; it must be set before jax is imported.
 """
 
+import collections
 import gc
 import os
 import pathlib
@@ -26,6 +27,31 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED = pathlib.Path(__file__).parent.parent.parent / "shared"
+
+
+# The files that take longest (20 s and more) come first, or one process would be busy
+# with the last of them when the other has nothing to do. Those whose hosts wait for
+# each other take turns with those that compile.
+LONG = (
+    "hosts/kills_test.py",
+    "models/transformer_xl_test.py",
+    "hosts/multihost_test.py",
+    "models/all_models_test.py",
+    "hosts/multihost_faults_test.py",
+    "models/performer_test.py",
+    "launch/local_processes_test.py",
+    "models/universal_test.py",
+    "training/train_test.py",
+    "security_test.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """LONG, then the files of most tests: a process asks for a file in this order."""
+    tests = collections.Counter(item.path for item in items)
+    here = pathlib.Path(__file__).parent
+    rank = {here / name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda x: (rank.get(x.path, len(LONG)), -tests[x.path]))
 
 
 @pytest.fixture(autouse=True)

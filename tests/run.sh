@@ -83,9 +83,11 @@ if [[ -n $extras ]]; then
     exit
 fi
 # Two processes: compiling is what most of the time goes to, and XLA does that on one
-# core. A file stays in one process, which its fixtures and compiled functions share.
+# core. A file stays in one process, which its fixtures and compiled functions share; the
+# order of files is that of tests/conftest.py.
 status=0
-.venv/bin/python -m pytest -n 2 --dist loadfile ${arguments[@]+"${arguments[@]}"} || status=$?
+.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+    ${arguments[@]+"${arguments[@]}"} || status=$?
 case $aot in
     some) compile_for tpu libtpu 240 tests/aot/compile_tpu.py || status=1 ;;
     full)

@@ -111,24 +111,35 @@ def _printed(text):
     return "".join(line for line in lines if not line.startswith("xlformer: "))
 
 
-def test_saved_on_two_hosts_resumed_on_four_and_on_one(text, model, one_host, tmp_path):
-    workdir, before = tmp_path / "run", 0
-    for count, devices, steps in [(2, 1, 50), (4, 1, 100), (1, 4, 200)]:
+def test_saved_on_two_hosts_resumed_on_four_and_on_one(
+    text, model, one_host, tmp_path, capfd
+):
+    workdir = tmp_path / "run"
+    for count, steps in [(2, 50), (4, 100)]:
         mesh = {"fsdp": 2} if count == 2 else {}
         fields = FIELDS | {"steps": steps}
-        with Cluster(
-            text, workdir, count=count, devices=devices, train=fields, mesh=mesh
-        ) as cluster:
+        with Cluster(text, workdir, count=count, train=fields, mesh=mesh) as cluster:
             cluster.finish()
-            if before:
-                resumed = f"resuming from the checkpoint of step {before}"
-                assert resumed in cluster.text()
-            before = steps
+            assert count == 2 or resumed(50) in cluster.text()
+    finish_on_one(text, model, workdir, capfd, 100)
     assert_same_end(text, model, workdir, one_host[0])
 
 
+def resumed(step):
+    return f"resuming from the checkpoint of step {step}"
+
+
+def finish_on_one(text, model, workdir, capfd, step):
+    """In this process, with four devices, from that step on."""
+    capfd.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "build", lambda *_, **__: model)
+        train_lib.train(make_config(text), workdir)
+    assert resumed(step) in capfd.readouterr().err
+
+
 def test_sigterm_to_any_host_saves_all_at_one_step_and_kill_9_costs_one_save_interval(
-    text, model, one_host, tmp_path
+    text, model, one_host, tmp_path, capfd
 ):
     """One run, stopped once and killed twice: the start of hosts is what this costs."""
     workdir = tmp_path / "run"
@@ -142,7 +153,7 @@ def test_sigterm_to_any_host_saves_all_at_one_step_and_kill_9_costs_one_save_int
     fields = FIELDS | {"log_every": 1}
     for victim in (0, 1):
         with Cluster(text, workdir, train=fields, **PACED) as cluster:
-            cluster.wait_for(f"resuming from the checkpoint of step {saved}")
+            cluster.wait_for(resumed(saved))
             saved = saved // 50 * 50 + 50
             committed = workdir / "checkpoints" / str(saved)
             while not committed.exists():
@@ -157,7 +168,5 @@ def test_sigterm_to_any_host_saves_all_at_one_step_and_kill_9_costs_one_save_int
         latest = Checkpoints(workdir / "checkpoints", read_only=True).latest()
         assert saved <= latest and last - latest <= 50
         saved = latest
-    with Cluster(text, workdir, train=fields) as cluster:
-        cluster.finish()
-        assert f"resuming from the checkpoint of step {saved}" in cluster.text()
+    finish_on_one(text, model, workdir, capfd, saved)
     assert_same_end(text, model, workdir, one_host[0])

@@ -316,10 +316,11 @@ def test_a_mesh_gives_the_same_as_one_device(name):
     tx = optimizers.build(config.optimizer, model.matrices)
 
     def two(params, grads):
-        state = tx.init(params)
-        for _ in range(2):
-            updates, state = tx.update(grads, state, params)
-        return updates, state
+        def one(state, _):
+            return tx.update(grads, state, params)[::-1]
+
+        state, updates = jax.lax.scan(one, tx.init(params), length=2)
+        return jax.tree.map(lambda x: x[-1], updates), state
 
     expected = jax.jit(two)(params, grads)
     mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2})

@@ -139,14 +139,14 @@ class EvalSettings:
         if self.same_length is None and not defaults.same_length:
             found["same_length"] = None
         if self.dynamic:
-            found |= self._filled_dynamic()
+            found |= self._filled_dynamic(DYNAMIC[self.dynamic])
         return dataclasses.replace(self, **found)
 
-    def _filled_dynamic(self) -> dict:
+    def _filled_dynamic(self, defaults: dict[str, float]) -> dict:
         # One row is what was published, and no other order of the text.
         rows = 1 if self.batch_size is None else self.batch_size
-        found = {"batch_size": rows}
-        for name, value in DYNAMIC[self.dynamic].items():
+        found: dict = {"batch_size": rows}
+        for name, value in defaults.items():
             given = getattr(self, name)
             found[name] = value if given is None else given
         if rows > 1:

@@ -48,6 +48,8 @@ def test_same_length_shows_one_key_more_than_the_memory():
     state, hparams = golden(DIV)
     config, _ = convert.from_nvidia(state, hparams)
     assert config.attention_window == config.memory_length == hparams["mem_len"]
+    config, _ = convert.from_nvidia(state, hparams | {"mem_len": 0})
+    assert config.attention_window == 0  # The token itself.
     config, _ = convert.from_nvidia(state, hparams | {"same_length": False})
     assert config.attention_window is None
     original, _ = convert.from_original(*as_original())

@@ -5,6 +5,7 @@ That the numbers agree shows golden/check_test.py.
 
 import json
 import shutil
+import types
 
 import damaged_weights
 import jax
@@ -197,6 +198,18 @@ def test_a_directory_without_a_checkpoint_or_with_two(folder, tmp_path):
 def test_wrong_hparams_are_named_with_the_shapes_that_contradict(hparams, said):
     line = refused(SHARDED, hparams and SEEN | hparams)
     assert said in line and ("hparams: " in line or not hparams or "-5" in said)
+
+
+def test_every_div_val_that_gives_these_widths_is_the_right_one():
+    """Tables of 6 and 1 numbers are those of 4, 5 and 6."""
+    sizes = {"vocab_size": 9, "n_layer": 1, "d_model": 6, "n_head": 1, "d_inner": 2}
+    fields = {"d_embed": 6, "cutoffs": (5,), "div_val": 4, "tie_projections": ()}
+    bundle = types.SimpleNamespace(prefix="model.ckpt", variables={})
+    for value in (4, 5, 6):
+        tensorflow_shapes.check_flags(bundle, {"div_val": value}, sizes | fields)
+    for value in (1, 3, 7):
+        with pytest.raises(UserError, match=f"div_val={value}, and model.ckpt has 4"):
+            tensorflow_shapes.check_flags(bundle, {"div_val": value}, sizes | fields)
 
 
 def test_nothing_is_written_where_the_command_refuses(folder, tmp_path, capsys):

@@ -209,6 +209,10 @@ def test_what_decays():
     assert not decayed[True] & decayed[False] and {"qkv", "table"} < decayed[True]
     # A matrix of another model that has such a name is a weight.
     assert optimizers.decay_mask({"cell": {"u": jnp.ones((2, 2))}})["cell"]["u"]
+    gates = {"query_gate": jnp.ones(2), "other_gates": jnp.ones((3, 2))}
+    assert optimizers.decay_mask({"attention": gates}) == {
+        "attention": {"query_gate": False, "other_gates": False}
+    }
     # In a list of layers none has an axis of layers.
     layers = [{"kernel": jnp.ones((3, 2)), "scale": jnp.ones(2)}]
     assert optimizers.decay_mask({"layers": layers}) == {

@@ -18,7 +18,6 @@ for heads and their width.
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
@@ -136,9 +135,9 @@ def from_nvidia(
     Raises:
       UserError: a name is missing or too many, or a shape does not fit.
     """
-    config = hparams_lib.to_config(hparams)
-    if config.same_length:
-        config = dataclasses.replace(config, window=config.memory_length)
+    # Told before, not replaced after: without memory our same_length shows nothing.
+    window = (hparams.get("mem_len") or 0) if hparams.get("same_length") else None
+    config = hparams_lib.to_config(hparams, window=window)
     return config, transformer_xl.read(
         config, _original_names(config, state), reverse_clusters=True
     )

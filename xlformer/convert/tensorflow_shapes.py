@@ -157,7 +157,13 @@ def check_flags(bundle: Bundle, hparams: Mapping, fields: Mapping) -> None:
     """Raises UserError for a flag that the shapes contradict."""
     vocab_size, cutoffs = fields["vocab_size"], fields["cutoffs"]
     untold = set() if cutoffs else {"div_val"}
-    widths = [fields["d_embed"] // fields["div_val"] ** b for b in range(len(cutoffs))]
+    d_embed, bins = fields["d_embed"], range(len(cutoffs) + 1)
+    widths = [d_embed // fields["div_val"] ** b for b in bins]
+    # Of narrow tables several give the same widths: 6 and 1 are of 4, 5 and 6.
+    value = hparams.get("div_val")
+    if type(value) is int and value > 1 < fields["div_val"]:
+        if [d_embed // value**b for b in bins] == widths:
+            untold.add("div_val")
     if fields["div_val"] == 1 or fields["d_model"] not in widths:
         untold.add("proj_same_dim")
     for name, (ours, variable) in TOLD.items():

@@ -24,8 +24,10 @@ from xlformer.training import by_matrix
 # How names of biases end, which weight decay spares. u and v are Transformer-XL's, of a
 # layer or of all: matrices [H, K] that are biases all the same. SHA-RNN's other gates
 # are three vectors [3, D], beside gates that are one each.
-BIASES = ("bias", "attention/u", "attention/v", "trunk/u", "trunk/v")
-BIASES += ("attention/other_gates",)
+BIASES = (
+    *("bias", "attention/u", "attention/v", "trunk/u", "trunk/v"),
+    "attention/other_gates",
+)
 
 # What a larger norm of a parameter counts as in the LAMB of SHA-RNN.
 SHA_RNN_MAX_NORM = 10.0

@@ -19,6 +19,7 @@ from xlformer.data import preparing, vocabularies
 from xlformer.data.vocabulary import CharVocabulary, Vocabulary, WordVocabulary
 from xlformer.errors import Argument, UserError
 from xlformer.models.parameters import abstract_params
+from xlformer.runs import leaves
 from xlformer.runs.checkpoints import Checkpoints
 
 VOCAB_HELP = (
@@ -51,7 +52,9 @@ def adopt(
       base: a config to start from, whose segment length stays; None has the defaults.
     """
     # Parameters are kept in float32 here, whatever precision a file had.
-    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    with np.errstate(over="ignore"):
+        params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    _check_finite(params)
     if base is None:
         base = _fresh(model_config, segment_length)
     config = _config(base, model_config, params, overrides)
@@ -63,6 +66,16 @@ def adopt(
         if vocabulary is not None:
             storage.write(folder / runs.VOCABULARY, vocabulary.to_json())
         storage.write(folder / runs.CONFIG, config_lib.to_json(config))
+
+
+def _check_finite(params) -> None:
+    """Raises UserError where a weight is no number, which no score says so well."""
+    for name, x in leaves.flatten(params).items():
+        if bad := int(np.sum(~np.isfinite(x))):
+            raise UserError(
+                f"the weights of {name} are no numbers of float32: {bad} of {x.size} "
+                "are nan or infinite"
+            )
 
 
 def _fresh(model_config, segment_length: int):

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -300,6 +301,9 @@ def test_a_conversion_that_ends_in_the_middle_leaves_nothing(
     line = f"error: --workdir={workdir}: cannot be written: No space left on device\n"
     assert capsys.readouterr().err == line
     assert not any(workdir.parent.iterdir()) or there and not any(workdir.iterdir())
+    monkeypatch.setattr(adopt.storage.shutil, "disk_usage", lambda _: mock.Mock(free=9))
+    assert main(NPZ, workdir, f"--vocab={vocab(SYMBOLS[60])}") == 2
+    assert f"{workdir}: no room for the weights" in capsys.readouterr().err
 
 
 def test_a_format_is_a_row_of_the_table_and_its_model_any_model(

@@ -59,7 +59,9 @@ def adopt(
         base = _fresh(model_config, segment_length)
     config = _config(base, model_config, params, overrides)
     _check_size(config, vocabulary, model_config.vocab_size)
-    with _new_directory(workdir) as folder:
+    # With what a checkpoint takes beside its numbers.
+    size = (1 << 20) + sum(x.nbytes for x in jax.tree.leaves(params)) * 11 // 10
+    with _new_directory(workdir, size) as folder:
         with Checkpoints(folder / runs.CHECKPOINTS) as checkpoints:
             tree = {"params": params}
             checkpoints.save(step, tree, config=config_lib.to_dict(config))
@@ -129,13 +131,16 @@ def check_new(workdir) -> None:
 
 
 @contextlib.contextmanager
-def _new_directory(workdir) -> Iterator[epath.Path]:
+def _new_directory(workdir, size: int) -> Iterator[epath.Path]:
     if storage.is_remote(workdir):
         check_new(workdir)
         # The config comes last, and without it there is no run.
         storage.make_folder(storage.path(workdir), "workdir")
         yield storage.path(workdir)
         return
+    # Orbax prints pages of traces where it finds the disk full.
+    elsewhere = "name a directory on another disk"
+    storage.check_room(workdir, size, "the weights", elsewhere)
     with place.whole(workdir, "workdir") as folder:
         yield epath.Path(folder)
 

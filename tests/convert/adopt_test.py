@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -234,12 +235,19 @@ def test_refusals_write_nothing(tmp_path, vocab, text, capsys):
     bad_hparams.write_text(json.dumps(hparams | {"d_model": 34}))
     unknown = tmp_path / "unknown.txt"
     unknown.write_text("xyz")
+    nan = tmp_path / "nan.npz"
+    arrays = {f"params/{name}": np.float64(x) for name, x in golden()[0].items()}
+    arrays["params/r_w_bias"][2, :2] = np.nan, 1e300
+    config = np.frombuffer(json.dumps(hparams).encode(), np.uint8)
+    np.savez(nan, config=config, **arrays)
     for source, flags, message in (
         (tmp_path / "no.npz", (good,), "no such file"),
         (NPZ, ("--vocab=/nowhere/vocab.txt",), "cannot be read"),
         (NPZ, ("--vocab=/nowhere/vocab.json",), "cannot read the vocabulary"),
         (NPZ, (good, "--hparams=/nowhere/h.json"), "no such file"),
+        (NPZ, (good, f"--hparams={bad_hparams}"), f"error: --source={NPZ}: "),
         (NPZ, (good, f"--hparams={bad_hparams}"), "the hparams say"),
+        (nan, (good,), "of trunk/u are no numbers of float32: 2 of 32"),
         (NPZ, (good, "--probe=/nowhere/text"), "cannot read the text"),
         (NPZ, (good, "--probe=/dev/stdin"), "is read twice, a pipe only once"),
         (NPZ, (good, f"--probe={unknown}"), "not in the vocabulary of 60 chars"),
@@ -293,6 +301,9 @@ def test_a_conversion_that_ends_in_the_middle_leaves_nothing(
     line = f"error: --workdir={workdir}: cannot be written: No space left on device\n"
     assert capsys.readouterr().err == line
     assert not any(workdir.parent.iterdir()) or there and not any(workdir.iterdir())
+    monkeypatch.setattr(adopt.storage.shutil, "disk_usage", lambda _: mock.Mock(free=9))
+    assert main(NPZ, workdir, f"--vocab={vocab(SYMBOLS[60])}") == 2
+    assert f"{workdir}: no room for the weights" in capsys.readouterr().err
 
 
 def test_a_format_is_a_row_of_the_table_and_its_model_any_model(

@@ -183,6 +183,7 @@ def test_a_directory_without_a_checkpoint_or_with_two(folder, tmp_path):
         ({}, "its shapes do not tell what a token sees: pass hparams with mem_len"),
         ({"mem_len": "5"}, "mem_len='5' is not a whole number"),
         ({"mem_len": -5}, "memory_length=-5"),
+        ({"mem_len": 10**9}, "mem_len=1e+09 is more than the 262144"),
         ({"same_length": 1}, "same_length=1 is not true or false"),
         ({"n_layer": 12}, "n_layer=12, and "),
         ({"n_head": 3}, "has 2: transformer/r_w_bias (2, 3)"),

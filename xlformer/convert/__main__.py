@@ -27,7 +27,7 @@ from xlformer.convert.adopt import VOCAB_HELP, adopt, check_new, read_vocabulary
 from xlformer.convert.files import read_json, read_state
 from xlformer.data.documents import is_read_once
 from xlformer.data.prepared import encode_file
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError, about
 from xlformer.scoring import evaluation
 
 # Enough to tell a wrong order of ids, whose loss is above what knowing nothing but the
@@ -84,15 +84,17 @@ def _state_dict(convert: Callable, *, needs_hparams: bool = True) -> Callable:
             # Most state dicts carry no settings, and shapes alone do not tell heads
             # from widths.
             beside = pathlib.Path(source).with_name("hparams.json")
-            if not beside.is_file() and not needs_hparams:
-                return (*convert(state, {}), {}, vocabulary)
-            if not beside.is_file():
+            if beside.is_file():
+                hparams = read_json(beside)
+            elif not needs_hparams:
+                hparams = {}
+            else:
                 raise UserError(
                     f"{source} carries no hparams: pass --hparams=FILE.json with the "
                     f"original's arguments, or put {beside.name} beside it"
                 )
-            hparams = read_json(beside)
-        return (*convert(state, hparams), hparams, vocabulary)
+        with about(Argument("source", source)):
+            return (*convert(state, hparams), hparams, vocabulary)
 
     return read
 

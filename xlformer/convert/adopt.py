@@ -19,6 +19,7 @@ from xlformer.data import preparing, vocabularies
 from xlformer.data.vocabulary import CharVocabulary, Vocabulary, WordVocabulary
 from xlformer.errors import Argument, UserError
 from xlformer.models.parameters import abstract_params
+from xlformer.runs import leaves
 from xlformer.runs.checkpoints import Checkpoints
 
 VOCAB_HELP = (
@@ -51,18 +52,32 @@ def adopt(
       base: a config to start from, whose segment length stays; None has the defaults.
     """
     # Parameters are kept in float32 here, whatever precision a file had.
-    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    with np.errstate(over="ignore"):
+        params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    _check_finite(params)
     if base is None:
         base = _fresh(model_config, segment_length)
     config = _config(base, model_config, params, overrides)
     _check_size(config, vocabulary, model_config.vocab_size)
-    with _new_directory(workdir) as folder:
+    # With what a checkpoint takes beside its numbers.
+    size = (1 << 20) + sum(x.nbytes for x in jax.tree.leaves(params)) * 11 // 10
+    with _new_directory(workdir, size) as folder:
         with Checkpoints(folder / runs.CHECKPOINTS) as checkpoints:
             tree = {"params": params}
             checkpoints.save(step, tree, config=config_lib.to_dict(config))
         if vocabulary is not None:
             storage.write(folder / runs.VOCABULARY, vocabulary.to_json())
         storage.write(folder / runs.CONFIG, config_lib.to_json(config))
+
+
+def _check_finite(params) -> None:
+    """Raises UserError where a weight is no number, which no score says so well."""
+    for name, x in leaves.flatten(params).items():
+        if bad := int(np.sum(~np.isfinite(x))):
+            raise UserError(
+                f"the weights of {name} are no numbers of float32: {bad} of {x.size} "
+                "are nan or infinite"
+            )
 
 
 def _fresh(model_config, segment_length: int):
@@ -116,13 +131,16 @@ def check_new(workdir) -> None:
 
 
 @contextlib.contextmanager
-def _new_directory(workdir) -> Iterator[epath.Path]:
+def _new_directory(workdir, size: int) -> Iterator[epath.Path]:
     if storage.is_remote(workdir):
         check_new(workdir)
         # The config comes last, and without it there is no run.
         storage.make_folder(storage.path(workdir), "workdir")
         yield storage.path(workdir)
         return
+    # Orbax prints pages of traces where it finds the disk full.
+    elsewhere = "name a directory on another disk"
+    storage.check_room(workdir, size, "the weights", elsewhere)
     with place.whole(workdir, "workdir") as folder:
         yield epath.Path(folder)
 

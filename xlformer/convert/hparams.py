@@ -18,6 +18,11 @@ ABSOLUTE = (SINUSOID, LEARNED_ABSOLUTE)
 INTEGERS = ("n_token", "n_layer", "n_head", "d_model", "d_head", "d_inner", "d_embed")
 INTEGERS += ("tgt_len", "ext_len", "mem_len", "clamp_len", "attn_type", "div_val")
 
+LENGTHS = ("tgt_len", "ext_len", "mem_len")
+# Of a segment and of a memory, whose positions a model computes before anything else;
+# the longest published memory has 3,800.
+MOST_TOKENS = 1 << 18
+
 
 def to_config(hparams: Mapping[str, Any], **fields) -> TransformerXLConfig:
     """The configuration that hparams describe; `fields` are what they cannot say.
@@ -165,6 +170,9 @@ def _checked(hparams: Mapping[str, Any]) -> dict[str, Any]:
         # Not isinstance: JSON's true is an int in Python.
         if name in found and type(found[name]) is not int:
             raise UserError(f"hparams: {name}={found[name]!r:.50} is no whole number")
+        if name in LENGTHS and found.get(name, 0) > MOST_TOKENS:
+            line = f"{found[name]:.4g} is more than the {MOST_TOKENS} that are taken"
+            raise UserError(f"hparams: {name}={line}")
     for name, kinds in (("cutoffs", (int,)), ("tie_projs", (bool, int))):
         value = found.get(name, [])
         if not isinstance(value, list | tuple) or any(

@@ -31,7 +31,7 @@ from xlformer.convert.plain_values import Instance, Pairs, texts
 from xlformer.convert.torch_file import TorchFile
 from xlformer.convert.vocab import of_vocab
 from xlformer.data.vocabulary import Vocabulary
-from xlformer.errors import UserError
+from xlformer.errors import Argument, UserError, about
 from xlformer.layers.attention import LEARNED_ABSOLUTE
 from xlformer.models import TransformerXLConfig
 
@@ -65,7 +65,8 @@ def read(
       UserError: the file is missing, truncated, hostile or another program's.
     """
     state, hparams, vocabulary = load(source)
-    return *from_nvidia(state, hparams), hparams, vocabulary
+    with about(Argument("source", source)):
+        return *from_nvidia(state, hparams), hparams, vocabulary
 
 
 def load(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from xlformer.convert.hparams import MOST_TOKENS
 from xlformer.convert.tensor_bundle import Bundle
 from xlformer.errors import Argument, UserError, some
 from xlformer.models import TransformerXLConfig
@@ -43,6 +44,9 @@ def seen(bundle: Bundle, hparams: Mapping, fields: Mapping) -> dict[str, Any]:
         if type(found[name]) is not kind:
             wanted = "a whole number" if kind is int else "true or false"
             raise UserError(f"hparams: {name}={found[name]!r:.50} is not {wanted}")
+    if found["mem_len"] > MOST_TOKENS:
+        line = f"{found['mem_len']:.4g} is more than the {MOST_TOKENS} that are taken"
+        raise UserError(f"hparams: mem_len={line}")
     return found
 
 

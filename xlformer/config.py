@@ -293,7 +293,8 @@ def from_dict(found: Mapping, *, where: str = "config.json") -> ConfigDict:
         section, _, name = field.rpartition(".")
         config[section][name] = value
     config.own_model = fields_lib.UNSAID
-    _update(config, found, "config", where)
+    with config.ignore_type():  # Once: it goes through all that is in there.
+        _update(config, found, "config", where)
     config.lock()
     try:
         check(config)
@@ -312,8 +313,7 @@ def _update(node: ConfigDict, found: Mapping, at: str, where: str) -> None:
         like = node[key]
         if isinstance(like, ConfigDict):
             _update(like, value, f"{at}.{key}", where)
-            continue
-        with node.ignore_type():
+        else:
             # JSON has lists only, a frozen dataclass needs what can be hashed.
             node[key] = tuple(value) if isinstance(value, list) else value
 

@@ -193,8 +193,11 @@ def test_the_standard_library_is_there_without_a_network():
     assert again.card == found.card and again.vocabulary.size == 256
 
 
-def test_what_is_prepared_is_found_again_until_the_text_changes(book, monkeypatch):
-    options = data_config(path=str(book))
+def test_what_is_prepared_is_found_again_until_the_text_changes(
+    book, tmp_path, monkeypatch
+):
+    # A directory of its own: another test may have prepared the same book.
+    options = data_config(path=str(book), directory=str(tmp_path / "prepared"))
     assert not preparing.is_prepared(options)
     one = prepare.prepare(options)
     assert preparing.is_prepared(options)

@@ -205,6 +205,7 @@ def test_every_div_val_that_gives_these_widths_is_the_right_one():
     """Tables of 6 and 1 numbers are those of 4, 5 and 6."""
     sizes = {"vocab_size": 9, "n_layer": 1, "d_model": 6, "n_head": 1, "d_inner": 2}
     fields = {"d_embed": 6, "cutoffs": (5,), "div_val": 4, "tie_projections": ()}
+    fields |= {"d_head": 6, "untie_r": False, "proj_same_dim": True}
     bundle = types.SimpleNamespace(prefix="model.ckpt", variables={})
     for value in (4, 5, 6):
         tensorflow_shapes.check_flags(bundle, {"div_val": value}, sizes | fields)

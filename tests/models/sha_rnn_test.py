@@ -11,7 +11,7 @@ import pytest
 from golden import check
 
 from xlformer import config as config_lib
-from xlformer import models, testing
+from xlformer import models, scoring, testing
 from xlformer.errors import UserError
 from xlformer.models import SHARNNConfig, sha_rnn
 from xlformer.models.parameters import abstract_params
@@ -180,6 +180,23 @@ def test_a_segment_longer_than_the_memory_is_refused():
     line = "a segment of 5 tokens, but config.model.memory_length=4"
     with pytest.raises(UserError, match=line):
         jax.eval_shape(model.apply, weights(model), *IDS, model.init_state(B))
+
+
+def test_a_last_segment_is_scored_without_its_padding():
+    """Three tokens of five hide three old ones of the seven places, not five."""
+    model, tokens = only(n_layer=1, attention="all", memory_length=7), TOKENS.ravel()
+    params, apply = jax.tree.map(np.float32, weights(model)), jax.jit(model.apply)
+    state, nats, ends = model.init_state(1), 0.0, (*range(0, 14, T), 13)
+    for start, stop in zip(ends, ends[1:], strict=False):
+        part = tokens[None, start : stop + 1]
+        nll_BT, state, _ = apply(params, part[:, :-1], part[:, 1:], state)
+        nats += float(nll_BT.sum())
+    plan = scoring.cut_rows_for(model, 14, batch_size=1, segment_length=T)
+    score = scoring.Evaluator.of(model, plan, None).score(params, tokens[:14], plan)
+    assert score.nats == pytest.approx(nats, rel=1e-6)
+    assert not only(window=2).positions_from_end  # None of these is hidden by padding.
+    without = build(attention="none", memory_length=0)
+    assert model.positions_from_end and not without.positions_from_end
 
 
 def test_validation_reads_segments_that_its_own_memory_holds():

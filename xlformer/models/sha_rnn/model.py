@@ -69,7 +69,11 @@ class SHARNN(TokenModel):
 
     @property
     def positions_from_end(self) -> bool:
-        return False
+        """Without a window: each token of a segment hides the oldest that it remembers.
+
+        Padding, too, if its number is not told.
+        """
+        return bool(self.config.attending) and self.config.window is None
 
     @property
     def needs_rngs(self) -> bool:

@@ -15,6 +15,7 @@ import sys
 
 from xlformer import command, runs
 from xlformer.convert import place, portable, writing
+from xlformer.convert.hparams import MOST_TOKENS
 from xlformer.errors import Argument, UserError
 from xlformer.exporting import stablehlo
 
@@ -52,8 +53,9 @@ def _arguments(argv) -> argparse.Namespace:
         if args.format != "stablehlo":
             line = f" is of --format=stablehlo, not of --format={args.format}"
             raise UserError(Argument(name, value), line)
-        if name != "dtype" and value < 1:
-            raise UserError(Argument(name, value), " must be at least 1")
+        if name != "dtype" and not 1 <= value <= MOST_TOKENS:
+            line = f" must be at least 1 and at most {MOST_TOKENS}"
+            raise UserError(Argument(name, value), line)
     return args
 
 

@@ -165,6 +165,7 @@ def test_one_line_and_nothing_half_written(base, tmp_path, capsys):
         ({"params": "mean"}, "--params=mean is neither raw nor ema"),
         ({"segment_length": 3}, "--segment_length=3 is of --format=stablehlo, not of"),
         ({"format": "stablehlo", "batch_size": 0}, "--batch_size=0 must be at least 1"),
+        ({"format": "stablehlo", "segment_length": 10**11}, "at most 262144"),
         ({"format": "tflite"}, "invalid choice: 'tflite'"),
         ({"wrkdir": full}, "did you mean '--workdir'?"),
     ):

@@ -117,8 +117,10 @@ def _stacked(leaves):
     return jnp.stack([digest(x) for x in leaves])
 
 
+# Jitted, so that leaves of one layout (a parameter, its moments) are traced once.
+@jax.jit
 def digest(x) -> jax.Array:
-    """The digest of one array, as a traced uint32."""
+    """The digest of one array, as a uint32."""
     words = _words(x)
     # Row by row, from an index for each axis: to flatten a sharded array would move it.
     position = jnp.uint32(0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ import numpy as np
 GOLDEN = 2654435761
 
 
-def flatten(tree) -> dict[str, object]:
+def flatten(tree) -> dict[str, Any]:
     """Returns {path: leaf}, as 'params/layers/w', of any mixture of dicts, dataclasses
     and tuples. None has no leaf.
 

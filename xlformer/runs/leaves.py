@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ import numpy as np
 GOLDEN = 2654435761
 
 
-def flatten(tree) -> dict[str, object]:
+def flatten(tree) -> dict[str, Any]:
     """Returns {path: leaf}, as 'params/layers/w', of any mixture of dicts, dataclasses
     and tuples. None has no leaf.
 
@@ -117,8 +118,10 @@ def _stacked(leaves):
     return jnp.stack([digest(x) for x in leaves])
 
 
+# Jitted, so that leaves of one layout (a parameter, its moments) are traced once.
+@jax.jit
 def digest(x) -> jax.Array:
-    """The digest of one array, as a traced uint32."""
+    """The digest of one array, as a uint32."""
     words = _words(x)
     # Row by row, from an index for each axis: to flatten a sharded array would move it.
     position = jnp.uint32(0)

@@ -7,6 +7,7 @@ which needs no PyTorch). A pickled module is refused.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
 import zipfile
@@ -90,6 +91,8 @@ def _read_npz(path):
             # and only there the checksum is compared.
             if bad := arrays.zip.testzip():
                 raise ValueError(f"{bad} is damaged")
+            if not all(isinstance(x, np.ndarray) for x in state.values()):
+                raise ValueError("an entry is no array")
     # A hostile file can raise anything: zlib.error, MemoryError, NotImplementedError.
     except Exception as error:
         raise UserError(
@@ -112,7 +115,15 @@ def _check_sizes(path: pathlib.Path, entries: zipfile.ZipFile) -> None:
 
     Zeros are packed a thousand times over, and entries may share what they unpack.
     """
-    claimed = sum(entry.file_size for entry in entries.infolist())
+    infos = entries.infolist()
+    # A damaged list of entries is read as a shorter one; its end says how many.
+    with path.open("rb") as file:
+        file.seek(-22, os.SEEK_END)
+        end = file.read()
+    count = int.from_bytes(end[10:12], "little")
+    if not infos or end[:4] != b"PK\5\6" or count not in (len(infos), 0xFFFF):
+        raise ValueError(f"{len(infos)} entries are found, not those that its end says")
+    claimed = sum(entry.file_size for entry in infos)
     size = path.stat().st_size
     if claimed > max(MOST, MOST_PACKED * size):
         raise ValueError(f"it has {size} bytes, and {claimed} of arrays in them")

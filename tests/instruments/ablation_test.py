@@ -102,7 +102,7 @@ def test_every_kind_is_a_model_of_its_own(tmp_path):
         assert model.memory_length == (16 if kind.memory else 0)
         absolute = kind.positions in ("Vaswani", "Al-Rfou")
         assert model.positions_from_end == absolute
-        config = ablation._config(kind, ablation.TINY, "x", tmp_path, 3)
+        config = ablation._config(kind, ablation.TINY, tmp_path / "x", 3)
         assert (config.seed, config.train.half_loss) == (3, kind.half)
     # The paper's argument needs the one that its table leaves out.
     assert any(k.positions == "Vaswani" and k.memory for k in KINDS)

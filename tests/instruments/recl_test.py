@@ -46,7 +46,9 @@ def test_two_runs_are_trained_and_compared(tiny):
 
 
 def test_given_runs_are_measured_as_they_were_when_trained(tiny, tmp_path, capsys):
-    workdirs = [f"--workdir={tiny / 'runs' / x}" for x in ("Transformer-XL", "LSTM")]
+    workdirs = [
+        f"--workdir={tiny / 'runs/tiny' / x}" for x in ("Transformer-XL", "LSTM")
+    ]
     sizes = ["--step=4", "--max_context=16", "--targets=64", "--r=0.1,1"]
     assert recl.main([*workdirs, f"--out={tmp_path}", *sizes]) == 0
     own, again = (
@@ -65,7 +67,7 @@ def run(tmp_path, distance, vocabulary=BYTES):
     """A member that knows what came at this distance."""
     model, params = copying(distance=distance, vocab_size=256)
     data = ConfigDict({"data": {"corpus": "none", "path": ""}, "name": "copying"})
-    data.model = {"name": "copying"}
+    data.model, data.own_model = {"name": "copying"}, ""
     found = runs.Run(tmp_path, data, model, params, vocabulary, 0, False)
     return Member(f"copying {distance}", found)
 
@@ -160,7 +162,7 @@ def test_bad_input_is_one_line_before_anything_is_trained(
     assert compare.main(["recl:tiny", f"--out={tmp_path}", *flags]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
-    assert not (tmp_path / "runs").exists()
+    assert not [*tmp_path.rglob("checkpoints")]
 
 
 def test_losses_need_room_on_the_disk(tmp_path, monkeypatch):

@@ -44,7 +44,13 @@ def member(causal=True, workdir="runs/softmax", **fields):
     params = trained_run.random_params(model)
     params = jax.tree.map(lambda x: np.float32(0.3) * x, params)
     run = types.SimpleNamespace(
-        config=config, model=model, params=params, workdir=workdir, step=7
+        config=config,
+        model=model,
+        params=params,
+        workdir=workdir,
+        step=7,
+        mean_of=(),
+        checkpoint="7",
     )
     return Member("own", run)
 

@@ -94,7 +94,7 @@ def test_the_matrices_of_both_gates_are_split():
 
 def test_the_original_has_no_gates():
     config = small.build(gate="gru").config
-    line = "^config.model.gate='gru': the original has none such$"
+    line = "^config.model.gate='gru': the original has none such, it has 'none'$"
     with pytest.raises(UserError, match=line):
         convert.to_original(config, small.weights(small.build(gate="gru")))
     with pytest.raises(UserError, match="gate='lstm' is none of none, gru"):

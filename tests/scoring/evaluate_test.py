@@ -275,7 +275,8 @@ def test_a_metric_of_single_tokens_is_one_place(workdir, monkeypatch):
 
         def add(self, scored):
             super().add(scored)
-            self.seen += zip(*map(np.ndarray.tolist, scored), strict=True)
+            found = scored.index_N, scored.ids_N, scored.nll_N
+            self.seen += zip(*map(np.ndarray.tolist, found), strict=True)
 
         def results(self, size, words):
             worst = max(self.seen, key=lambda one: one[2])

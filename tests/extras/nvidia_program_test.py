@@ -111,7 +111,7 @@ def test_the_command_takes_a_checkpoint_and_its_vocabulary(tmp_path):
     ("change", "line"),
     [
         ({"extra": pytest.importorskip}, "it names .*importorskip"),
-        ({"model_state": None}, "has no model_config and model_state"),
+        ({"model_state": None}, "holds no state dict"),
         ({"model_config": [1]}, "has no model_config and model_state"),
         ({"model_state": {"a": 3}}, "holds no state dict"),
         ({"model_config": {}}, "hparams lack n_token"),

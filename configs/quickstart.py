@@ -25,7 +25,7 @@ PARAMETERS = 675_968
 
 STEPS = 3200  # at 0.040 s each on two cores
 LEARNING_RATE = 4e-3
-# Adafactor's after 200 steps: 3.31, 2.97 and 2.76 bits at 1e-2, 3e-2 and 1e-1.
+# How each was chosen, and on what device: docs/flags.md.
 RATES = {"muon": 8e-3, "adafactor": 1e-1}
 
 

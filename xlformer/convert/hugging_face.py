@@ -140,12 +140,8 @@ def to_hf(
     for entry in transformer_xl.entries(config, reverse_clusters=False):
         if entry.tied:
             continue
-        leaf = tree
-        for key in entry.path:
-            leaf = leaf[key]
-        x = entry.turn_back(np.asarray(leaf)[entry.index])
         own = entry.name.startswith(SOFTMAX)
-        arrays[entry.name if own else f"{PREFIX}{entry.name}"] = x
+        arrays[entry.name if own else f"{PREFIX}{entry.name}"] = entry.of(tree)
     # All layers of its model have the one u and v, each under a name of its own: that
     # from_pretrained may miss none there are copies, as in what torch.save makes of it.
     for name in () if config.untie_r else SHARED:

@@ -71,13 +71,7 @@ def to_tf(config: TransformerXLConfig, tree) -> dict[str, np.ndarray]:
 
     What is shared adds up: a tree has it once.
     """
-    found = {}
-    for entry in _entries(config):
-        leaf = tree
-        for key in entry.path:
-            leaf = leaf[key]
-        found[entry.name] = entry.turn_back(np.asarray(leaf)[entry.index])
-    return found
+    return {entry.name: entry.of(tree) for entry in _entries(config)}
 
 
 def prefix_of(source: str | pathlib.Path) -> pathlib.Path:
@@ -161,10 +155,7 @@ def _params(bundle: Bundle, config: TransformerXLConfig) -> dict:
         lambda leaf: np.zeros(leaf.shape, dtype), abstract_params(model)
     )
     for entry in entries:
-        leaf = tree
-        for key in entry.path:
-            leaf = leaf[key]
-        leaf[entry.index] = entry.turn(bundle.read(entry.name))
+        entry.leaf(tree)[entry.index] = entry.turn(bundle.read(entry.name))
     return tree
 
 

@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -48,6 +50,14 @@ class Entry(NamedTuple):
     turn_back: Any = lambda x: x
     tied: bool = False
 
+    def leaf(self, tree):
+        """Where it lies in a tree of ours."""
+        return functools.reduce(operator.getitem, self.path, tree)
+
+    def of(self, tree) -> np.ndarray:
+        """What the original has of a tree of ours."""
+        return self.turn_back(np.asarray(self.leaf(tree))[self.index])
+
 
 def from_original(
     state: Mapping[str, np.ndarray], hparams: Mapping[str, Any]
@@ -74,13 +84,8 @@ def to_original(config: TransformerXLConfig, tree) -> dict[str, np.ndarray]:
     Tied arrays appear under every name of theirs. With untie_r the names are Hugging
     Face's, because the original has one u and one v for all layers.
     """
-    state = {}
-    for entry in entries(config, reverse_clusters=True):
-        leaf = tree
-        for key in entry.path:
-            leaf = leaf[key]
-        state[entry.name] = entry.turn_back(np.asarray(leaf)[entry.index])
-    return state
+    found = entries(config, reverse_clusters=True)
+    return {entry.name: entry.of(tree) for entry in found}
 
 
 def entries(config: TransformerXLConfig, *, reverse_clusters: bool) -> Iterator[Entry]:
@@ -251,10 +256,7 @@ def read(config, state, *, reverse_clusters):
             # Only tied ones may be missing (check), and their leaf is filled already.
             continue
         found = state[entry.name]
-        leaf = tree
-        for key in entry.path:
-            leaf = leaf[key]
-        turned = entry.turn(found)
+        leaf, turned = entry.leaf(tree), entry.turn(found)
         # One of the two would be lost without a word.
         if entry.tied and not np.array_equal(leaf[entry.index], turned):
             raise UserError(

@@ -15,10 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 # 2^32 / golden ratio, the odd number of Knuth's multiplicative hashing: it spreads
 # neighbouring positions. Digests of saved checkpoints depend on it.
 GOLDEN = 2654435761
+# Words that numpy sums at a time: what it makes of them stays in the cache.
+BLOCK = 1 << 16
 
 
 def flatten(tree) -> dict[str, Any]:
@@ -98,17 +101,44 @@ def cast(value, like):
 
 
 def digests(flat: Mapping[str, object]) -> dict[str, int]:
-    """Returns {path: uint32 as int}: one compiled call, one read from the device.
+    """Returns {path: uint32 as int}; all processes must ask for arrays that they share.
 
-    numpy leaves are summed by numpy: they may be 64 bits wide where JAX is not.
+    On accelerators one compiled call, one read. What lies on CPU devices is summed by
+    numpy, which needs no program to be compiled for each other state (a second each);
+    and so are numpy leaves, which may be 64 bits wide where JAX is not.
     """
-    on_host = {k: x for k, x in flat.items() if not isinstance(x, jax.Array)}
-    on_device = {k: x for k, x in flat.items() if isinstance(x, jax.Array)}
-    found = {k: numpy_digest(np.asarray(x)) for k, x in on_host.items()}
+    on_device = {k: x for k, x in flat.items() if not _on_cpu(x)}
+    on_cpu = {k: x for k, x in flat.items() if k not in on_device}
+    found = {}
     if on_device:
         values = np.asarray(_stacked(list(on_device.values())))
         found |= {k: int(v) for k, v in zip(on_device, values, strict=True)}
+    if on_cpu:
+        sums = np.array([_sum_here(x) for x in on_cpu.values()], np.uint32)
+        if not all(map(_is_whole, on_cpu.values())):
+            sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
+        found |= {k: int(v) for k, v in zip(on_cpu, sums, strict=True)}
     return found
+
+
+def _on_cpu(x) -> bool:
+    if not isinstance(x, jax.Array):
+        return True
+    return all(device.platform == "cpu" for device in x.sharding.device_set)
+
+
+def _is_whole(x) -> bool:
+    """Whether this process has all of it; others then have all of it, too."""
+    return not isinstance(x, jax.Array) or x.is_fully_addressable
+
+
+def _sum_here(x) -> int:
+    """The share of the shards of which no other process has the first copy."""
+    if not isinstance(x, jax.Array):
+        return numpy_digest(np.asarray(x))
+    shards = [shard for shard in x.addressable_shards if shard.replica_id == 0]
+    parts = (numpy_digest(np.asarray(s.data), s.index, x.shape) for s in shards)
+    return sum(parts) % 2**32
 
 
 # One program and one read for all leaves. Of a sharded leaf only a scalar crosses the
@@ -142,14 +172,43 @@ def _words(x):
     return jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
 
 
-def numpy_digest(x: np.ndarray) -> int:
+def numpy_digest(x: np.ndarray, index=(), shape: tuple[int, ...] = ()) -> int:
     """The digest of a numpy array: the number that `digest` gives for it on a device.
 
-    The order of bytes within a number is the same in both, little endian.
+    Of a part of an array of `shape`, the one at `index` (slices, as a Shard has them),
+    its share of the sum. The order of bytes within a number is the same in both, little
+    endian.
     """
     size = min(x.dtype.itemsize, 4)
-    x = np.ascontiguousarray(x).reshape(-1)
-    words = x.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[size]).astype(np.uint32)
-    position = np.arange(words.size, dtype=np.uint32)
-    weight = position * np.uint32(GOLDEN) | np.uint32(1)
-    return int(np.sum(words * weight, dtype=np.uint32))
+    per_element = x.dtype.itemsize // size
+    firsts = [s.start or 0 for s in index] or [0] * x.ndim
+    rows_R, length = _rows(x.shape, firsts, shape or x.shape)
+    words = np.ascontiguousarray(x).reshape(-1)
+    words = words.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[size])
+    words_RC = words.reshape(rows_R.size, length * per_element)
+    rows_R, columns = rows_R * np.uint32(per_element), words_RC.shape[1]
+    total, step = 0, max(1, BLOCK // max(1, columns))
+    for r in range(0, rows_R.size, step):
+        for c in range(0, columns, BLOCK):
+            block = words_RC[r : r + step, c : c + BLOCK].astype(np.uint32, copy=False)
+            position = np.arange(block.shape[1], dtype=np.uint32) + np.uint32(c)
+            weight = (rows_R[r : r + step, None] + position) * np.uint32(GOLDEN)
+            total += int(np.sum(block * (weight | np.uint32(1)), dtype=np.uint32))
+    return total % 2**32
+
+
+def _rows(part, firsts, whole) -> tuple[np.ndarray, int]:
+    """Where the rows of a part begin in the whole, modulo 2^32, and their length.
+
+    A row is as many of the last axes as lie together in both.
+    """
+    axis, length = len(part), 1
+    while axis and (axis == len(part) or part[axis] == whole[axis]):
+        axis -= 1
+        length *= part[axis]
+    begin = np.zeros(1, np.uint32)
+    for i, (first, size) in enumerate(zip(firsts, whole, strict=True)):
+        inside = np.arange(part[i] if i < axis else 1, dtype=np.uint32)
+        inside += np.uint32(first)
+        begin = (begin[:, None] * np.uint32(size) + inside).reshape(-1)
+    return begin, length

@@ -1,7 +1,7 @@
 """Token files: written and read block by block, in shards that an index lists.
 
 A shard is an .npy file of numbers. A split of one shard is called train.npy, as all
-were up to 0.2.0; of more they are train-00000.npy, train-00001.npy, ... The index says
+were before 0.2.0; of more they are train-00000.npy, train-00001.npy, ... The index says
 what belongs to a split, with sizes and checksums, and to which corpus it belongs.
 """
 
@@ -117,7 +117,7 @@ def write_index(folder, card: dict, shards: dict[str, list[Shard]]) -> None:
 def read_index(folder, card: dict) -> dict[str, list[Shard]]:
     """The shards of each split; ValueError or another error where it is damaged.
 
-    Up to 0.2.0 there was no index, and one file for each split.
+    Before 0.2.0 there was no index, and one file for each split.
     """
     if not (folder / INDEX).exists():
         about = {split: card["splits"][split] for split in card["splits"]}

@@ -219,7 +219,7 @@ def _elapsed(record) -> float:
 
 
 def _seconds(record, name: str) -> float:
-    # Up to 0.2.0 nothing waited for data.
+    # Before 0.2.0 nothing waited for data.
     return record.get(f"goodput/{name}_s", 0.0)
 
 

@@ -353,10 +353,7 @@ def test_no_segment_is_longer_than_what_was_learnt(fields):
 
 def test_a_segment_that_carries_nothing_is_one_at_the_beginning():
     carrying, alone = build(), build(carry_sums=False)
-    params, ids_BT = (
-        carrying.init(jax.random.key(0)),
-        np.arange(B * T).reshape(B, T) % V,
-    )
+    params, ids_BT = weights(carrying), np.arange(B * T).reshape(B, T) % V
     first, _ = jax.jit(carrying.log_probs)(params, ids_BT, carrying.init_state(B))
     found, state = jax.jit(alone.log_probs)(params, ids_BT, alone.init_state(B))
     np.testing.assert_array_equal(found, first)

@@ -63,6 +63,11 @@ def from_hf(directory: str | pathlib.Path) -> tuple[TransformerXLConfig, dict]:
     float64; bfloat16 becomes float32. Names that config.json lacks have the program's
     default. The memory starts as zeros that are attended. Raises UserError.
     """
+    return read(directory)[:2]
+
+
+def read(directory: str | pathlib.Path) -> tuple[TransformerXLConfig, dict, dict]:
+    """What from_hf returns, then the original's arguments as `settings` has them."""
     directory = pathlib.Path(directory)
     hparams = settings(directory)
     state = _weights(directory)
@@ -72,9 +77,10 @@ def from_hf(directory: str | pathlib.Path) -> tuple[TransformerXLConfig, dict]:
         config = config_of(hparams)
         if not config.untie_r:
             state = _once(state)
-        return config, transformer_xl.read(config, state, reverse_clusters=False)
+        params = transformer_xl.read(config, state, reverse_clusters=False)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from error
+    return config, params, hparams
 
 
 def config_of(hparams: dict[str, Any]) -> TransformerXLConfig:

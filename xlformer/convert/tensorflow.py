@@ -23,6 +23,7 @@ from xlformer.convert.entries import Entry, zeros
 from xlformer.convert.tensor_bundle import Bundle
 from xlformer.convert.tensorflow_shapes import SCOPE, check_flags, fields_of, seen
 from xlformer.errors import UserError, some
+from xlformer.layers.adaptive import is_tied
 from xlformer.models import TransformerXLConfig
 
 EPSILON = 1e-12
@@ -200,7 +201,7 @@ def _softmax_entries(config: TransformerXLConfig) -> Iterator[Entry]:
     for b, (start, stop) in enumerate(zip(bins.edges, bins.edges[1:], strict=False)):
         rows, path = slice(start, stop), ("softmax", "bias")
         yield Entry(f"{scope}cutoff_{b}/b", path, rows, (stop - start,))
-        if bins.projects(b) and not (config.tie_projections or (False,) * (b + 1))[b]:
+        if bins.projects(b) and not is_tied(config.tie_projections, b):
             name, path = f"{scope}cutoff_{b}/proj", ("softmax", f"projection_{b}")
             shape = (bins.width(b), config.d_model)
             yield Entry(name, path, ..., shape, np.transpose, np.transpose)

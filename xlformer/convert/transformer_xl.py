@@ -16,6 +16,7 @@ import numpy as np
 from xlformer.convert import hparams as hparams_lib
 from xlformer.convert.entries import Entry, check, fill
 from xlformer.errors import UserError
+from xlformer.layers.adaptive import is_tied
 from xlformer.layers.attention import LEARNED_ABSOLUTE, LEARNED_RELATIVE, RELATIVE
 from xlformer.models import TransformerXLConfig
 
@@ -132,7 +133,7 @@ def _softmax_entries(config, reverse_clusters):
         if not bins.projects(b):
             continue
         name, shape = f"crit.out_projs.{b}", (config.d_model, bins.width(b))
-        if b < len(config.tie_projections) and config.tie_projections[b]:
+        if is_tied(config.tie_projections, b):
             path = ("embedding", bins.embedding_projection(b))
             yield Entry(name, path, ..., shape, np.transpose, np.transpose, tied=True)
         else:

@@ -23,7 +23,7 @@ from xlformer import config as config_lib
 from xlformer.convert import files
 from xlformer.data import vocabularies
 from xlformer.data.vocabulary import Vocabulary
-from xlformer.errors import UserError, some
+from xlformer.errors import UserError, about, some
 from xlformer.fields import UNSAID
 from xlformer.models.parameters import abstract_params
 from xlformer.runs import leaves
@@ -96,10 +96,8 @@ def read(source) -> Model:
         raise UserError(f"{line}: read it in Python, where that model is")
     vocabulary = vocabularies.load(folder / runs.VOCABULARY)
     size = config_lib.vocab_size(config, vocabulary.size)
-    try:
+    with about(str(folder)):
         model = models.build(config.model, vocab_size=size)
-    except UserError as error:
-        raise UserError(f"{folder}: ", *error.parts) from error
     arrays, _ = files.read_state(folder / WEIGHTS)
     params = _placed(arrays, abstract_params(model), folder / WEIGHTS)
     return Model(_for_reading(config), model.config, params, vocabulary, step)

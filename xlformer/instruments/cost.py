@@ -150,15 +150,13 @@ def reader(model: Model, way: str, length: int) -> Model:
     fields = {"memory_length": length, "extended_length": 0}
     if way == "recomputed":
         fields = {"memory_length": 0, "extended_length": length - 1}
-    line = f"{type(model).__name__} cannot be read in the three ways: "
-    try:
+    line = f"{type(model).__name__} cannot be read in the three ways"
+    with errors.about(line):
         model = model.for_reading(**fields)
-    except UserError as error:
-        raise UserError(line, *error.parts) from error
     # Shorter ones would be timed under the name of this length.
     window = model.card().get("window")
     if window is not None and window < length - 1:
-        line += f"its window shows distances up to {window}, which is less than "
+        line += f": its window shows distances up to {window}, which is less than "
         raise UserError(line, Argument("lengths", length))
     return model
 

@@ -33,7 +33,7 @@ from xlformer.instruments.instrument import Request, Result
 from xlformer.machines import bench_timing, bench_workloads, rehearsal
 from xlformer.machines.bench_timing import Timing, clocks
 from xlformer.models import Model
-from xlformer.models.parameters import abstract_params
+from xlformer.models.parameters import abstract_params, count
 
 RUNS, SEEDS = "possible", {}
 LENGTHS = {"small": "800,1800,2800,3800", "tiny": "8,16,24"}
@@ -135,8 +135,7 @@ def _subjects(request: Request, size: str) -> dict[str, Subject]:
     def params():  # Random ones, which change no time.
         return jax.jit(model.init)(jax.random.key(config.seed))
 
-    shapes = jax.tree.leaves(abstract_params(model))
-    facts = {"config": spec, "parameters": sum(x.size for x in shapes)}
+    facts = {"config": spec, "parameters": count(abstract_params(model))}
     about = errors.about(Argument("config", spec))
     return {spec: Subject(model, params, facts, about)}
 
@@ -197,8 +196,8 @@ def _timing(model: Model, params, way: str, segment: int) -> Timing:
     segment = segment if way == "recurrent" else 1
     segments = WINDOWED_TOKENS if way == "window" else 1
     call = program(model, params, segment=segment, segments=segments)
-    count = segments * segment + model.extended_length + 1
-    ids_N = bench_workloads.tokens(model.vocab_size, (count,))
+    needed = segments * segment + model.extended_length + 1
+    ids_N = bench_workloads.tokens(model.vocab_size, (needed,))
 
     def run(times: int):
         start = clocks()

@@ -17,7 +17,7 @@ import xlformer
 from xlformer import __main__ as names
 from xlformer import command, compiled, evaluate, generate, prepare, train
 from xlformer.convert.__main__ import main as convert
-from xlformer.errors import Argument, UserError, did_you_mean
+from xlformer.errors import Argument, UserError, WorthAnotherTry, about, did_you_mean
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -91,6 +91,13 @@ def test_an_argument_is_named_as_the_flag_that_a_command_has(overrides, capsys):
     dashes = "--" * overrides
     line = f"error: --rows=-1 with mask: see --workdir=a b, {dashes}config.seed=3\n"
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("what", [Argument("workdir", "a"), "a/config.json"], ids=str)
+def test_what_an_error_is_about_stands_before_it(what):
+    with pytest.raises(WorthAnotherTry) as raised, about(what):
+        raise WorthAnotherTry(Argument("rows", 3), " is late")
+    assert raised.value.line(["rows"]) == f"{what}: --rows=3 is late"
 
 
 # Flags of other programs, and of convert where a run is read: whoever calls has none.

@@ -13,6 +13,7 @@ import shutil
 import numpy as np
 
 from xlformer.convert import (
+    entries,
     hugging_face,
     leveldb,
     nvidia,
@@ -113,7 +114,8 @@ def read_settings(folder: pathlib.Path):
     """What from_hf does before it makes anything: its shapes against the config's."""
     try:
         config = hugging_face.config_of(hugging_face.settings(folder))
-        transformer_xl.check(config, _hugging_faces(), False)
+        found = transformer_xl.entries(config, reverse_clusters=False)
+        entries.check(_hugging_faces(), found, "the hparams say")
         return config
     except UserError as error:  # from_hf names the folder.
         raise UserError(f"{folder}: {error}") from error

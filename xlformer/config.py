@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from xlformer import fields as fields_lib
 from xlformer import models, storage, together
 from xlformer.data import recipes, stream
-from xlformer.errors import Argument, UserError, did_you_mean
+from xlformer.errors import Argument, UserError, about, did_you_mean
 from xlformer.models import checks
 
 # The format of a resolved config as JSON. 1 is that of xlformer 0.1.0, which had no
@@ -296,10 +296,8 @@ def from_dict(found: Mapping, *, where: str = "config.json") -> ConfigDict:
     with config.ignore_type():  # Once: it goes through all that is in there.
         _update(config, found, "config", where)
     config.lock()
-    try:
+    with about(where):
         check(config)
-    except UserError as error:
-        raise UserError(f"{where}: ", *error.parts) from error
     return config
 
 

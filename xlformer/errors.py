@@ -101,12 +101,12 @@ class WorthAnotherTry(UserError):
 
 
 @contextlib.contextmanager
-def about(argument: Argument) -> Iterator[None]:
-    """Lets the lines of UserErrors begin with an argument, which they are about."""
+def about(what: str | Argument) -> Iterator[None]:
+    """Lets the lines of UserErrors begin with a place or an argument: "what: "."""
     try:
         yield
     except UserError as error:
-        raise type(error)(argument, ": ", *error.parts) from error
+        raise type(error)(what, ": ", *error.parts) from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

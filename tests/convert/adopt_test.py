@@ -253,6 +253,8 @@ def test_refusals_write_nothing(tmp_path, vocab, text, capsys):
         (NPZ, (good, f"--probe={unknown}"), "not in the vocabulary of 60 chars"),
         (NPZ, (f"--probe={text}",), "needs --vocab"),
         (HF, (good, "--format=hf", "--hparams=x"), "--format=hf, which has config"),
+        (HF, (good, "--format=xlformer", "--hparams=x"), "which has its config"),
+        (HF, (good, "--format=safetensors", "--hparams=x"), "which has config.json"),
         (NPZ, (good, "--config.model.n_layer=5"), "another shape than the weights"),
         (NPZ, (good, "--config.model.gate=gru"), "another shape than the weights"),
         (NPZ, (good, "--config.model.n_layr=5"), "did you mean 'n_layer'?"),

@@ -146,6 +146,13 @@ def test_the_original_needs_torch(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_hugging_faces_form_needs_safetensors(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(UserError, match=r"^pip install .xlformer\[export\]. to write"):
+        writing.write_hf(tmp_path / "out", ATTENDED, params_of(ATTENDED))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("config", "changes", "line"),
     [
@@ -178,6 +185,7 @@ def test_a_directory_of_hugging_faces_comes_back_bit_by_bit(tmp_path, capsys):
     assert [x.name for x in tmp_path.iterdir()] == ["out"]
     names = {"config.json", "model.safetensors", "vocab.txt", "vocabulary.json"}
     assert {x.name for x in out.iterdir()} == names | {"tokenizer_config.json"}
+    assert len({x.stat().st_mode for x in out.iterdir()}) == 1
     assert (out / "vocab.txt").read_text().split() == list(WORDS.symbols)
     found, again = convert.from_hf(out)
     assert found == config

@@ -65,11 +65,13 @@ class Format(NamedTuple):
       read: (source, FILE of hparams or None) -> the fields of Read.
       length: which of its hparams is the length of a segment.
       about: for --help.
+      has: why no FILE of hparams is taken, where none is.
     """
 
     read: Callable[[str, str | None], tuple]
     length: str
     about: str
+    has: str = ""
 
 
 def _state_dict(convert: Callable, *, needs_hparams: bool = True) -> Callable:
@@ -105,22 +107,8 @@ def _beside(directory: pathlib.Path):
     return read_vocabulary(str(path)) if path.is_file() else None
 
 
-def _hf(source, named):
-    if named:
-        raise UserError(f"--hparams={named} with --format=hf, which has config.json")
-    config, params = hugging_face.from_hf(source)
-    directory = pathlib.Path(source)
-    vocabulary = _beside(directory)
-    return config, params, read_json(directory / hugging_face.CONFIG), vocabulary
-
-
-def _nvidia(source, named):
-    if named:
-        raise UserError(
-            f"--hparams={named} with --format=nvidia, whose checkpoints have them"
-        )
-    config, params, hparams, vocabulary = nvidia.read(source)
-    return config, params, hparams, vocabulary
+def _hf(source, _):
+    return *hugging_face.read(source), _beside(pathlib.Path(source))
 
 
 def _tf(source, named):
@@ -134,20 +122,12 @@ def _tf(source, named):
     return Read(config, params, hparams, beside, step, note=note)
 
 
-def _ours(source, named):
-    if named:
-        raise UserError(
-            f"--hparams={named} with --format=xlformer, which has its config"
-        )
+def _ours(source, _):
     run = runs.load(source)
     return run.model.config, run.params, run.config.train.to_dict(), run.vocabulary
 
 
-def _portable(source, named):
-    if named:
-        raise UserError(
-            f"--hparams={named} with --format=safetensors, which has config.json"
-        )
+def _portable(source, _):
     found = portable.read(source)
     return Read(
         found.model_config,
@@ -165,8 +145,15 @@ FORMATS = {
         "tgt_len",
         "the PyTorch Transformer-XL",
     ),
-    "hf": Format(_hf, "tgt_len", "Hugging Face's TransfoXL"),
-    "nvidia": Format(_nvidia, "tgt_len", "checkpoints of NVIDIA's Transformer-XL"),
+    "hf": Format(
+        _hf, "tgt_len", "Hugging Face's TransfoXL", has="which has config.json"
+    ),
+    "nvidia": Format(
+        lambda source, _: nvidia.read(source),
+        "tgt_len",
+        "checkpoints of NVIDIA's Transformer-XL",
+        has="whose checkpoints have them",
+    ),
     "tf": Format(_tf, "tgt_len", "the TensorFlow Transformer-XL's checkpoints (V2)"),
     "awd_lstm": Format(
         _state_dict(awd_lstm.from_awd_lstm, needs_hparams=False),
@@ -176,11 +163,17 @@ FORMATS = {
     "sha_rnn": Format(
         _state_dict(sha_rnn.from_sha_rnn, needs_hparams=False), "bptt", "SHA-RNN"
     ),
-    "xlformer": Format(_ours, "segment_length", "a run of ours, to --collapse it"),
+    "xlformer": Format(
+        _ours,
+        "segment_length",
+        "a run of ours, to --collapse it",
+        has="which has its config",
+    ),
     "safetensors": Format(
         _portable,
         "segment_length",
         "a directory of python -m xlformer.export --format=safetensors",
+        has="which has config.json",
     ),
 }
 
@@ -231,6 +224,10 @@ def _main(argv) -> int:
     check_new(args.workdir)
     vocabulary = read_vocabulary(args.vocab) if args.vocab else None
     found = FORMATS[args.format]
+    if args.hparams and found.has:
+        raise UserError(
+            f"--hparams={args.hparams} with --format={args.format}, {found.has}"
+        )
     read = Read(*found.read(args.source, args.hparams))
     model_config, params = read.config, read.params
     own = read.vocabulary

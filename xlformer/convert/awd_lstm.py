@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
-from xlformer import models
-from xlformer.errors import UserError, some
+from xlformer.convert.entries import Entry, check, fill, lstm, matrix, required, said
+from xlformer.errors import UserError
 from xlformer.models import LSTMConfig
 
 # What a run of the original is given, and our name for it.
@@ -39,37 +38,6 @@ RATES = {
 }
 # Nine digits at most: Python reads no number of thousands of them.
 LAYER = re.compile(r"rnns\.(\d{1,9})\.(module\.)?(\w+?)(_raw)?$")
-
-
-class Entry(NamedTuple):
-    """An array of the original: its name, where it lies in our tree, and its shape.
-
-    Attributes:
-      name: in the original's state dict.
-      path: in our tree.
-      shape: there.
-      gates: whether its rows are the units of four gates, [4 N, ...], and our gates and
-        units its last axes, [..., 4, N].
-      reverse: whether its rows stand the other way round.
-      tied: whether another entry holds the same numbers.
-    """
-
-    name: str
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    gates: bool = False
-    reverse: bool = False
-    tied: bool = False
-
-    def to_ours(self, x: np.ndarray) -> np.ndarray:
-        if self.gates:
-            return x.T.reshape(*x.shape[1:], 4, x.shape[0] // 4)
-        return x[::-1] if self.reverse else x
-
-    def to_theirs(self, x: np.ndarray) -> np.ndarray:
-        if self.gates:
-            return x.reshape(*x.shape[:-2], -1).T
-        return x[::-1] if self.reverse else x
 
 
 def from_awd_lstm(
@@ -92,15 +60,7 @@ def from_awd_lstm(
     """
     state = _plain_names({name: np.asarray(x) for name, x in state.items()})
     config = _config(state, {k: x for k, x in (hparams or {}).items() if x is not None})
-    entries = list(_entries(config))
-    _check(config, state, entries)
-    dtype = np.result_type(*state.values())
-    shapes = jax.eval_shape(models.build(config).init, jax.random.key(0))
-    tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, dtype), shapes)
-    for entry in entries:
-        if entry.name in state and not entry.tied:
-            _leaf(tree, entry.path)[...] = entry.to_ours(state[entry.name])
-    return config, tree
+    return config, fill(config, state, check(state, _entries(config), "expected"))
 
 
 def to_awd_lstm(config: LSTMConfig, tree) -> dict[str, np.ndarray]:
@@ -108,42 +68,26 @@ def to_awd_lstm(config: LSTMConfig, tree) -> dict[str, np.ndarray]:
 
     Tied arrays appear under both names.
     """
-    return {
-        entry.name: entry.to_theirs(np.asarray(_leaf(tree, entry.path)))
-        for entry in _entries(config)
-    }
-
-
-def _leaf(tree, path):
-    for key in path:
-        tree = tree[key]
-    return tree
+    return {entry.name: entry.of(tree) for entry in _entries(config)}
 
 
 def _entries(config: LSTMConfig) -> Iterator[Entry]:
     V, widths = config.vocab_size, config.widths
     table = ("embedding", "table")
-    yield Entry("encoder.weight", table, (V, widths[0]))
+    yield Entry("encoder.weight", table, ..., (V, widths[0]))
     for k, (D, N) in enumerate(zip(widths, widths[1:], strict=False)):
-        for theirs, ours, shape in (
-            ("weight_ih_l0", "input_kernel", (4 * N, D)),
-            ("weight_hh_l0", "hidden_kernel", (4 * N, N)),
-            ("bias_ih_l0", "input_bias", (4 * N,)),
-            ("bias_hh_l0", "hidden_bias", (4 * N,)),
-        ):
-            path = ("trunk", f"lstm_{k}", ours)
-            yield Entry(f"rnns.{k}.{theirs}", path, shape, gates=True)
+        yield from lstm(f"rnns.{k}", ("trunk", f"lstm_{k}"), D, N)
     tied, shape = config.tie_weights, (V, widths[-1])
     path = table if tied else ("softmax", "table")
-    yield Entry("decoder.weight", path, shape, tied=tied)
-    yield Entry("decoder.bias", ("softmax", "bias"), (V,))
+    yield Entry("decoder.weight", path, ..., shape, tied=tied)
+    yield Entry("decoder.bias", ("softmax", "bias"), ..., (V,))
     if tails := len(config.cutoffs):
         # It reads the tombstone of tail k from column -k of the head.
-        kernel = ("softmax", "cluster_kernel")
-        shape = (tails, widths[-1])
-        yield Entry("criterion.tail_vectors", kernel, shape, reverse=True)
+        order = slice(None, None, -1)
+        kernel, shape = ("softmax", "cluster_kernel"), (tails, widths[-1])
+        yield Entry("criterion.tail_vectors", kernel, order, shape)
         bias = ("softmax", "cluster_bias")
-        yield Entry("criterion.tail_bias", bias, (tails,), reverse=True)
+        yield Entry("criterion.tail_bias", bias, order, (tails,))
 
 
 def _plain_names(state: dict) -> dict:
@@ -162,10 +106,10 @@ def _plain_names(state: dict) -> dict:
 def _config(state: dict, hparams: dict) -> LSTMConfig:
     """What the shapes say, and of the hparams what they cannot say."""
     for name in ("encoder.weight", "rnns.0.weight_hh_l0", "decoder.bias"):
-        _required(state, name)
+        required(state, name)
     n_layer = _n_layer(state)
-    vocab_size, d_model = _matrix(state, "encoder.weight")
-    last = _matrix(state, f"rnns.{n_layer - 1}.weight_hh_l0")[1]
+    vocab_size, d_model = matrix(state, "encoder.weight")
+    last = matrix(state, f"rnns.{n_layer - 1}.weight_hh_l0")[1]
     tied = _tied(state, hparams)
     fields = {ours: hparams.get(name, 0.0) for name, ours in RATES.items()}
     config = LSTMConfig(
@@ -173,19 +117,14 @@ def _config(state: dict, hparams: dict) -> LSTMConfig:
         n_layer=n_layer,
         d_model=d_model,
         # The one layer of a tied model is not of this width.
-        d_hidden=_matrix(state, "rnns.0.weight_hh_l0")[1] if n_layer > 1 else last,
+        d_hidden=matrix(state, "rnns.0.weight_hh_l0")[1] if n_layer > 1 else last,
         tie_weights=tied,
         cutoffs=_splits(state, hparams, vocab_size),
         **fields,
     )
-    said = {"n_token": "vocab_size", "ninp": "d_model", "n_layer": "n_layer"}
-    said |= {"nhid": "d_hidden"} if n_layer > 1 or not tied else {}
-    for name, ours in said.items():
-        found = getattr(config, ours)
-        if hparams.get(name, found) != found:
-            raise UserError(
-                f"hparams: {name}={hparams[name]!r:.50}, the state has {found}"
-            )
+    names = {"n_token": "vocab_size", "ninp": "d_model", "n_layer": "n_layer"}
+    names |= {"nhid": "d_hidden"} if n_layer > 1 or not tied else {}
+    said(config, hparams, names)
     return config
 
 
@@ -230,32 +169,3 @@ def _splits(state: dict, hparams: dict, vocab_size: int) -> tuple[int, ...]:
             f"criterion.tail_bias has {tails}"
         )
     return tuple(splits)
-
-
-def _required(state: dict, name: str) -> np.ndarray:
-    if name not in state:
-        raise UserError(f"the state dict lacks {name!r}")
-    return state[name]
-
-
-def _matrix(state: dict, name: str) -> tuple[int, int]:
-    x = _required(state, name)
-    if x.ndim != 2:
-        raise UserError(f"{name} has shape {x.shape}, expected a matrix")
-    return x.shape
-
-
-def _check(config: LSTMConfig, state: dict, entries: list[Entry]) -> None:
-    known = {entry.name for entry in entries}
-    for entry in entries:
-        if entry.tied and entry.name not in state:
-            continue
-        found = _required(state, entry.name)
-        if found.shape != entry.shape:
-            raise UserError(
-                f"{entry.name} has shape {found.shape}, expected {entry.shape}"
-            )
-        if not np.issubdtype(found.dtype, np.floating):
-            raise UserError(f"{entry.name} holds {found.dtype}, expected floats")
-    if unexpected := sorted(set(state) - known):
-        raise UserError(f"the state dict has unexpected names: {some(unexpected)}")

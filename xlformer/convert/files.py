@@ -1,4 +1,4 @@
-"""Reading other programs' weight files, none of which can run code.
+"""Other programs' weight files, none of which can run code.
 
 npz (allow_pickle=False), safetensors, and PyTorch state dicts (convert/torch_file.py,
 which needs no PyTorch). A pickled module is refused.
@@ -11,6 +11,8 @@ import os
 import pathlib
 import re
 import zipfile
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -149,6 +151,27 @@ def _read_safetensors(path):
             f"{path} is not a readable safetensors file: {reason(error)}"
         ) from error
     return {name: widened(x) for name, x in state.items()}, None
+
+
+def write_safetensors(
+    path: pathlib.Path, arrays: Mapping[str, Any], metadata: dict | None = None
+) -> None:
+    """Writes a file; UserError without the package, OSError where it cannot be."""
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        line = "pip install 'xlformer[export]' to write safetensors"
+        raise UserError(line) from error
+    # In the order of C, which the package takes for granted.
+    found = {name: np.asarray(x, order="C") for name, x in arrays.items()}
+    # It makes a file for its owner alone, which gets the mode that any other one has.
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    try:
+        safetensors.numpy.save_file(found, path, metadata)
+    except Exception as error:  # It has errors of its own, also of a full disk.
+        raise OSError(reason(error)) from error
+    path.chmod(mode)
 
 
 def widened(x: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 from xlformer.convert import hparams as hparams_lib
 from xlformer.convert import transformer_xl
 from xlformer.convert.files import read_json, read_sharded, read_state
-from xlformer.errors import Argument, UserError
+from xlformer.errors import Argument, UserError, about
 from xlformer.models import TransformerXLConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -63,18 +63,22 @@ def from_hf(directory: str | pathlib.Path) -> tuple[TransformerXLConfig, dict]:
     float64; bfloat16 becomes float32. Names that config.json lacks have the program's
     default. The memory starts as zeros that are attended. Raises UserError.
     """
+    return read(directory)[:2]
+
+
+def read(directory: str | pathlib.Path) -> tuple[TransformerXLConfig, dict, dict]:
+    """What from_hf returns, then the original's arguments as `settings` has them."""
     directory = pathlib.Path(directory)
     hparams = settings(directory)
     state = _weights(directory)
     # The model with a head has the prefix, the bare model has not.
     state = {name.removeprefix(PREFIX): x for name, x in state.items()}
-    try:
+    with about(str(directory)):
         config = config_of(hparams)
         if not config.untie_r:
             state = _once(state)
-        return config, transformer_xl.read(config, state, reverse_clusters=False)
-    except UserError as error:
-        raise UserError(f"{directory}: {error}") from error
+        params = transformer_xl.read(config, state, reverse_clusters=False)
+        return config, params, hparams
 
 
 def config_of(hparams: dict[str, Any]) -> TransformerXLConfig:

@@ -27,7 +27,7 @@ import numpy as np
 
 from xlformer.convert import hparams as hparams_lib
 from xlformer.convert import transformer_xl
-from xlformer.convert.plain_values import Instance, Pairs, texts
+from xlformer.convert.plain_values import Instance, Pairs
 from xlformer.convert.torch_file import TorchFile
 from xlformer.convert.vocab import of_vocab
 from xlformer.data.vocabulary import Vocabulary
@@ -103,8 +103,7 @@ def load(
 def _fields(found) -> dict[str, Any]:
     if not isinstance(found, Pairs):
         raise ValueError("no dict")
-    items = list(found)
-    return dict(zip(texts(k for k, _ in items), (x for _, x in items), strict=True))
+    return found.fields()
 
 
 def _vocabulary(found, path) -> Vocabulary | None:
@@ -115,7 +114,7 @@ def _vocabulary(found, path) -> Vocabulary | None:
         if "idx2sym" not in fields:
             return None
         if isinstance(counter := fields.get("counter"), Pairs):
-            fields["counter"] = _fields(counter)
+            fields["counter"] = counter.fields()
     except ValueError as error:
         raise UserError(f"{path}: vocab: {error}") from error
     return of_vocab(fields, f"{path}: vocab")

@@ -138,7 +138,7 @@ class _Reader:
         size = self.number(form)
         if size > LONGEST:
             self.skip(size)
-            return Skipped("a long string")
+            return Skipped()
         return self.kept(convert(self.take(size)))
 
     def kept(self, found):
@@ -213,7 +213,7 @@ class _Reader:
         if name.role == CALL:
             return self.kept(Call(name.name, given))
         if name.role == SKIPPED:
-            return Skipped(name.name)
+            return Skipped()
         if name.role == PAIRS and not given:
             return self.kept(Pairs([]))
         if name.role == PAIRS and len(given) == 1:
@@ -260,7 +260,7 @@ class _Reader:
 def _quoted(reader: _Reader):
     found = reader.line()
     if found is None:
-        return Skipped("a long string")
+        return Skipped()
     found = found.strip()
     if len(found) < 2 or found[:1] not in b"'\"" or found[:1] != found[-1:]:
         raise ValueError(f"a string without quotes before byte {reader.at}")
@@ -270,7 +270,7 @@ def _quoted(reader: _Reader):
 def _raw(reader: _Reader):
     found = reader.line()
     if found is None:
-        return Skipped("a long string")
+        return Skipped()
     return reader.kept(found.decode("raw-unicode-escape"))
 
 

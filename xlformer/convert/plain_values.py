@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 MOST_TEXT = 1 << 26  # characters of many strings; lm1b's words have 7 million
 
 
-class Skipped(NamedTuple):
+class Skipped:
     """Something that was not kept."""
 
-    what: str
+    __slots__ = ()
 
 
 class Name(NamedTuple):
@@ -45,6 +45,11 @@ class Pairs:
                 raise ValueError("an item of a dict that is no pair")
             yield item[0], item[1]
 
+    def fields(self) -> dict[str, Any]:
+        """What keys that are strings stand for; of one that repeats, the last."""
+        items = list(self)
+        return dict(zip(texts(k for k, _ in items), (x for _, x in items), strict=True))
+
 
 class Instance:
     """An object: the name of its class and the state that it was given."""
@@ -58,8 +63,7 @@ class Instance:
         """Its attributes; of a name that repeats, the last."""
         if not isinstance(self.state, Pairs):
             raise ValueError(f"a {self.name} that has no attributes")
-        items = list(self.state)
-        return dict(zip(texts(k for k, _ in items), (v for _, v in items), strict=True))
+        return self.state.fields()
 
 
 def text(value) -> str:

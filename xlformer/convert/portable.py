@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from xlformer import __version__, models, runs
@@ -24,7 +23,7 @@ from xlformer import config as config_lib
 from xlformer.convert import files
 from xlformer.data import vocabularies
 from xlformer.data.vocabulary import Vocabulary
-from xlformer.errors import UserError, reason, some
+from xlformer.errors import UserError, about, some
 from xlformer.fields import UNSAID
 from xlformer.models.parameters import abstract_params
 from xlformer.runs import leaves
@@ -58,28 +57,10 @@ def write(run: runs.Run, folder: pathlib.Path) -> None:
             f"a run of a model of one's own, {run.config.own_model}: config.json could "
             "not say what it is"
         )
-    write_weights(run.params, folder)
+    files.write_safetensors(folder / WEIGHTS, leaves.flatten(run.params))
     text = json.dumps(_described(run), indent=2, sort_keys=True) + "\n"
     (folder / runs.CONFIG).write_text(text, encoding="utf-8")
     write_vocabulary(run, folder)
-
-
-def write_weights(params, folder: pathlib.Path) -> None:
-    """Writes model.safetensors alone."""
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        line = "safetensors are written by the package: pip install 'xlformer[export]'"
-        raise UserError(line) from error
-    # In the order of C, which the package takes for granted.
-    arrays = {
-        name: np.asarray(x, order="C") for name, x in leaves.flatten(params).items()
-    }
-    path = folder / WEIGHTS
-    try:
-        safetensors.numpy.save_file(arrays, path)
-    except Exception as error:  # It has errors of its own, also of a full disk.
-        raise UserError(f"{path}: cannot be written: {reason(error)}") from error
 
 
 def write_vocabulary(run: runs.Run, folder: pathlib.Path) -> None:
@@ -115,10 +96,8 @@ def read(source) -> Model:
         raise UserError(f"{line}: read it in Python, where that model is")
     vocabulary = vocabularies.load(folder / runs.VOCABULARY)
     size = config_lib.vocab_size(config, vocabulary.size)
-    try:
+    with about(str(folder)):
         model = models.build(config.model, vocab_size=size)
-    except UserError as error:
-        raise UserError(f"{folder}: ", *error.parts) from error
     arrays, _ = files.read_state(folder / WEIGHTS)
     params = _placed(arrays, abstract_params(model), folder / WEIGHTS)
     return Model(_for_reading(config), model.config, params, vocabulary, step)

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
 from xlformer import models
-from xlformer.errors import Argument, UserError, some
+from xlformer.convert.entries import Entry, check, fill, grouped, lstm, matrix, said
+from xlformer.errors import Argument, UserError
 from xlformer.models import SHARNNConfig, sha_rnn
 
 # What a run of the original is given, and our name for it.
@@ -47,35 +47,6 @@ NORMS = {
     "lnff": "residual",
     "lnxff": "inner",
 }
-
-
-class Entry(NamedTuple):
-    """An array of the original: its name, where it lies in our tree, and its shape.
-
-    Attributes:
-      name: in the original's state dict.
-      path: in our tree.
-      shape: there.
-      groups: of a matrix or a bias whose rows are so many groups of units, [G N, ...],
-        and our last axes [..., G, N]; 0 where nothing is turned.
-      tied: whether another entry holds the same numbers.
-    """
-
-    name: str
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    groups: int = 0
-    tied: bool = False
-
-    def to_ours(self, x: np.ndarray, shape) -> np.ndarray:
-        if self.groups:
-            x = x.T.reshape(*x.shape[1:], self.groups, x.shape[0] // self.groups)
-        return x.reshape(shape)
-
-    def to_theirs(self, x: np.ndarray) -> np.ndarray:
-        if self.groups:
-            x = x.reshape(*x.shape[: len(self.shape) - 1], -1).T
-        return x.reshape(self.shape)
 
 
 def from_sha_rnn(
@@ -99,16 +70,13 @@ def from_sha_rnn(
     """
     state = {name: np.asarray(x) for name, x in state.items()}
     config = _config(state, {k: x for k, x in (hparams or {}).items() if x is not None})
-    entries = list(_entries(config))
-    _check(state, entries)
-    dtype = np.result_type(*state.values())
-    shapes = jax.eval_shape(models.build(config).init, jax.random.key(0))
-    tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, dtype), shapes)
-    for entry in entries:
-        if not entry.tied:
-            leaf = _leaf(tree, entry.path)
-            leaf[...] = entry.to_ours(state[entry.name], leaf.shape)
-    return config, tree
+    entries = check(state, _entries(config), "expected")
+    encoder, decoder = state["encoder.weight"], state.get("decoder.weight")
+    if decoder is not None and not np.array_equal(decoder, encoder):
+        raise UserError(
+            "decoder.weight differs from encoder.weight: they are tied here"
+        )
+    return config, fill(config, state, entries)
 
 
 def to_sha_rnn(config: SHARNNConfig, tree) -> dict[str, np.ndarray]:
@@ -118,10 +86,7 @@ def to_sha_rnn(config: SHARNNConfig, tree) -> dict[str, np.ndarray]:
     where that is collapsed, its vq_collapse() has been called. Tied arrays appear under
     both names.
     """
-    return {
-        entry.name: entry.to_theirs(np.asarray(_leaf(tree, entry.path)))
-        for entry in _entries(config)
-    }
+    return {entry.name: entry.of(tree) for entry in _entries(config)}
 
 
 def collapsed(config, params) -> tuple[SHARNNConfig, dict]:
@@ -132,61 +97,49 @@ def collapsed(config, params) -> tuple[SHARNNConfig, dict]:
     return sha_rnn.collapse(config, params)
 
 
-def _leaf(tree, path):
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
 def _entries(config: SHARNNConfig) -> Iterator[Entry]:
     V, D, F = config.vocab_size, config.d_model, config.d_inner
-    yield Entry("encoder.weight", ("embedding", "table"), (V, D))
-    yield Entry("decoder.weight", ("embedding", "table"), (V, D), tied=True)
-    yield Entry("decoder.bias", ("softmax", "bias"), (V,))
+    table, turns = ("embedding", "table"), grouped(config.chunks)
+    yield Entry("encoder.weight", table, ..., (V, D))
+    yield Entry("decoder.weight", table, ..., (V, D), tied=True)
+    yield Entry("decoder.bias", ("softmax", "bias"), ..., (V,))
     for k in range(config.n_layer):
-        for name, where, shape, groups in _block(D, F, config.chunks):
-            path = ("trunk", f"block_{k}", *where)
-            yield Entry(f"blocks.{k}.{name}", path, shape, groups)
-        for name, ours, shape, groups in (
-            _attention(D, config.collapsed) if k in config.attending else ()
-        ):
-            path = ("trunk", f"block_{k}", "attention", ours)
-            yield Entry(f"blocks.{k}.attn.{name}", path, shape, groups)
-
-
-def _block(D: int, F: int, chunks: int):
-    yield "rnn.weight_ih_l0", ("lstm", "input_kernel"), (4 * D, D), 4
-    yield "rnn.weight_hh_l0", ("lstm", "hidden_kernel"), (4 * D, D), 4
-    yield "rnn.bias_ih_l0", ("lstm", "input_bias"), (4 * D,), 4
-    yield "rnn.bias_hh_l0", ("lstm", "hidden_bias"), (4 * D,), 4
-    yield "ff.linear1.weight", ("boom", "kernel"), (F, D), chunks
-    yield "ff.linear1.bias", ("boom", "bias"), (F,), chunks
-    for theirs, ours in NORMS.items():
-        yield f"{theirs}.weight", (f"{ours}_scale",), (D,), 0
-        yield f"{theirs}.bias", (f"{ours}_bias",), (D,), 0
+        name, path = f"blocks.{k}", ("trunk", f"block_{k}")
+        yield from lstm(f"{name}.rnn", (*path, "lstm"), D, D)
+        boom, own = f"{name}.ff.linear1", (*path, "boom")
+        yield Entry(f"{boom}.weight", (*own, "kernel"), ..., (F, D), *turns)
+        yield Entry(f"{boom}.bias", (*own, "bias"), ..., (F,), *turns)
+        for theirs, ours in NORMS.items():
+            yield Entry(f"{name}.{theirs}.weight", (*path, f"{ours}_scale"), ..., (D,))
+            yield Entry(f"{name}.{theirs}.bias", (*path, f"{ours}_bias"), ..., (D,))
+        if k in config.attending:
+            for theirs, ours, *how in _attention(D, config.collapsed):
+                own = (*path, "attention", ours)
+                yield Entry(f"{name}.attn.{theirs}", own, *how)
 
 
 def _attention(D: int, collapsed: bool):
-    yield "q.weight", "query_kernel", (D, D), 1
-    yield "q.bias", "query_bias", (D,), 0
-    yield "qln.weight", "norm_scale", (D,), 0
-    yield "qln.bias", "norm_bias", (D,), 0
-    yield "qs", "query_gate", (1, 1, D), 0
-    yield "ks", "key_gate", (1, 1, D), 0
-    yield "vs", "value_gate", (1, 1, D), 0
-    yield "qkvs", "other_gates", (1, 3, D), 0
-    yield "r_gate", "residual_gate", (1, 1, D), 0
+    row = (None, None)  # The axes of one that it has in front of a vector.
+    yield "q.weight", "query_kernel", ..., (D, D), np.transpose, np.transpose
+    yield "q.bias", "query_bias", ..., (D,)
+    yield "qln.weight", "norm_scale", ..., (D,)
+    yield "qln.bias", "norm_bias", ..., (D,)
+    yield "qs", "query_gate", row, (1, 1, D)
+    yield "ks", "key_gate", row, (1, 1, D)
+    yield "vs", "value_gate", row, (1, 1, D)
+    yield "qkvs", "other_gates", None, (1, 3, D)
+    yield "r_gate", "residual_gate", row, (1, 1, D)
     if not collapsed:
-        yield "vq.l1.weight", "value_kernel", (2 * D, D), 2
-        yield "vq.l1.bias", "value_bias", (2 * D,), 2
+        yield "vq.l1.weight", "value_kernel", ..., (2 * D, D), *grouped(2)
+        yield "vq.l1.bias", "value_bias", ..., (2 * D,), *grouped(2)
 
 
 def _config(state: dict, hparams: dict) -> SHARNNConfig:
     """What names and shapes say, and of the hparams what they cannot say."""
-    vocab_size, d_model = _matrix(state, "encoder.weight")
-    d_inner, _ = _matrix(state, "blocks.0.ff.linear1.weight")
+    vocab_size, d_model = matrix(state, "encoder.weight")
+    d_inner, _ = matrix(state, "blocks.0.ff.linear1.weight")
     found = [m for m in map(BLOCK.fullmatch, state) if m]
-    # Not the largest number, of which a file may have any: `_check` says what lacks.
+    # Not the largest number, of which a file may have any: `check` says what lacks.
     n_layer = len({int(m[1]) for m in found})
     attending = tuple(sorted({int(m[1]) for m in found if m[2] == "attn"}))
     attention = _named(attending, n_layer)
@@ -201,14 +154,9 @@ def _config(state: dict, hparams: dict) -> SHARNNConfig:
         and not any(re.fullmatch(r"blocks\.\d+\.attn\.vq\..*", name) for name in state),
         **{ours: hparams.get(name, 0.0) for name, ours in FIELDS.items()},
     )
-    said = {"n_token": "vocab_size", "emsize": "d_model", "d_model": "d_model"}
-    said |= {"nhid": "d_inner", "nlayers": "n_layer", "n_layer": "n_layer"}
-    for name, ours in said.items():
-        value = getattr(config, ours)
-        if hparams.get(name, value) != value:
-            raise UserError(
-                f"hparams: {name}={hparams[name]!r:.50}, the state has {value}"
-            )
+    names = {"n_token": "vocab_size", "emsize": "d_model", "d_model": "d_model"}
+    names |= {"nhid": "d_inner", "nlayers": "n_layer", "n_layer": "n_layer"}
+    said(config, hparams, names)
     return config
 
 
@@ -220,36 +168,3 @@ def _named(attending: tuple[int, ...], n_layer: int) -> str:
             "known are all, none and the second last"
         )
     return known[attending]
-
-
-def _matrix(state: dict, name: str) -> tuple[int, int]:
-    x = _required(state, name)
-    if x.ndim != 2:
-        raise UserError(f"{name} has shape {x.shape}, expected a matrix")
-    return x.shape
-
-
-def _required(state: dict, name: str) -> np.ndarray:
-    if name not in state:
-        raise UserError(f"the state dict lacks {name!r}")
-    return state[name]
-
-
-def _check(state: dict, entries: list[Entry]) -> None:
-    for entry in entries:
-        if entry.tied and entry.name not in state:
-            continue
-        found = _required(state, entry.name)
-        if found.shape != entry.shape:
-            raise UserError(
-                f"{entry.name} has shape {found.shape}, expected {entry.shape}"
-            )
-        if not np.issubdtype(found.dtype, np.floating):
-            raise UserError(f"{entry.name} holds {found.dtype}, expected floats")
-    if unexpected := sorted(set(state) - {entry.name for entry in entries}):
-        raise UserError(f"the state dict has unexpected names: {some(unexpected)}")
-    encoder, decoder = state["encoder.weight"], state.get("decoder.weight")
-    if decoder is not None and not np.array_equal(decoder, encoder):
-        raise UserError(
-            "decoder.weight differs from encoder.weight: they are tied here"
-        )

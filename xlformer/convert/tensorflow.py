@@ -11,23 +11,20 @@ own, which is read transposed.
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
-from xlformer import models
 from xlformer.convert import tensor_bundle
+from xlformer.convert.entries import Entry, zeros
 from xlformer.convert.tensor_bundle import Bundle
 from xlformer.convert.tensorflow_shapes import SCOPE, check_flags, fields_of, seen
-from xlformer.convert.transformer_xl import Entry
 from xlformer.errors import UserError, some
+from xlformer.layers.adaptive import is_tied
 from xlformer.models import TransformerXLConfig
-from xlformer.models.parameters import abstract_params
 
 EPSILON = 1e-12
 STEP = "global_step"
@@ -148,12 +145,7 @@ def _params(bundle: Bundle, config: TransformerXLConfig) -> dict:
     entries = list(_entries(config))
     _check(bundle, entries)
     is_double = any(bundle.variables[entry.name].dtype == 2 for entry in entries)
-    dtype = np.float64 if is_double else np.float32
-    # Scanned, because its layers are traced once; the parameters are the same.
-    model = models.build(dataclasses.replace(config, scan_layers=True))
-    tree = jax.tree.map(
-        lambda leaf: np.zeros(leaf.shape, dtype), abstract_params(model)
-    )
+    tree = zeros(config, np.float64 if is_double else np.float32)
     for entry in entries:
         entry.leaf(tree)[entry.index] = entry.turn(bundle.read(entry.name))
     return tree
@@ -209,7 +201,7 @@ def _softmax_entries(config: TransformerXLConfig) -> Iterator[Entry]:
     for b, (start, stop) in enumerate(zip(bins.edges, bins.edges[1:], strict=False)):
         rows, path = slice(start, stop), ("softmax", "bias")
         yield Entry(f"{scope}cutoff_{b}/b", path, rows, (stop - start,))
-        if bins.projects(b) and not (config.tie_projections or (False,) * (b + 1))[b]:
+        if bins.projects(b) and not is_tied(config.tie_projections, b):
             name, path = f"{scope}cutoff_{b}/proj", ("softmax", f"projection_{b}")
             shape = (bins.width(b), config.d_model)
             yield Entry(name, path, ..., shape, np.transpose, np.transpose)

@@ -9,6 +9,7 @@ from typing import Any
 from xlformer.convert.hparams import MOST_TOKENS
 from xlformer.convert.tensor_bundle import Bundle
 from xlformer.errors import Argument, UserError, some
+from xlformer.layers.adaptive import is_tied
 from xlformer.models import TransformerXLConfig
 
 SCOPE = "transformer/"
@@ -188,7 +189,7 @@ def check_flags(bundle: Bundle, hparams: Mapping, fields: Mapping) -> None:
     wrong = [
         b
         for b in range(len(cutoffs) + 1)
-        if made.projects(b) and (b < len(tied) and tied[b]) != (bool(share) and b > 0)
+        if made.projects(b) and is_tied(tied, b) != (bool(share) and b > 0)
     ]
     if share is not None and cutoffs and wrong:
         found = _shown(bundle, f"{SCOPE}adaptive_softmax/cutoff_", "/proj")

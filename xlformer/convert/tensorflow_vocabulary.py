@@ -69,9 +69,7 @@ def _symbols(fields: dict) -> list[str]:
         raise ValueError("it has no list idx2sym of symbols")
     if not isinstance(numbered, Pairs):
         raise ValueError("it has no sym2idx")
-    symbols, pairs = texts(listed), list(numbered)
-    names = texts(symbol for symbol, _ in pairs)
-    ids = dict(zip(names, (number for _, number in pairs), strict=True))
+    symbols, ids = texts(listed), numbered.fields()
     if len(ids) != len(symbols):
         raise ValueError(f"{len(symbols)} symbols in idx2sym, {len(ids)} in sym2idx")
     for i, symbol in enumerate(symbols):
@@ -85,9 +83,7 @@ def _counter(fields: dict) -> dict[str, int]:
     counter = fields.get("counter")
     if not isinstance(counter, Pairs):
         return {}
-    pairs = list(counter)
-    names = map(_word, texts(symbol for symbol, _ in pairs))
-    return dict(zip(names, (count for _, count in pairs), strict=True))
+    return {_word(symbol): count for symbol, count in counter.fields().items()}
 
 
 def _word(symbol: str) -> str:

@@ -8,55 +8,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import operator
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
-from xlformer import models
 from xlformer.convert import hparams as hparams_lib
-from xlformer.errors import UserError, some
+from xlformer.convert.entries import Entry, check, fill
+from xlformer.errors import UserError
+from xlformer.layers.adaptive import is_tied
 from xlformer.layers.attention import LEARNED_ABSOLUTE, LEARNED_RELATIVE, RELATIVE
 from xlformer.models import TransformerXLConfig
-from xlformer.models.parameters import abstract_params
 
 # What is in the originals' files and needs no counterpart: the frequencies of the
 # sinusoids are constants.
 BUFFERS = ("pos_emb.inv_freq",)
-
-
-class Entry(NamedTuple):
-    """One array of the original: where it lies in our tree, and how it is turned.
-
-    Attributes:
-      name: in the original's state dict.
-      path: in our tree.
-      index: of the part of that leaf: a layer, a slice, or ... for the whole.
-      shape: of the array in the original.
-      turn: original's layout to that of leaf[index].
-      turn_back: the inverse.
-      tied: whether another entry holds the same numbers.
-    """
-
-    name: str
-    path: tuple[str, ...]
-    index: Any
-    shape: tuple[int, ...]
-    turn: Any = lambda x: x
-    turn_back: Any = lambda x: x
-    tied: bool = False
-
-    def leaf(self, tree):
-        """Where it lies in a tree of ours."""
-        return functools.reduce(operator.getitem, self.path, tree)
-
-    def of(self, tree) -> np.ndarray:
-        """What the original has of a tree of ours."""
-        return self.turn_back(np.asarray(self.leaf(tree))[self.index])
 
 
 def from_original(
@@ -167,7 +133,7 @@ def _softmax_entries(config, reverse_clusters):
         if not bins.projects(b):
             continue
         name, shape = f"crit.out_projs.{b}", (config.d_model, bins.width(b))
-        if b < len(config.tie_projections) and config.tie_projections[b]:
+        if is_tied(config.tie_projections, b):
             path = ("embedding", bins.embedding_projection(b))
             yield Entry(name, path, ..., shape, np.transpose, np.transpose, tied=True)
         else:
@@ -244,47 +210,5 @@ def _layer_entries(config, i):
 def read(config, state, *, reverse_clusters):
     """Fills a tree of the model's shapes from the state's arrays."""
     state = {name: np.asarray(x) for name, x in state.items() if name not in BUFFERS}
-    check(config, state, reverse_clusters)
-    # float64 stays float64, for comparisons that rounding must not blur.
-    dtype = np.result_type(*state.values())
-    # Scanned or not the parameters are the same; a scan is traced faster.
-    model = models.build(dataclasses.replace(config, scan_layers=True))
-    shapes = abstract_params(model)
-    tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, dtype), shapes)
-    for entry in entries(config, reverse_clusters=reverse_clusters):
-        if entry.name not in state:
-            # Only tied ones may be missing (check), and their leaf is filled already.
-            continue
-        found = state[entry.name]
-        leaf, turned = entry.leaf(tree), entry.turn(found)
-        # One of the two would be lost without a word.
-        if entry.tied and not np.array_equal(leaf[entry.index], turned):
-            raise UserError(
-                f"{entry.name} is tied in the hparams but differs in the file"
-            )
-        leaf[entry.index] = turned
-    return tree
-
-
-def check(config, state, reverse_clusters: bool) -> None:
-    """Raises UserError where state and hparams disagree.
-
-    It comes before anything as large as the hparams say is made.
-    """
-    known = set()
-    for entry in entries(config, reverse_clusters=reverse_clusters):
-        known.add(entry.name)
-        if entry.name not in state:
-            if entry.tied:
-                continue
-            raise UserError(f"the state dict lacks {entry.name!r}")
-        found = state[entry.name]
-        if found.shape != entry.shape:
-            raise UserError(
-                f"{entry.name} has shape {found.shape}, the hparams say {entry.shape}"
-            )
-        if not np.issubdtype(found.dtype, np.floating):
-            raise UserError(f"{entry.name} holds {found.dtype}, expected floats")
-    unexpected = sorted(set(state) - known)
-    if unexpected:
-        raise UserError(f"the state dict has unexpected names: {some(unexpected)}")
+    found = entries(config, reverse_clusters=reverse_clusters)
+    return fill(config, state, check(state, found, "the hparams say"))

@@ -21,7 +21,7 @@ from xlformer import models, runs
 from xlformer.convert import hparams as hparams_lib
 from xlformer.convert import hugging_face, place, transformer_xl
 from xlformer.convert.awd_lstm import RATES, to_awd_lstm
-from xlformer.convert.files import widened
+from xlformer.convert.files import widened, write_safetensors
 from xlformer.convert.sha_rnn import FIELDS, to_sha_rnn
 from xlformer.data.vocabulary import Vocabulary, WordVocabulary
 from xlformer.errors import UserError
@@ -97,18 +97,10 @@ def write_hf(
     if isinstance(vocabulary, WordVocabulary) and vocabulary.unk_id is not None:
         files["vocab.txt"] = "".join(f"{symbol}\n" for symbol in vocabulary.symbols)
         files["tokenizer_config.json"] = _json(_tokenizer(vocabulary))
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        line = "pip install 'xlformer[convert]' to write safetensors"
-        raise UserError(f"{out}: {line}") from error
-    arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
     with place.whole(out, errors=Exception) as folder:
         path = folder / hugging_face.WEIGHTS
-        safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
+        write_safetensors(path, arrays, {"format": "pt"})
         _write(folder, files)
-        # The library makes it for its owner alone.
-        path.chmod((folder / hugging_face.CONFIG).stat().st_mode & 0o777)
 
 
 def _tokenizer(vocabulary: WordVocabulary) -> dict[str, Any]:

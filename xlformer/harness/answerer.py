@@ -15,6 +15,7 @@ from xlformer.generation.continuation import Continuation
 from xlformer.harness import continuations
 from xlformer.harness.likelihoods import Likelihoods
 from xlformer.harness.texts import Text, Texts
+from xlformer.models import parameters
 from xlformer.progress import Progress
 from xlformer.scoring import EvalSettings
 
@@ -107,7 +108,7 @@ class Answerer:
             "run": run.config.name,
             "step": run.step,
             "params": "ema" if run.averaged else "raw",
-            "model_num_parameters": sum(x.size for x in jax.tree.leaves(run.params)),
+            "model_num_parameters": parameters.count(run.params),
             "vocabulary": f"{run.vocabulary.size} {run.vocabulary.unit}",
             "prefix_token_ids": self.texts.prefix.tolist(),
             "segment_length": self.settings.segment_length,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xlformer.errors import UserError, did_you_mean
+from xlformer.errors import UserError, about, did_you_mean
 from xlformer.generation.continuation import MOST, Continuation
 from xlformer.generation.printing import Row
 from xlformer.generation.sampling import Sampling
@@ -68,10 +68,8 @@ def _sampling(given: Mapping[str, Any], where: str) -> Sampling:
     rules = {name: float(value) for name, value in rules.items()}
     if "top_k" in rules:
         rules["top_k"] = int(rules["top_k"])
-    try:
+    with about(where):
         return Sampling(**rules)
-    except UserError as error:
-        raise UserError(f"{where}: ", *error.parts) from error
 
 
 def continued(

@@ -33,7 +33,7 @@ from xlformer.instruments.instrument import Request, Result
 from xlformer.machines import bench_timing, bench_workloads, rehearsal
 from xlformer.machines.bench_timing import Timing, clocks
 from xlformer.models import Model
-from xlformer.models.parameters import abstract_params
+from xlformer.models.parameters import abstract_params, count
 
 RUNS, SEEDS = "possible", {}
 LENGTHS = {"small": "800,1800,2800,3800", "tiny": "8,16,24"}
@@ -135,8 +135,7 @@ def _subjects(request: Request, size: str) -> dict[str, Subject]:
     def params():  # Random ones, which change no time.
         return jax.jit(model.init)(jax.random.key(config.seed))
 
-    shapes = jax.tree.leaves(abstract_params(model))
-    facts = {"config": spec, "parameters": sum(x.size for x in shapes)}
+    facts = {"config": spec, "parameters": count(abstract_params(model))}
     about = errors.about(Argument("config", spec))
     return {spec: Subject(model, params, facts, about)}
 
@@ -150,15 +149,13 @@ def reader(model: Model, way: str, length: int) -> Model:
     fields = {"memory_length": length, "extended_length": 0}
     if way == "recomputed":
         fields = {"memory_length": 0, "extended_length": length - 1}
-    line = f"{type(model).__name__} cannot be read in the three ways: "
-    try:
+    line = f"{type(model).__name__} cannot be read in the three ways"
+    with errors.about(line):
         model = model.for_reading(**fields)
-    except UserError as error:
-        raise UserError(line, *error.parts) from error
     # Shorter ones would be timed under the name of this length.
     window = model.card().get("window")
     if window is not None and window < length - 1:
-        line += f"its window shows distances up to {window}, which is less than "
+        line += f": its window shows distances up to {window}, which is less than "
         raise UserError(line, Argument("lengths", length))
     return model
 
@@ -199,8 +196,8 @@ def _timing(model: Model, params, way: str, segment: int) -> Timing:
     segment = segment if way == "recurrent" else 1
     segments = WINDOWED_TOKENS if way == "window" else 1
     call = program(model, params, segment=segment, segments=segments)
-    count = segments * segment + model.extended_length + 1
-    ids_N = bench_workloads.tokens(model.vocab_size, (count,))
+    needed = segments * segment + model.extended_length + 1
+    ids_N = bench_workloads.tokens(model.vocab_size, (needed,))
 
     def run(times: int):
         start = clocks()

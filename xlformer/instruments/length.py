@@ -22,7 +22,7 @@ from xlformer.instruments import members as members_lib
 from xlformer.instruments.instrument import Request, Result, Table
 from xlformer.instruments.mechanisms import FLOOR, KINDS, SIZES, Sizes
 from xlformer.instruments.passes import WAYS, Row
-from xlformer.models.parameters import abstract_params
+from xlformer.models.parameters import abstract_params, count
 
 RUNS, SEEDS = "possible", {}
 LONGEST = 1 << 24  # tokens
@@ -241,9 +241,8 @@ def _slopes_table(slopes: Mapping[str, dict]) -> Table:
 
 def _about(of_length: Mapping) -> dict:
     model = next(iter(of_length.values()))
-    params = abstract_params(model)
     return {
-        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "parameters": count(abstract_params(model)),
         "causal": model.causal,
         **model.card(),
     }

@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 
-import jax
 import numpy as np
 from etils import epath
 
 from xlformer import models, storage
 from xlformer.instruments import fitting, records, sequences
 from xlformer.instruments.sequences import Task
+from xlformer.models import parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +141,11 @@ class Lesson:
                     "steps": None if steps is None else float(steps),
                 }
             )
-        count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-        return {"loss": loss, "parameters": count, "by_difficulty": by_difficulty}
+        return {
+            "loss": loss,
+            "parameters": parameters.count(params),
+            "by_difficulty": by_difficulty,
+        }
 
 
 @functools.lru_cache(maxsize=2)

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from xlformer import command, errors, models, runs, storage
 from xlformer.errors import Argument, UserError
+from xlformer.models import parameters
 from xlformer.runs import locks, stored
 from xlformer.scoring import texts
 from xlformer.training.run import train
@@ -53,7 +54,7 @@ class Member:
     @property
     def parameters(self) -> int:
         """How many numbers were trained."""
-        return sum(x.size for x in jax.tree.leaves(self.run.params))
+        return parameters.count(self.run.params)
 
     def text(self, split: str):
         """Tokens of a split of its text, where documents begin, and facts."""

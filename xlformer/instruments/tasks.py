@@ -21,7 +21,7 @@ import jax
 
 from xlformer import config as config_lib
 from xlformer import models
-from xlformer.errors import Argument, UserError
+from xlformer.errors import Argument, UserError, about
 from xlformer.instruments import fitting, learnt, sequences
 from xlformer.instruments.instrument import Request, Result
 from xlformer.instruments.lessons import Lesson, Settings
@@ -178,8 +178,6 @@ def _check(own: Mapping[str, models.Model], settings: Settings) -> None:
             )
         if not model.causal:
             raise UserError(f"{name} sees what comes after a token: its answer")
-        try:
+        with about(name):
             params = abstract_params(model)
             jax.eval_shape(functools.partial(fitting.right, model), params, batch)
-        except UserError as error:
-            raise UserError(f"{name}: ", *error.parts) from error

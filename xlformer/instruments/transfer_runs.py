@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
 from xlformer import runs
-from xlformer.errors import Argument, UserError
+from xlformer.errors import Argument, UserError, about
 from xlformer.instruments import members as members_lib
 from xlformer.instruments import readings
 from xlformer.instruments.instrument import Request
@@ -102,10 +102,8 @@ def given(members: Sequence[Member]) -> Member:
             Argument("workdir", first.run.workdir),
         )
     named = Argument("workdir", first.run.workdir)
-    try:
+    with about(named):
         softmax = readings.is_softmax(first.model)
-    except UserError as error:
-        raise UserError(named, f": {error}") from error
     if not softmax:
         raise UserError(named, ": its attention is not softmax: nothing to approximate")
     if not runs.names_data(first.run.config):

@@ -6,13 +6,12 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
 from xlformer import models
 from xlformer.errors import UserError
-from xlformer.models.parameters import abstract_params
+from xlformer.models.parameters import abstract_params, count
 
 STEP = 8  # of widths: four heads of an even width
 NEAR = 0.1  # how far, as a share, parameters may be from the budget
@@ -62,5 +61,4 @@ def parameters(config: ConfigDict, vocab_size: int) -> int:
     """How many numbers are trained; nothing is made."""
     size = config_lib.vocab_size(config, vocab_size)
     model = models.build(config.model, size)
-    abstract = abstract_params(model)
-    return sum(x.size for x in jax.tree.leaves(abstract))
+    return count(abstract_params(model))

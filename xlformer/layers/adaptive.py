@@ -190,6 +190,11 @@ class AdaptiveEmbedding(nn.Module):
         return jnp.einsum("BTE,ED->BTD", x_BTE, getattr(self, name).astype(self.dtype))
 
 
+def is_tied(tie_projections: Sequence[bool], b: int) -> bool:
+    """Whether the softmax uses the embedding's projection of bin b; () ties none."""
+    return b < len(tie_projections) and tie_projections[b]
+
+
 class AdaptiveSoftmax(nn.Module):
     """Negative log-likelihoods and log-probabilities, in position order.
 
@@ -213,7 +218,7 @@ class AdaptiveSoftmax(nn.Module):
             for name, shape in bins.tables.items():
                 setattr(self, name, self.param(name, self.table_init, shape))
         for b in range(bins.n_tail + 1):
-            if bins.projects(b) and not self._tied(b):
+            if bins.projects(b) and not is_tied(self.tie_projections, b):
                 name, shape = f"projection_{b}", (bins.d_model, bins.width(b))
                 setattr(self, name, self.param(name, self.projection_init, shape))
         if bins.n_tail:
@@ -221,9 +226,6 @@ class AdaptiveSoftmax(nn.Module):
             self.cluster_kernel = self.param("cluster_kernel", self.cluster_init, shape)
             zeros = nn.initializers.zeros
             self.cluster_bias = self.param("cluster_bias", zeros, (bins.n_tail,))
-
-    def _tied(self, b):
-        return b < len(self.tie_projections) and self.tie_projections[b]
 
     def __call__(self, h_ND, targets_N, embedding):
         """nll_N of each target in nats, without an array of N x V ever existing."""
@@ -300,7 +302,7 @@ class AdaptiveSoftmax(nn.Module):
     def _project(self, h_ND, b, embedding):
         if not self.bins.projects(b):
             return h_ND
-        if self._tied(b):
+        if is_tied(self.tie_projections, b):
             kernel_ED = getattr(embedding, self.bins.embedding_projection(b))
             return jnp.einsum("ND,ED->NE", h_ND, kernel_ED.astype(self.dtype))
         kernel_DE = getattr(self, f"projection_{b}").astype(self.dtype)

@@ -17,7 +17,7 @@ from xlformer.machines import bench_presets, rehearsal
 from xlformer.machines.bench_timing import Timing, measure, memory_may_end, report
 from xlformer.machines.bench_workloads import WORKLOADS, matrix_products
 from xlformer.models import Model
-from xlformer.models.parameters import abstract_params
+from xlformer.models.parameters import abstract_params, count
 
 # More than the largest cutoff of a shrunk model, or its softmax could not be built.
 REHEARSED_VOCABULARY = 32
@@ -150,7 +150,7 @@ def circumstances(config, model: Model, mode: str, mesh) -> dict:
     dtype = model.dtype(params)
     return {
         "config": config.name,
-        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
+        "parameters": count(params),
         "mode": mode,
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,

@@ -33,6 +33,11 @@ def param_axes(params, table: Mapping[str, tuple]):
     return jax.tree_util.tree_map_with_path(name, params)
 
 
+def count(tree) -> int:
+    """How many numbers there are in a tree of arrays or of shapes."""
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
 def abstract_params(model: Model):
     """The shapes of what `init` gives; nothing is made.
 

@@ -11,6 +11,7 @@ import jax
 from xlformer import __version__, models, runs, sharding
 from xlformer.data import preparing, shards
 from xlformer.errors import UserError
+from xlformer.models import parameters
 from xlformer.scoring import dynamic, results, rows, texts, units
 from xlformer.scoring.evaluator import Evaluator
 from xlformer.scoring.rows import Plan, cut_rows_for
@@ -221,7 +222,7 @@ def _of_run(run: runs.Run) -> dict:
         "step": run.step,
         **({"steps_averaged": [*run.mean_of]} if run.mean_of else {}),
         "params": "ema" if run.averaged else "raw",
-        "parameters": sum(x.size for x in jax.tree.leaves(run.params)),
+        "parameters": parameters.count(run.params),
         "seed": run.config.seed,
     }
 

@@ -23,6 +23,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 import uuid
@@ -34,6 +35,7 @@ from etils import epath
 from xlformer import storage
 
 FILE = "metrics.jsonl"
+PART = re.compile(r"metrics-([0-9]{6,18})-\w+\.jsonl")  # in an object store
 # Each upload writes its part again: more of them would cost requests and traffic, fewer
 # would keep lines from whoever watches the run. Parts are closed at some size, so that
 # an upload does not grow with the run.
@@ -130,8 +132,8 @@ class _Parts:
         # Should two runs write at once after all, neither overwrites the other's parts.
         self._id = uuid.uuid4().hex[:8]
         # Numbers go on from those of earlier attempts, so that names sort by time.
-        names = [path.name for path in parts(workdir)]
-        self._number = max([int(n.split("-")[1]) for n in names if "-" in n], default=0)
+        found = [PART.fullmatch(path.name) for path in parts(workdir)]
+        self._number = max((int(name[1]) for name in found if name), default=0)
         self._next()
 
     def _next(self) -> None:

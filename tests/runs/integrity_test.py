@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 
 import jax
@@ -76,6 +77,19 @@ def test_damage_to_any_file_is_refused_or_harmless(copied):
             fell_back += step == 1
             file.write_bytes(content)
     assert fell_back > 20
+
+
+@pytest.mark.parametrize("item", ["digest", "config", "state"])
+def test_a_pipe_in_a_step_is_not_waited_for(item, copied):
+    path = next(p for p in (copied / "2" / item).rglob("*") if p.is_file())
+    path.unlink()
+    os.mkfifo(path)
+    reader = Checkpoints(copied, read_only=True)
+    assert reader.best() == 1
+    assert reader.restore(abstract_state())[0] == 1
+    name = path.relative_to(copied / "2")
+    with pytest.raises(UserError, match=f"step 2: {name} is a pipe or a device"):
+        reader.config(2)
 
 
 def data_files(step_directory):

@@ -77,7 +77,7 @@ def _holds(found) -> bool:
 
 def check_file(path) -> None:
     """Raises ValueError for a local path that may never end."""
-    if _is_endless(path):
+    if is_endless(path):
         raise ValueError(f"it is {ENDLESS}")
 
 
@@ -85,7 +85,7 @@ def endless(folder, names: Iterable[str]) -> str | None:
     """The first of `below` that may never end."""
     for path in below(folder, names):
         with contextlib.suppress(OSError):  # gone meanwhile
-            if _is_endless(path):
+            if is_endless(path):
                 return path
     return None
 
@@ -104,7 +104,8 @@ def below(folder, names: Iterable[str]) -> Iterator[str]:
             yield from (os.path.join(directory, name) for name in (*folders, *files))
 
 
-def _is_endless(path) -> bool:
+def is_endless(path) -> bool:
+    """Whether a local path that is there is a pipe or a device."""
     # What a shell makes of <(command): a person has named it, and waits for its end.
     if os.path.dirname(path) in OF_PROCESSES:
         return False

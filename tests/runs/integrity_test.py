@@ -92,6 +92,17 @@ def test_a_pipe_in_a_step_is_not_waited_for(item, copied):
         reader.config(2)
 
 
+@pytest.mark.parametrize(
+    "content", ["7", '{"metrics": 7}', "[" * 100_000], ids=["7", "metrics", "deep"]
+)
+def test_what_orbax_notes_of_a_step_is_read_by_the_writer_alone(content, copied):
+    (copied / "2" / "_CHECKPOINT_METADATA").write_text(content)
+    with pytest.raises(UserError, match="cannot be opened: ") as e:
+        Checkpoints(copied)
+    assert str(copied) in str(e.value) and "\n" not in str(e.value)
+    assert Checkpoints(copied, read_only=True).restore(abstract_state())[0] == 2
+
+
 def data_files(step_directory):
     found = [p for p in (step_directory / "state").rglob("d/*") if p.is_file()]
     assert found

@@ -32,7 +32,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from etils import epath
 
-from xlformer import storage
+from xlformer import storage, strangers
 
 FILE = "metrics.jsonl"
 PART = re.compile(r"metrics-([0-9]{6,18})-\w+\.jsonl")  # in an object store
@@ -166,8 +166,13 @@ class _Parts:
 def parts(workdir: epath.Path) -> list[epath.Path]:
     """The files of lines, oldest first."""
     found = sorted(workdir.glob("metrics*.jsonl"))
-    # A pipe of that name would never end. Object stores have none.
-    return [p for p in found if storage.is_remote(p) or p.is_file()]
+    # Object stores have neither folders nor pipes. Those are files to etils.
+    return [
+        path
+        for path in found
+        if storage.is_remote(path)
+        or (path.is_file() and not strangers.is_endless(path))
+    ]
 
 
 def _tensorboard(workdir: epath.Path, purge_step: int | None):

@@ -181,7 +181,8 @@ def _write(out, name: str, result: Result, about: dict) -> None:
     storage.put(out / f"{name}.json", text + "\n")
     picture = out / f"{name}.svg"
     # What lies there from an earlier call is not of these numbers.
-    picture.unlink(missing_ok=True)
+    with storage.answering(f"{picture}: cannot be removed", picture):
+        picture.unlink(missing_ok=True)
     if pictures.can_be_made():
         figure = pictures.figure()
         result.draw(figure)

@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from xlformer import fields as fields_lib
-from xlformer import models, storage, together
+from xlformer import models, storage, strangers, together
 from xlformer.data import recipes, stream
 from xlformer.errors import Argument, UserError, about, did_you_mean
 from xlformer.models import checks
@@ -280,6 +280,7 @@ def from_dict(found: Mapping, *, where: str = "config.json") -> ConfigDict:
     """
     try:
         found = dict(found)
+        strangers.check_depth(found)
         written = found.pop("format", 1)
         config = default_config(found["model"]["name"])
     except (ValueError, KeyError, TypeError) as error:

@@ -89,9 +89,10 @@ def write(
     text = page.page(title, subtitle, sections, _about(made_by))
     storage.put(out / FILE, text)
     # Of an earlier page, perhaps of other runs.
-    for path in out.glob("*.png"):
-        if PICTURE.fullmatch(path.stem) and path.stem not in subject.drawn:
-            path.unlink()
+    with storage.answering(f"{out}: old pictures cannot be removed", out):
+        for path in out.glob("*.png"):
+            if PICTURE.fullmatch(path.stem) and path.stem not in subject.drawn:
+                path.unlink()
     return out / FILE
 
 

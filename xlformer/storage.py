@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import uuid
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -72,15 +73,26 @@ def check_writable(folder, name: str) -> None:
 def make_folder(folder: epath.Path, name: str) -> None:
     """Makes a folder and those above it; raises one line where a store does not answer.
 
-    name: of the argument. Of a local one command.run makes a line.
+    name: of the argument.
+    """
+    with answering(f"{name}={folder}: cannot be made", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def answering(what: str, place) -> Iterator[None]:
+    """Makes one line of a store's errors, which have no common class.
+
+    Of a local disk's command.run makes one.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except UserError:
+        raise
     except Exception as error:
-        if not is_remote(folder):
+        if not is_remote(place):
             raise
-        line = f"{name}={folder}: cannot be made"
-        raise unreadable(line, folder, error) from error
+        raise unreadable(what, place, error) from error
 
 
 def check_room(folder, size: int, what: str, elsewhere: str = ELSEWHERE) -> None:
@@ -152,20 +164,7 @@ def _prepare() -> None:
 
 def write(file: epath.Path, text: str) -> None:
     """Writes a file whole or not at all; raises UserError where it cannot."""
-    try:
-        # An object appears only when it is complete.
-        if is_remote(file):
-            file.write_text(text)
-            return
-        # In the same directory: a rename is atomic only within one file system.
-        temporary = file.parent / f"{file.name}{TEMPORARY}"
-        temporary.write_text(text)
-        os.replace(temporary, file)
-    # Errors of the network and of credentials have no common class.
-    except Exception as error:
-        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        line = f"{file}: cannot be written: {kind}{reason(error)}"
-        raise UserError(line) from error
+    _replaced(file, text.encode(), f"{os.fspath(file)}{TEMPORARY}")
 
 
 def put(file, content: str | bytes) -> None:
@@ -175,18 +174,26 @@ def put(file, content: str | bytes) -> None:
     that is killed it stays. Raises UserError where the file cannot be written.
     """
     content = content.encode() if isinstance(content, str) else content
-    if is_remote(file):
-        # An object appears only when it is complete.
-        epath.Path(file).write_bytes(content)
-        return
-    name = f"{os.path.basename(file)}.{uuid.uuid4().hex}{TEMPORARY}"
-    temporary = os.path.join(os.path.dirname(file), name)
+    _replaced(file, content, f"{os.fspath(file)}.{uuid.uuid4().hex}{TEMPORARY}")
+
+
+def _replaced(file, content: bytes, temporary: str) -> None:
+    """temporary: beside the file; a rename is atomic only within one file system."""
     try:
-        with open(temporary, "xb") as opened:
+        # An object appears only when it is complete.
+        if is_remote(file):
+            epath.Path(file).write_bytes(content)
+            return
+        with open(temporary, "wb") as opened:
             opened.write(content)
         os.replace(temporary, file)
-    except OSError as error:
+    # Errors of the network and of credentials have no common class.
+    except Exception as error:
+        line = f"{os.fspath(file)}: cannot be written"
+        if is_remote(file):
+            raise unreadable(line, file, error) from error
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        line = f"{os.fspath(file)}: cannot be written: {error.strerror}"
-        raise UserError(line) from error
+        # Without the temporary file, of which nobody knows.
+        why = getattr(error, "strerror", None) or reason(error)
+        raise UserError(f"{line}: {why}") from error

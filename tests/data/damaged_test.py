@@ -34,6 +34,25 @@ def damage_negative(folder):
     (folder / "card.json").write_text(json.dumps(fields))
 
 
+def damage_words(folder):
+    fields = json.loads((folder / "card.json").read_text())
+    del fields["splits"]["test"]["words"]
+    (folder / "card.json").write_text(json.dumps(fields))
+
+
+def damage_record(folder):
+    fields = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps(fields | {"record": "3"}))
+
+
+def pipe(name):
+    def damage(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return damage
+
+
 def damage_pickle(folder):
     with open(folder / "test.npy", "wb") as file:
         np.save(file, np.array([{}], object), allow_pickle=True)
@@ -65,6 +84,8 @@ DAMAGE = {
     damage_truncate: "train.npy: .*prepare again",
     damage_ids: "train.npy: token id out of range: 250 in a vocabulary of 10",
     damage_negative: "card.json: .*no number of tokens for test; .*prepare again",
+    damage_words: "card.json: .*KeyError: 'words'; .*prepare again",
+    damage_record: "card.json: .*record='3' is no size; .*prepare again",
     damage_pickle: "test.npy: .*prepare again",
     damage_card: "card.json: not a prepared corpus: .*prepare again",
     damage_vocabulary: "vocabulary.json: not a stored vocabulary.*prepare again",
@@ -75,6 +96,10 @@ DAMAGE = {
     lambda folder: (folder / "card.json").unlink(): "card.json: not a prepared",
     lambda folder: (folder / "vocabulary.json").unlink(): "cannot read the vocab",
     lambda folder: (folder / "test-documents.npy").unlink(): "test-documents.npy: ",
+    pipe("card.json"): "card.json: .*a pipe or a device",
+    pipe("index.json"): "index.json: .*a pipe or a device",
+    pipe("vocabulary.json"): "vocabulary.json: .*a pipe or a device",
+    pipe("train.npy"): "train.npy: .*a pipe or a device",
 }
 
 

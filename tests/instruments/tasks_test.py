@@ -170,6 +170,10 @@ def test_a_table_says_how_far_the_seeds_are_apart():
     (row,) = by_difficulty.rows
     assert row == ("m", "1,000", "100±0", "50±0/10±14")
     assert by_set.rows == [("copy", "m", "100±0")]
+    # Of one seed nobody knows it.
+    one = learnt.result(found[1:])
+    assert one.tables[0].rows == [("m", "1,000", "100", "50/20")]
+    assert "±" not in one.notes[0] and "one seed, which shows no spread" in one.notes[0]
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,10 @@ import trained_run
 from xlformer import compare, models
 from xlformer import config as config_lib
 from xlformer.errors import UserError
+from xlformer.hosts.faults import NotFinite
 from xlformer.instruments import members, readings, transfer, transfer_runs
 from xlformer.instruments.members import Member
+from xlformer.runs.locks import InUse
 from xlformer.training import objectives
 
 T = 5
@@ -190,6 +192,22 @@ def test_where_all_say_hidden_symbols(stored, monkeypatch):
     assert titles[-1] == "accuracy from the start, by step: hidden symbols"
 
 
+def test_what_is_no_loss_ends_the_study(stored, monkeypatch):
+    source = member()
+    monkeypatch.setattr(readings, "at_first", lambda *_, **__: [])
+    score = types.SimpleNamespace(accuracy=0.5)
+    monkeypatch.setattr(readings, "read", lambda *_: [score])
+    for error in (InUse("X is in use"), UserError("X: cannot be written: full")):
+
+        def continued(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(transfer_runs, "continued", continued)
+        with pytest.raises(type(error)) as raised:
+            transfer._study(None, source, SIZES, ("SMREG, redrawn",))
+        assert raised.value is error
+
+
 class Place:
     def __truediv__(self, name):
         return name
@@ -202,7 +220,7 @@ class Continued:
     def __call__(self, request, source, sizes, kind, steps):
         self.asked.append((kind, steps))
         if kind.startswith("SMREG"):
-            raise UserError("the loss is not finite")
+            raise NotFinite("the loss is not finite")
         return self.source
 
 

@@ -1,5 +1,6 @@
 """Where the wall clock of a run went, over kills and restarts; all sums by hand."""
 
+import json
 import os
 import random
 import subprocess
@@ -253,6 +254,34 @@ def test_records_of_repeated_steps_are_read_and_torn_lines_are_not(tmp_path, now
     assert goodput.read(tmp_path) == records
     (total,) = log.read(tmp_path, kind=goodput.TOTAL)
     assert total["goodput/ratio"] == pytest.approx(10 / 110)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"goodput/attempt": None},
+        {"goodput/attempt": 7},
+        {"goodput/attempt": "x"},
+        {"goodput/attempt": "9" * 5000 + "-1"},
+        {"goodput/steps_s": None},
+        {"goodput/steps_s": "nan"},
+        {"goodput/saving_s": "a text"},
+        {"goodput/saving_s": 10**400},
+        {"goodput/saving_s": 1.7e308},
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_a_record_that_no_attempt_wrote_is_passed_over(change, tmp_path, now):
+    with log.Writer(tmp_path) as writer:
+        goodput.Clock(writer.write).record(3)
+    records = goodput.read(tmp_path)
+    (record,) = records
+    strange = {k: v for k, v in (record | change).items() if v is not None}
+    with (tmp_path / log.FILE).open("a") as file:
+        file.write(json.dumps(strange) + "\n")
+        file.write('{"step": 1, "kind": "goodput", "time": 0}\n')
+    assert goodput.read(tmp_path) == records
+    assert goodput.line(goodput.summary(records)).startswith("goodput 0.0 % of 0.0 s")
 
 
 def test_an_attempt_begins_with_its_process():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 
 import jax
@@ -76,6 +77,30 @@ def test_damage_to_any_file_is_refused_or_harmless(copied):
             fell_back += step == 1
             file.write_bytes(content)
     assert fell_back > 20
+
+
+@pytest.mark.parametrize("item", ["digest", "config", "state"])
+def test_a_pipe_in_a_step_is_not_waited_for(item, copied):
+    path = next(p for p in (copied / "2" / item).rglob("*") if p.is_file())
+    path.unlink()
+    os.mkfifo(path)
+    reader = Checkpoints(copied, read_only=True)
+    assert reader.best() == 1
+    assert reader.restore(abstract_state())[0] == 1
+    name = path.relative_to(copied / "2")
+    with pytest.raises(UserError, match=f"step 2: {name} is a pipe or a device"):
+        reader.config(2)
+
+
+@pytest.mark.parametrize(
+    "content", ["7", '{"metrics": 7}', "[" * 100_000], ids=["7", "metrics", "deep"]
+)
+def test_what_orbax_notes_of_a_step_is_read_by_the_writer_alone(content, copied):
+    (copied / "2" / "_CHECKPOINT_METADATA").write_text(content)
+    with pytest.raises(UserError, match="cannot be opened: ") as e:
+        Checkpoints(copied)
+    assert str(copied) in str(e.value) and "\n" not in str(e.value)
+    assert Checkpoints(copied, read_only=True).restore(abstract_state())[0] == 2
 
 
 def data_files(step_directory):

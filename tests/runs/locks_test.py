@@ -22,6 +22,8 @@ HOLDER = """
 """
 PERIOD = 0.1
 DEAD = PERIOD * locks.PATIENCE
+STRANGE = ["{", "[]", '{"pid": 3}', '{"time": "x"}', "[" * 100_000]
+STRANGE += [f'{{"time": 1{"0" * 400}}}']
 
 
 def owner(workdir):
@@ -205,8 +207,16 @@ def test_an_owner_whose_disk_is_away_goes_on_and_says_so(
 
 
 def test_a_damaged_lock_is_of_somebody(tmp_path, no_flock, capsys):
-    for text in ("{", "[]", '{"pid": 3}', '{"time": "x"}'):
+    for text in STRANGE:
         (tmp_path / "lock").write_text(text)
         with beating(tmp_path):
             pass
         assert "another process" in capsys.readouterr().err
+
+
+def test_a_damaged_lock_of_the_kernel_is_of_somebody(tmp_path, capsys):
+    for text in STRANGE:
+        (tmp_path / "lock").write_text(text)
+        with WorkdirLock(tmp_path):
+            pass
+        assert "another process ended without" in capsys.readouterr().err

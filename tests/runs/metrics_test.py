@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 
 import jax
@@ -48,6 +49,24 @@ def test_after_a_resume_the_last_record_of_a_step_counts(tmp_path):
     found = [(r["step"], r["train/bpc"]) for r in log.read(tmp_path, kind="train")]
     assert found == [(10, 10), (20, 120), (25, 125), (30, 30)]
     assert [r["eval/bpc"] for r in log.read(tmp_path, kind="eval")] == [7.0]
+
+
+def test_a_part_of_a_stranger_has_no_number(tmp_path):
+    for name in ("metrics-old.jsonl", "metrics-3-x.jsonl", "metrics.jsonl"):
+        (tmp_path / name).write_text("")
+    for number in (1, 2):
+        part = log._Parts(log.storage.path(tmp_path))
+        assert part._path.name.startswith(f"metrics-{number:06d}-")
+        part._path.write_text("")
+
+
+def test_a_pipe_has_no_lines(tmp_path):
+    with log.Writer(tmp_path) as writer:
+        writer.write(1, {"train/bpc": 1.0})
+    os.mkfifo(tmp_path / "metrics-1.jsonl")
+    (tmp_path / "metrics-2.jsonl").mkdir()
+    (tmp_path / "metrics-3.jsonl").symlink_to("nowhere")
+    assert [r["step"] for r in log.read(tmp_path)] == [1]
 
 
 def test_a_line_torn_by_a_kill_costs_only_itself(tmp_path):

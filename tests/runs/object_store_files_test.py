@@ -58,8 +58,9 @@ def test_a_reader_sees_what_another_process_writes(place):
         assert list(place.iterdir()) == [path] and path.read_text() == text
 
 
-def test_what_cannot_be_written_is_one_line():
-    line = refusal(storage.write, storage.path("gs://nowhere/run/config.json"), "")
+@pytest.mark.parametrize("write", [storage.write, storage.put])
+def test_what_cannot_be_written_is_one_line(write):
+    line = refusal(write, storage.path("gs://nowhere/run/config.json"), "")
     assert line.startswith("gs://nowhere/run/config.json: cannot be written: ")
     assert "\n" not in line
 

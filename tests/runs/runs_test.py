@@ -1,6 +1,7 @@
 """Loading a run: what is read, which step, and files of strangers."""
 
 import json
+import os
 
 import jax
 import numpy as np
@@ -114,8 +115,9 @@ def test_params_that_are_none(base, params):
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"\xff\xfe", b"3", b"[]", b"null", b'"x"', b"{}", b'{"model": 3}']
-    + [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 9999, b'{"model": {"name": []}}'],
-    ids=range(13),
+    + [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 9999, b'{"model": {"name": []}}']
+    + [b'{"a":' * 900 + b"1" + b"}" * 900],
+    ids=range(14),
 )
 def test_config_that_is_no_config(workdir, content):
     (workdir / runs.CONFIG).write_bytes(content)
@@ -193,6 +195,14 @@ def test_vocabulary_of_a_stranger(workdir, content):
     (workdir / runs.VOCABULARY).write_bytes(content)
     message = refusal(workdir)
     assert "vocabulary.json" in message
+
+
+@pytest.mark.parametrize("name", [runs.CONFIG, runs.VOCABULARY])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(name, workdir):
+    (workdir / name).unlink()
+    os.mkfifo(workdir / name)
+    message = refusal(workdir)
+    assert str(workdir / name) in message and "a pipe or a device" in message
 
 
 def test_vocabulary_of_another_size(workdir):

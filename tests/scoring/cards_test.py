@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import threading
 
 import numpy as np
@@ -91,9 +92,16 @@ def test_what_is_no_card_is_passed_over(tmp_path):
     folder.mkdir()
     for name, text in {"0.json": "[", "1.json": "[1]", "2.json": "7"}.items():
         (folder / name).write_text(text)
-    (folder / "3.json").mkdir()
+    deep = "[" * 900 + "]" * 900
+    (folder / "3.json").write_text(f'{{"step": {deep}}}')
+    (folder / "4.json").write_text("{}" + " " * cards.BIGGEST)
+    (folder / "5.json").mkdir()
+    os.mkfifo(folder / "6.json")
+    os.mkfifo(folder / cards.INDEX)
     cards.write(tmp_path, [card(step=4)])
     assert [entry["step"] for entry in index(tmp_path)] == [4]
+    found = [cards.read(path) for path in cards.archived(folder)]
+    assert len(found) == 8 and [x["step"] for x in found if x] == [4]
 
 
 def test_an_index_is_made_anew_where_it_is_lost(tmp_path):
@@ -113,6 +121,19 @@ def test_what_cannot_be_written_is_a_warning(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "nowhere" in line
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_store_that_may_not_be_written_is_a_warning(tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise RuntimeError("403, no storage.objects.create")
+
+    monkeypatch.setattr(cards.storage, "put", lambda *_: None)
+    monkeypatch.setattr(cards.storage, "path", lambda place: place)
+    monkeypatch.setattr(cards.storage, "is_remote", lambda place: True)
+    monkeypatch.setattr(type(tmp_path), "mkdir", refuse)
+    cards.write(tmp_path, [card()])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the card was not written: ") and "403" in line
 
 
 def test_results_of_literal_numbers():

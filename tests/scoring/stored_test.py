@@ -130,8 +130,12 @@ def test_damage_is_one_line(places):
     run, _ = make_run(places / "run")
     path = run.workdir / writing.DATA
     card = json.loads(path.read_text())
-    for broken in ("", "[]", "{}", json.dumps(card | {"splits": {"test": {}}})):
-        path.write_text(broken)
+    broken = ["", "[]", "{}", "[" * 100_000]
+    broken += [json.dumps(card | {"splits": {"test": {}}})]
+    for name in ("corpus", "documents", "words_are"):
+        broken.append(json.dumps({k: v for k, v in card.items() if k != name}))
+    for content in broken:
+        path.write_text(content)
         assert f"{path} is unreadable" in refused(run)
     card["splits"]["test"]["tokens"] += 1
     for split in card["splits"].values():

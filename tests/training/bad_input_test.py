@@ -3,13 +3,15 @@
 The commands that only read a run have theirs in bad_input_read_test.py.
 """
 
+import os
 import pathlib
 import resource
+import types
 import zipfile
 
 import pytest
 import trained_run
-from training_runs import write_text
+from training_runs import refusal, write_text
 
 from xlformer.runs import checkpoints, log, writing
 from xlformer.runs.checkpoints import Checkpoints
@@ -150,6 +152,7 @@ FOREIGN = {
     "photos": {"holiday.jpg": b"x"},
     "another model": {"config.json": b'{"model_type": "transfo-xl"}', "model.pt": b""},
     "not even JSON": {"config.json": b"\xff{"},
+    "JSON without an end": {"config.json": b"[" * 100_000},
 }
 
 
@@ -175,6 +178,33 @@ def test_a_config_that_was_spoiled_is_no_foreign_directory(files, tmp_path, caps
     assert "its config.json is not one of a run; without it the run goes on" in line
     (tmp_path / "config.json").unlink()
     writing.refuse_foreign(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "data.json", "lock", "metrics.jsonl", "vocabulary.json"]
+    + ["checkpoints/1/config/metadata", "tensorboard/x"],
+)
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(name, tmp_path):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    line = refusal(writing.refuse_foreign, tmp_path)
+    assert line == (
+        f"workdir={str(tmp_path)!r}: {name} is a pipe or a device, which may never end"
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff", b"[" * 100_000, b"[]", b"{}", b'{"payload_sha256": 7}']
+    + [b'{"payload_sha256": {"a": 1}}'],
+    ids=range(7),
+)
+def test_its_own_card_damaged(content, tmp_path):
+    (tmp_path / "data.json").write_bytes(content)
+    text = types.SimpleNamespace(card={"payload_sha256": "a" * 64})
+    line = refusal(writing.check_same_data, tmp_path, text)
+    assert line.startswith(f"{tmp_path}/data.json is unreadable: ")
 
 
 @pytest.mark.parametrize("name", ["file", "file/below"])

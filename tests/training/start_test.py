@@ -13,7 +13,7 @@ from xlformer.data.counting import count_bytes, count_chars, count_words
 from xlformer.data.prepared import Prepared
 from xlformer.data.translation import translated
 from xlformer.data.vocabulary import Vocabulary
-from xlformer.errors import UserError
+from xlformer.errors import UserError, WorthAnotherTry
 from xlformer.runs.checkpoints import Checkpoints
 from xlformer.train import main
 from xlformer.training import spikes, start
@@ -145,6 +145,13 @@ def test_weights_alone_are_no_run_to_go_on_with(text, tmp_path, capsys):
 def test_a_suffix_is_one_only_if_it_names_a_checkpoint(name, workdir, checkpoint):
     found = start.Source.parse(name, "own")
     assert (found.workdir, found.checkpoint) == (workdir, checkpoint)
+
+
+def test_a_store_that_does_not_answer_is_asked_again_by_the_launcher():
+    source = start.Source("gs://bucket/run", "gs://bucket/run", "best")
+    with pytest.raises(WorthAnotherTry, match="init_from='gs://bucket/run': no answer"):
+        with source._named():
+            raise WorthAnotherTry("no answer")
 
 
 def test_a_run_is_no_start_for_itself(tmp_path):

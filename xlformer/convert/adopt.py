@@ -12,9 +12,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
-from xlformer import models, runs, storage
+from xlformer import models, runs, storage, strangers
 from xlformer.convert import place, tensorflow_vocabulary, vocab
-from xlformer.convert.files import content
 from xlformer.data import preparing, vocabularies
 from xlformer.data.vocabulary import CharVocabulary, Vocabulary, WordVocabulary
 from xlformer.errors import Argument, UserError
@@ -161,7 +160,7 @@ def read_vocabulary(path: str) -> Vocabulary:
     try:
         # Not splitlines(), which also cuts at characters that may be symbols, such as
         # U+2028.
-        symbols = content(path).decode("utf-8-sig").split("\n")
+        symbols = strangers.read(path).decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(
             Argument("vocab", path), f": cannot be read: {error}"

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from xlformer import strangers
 from xlformer.convert.torch_file import TorchFile
 from xlformer.errors import UserError, reason, some
 
-MOST = 1 << 26  # bytes of settings and of symbols, and of arrays however packed
+MOST = 1 << 26  # bytes of arrays however packed
 MOST_PACKED = 16  # Weights are packed to nine tenths.
 
 
@@ -47,29 +48,13 @@ def read_state(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict | 
     return readers[path.suffix](path)
 
 
-def content(path: str | pathlib.Path) -> bytes:
-    """All of a file of settings or symbols, which may be a process's output.
-
-    Raises OSError or ValueError; of what has no end, too.
-    """
-    path = pathlib.Path(path)
-    # A pipe that lies in a stranger's directory may have nobody who writes into it.
-    if path.is_fifo() and path.parent.name != "fd":
-        raise ValueError("it is a pipe")
-    with path.open("rb") as file:
-        found = file.read(MOST + 1)
-    if len(found) > MOST:
-        raise ValueError(f"it has more than {MOST} bytes")
-    return found
-
-
 def read_json(path: pathlib.Path) -> dict:
     """Reads a JSON object; anything else is a UserError."""
     try:
-        found = json.loads(content(path).decode("utf-8"))
+        found = strangers.read_json(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     return _object(found, path)
 

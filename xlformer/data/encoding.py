@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from xlformer import progress, storage
+from xlformer import progress, storage, strangers
 from xlformer.data import corpora, parts, shards, utf8, vocabularies
 from xlformer.data.utf8 import WHITE
 from xlformer.data.vocabulary import NEWLINE, Vocabulary
@@ -136,8 +136,7 @@ def encode(job: Job, vocabulary_path: str, path: str, counts: Counts) -> Encoded
 def _done(job: Job, path: str) -> Encoded | None:
     """What is known of a shard that was finished; None where it is not as it was."""
     try:
-        with open(path + DONE, encoding="utf-8") as file:
-            version, start, stop, shard, *counted = json.load(file)
+        version, start, stop, shard, *counted = strangers.read_json(path + DONE)
         found = Encoded(shards.Shard(*shard), *counted)
         about = version, start, stop, shards.checksum(path)
         if os.path.getsize(path + STARTS) != found.documents * np.int64().nbytes:

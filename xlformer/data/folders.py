@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import pathlib
 import shutil
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from xlformer import storage
+from xlformer import storage, strangers
 from xlformer.data import shards
 from xlformer.errors import UserError, WorthAnotherTry, reason
 
@@ -99,7 +98,7 @@ def _fill(folder: pathlib.Path, build, remote: epath.Path | None) -> None:
 def _by_ranges(remote: epath.Path) -> set[str]:
     """The shards that need no copy: all, if each of their blocks has a checksum."""
     try:
-        listed = shards.read_index(remote, json.loads((remote / CARD).read_bytes()))
+        listed = shards.read_index(remote, strangers.read_json(remote / CARD))
         found = [shard for split in listed.values() for shard in split]
     except OSError:
         raise
@@ -120,7 +119,7 @@ def damaged(folder: pathlib.Path, *, by_ranges: bool = False) -> str:
     """
     name = CARD
     try:
-        card = {"splits": {}} | json.loads((folder / CARD).read_bytes())
+        card = {"splits": {}} | strangers.read_json(folder / CARD)
         name = shards.INDEX
         found = shards.read_index(folder, card)
         listed = {shard.file: shard for split in found.values() for shard in split}

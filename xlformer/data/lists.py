@@ -6,7 +6,9 @@ it). The order is kept: adaptive cutoffs rely on it.
 
 from __future__ import annotations
 
-from xlformer import storage
+import io
+
+from xlformer import storage, strangers
 from xlformer.data.corpus import Corpus
 from xlformer.data.vocabulary import WordVocabulary
 from xlformer.errors import UserError
@@ -16,9 +18,9 @@ def read(path: str, corpus: Corpus) -> WordVocabulary:
     """The words of such a file as the vocabulary of a corpus."""
     where = f"config.data.vocab_file={path}"
     try:
-        with storage.path(path).open("rb") as file:
-            # As text, which has more kinds of white space than bytes have.
-            lines = [line.decode("utf-8-sig").split(maxsplit=1)[:1] for line in file]
+        file = io.BytesIO(strangers.read(storage.path(path), strangers.MOST_OF_TEXT))
+        # As text, which has more kinds of white space than bytes have.
+        lines = [line.decode("utf-8-sig").split(maxsplit=1)[:1] for line in file]
         # Twice the same word is once, as in the original.
         words = dict.fromkeys(word for line in lines for word in line)
     except UnicodeDecodeError:

@@ -15,7 +15,7 @@ import os
 
 import numpy as np
 
-from xlformer import storage
+from xlformer import storage, strangers
 from xlformer.data.utf8 import decode_utf8
 from xlformer.data.vocabulary import Vocabulary, require
 from xlformer.errors import UserError
@@ -109,10 +109,9 @@ class PieceVocabulary(Vocabulary):
 
 def load_tokenizer(path) -> PieceVocabulary:
     """Wraps a SentencePiece model or a Hugging Face tokenizers file (JSON)."""
+    place = storage.path(path)
     try:
-        data = storage.path(path).read_bytes()
-    except UserError:
-        raise
+        data = strangers.read(place, strangers.MOST_OF_TEXT)
     except Exception as error:
         line = f"config.data.tokenizer: {path}"
         raise storage.unreadable(line, path, error) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from xlformer import storage
+from xlformer import storage, strangers
 from xlformer.data import local, ranges, shards, vocabularies
 from xlformer.data.documents import Document
 from xlformer.data.sources import SPLITS
@@ -147,24 +146,38 @@ def _starts(path: pathlib.Path, tokens: int) -> np.memmap:
 
 def _read_card(path: pathlib.Path) -> dict:
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = strangers.read_json(path)
         if card["format"] != FORMAT:
             raise ValueError(f"format {card['format']!r}, expected {FORMAT}")
-        for split in SPLITS:
-            tokens = card["splits"][split]["tokens"]
-            if type(tokens) is not int or tokens < 1:
-                raise ValueError(f"no number of tokens for {split}")
-        card["documents"] = bool(card["documents"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return checked(card)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: not a prepared corpus: {type(error).__name__}: {error};"
             f" {_again(path.parent)}"
         ) from None
-    return card
+
+
+def checked(card: dict) -> dict:
+    """The card of a prepared text, in which whoever reads it finds what it must have.
+
+    Raises ValueError, KeyError or TypeError for what lacks any of it.
+    """
+    splits = {split: dict(card["splits"][split]) for split in SPLITS}
+    for split, about in splits.items():
+        for name, least in {"tokens": 1, "bytes": 0, "words": 0}.items():
+            if type(about[name]) is not int or about[name] < least:
+                raise ValueError(f"no number of {name} for {split}")
+    for name in ("payload_sha256", "corpus", "unit", "newline", "words_are"):
+        if not isinstance(card[name], str):
+            raise ValueError(f"{name}={card[name]!r:.20} is no text")
+    if type(record := card.get("record", 1)) is not int or record < 1:
+        raise ValueError(f"record={record!r:.20} is no size")
+    return card | {"splits": splits, "documents": bool(card["documents"])}
 
 
 def _map(path: pathlib.Path, dtype: np.dtype, size: int | None = None) -> np.memmap:
     try:
+        strangers.check_file(path)
         # Mapped, so that several processes of a host share the pages. A pickle is
         # refused: it could run code.
         found = np.load(path, mmap_mode="r", allow_pickle=False)

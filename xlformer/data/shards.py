@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from xlformer import strangers
 from xlformer.data import ranges
 from xlformer.data.documents import temporary
 from xlformer.errors import UserError
@@ -34,8 +35,8 @@ NEAR = 64
 # Tokens of a text to score that stay in memory.
 IN_MEMORY = 1 << 24
 UNKNOWN = -1  # the size of a file that no index lists
-# What reading JSON that is damaged raises, or that nests too deeply.
-DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+# What reading JSON that is damaged raises.
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 SUMS = re.compile("([0-9a-f]{8})*")
 NAME = re.compile(r"\w+(-\d{5,})?\.npy")
 
@@ -125,7 +126,7 @@ def read_index(folder, card: dict) -> dict[str, list[Shard]]:
             split: [Shard(f"{split}.npy", x["tokens"], UNKNOWN, x.get("sha256", ""))]
             for split, x in about.items()
         }
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = strangers.read_json(folder / INDEX, strangers.MOST_OF_TEXT)
     if index["format"] != FORMAT:
         raise ValueError(f"format {index['format']!r}, expected {FORMAT}")
     splits = {}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 
-from etils import epath
-
+from xlformer import strangers
 from xlformer.data.pieces import PieceVocabulary
 from xlformer.data.vocabulary import (
     FORMAT,
@@ -21,8 +20,8 @@ from xlformer.errors import UserError
 def load(path) -> Vocabulary:
     """Reads a stored vocabulary from a file."""
     try:
-        text = epath.Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = strangers.read(path, strangers.MOST_OF_TEXT).decode()
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read the vocabulary: {error}") from None
     return from_json(text, str(path))
 

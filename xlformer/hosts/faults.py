@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 
-from xlformer.errors import INTERRUPTED
+from xlformer.errors import INTERRUPTED, UserError
 from xlformer.hosts.job import say
 
 # Steps in a row that are not finite and that train.skip_nonfinite forgives. Bad batches
@@ -107,6 +107,10 @@ class Interrupt:
         # sys.exit would end this thread only, and the main thread, which may be inside
         # of a compiler, may not come back for minutes.
         os._exit(INTERRUPTED)
+
+
+class NotFinite(UserError):
+    """The loss of a run is not finite, which says something of what was trained."""
 
 
 def nonfinite_message(

@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from xlformer import command, storage
+from xlformer import command, storage, strangers
 from xlformer.errors import BAD_INPUT, HUNG, Argument, UserError, WorthAnotherTry
 from xlformer.hosts.watchdog import Watchdog
 from xlformer.runs import writing
@@ -219,8 +219,8 @@ def _checksum(text: str) -> np.uint32:
 def _reads(path: epath.Path, expected: int) -> bool:
     deadline = time.monotonic() + SLOW_VIEW_S
     while True:
-        with contextlib.suppress(OSError):
-            if _checksum(path.read_text()) == expected:
+        with contextlib.suppress(OSError, ValueError, UserError):
+            if _checksum(strangers.read(path).decode()) == expected:
                 return True
         # Where there is no such directory none will appear.
         if time.monotonic() > deadline or not path.parent.is_dir():

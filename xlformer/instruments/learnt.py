@@ -20,6 +20,9 @@ def result(found: Sequence[dict]) -> Result:
     sets = sorted({one["settings"]["set"] for one in found})
     tables = [_by_difficulty(found, task, sets[-1]) for task in tasks]
     tables.append(_by_set(found, tasks, sets))
+    of = "means over seeds ± their standard deviations"
+    if len({one["settings"]["seed"] for one in found}) == 1:
+        of = "one seed, which shows no spread"
     if any(_ponders(one) for one in found):
         tables += [_steps(found, task, sets[-1]) for task in tasks]
     return Result(
@@ -27,8 +30,8 @@ def result(found: Sequence[dict]) -> Result:
         {"runs": list(found)},
         functools.partial(_draw, found=found, tasks=tasks, sets=sets),
         [
-            "Percent of characters/sequences, where these differ: means over seeds ± "
-            "their standard deviations. Training had the difficulties with a *."
+            f"Percent of characters/sequences, where these differ: {of}. Training had "
+            "the difficulties with a *."
         ],
     )
 
@@ -123,13 +126,15 @@ def _ponders(run: dict) -> bool:
     return run["by_difficulty"][0]["steps"] is not None
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.2f}±{statistics.stdev(values):.2f}"
+def _spread(values: Sequence[float], times: int = 1, digits: int = 2) -> str:
+    """The mean, and how far several values are apart."""
+    found = [statistics.mean(values)]
+    found += [statistics.stdev(values)] if len(values) > 1 else []
+    return "±".join(f"{times * x:.{digits}f}" for x in found)
 
 
 def _percent(shares: Sequence[float]) -> str:
-    mean, spread = 100 * statistics.mean(shares), 100 * statistics.stdev(shares)
-    return f"{mean:.0f}±{spread:.0f}"
+    return _spread(shares, times=100, digits=0)
 
 
 # The picture --------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
+
+from xlformer import strangers
 
 
 def read(file, **asked) -> dict[str, Any] | None:
@@ -13,9 +14,8 @@ def read(file, **asked) -> dict[str, Any] | None:
     asked: one name, under which the record has this value. A damaged file has none.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    # Nested deeply enough it is a RecursionError.
-    except (OSError, ValueError, RecursionError):
+        found = strangers.read_json(file)
+    except (OSError, ValueError):
         return None
     same = isinstance(found, Mapping) and asked.items() <= found.items()
     return found if same else None

@@ -19,6 +19,7 @@ import numpy as np
 
 from xlformer import runs
 from xlformer.errors import Argument, UserError
+from xlformer.hosts.faults import NotFinite
 from xlformer.instruments import members as members_lib
 from xlformer.instruments import readings, transfer_runs
 from xlformer.instruments.instrument import Request, Result, Table
@@ -119,8 +120,8 @@ def _study(request: Request, source: Member, sizes: Sizes, kinds) -> dict:
             begin = {0: readings.read(*arguments)[0].accuracy}
         try:
             member = transfer_runs.continued(request, source, sizes, kind, sizes.steps)
-        except UserError as error:
-            # A loss that is not finite ends a run, which says something of its kind.
+        # It says something of its kind.
+        except NotFinite as error:
             if kind == SOFTMAX:
                 raise
             notes.append(f"{kind}: {error}")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 from xlformer import runs
 from xlformer.reporting.page import Rows, Section, Text, clean, shown
 from xlformer.reporting.subject import Subject
 from xlformer.scoring import cards
 
 MOST = 40  # cards of a run, the newest
-BIGGEST = 1 << 20  # bytes of a file that can be a card
 # What a table says first; the rest of cards.ENTRY follows.
 FIRST = ("bits_per_byte", "bpc", "ppl", "word_ppl", "nats_per_token", "split", "step")
 LAST = ("payload_sha256", "corpus", "device", "date")
@@ -46,23 +43,12 @@ def section(subject: Subject) -> Section:
 
 def _read(workdir) -> tuple[list[dict], int]:
     """(the newest cards, how many more there are); [] where there are none."""
-    folder = workdir / runs.EVALUATIONS
     try:
-        paths = sorted(p for p in folder.glob("*.json") if p.name != cards.INDEX)
+        paths = cards.archived(workdir / runs.EVALUATIONS)
     except OSError:
         return [], 0
-    found = [card for path in paths[-MOST:] if (card := _card(path)) is not None]
+    found = [card for path in paths[-MOST:] if (card := cards.read(path)) is not None]
     return found, max(len(paths) - MOST, 0)
-
-
-def _card(path) -> dict | None:
-    try:
-        if not path.is_file() or path.stat().length > BIGGEST:
-            return None
-        card = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return card if isinstance(card, dict) else None
 
 
 def _cell(value):

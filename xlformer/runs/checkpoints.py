@@ -40,6 +40,8 @@ from xlformer.runs.integrity import (
 )
 
 METRIC = "nats_per_token"  # of the validation
+# Orbax keeps JSON of its own beside a step, which is not sealed and may hold anything.
+UNREADABLE = OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError
 _log = logging.getLogger(__name__)
 
 
@@ -77,8 +79,9 @@ class Checkpoints:
         )
         try:
             return ocp.CheckpointManager(self.directory, options=options)
-        except OSError as error:
-            raise UserError(f"{self.directory}: cannot be opened: {error}") from error
+        except UNREADABLE as error:
+            line = f"{self.directory}: cannot be opened: {cause(error)}"
+            raise UserError(line) from error
 
     def close(self) -> None:
         self.wait()

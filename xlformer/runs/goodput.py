@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 
 from xlformer import storage, tables
@@ -26,7 +27,10 @@ CATEGORIES = (
 )
 KIND = "goodput"  # of the records of one attempt
 TOTAL = "goodput_total"  # of the summary over all attempts
+# Seconds of one attempt: what is more was written by nobody who measured it.
+LONGEST = 1e10
 
+_ATTEMPT = re.compile("[0-9]{1,19}-[0-9]+")
 _IMPORTED = time.time()
 
 
@@ -109,12 +113,23 @@ class Clock:
 
 
 def read(workdir) -> list[dict]:
-    """All records of all attempts in the order of writing; torn lines are skipped.
+    """All records of all attempts in the order of writing.
 
-    Unlike log.read it keeps those of steps that were repeated later.
+    Unlike log.read it keeps those of steps that were repeated later. Torn lines are
+    skipped, and so is whatever no attempt has written.
     """
     found = log.lines(storage.path(workdir))
-    return [record for record in found if record["kind"] == KIND]
+    return [record for record in found if record["kind"] == KIND and _is_ours(record)]
+
+
+def _is_ours(record: dict) -> bool:
+    """Whether it has all that `summary` asks for, in numbers that can be added."""
+    attempt = record.get("goodput/attempt")
+    if not (isinstance(attempt, str) and _ATTEMPT.fullmatch(attempt)):
+        return False
+    seconds = [_seconds(record, name) for name in CATEGORIES]
+    numbers = all(type(s) is float and abs(s) < LONGEST for s in seconds)
+    return numbers and "goodput/steps_s" in record
 
 
 def summary(records: list[dict], *, now: float | None = None) -> dict[str, float]:

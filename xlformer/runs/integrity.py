@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import zlib
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from xlformer import strangers
 from xlformer.errors import UserError
 from xlformer.runs import leaves
 
@@ -54,6 +56,9 @@ def seal(tree, *, config: Mapping, metric: Mapping) -> tuple[dict, dict]:
 
 
 def read_seal(directory: epath.Path) -> dict:
+    if endless := strangers.endless(directory.parent, [directory.name]):
+        name = os.path.relpath(endless, directory)
+        raise Corrupt(f"{name} is {strangers.ENDLESS}")
     item = _read_json(directory / "digest")
     try:
         checksum = item.pop("checksum")
@@ -183,7 +188,9 @@ def _restore_args(x):
 
 def _read_json(path: epath.Path):
     try:
-        return ocp.JsonCheckpointHandler().restore(path)
+        found = ocp.JsonCheckpointHandler().restore(path)
+        strangers.check_depth(found)
+        return found
     except Exception as error:  # JSONDecodeError, FileNotFoundError, and others
         _refuse_forbidden(path, error)
         raise Corrupt(f"{path.name}: {cause(error)}") from error

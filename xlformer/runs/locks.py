@@ -198,7 +198,7 @@ class _Heartbeat:
 
     def _read(self) -> dict | None:
         try:
-            return _parse(self._path.read_text())
+            return _parse(self._path.read_bytes().decode(errors="replace"))
         except FileNotFoundError:
             return None
         except Exception as error:  # Of the network, of credentials: no common class.
@@ -233,7 +233,7 @@ def _parse(text: str) -> dict | None:
     try:
         owner = json.loads(text)
         return owner | {"time": float(owner["time"])}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return {"time": 0.0}  # damaged: of somebody
 
 

@@ -23,6 +23,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 import uuid
@@ -31,9 +32,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from etils import epath
 
-from xlformer import storage
+from xlformer import storage, strangers
 
 FILE = "metrics.jsonl"
+PART = re.compile(r"metrics-([0-9]{6,18})-\w+\.jsonl")  # in an object store
 # Each upload writes its part again: more of them would cost requests and traffic, fewer
 # would keep lines from whoever watches the run. Parts are closed at some size, so that
 # an upload does not grow with the run.
@@ -130,8 +132,8 @@ class _Parts:
         # Should two runs write at once after all, neither overwrites the other's parts.
         self._id = uuid.uuid4().hex[:8]
         # Numbers go on from those of earlier attempts, so that names sort by time.
-        names = [path.name for path in parts(workdir)]
-        self._number = max([int(n.split("-")[1]) for n in names if "-" in n], default=0)
+        found = [PART.fullmatch(path.name) for path in parts(workdir)]
+        self._number = max((int(name[1]) for name in found if name), default=0)
         self._next()
 
     def _next(self) -> None:
@@ -164,8 +166,13 @@ class _Parts:
 def parts(workdir: epath.Path) -> list[epath.Path]:
     """The files of lines, oldest first."""
     found = sorted(workdir.glob("metrics*.jsonl"))
-    # A pipe of that name would never end. Object stores have none.
-    return [p for p in found if storage.is_remote(p) or p.is_file()]
+    # Object stores have neither folders nor pipes. Those are files to etils.
+    return [
+        path
+        for path in found
+        if storage.is_remote(path)
+        or (path.is_file() and not strangers.is_endless(path))
+    ]
 
 
 def _tensorboard(workdir: epath.Path, purge_step: int | None):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import os
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from xlformer import config as config_lib
-from xlformer import models, sharding, storage
+from xlformer import models, sharding, storage, strangers
 from xlformer.data import preparing, vocabularies
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import Argument, UserError
@@ -57,7 +56,7 @@ def read_config(workdir) -> ConfigDict:
     """The resolved config of a work directory; UserError if it holds no run."""
     path = storage.path(workdir) / CONFIG
     try:
-        text = path.read_text(encoding="utf-8")
+        text = strangers.read(path).decode()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             Argument("workdir", workdir),
@@ -73,17 +72,7 @@ def refuse_links(workdir, written: Iterable[str]) -> None:
 
     A link in a stranger's directory would have us write wherever it points to.
     """
-    # Object stores have no links.
-    if storage.is_remote(workdir):
-        return
-    tops = [os.path.join(workdir, name) for name in sorted(written)]
-    inside = (
-        os.path.join(directory, name)
-        for top in tops
-        for directory, folders, files in os.walk(top)
-        for name in (*folders, *files)
-    )
-    for path in itertools.chain(tops, inside):
+    for path in strangers.below(workdir, written):
         if os.path.islink(path):
             raise UserError(
                 Argument("workdir", workdir),

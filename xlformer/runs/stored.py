@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import array
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Iterator
 
 import numpy as np
 
-from xlformer import runs, storage
+from xlformer import runs, storage, strangers
 from xlformer.data import documents, folders, local, parts, preparing, recipes, shards
 from xlformer.data.documents import Text
-from xlformer.data.prepared import FORMAT, Prepared
+from xlformer.data.prepared import FORMAT, Prepared, checked
 from xlformer.data.sources import SPLITS
 from xlformer.data.vocabulary import Vocabulary
 from xlformer.errors import Advice, Argument, UserError
@@ -88,21 +87,8 @@ def _card(path) -> dict | None:
     if not path.exists():
         return None
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-        splits = {name: card["splits"][name] for name in SPLITS}
-        sizes = [
-            s[key] for s in splits.values() for key in ("tokens", "bytes", "words")
-        ]
-        if not all(type(size) is int for size in sizes):
-            raise ValueError("the size of a split is no number")
-        texts = [
-            card[key] for key in ("payload_sha256", "unit", "newline", "words_are")
-        ]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError("a field is no text")
-        return card | {"splits": splits}
-    # A stranger's JSON may be nested deeply enough for a RecursionError.
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return checked(strangers.read_json(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is unreadable: {error!r:.100}") from None
 
 
@@ -124,9 +110,8 @@ def _search(data, card: dict) -> Iterator[Prepared]:
             continue
         for path in paths:
             try:
-                other = json.loads(path.read_text(encoding="utf-8"))
-                same = _same(other, card)
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                same = _same(strangers.read_json(path), card)
+            except (OSError, ValueError, KeyError, TypeError):
                 continue
             if same:
                 yield preparing.opened(root, path.parent.name)
@@ -164,7 +149,8 @@ def _text(data, card: dict, name: str | Argument, *, advice: bool) -> Text | Non
     except UserError as error:
         # Reading says config.data.path, whatever the person has given as the path.
         before, found, after = str(error).partition(PATH)
-        raise UserError(before, name if found else "", after, *remedy) from None
+        parts = before, name if found else "", after, *remedy
+        raise type(error)(*parts) from None
     found = None if text is None else preparing.payload(text)
     if found not in (None, card["payload_sha256"]):
         where = f"config.data.corpus={data.corpus}"

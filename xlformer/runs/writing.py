@@ -12,11 +12,12 @@ metrics.jsonl    and tensorboard/, profile/, lock; in gs:// metrics-<number>-<id
 from __future__ import annotations
 
 import json
+import os
 
 from etils import epath
 
 from xlformer import config as config_lib
-from xlformer import runs, storage
+from xlformer import runs, storage, strangers
 from xlformer.data import vocabularies
 from xlformer.data.prepared import Prepared
 from xlformer.errors import Argument, UserError
@@ -43,6 +44,9 @@ def refuse_foreign(workdir: epath.Path) -> None:
     ours = {n for n in names if n.startswith((PART, runs.EVALUATION))} | (names & OWN)
     # Before anything is read or written through one of these names.
     runs.refuse_links(workdir, ours)
+    if endless := strangers.endless(workdir, ours):
+        line = f": {os.path.relpath(endless, workdir)} is {strangers.ENDLESS}"
+        raise UserError(Argument("workdir", workdir), line)
     config = workdir / runs.CONFIG
     # A directory of our own tells by its config. Anything else must be empty but for
     # what a run leaves: a person's files are never mixed with a run's.
@@ -66,7 +70,7 @@ def refuse_foreign(workdir: epath.Path) -> None:
 def _sections(path: epath.Path) -> set[str]:
     """Keys of a JSON object; of anything else none. A model's own has other ones."""
     try:
-        found = json.loads(path.read_text())
+        found = strangers.read_json(path)
     except (OSError, ValueError):
         return set()
     return set(found) if isinstance(found, dict) else set()
@@ -103,7 +107,9 @@ def check_same_data(workdir: epath.Path, prepared: Prepared) -> None:
 
 def _check_same_text(workdir: epath.Path, new: str) -> None:
     try:
-        old = json.loads((workdir / DATA).read_text())["payload_sha256"]
+        old = strangers.read_json(workdir / DATA)["payload_sha256"]
+        if not isinstance(old, str):
+            raise ValueError("payload_sha256 is no text")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{workdir / DATA} is unreadable: {error!r}") from error
     if old != new:

@@ -16,11 +16,12 @@ import uuid
 
 from etils import epath
 
-from xlformer import runs, storage
+from xlformer import runs, storage, strangers
 from xlformer.errors import UserError
 from xlformer.tables import aligned
 
 INDEX = "index.json"
+BIGGEST = 1 << 20  # bytes of a file that can be a card
 # Of a card, what tells it from the others, and what people look for.
 ENTRY = (
     "date",
@@ -84,7 +85,9 @@ def write(workdir, cards: list[dict]) -> None:
     try:
         storage.put(workdir / f"{runs.EVALUATION}{split}.json", newest + "\n")
         storage.put(workdir / f"{runs.EVALUATION}{split}.txt", table(cards) + "\n")
-        _archive(workdir / runs.EVALUATIONS, found)
+        folder = workdir / runs.EVALUATIONS
+        with storage.answering(f"{folder}: cannot be written", folder):
+            _archive(folder, found)
     except (OSError, UserError) as error:
         # The caller still prints the numbers, which may have taken hours.
         print(f"warning: the card was not written: {error}", file=sys.stderr)
@@ -99,29 +102,37 @@ def _archive(folder: epath.Path, cards: list[dict]) -> None:
         storage.put(folder / name, json.dumps(card, indent=2) + "\n")
     # Another process may write its card and index meanwhile: whoever writes the index
     # last finds all of the others' cards, here or in the look after it.
-    names, entries = None, _known(folder / INDEX)
-    while names != (names := _names(folder)):
-        found = {name: entries.get(name) or _entry(folder / name) for name in names}
-        entries = {name: entry for name, entry in found.items() if entry}
+    found, entries = None, _known(folder / INDEX)
+    while found != (found := archived(folder)):
+        named = {p.name: entries.get(p.name) or _entry(p) for p in found}
+        entries = {name: entry for name, entry in named.items() if entry}
         storage.put(folder / INDEX, json.dumps([*entries.values()], indent=1) + "\n")
 
 
-def _names(folder: epath.Path) -> list[str]:
-    return sorted(p.name for p in folder.glob("*.json") if p.name != INDEX)
+def archived(folder: epath.Path) -> list[epath.Path]:
+    """Where the cards of a run's evaluations lie, oldest first."""
+    return sorted(path for path in folder.glob("*.json") if path.name != INDEX)
+
+
+def read(path: epath.Path) -> dict | None:
+    """A card; None for what is none, of whatever kind: anybody may have put it here."""
+    try:
+        card = strangers.read_json(path, BIGGEST)
+    except (OSError, ValueError, UserError):
+        return None
+    return card if isinstance(card, dict) else None
 
 
 def _known(path: epath.Path) -> dict[str, dict]:
     """Entries by file, of an index: no card is read again."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        return {entry["file"]: entry for entry in entries}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {entry["file"]: entry for entry in strangers.read_json(path)}
+    except (OSError, ValueError, TypeError, KeyError, UserError):
         return {}
 
 
 def _entry(path: epath.Path) -> dict | None:
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-        return {"file": path.name} | {name: card.get(name) for name in ENTRY}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None  # no card of ours
+    card = read(path)
+    if card is None:
+        return None
+    return {"file": path.name} | {name: card.get(name) for name in ENTRY}

@@ -12,7 +12,6 @@ import numpy as np
 from xlformer import config as config_lib
 from xlformer import hosts, runs, sharding
 from xlformer.data.stream import Stream
-from xlformer.errors import UserError
 from xlformer.hosts import faults
 from xlformer.runs import goodput, resume, writing
 from xlformer.runs.checkpoints import Checkpoints
@@ -286,7 +285,7 @@ class Loop:
             return
         bad = int(np.argmin(finite))
         self.checkpoints.wait()  # The last good one may still be on its way.
-        raise UserError(
+        raise faults.NotFinite(
             faults.nonfinite_message(
                 step=first_step + bad,
                 last_good=self.checkpoints.latest(),

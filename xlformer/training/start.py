@@ -109,7 +109,8 @@ class Source:
         except UserError as error:
             first, *rest = error.parts
             own = isinstance(first, Argument) and first.name == "workdir"
-            raise UserError(named, *(rest if own else (": ", *error.parts))) from error
+            parts = rest if own else (": ", *error.parts)
+            raise type(error)(named, *parts) from error
 
 
 def with_model(

@@ -37,7 +37,7 @@ def _parser(prog: str, instrument: Instrument) -> command.Parser:
     parser.add_argument(
         "--out", required=True, type=command.place, help="a folder for what is found"
     )
-    if instrument.RUNS != "none":
+    if instrument.RUNS:
         members_lib.add_flags(parser)
     if instrument.SEEDS:
         parser.add_argument("--seeds", type=int, help="runs of each kind, for a spread")
@@ -62,9 +62,8 @@ def _main(argv: Sequence[str] | None) -> int:
 def measure(prog: str, name: str, size: str, argv: Sequence[str]) -> int:
     """Runs an instrument with the flags of a command; returns the exit code."""
     instrument = instruments.find(name)
-    takes_runs, has_seeds = instrument.RUNS != "none", bool(instrument.SEEDS)
-    _refuse(argv, "--workdir", name, takes_runs, "measures no runs that are given")
-    _refuse(argv, "--seeds", name, has_seeds, "has no spread over seeds")
+    _refuse(argv, "--workdir", name, instrument.RUNS, "measures no runs that are given")
+    _refuse(argv, "--seeds", name, bool(instrument.SEEDS), "has no spread over seeds")
     args = _parser(prog, instrument).parse(argv)
     _check(args)
     out = storage.path(args.out)
@@ -135,11 +134,7 @@ def _made(out) -> Iterator[None]:
 
 
 def _members(instrument: Instrument, args) -> list[members_lib.Member]:
-    if instrument.RUNS == "none":
-        return []
-    if instrument.RUNS == "needed" and not args.workdir:
-        raise UserError("--workdir=DIR is missing: it names the run to measure")
-    return members_lib.plain(members_lib.given(args))
+    return members_lib.plain(members_lib.given(args)) if instrument.RUNS else []
 
 
 def _seeds(instrument: Instrument, size: str, args) -> int:

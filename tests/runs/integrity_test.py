@@ -124,7 +124,7 @@ def test_a_flipped_bit_is_reported_and_the_previous_step_used(copied, caplog):
 def test_steps_after_a_rewind_are_replaced(tmp_path):
     save_all(tmp_path, [10, 20, 30], keep=3)
     with Checkpoints(tmp_path, keep=3) as checkpoints:
-        assert checkpoints.restore(abstract_state(), before=20)[0] == 10
+        assert checkpoints.restore(abstract_state(), step=10)[0] == 10
         checkpoints.save(15, make_state(15), config=CONFIG)
     assert Checkpoints(tmp_path, read_only=True).steps() == [10, 15]
 

@@ -17,7 +17,7 @@ from xlformer.instruments.estimators import FORMULAS, MAPS, POSITIVE, Rows
 from xlformer.instruments.instrument import Request, Result, Table
 from xlformer.layers.favor import REGULARISED
 
-RUNS, SEEDS = "none", {}
+RUNS, SEEDS = False, {}
 
 
 @dataclasses.dataclass(frozen=True)

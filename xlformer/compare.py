@@ -26,6 +26,7 @@ from xlformer.instruments import members as members_lib
 from xlformer.instruments.instrument import SIZES, Instrument, Request, Result, Table
 from xlformer.machines import cores, quick
 from xlformer.scoring import cards, evaluation
+from xlformer.streams import say
 from xlformer.tables import aligned
 
 PROG = "python -m xlformer.compare"
@@ -76,8 +77,7 @@ def measure(prog: str, name: str, size: str, argv: Sequence[str]) -> int:
         args=args,
     )
     if not pictures.can_be_made():
-        line = f"xlformer: there will be no picture, which needs {pictures.NEEDED}"
-        print(line, file=sys.stderr, flush=True)
+        say(f"there will be no picture, which needs {pictures.NEEDED}")
     if size == "tiny" and not request.members:
         quick.compile_quickly()
     compiled.keep()

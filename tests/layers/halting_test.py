@@ -13,10 +13,7 @@ N, B, T, D = 7, 2, 11, 3
 EPSILON = 0.01
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def given(seed=0):

@@ -21,10 +21,7 @@ FIELDS |= dict(scan_layers=True)
 GOLDEN = pathlib.Path(check.__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def build(**fields):

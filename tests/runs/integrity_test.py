@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -24,23 +23,12 @@ from xlformer.errors import UserError
 from xlformer.runs import leaves
 from xlformer.runs.checkpoints import Checkpoints
 
+pytest_plugins = ["saved_checkpoints"]
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.usefixtures("complaints_stay_here"),
 ]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Steps 1 and 2, to be copied."""
-    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
-    save_all(directory, [1, 2], {1: 2.0, 2: 1.0})
-    return directory
-
-
-@pytest.fixture
-def copied(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "checkpoints")
 
 
 # Damage -----------------------------------------------------------------------------

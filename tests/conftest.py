@@ -62,6 +62,12 @@ def data_directory(tmp_path_factory, monkeypatch):
     return root
 
 
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """Where trained_run keeps its run, which all tests of a process share."""

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+import training_runs
 
 from xlformer import config as config_lib
 from xlformer import fields, models
@@ -12,9 +13,7 @@ from xlformer.training import optimizers
 
 
 def refusal(*overrides, spec="text:path=not-there.txt,debug"):
-    with pytest.raises(UserError) as caught:
-        config_lib.load(spec, overrides)
-    return str(caught.value)
+    return training_runs.refusal(config_lib.load, spec, overrides)
 
 
 @pytest.mark.parametrize("name", models.MODELS)

@@ -4,15 +4,15 @@ import dataclasses
 import functools
 import pathlib
 
+import counted
 import trained_run
 
 from xlformer import config as config_lib
 from xlformer import models, runs
-from xlformer.data.counting import count_chars
 from xlformer.data.vocabulary import WordVocabulary
 
 LINE = "the cat sat on a mat; the naïve dog\n"
-CHARS = count_chars([LINE.encode()])
+CHARS = counted.chars([LINE.encode()])
 WORDS = WordVocabulary(["<eos>", "<unk>", *dict.fromkeys(LINE.split())], [0] * 10)
 SEGMENT, MEMORY = 5, 11
 SIZES = dict(n_layer=2, d_model=14, n_head=2, d_head=7, d_inner=23, dropout=0.0)

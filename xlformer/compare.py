@@ -26,6 +26,7 @@ from xlformer.instruments import members as members_lib
 from xlformer.instruments.instrument import SIZES, Instrument, Request, Result, Table
 from xlformer.machines import cores, quick
 from xlformer.scoring import cards, evaluation
+from xlformer.streams import say
 from xlformer.tables import aligned
 
 PROG = "python -m xlformer.compare"
@@ -37,7 +38,7 @@ def _parser(prog: str, instrument: Instrument) -> command.Parser:
     parser.add_argument(
         "--out", required=True, type=command.place, help="a folder for what is found"
     )
-    if instrument.RUNS != "none":
+    if instrument.RUNS:
         members_lib.add_flags(parser)
     if instrument.SEEDS:
         parser.add_argument("--seeds", type=int, help="runs of each kind, for a spread")
@@ -62,9 +63,8 @@ def _main(argv: Sequence[str] | None) -> int:
 def measure(prog: str, name: str, size: str, argv: Sequence[str]) -> int:
     """Runs an instrument with the flags of a command; returns the exit code."""
     instrument = instruments.find(name)
-    takes_runs, has_seeds = instrument.RUNS != "none", bool(instrument.SEEDS)
-    _refuse(argv, "--workdir", name, takes_runs, "measures no runs that are given")
-    _refuse(argv, "--seeds", name, has_seeds, "has no spread over seeds")
+    _refuse(argv, "--workdir", name, instrument.RUNS, "measures no runs that are given")
+    _refuse(argv, "--seeds", name, bool(instrument.SEEDS), "has no spread over seeds")
     args = _parser(prog, instrument).parse(argv)
     _check(args)
     out = storage.path(args.out)
@@ -77,8 +77,7 @@ def measure(prog: str, name: str, size: str, argv: Sequence[str]) -> int:
         args=args,
     )
     if not pictures.can_be_made():
-        line = f"xlformer: there will be no picture, which needs {pictures.NEEDED}"
-        print(line, file=sys.stderr, flush=True)
+        say(f"there will be no picture, which needs {pictures.NEEDED}")
     if size == "tiny" and not request.members:
         quick.compile_quickly()
     compiled.keep()
@@ -135,11 +134,7 @@ def _made(out) -> Iterator[None]:
 
 
 def _members(instrument: Instrument, args) -> list[members_lib.Member]:
-    if instrument.RUNS == "none":
-        return []
-    if instrument.RUNS == "needed" and not args.workdir:
-        raise UserError("--workdir=DIR is missing: it names the run to measure")
-    return members_lib.plain(members_lib.given(args))
+    return members_lib.plain(members_lib.given(args)) if instrument.RUNS else []
 
 
 def _seeds(instrument: Instrument, size: str, args) -> int:

@@ -11,11 +11,10 @@ import importlib.util
 import os
 import pathlib
 import stat
-import sys
 
 import jax
 
-from xlformer import storage
+from xlformer import storage, streams
 from xlformer.errors import UserError
 
 # Bytes. When there are more, the programs that were not used for the longest time go.
@@ -35,7 +34,7 @@ def keep() -> None:
     try:
         folder = own_folder()
     except (OSError, UserError) as error:
-        print(f"xlformer: compiled programs are not kept: {error}", file=sys.stderr)
+        streams.say(f"compiled programs are not kept: {error}")
         return
     jax.config.update("jax_compilation_cache_dir", folder)
     # Many small programs, not one large one, are what a start waits for; by default

@@ -1,9 +1,14 @@
-"""Standard streams that are closed, full, or no longer read. Imports nothing heavy."""
+"""Standard streams, also closed, full or no longer read. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import os
 import sys
+
+
+def say(line: str) -> None:
+    """A line to people, beside what the program prints."""
+    print(f"xlformer: {line}", file=sys.stderr, flush=True)
 
 
 def stand_in() -> None:

@@ -9,16 +9,24 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from xlformer import config as config_lib
-from xlformer import models
+from xlformer import models, sharding
+from xlformer.errors import UserError
 from xlformer.kernels.relative_attention import relative_attention
-from xlformer.machines import rehearsal
-from xlformer.machines.topologies import mesh_of
+from xlformer.machines import rehearsal, topologies
 from xlformer.training.compiling import TrainingStep
 
 ENWIK8 = dict(B=8, H=8, T=512, M=512, K=64)
 WT103 = dict(B=8, H=10, T=150, M=150, K=41)
 # The longest memory of the paper's evaluations: 24 layers on enwik8.
 LONG = dict(B=1, H=8, T=128, M=3800, K=128, window=3799)
+
+
+def mesh_of(topology, sizes):
+    """A mesh of devices that are not here, to compile for."""
+    found = topologies.machine(topology)
+    if found.devices is None:
+        raise UserError(f"{topology}: {found.note}")
+    return sharding.make_mesh(sizes, devices=found.devices)
 
 
 def attention(

@@ -2,17 +2,18 @@
 
 import dataclasses
 import json
-import pathlib
 import shutil
 import subprocess
 import sys
 from unittest import mock
 
+import golden_weights
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 import trained_run
+from golden_weights import FOLDER
 from own_trunk import Recurrent, RecurrentConfig
 
 from xlformer import convert, evaluate, generate, models, runs
@@ -22,8 +23,7 @@ from xlformer.convert.__main__ import main as command
 from xlformer.data.vocabulary import ByteVocabulary, CharVocabulary, WordVocabulary
 from xlformer.errors import UserError
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-NPZ, HF = GOLDEN / "attn0_adaptive_div1.npz", GOLDEN / "hf_transfo_xl_div1"
+NPZ, HF = FOLDER / "attn0_adaptive_div1.npz", FOLDER / "hf_transfo_xl_div1"
 SYMBOLS = {60: [chr(0x430 + i) for i in range(60)]}  # one character each
 SYMBOLS[120] = ["<eos>", *(f"w{i}" for i in range(119))]
 
@@ -45,15 +45,6 @@ def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("".join(SYMBOLS[60][i] for i in ids), encoding="utf-8")
     return path
-
-
-def golden():
-    with np.load(NPZ, allow_pickle=False) as arrays:
-        hparams = json.loads(bytes(arrays["config"]))
-        state = {
-            k.removeprefix("params/"): arrays[k] for k in arrays if k[:7] == "params/"
-        }
-    return state, hparams
 
 
 def main(source, workdir, *flags, format="original"):
@@ -93,7 +84,7 @@ def test_npz_evaluates_and_generates_at_once(tmp_path, vocab, text, capsys):
     flags = (f"--workdir={workdir}", f"--text={text}", "--warmup=exact")
     assert evaluate.main(flags) == 0
     card = json.loads(capsys.readouterr().out.splitlines()[-1])
-    state, hparams = golden()
+    state, hparams = golden_weights.read(NPZ)
     config, params = convert.from_original(state, hparams)
     model = models.build(dataclasses.replace(config, scan_layers=True))
     vocabulary = CharVocabulary(SYMBOLS[60], [0] * 60)
@@ -109,7 +100,7 @@ def test_npz_evaluates_and_generates_at_once(tmp_path, vocab, text, capsys):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_safetensors_with_hparams_beside_or_named(tmp_path, vocab, text, dtype):
-    state, hparams = golden()
+    state, hparams = golden_weights.read(NPZ)
     state = {name: np.ascontiguousarray(x.astype(dtype)) for name, x in state.items()}
     safetensors.numpy.save_file(state, tmp_path / "w.safetensors")
     (tmp_path / "hparams.json").write_text(json.dumps(hparams))
@@ -230,13 +221,13 @@ def test_without_a_vocabulary_the_data_must_be_named(tmp_path, text, capsys):
 
 def test_refusals_write_nothing(tmp_path, vocab, text, capsys):
     good, workdir = f"--vocab={vocab(SYMBOLS[60])}", tmp_path / "run"
-    _, hparams = golden()
+    state, hparams = golden_weights.read(NPZ)
     bad_hparams = tmp_path / "hparams.json"
     bad_hparams.write_text(json.dumps(hparams | {"d_model": 34}))
     unknown = tmp_path / "unknown.txt"
     unknown.write_text("xyz")
     nan = tmp_path / "nan.npz"
-    arrays = {f"params/{name}": np.float64(x) for name, x in golden()[0].items()}
+    arrays = {f"params/{name}": np.float64(x) for name, x in state.items()}
     arrays["params/r_w_bias"][2, :2] = np.nan, 1e300
     config = np.frombuffer(json.dumps(hparams).encode(), np.uint8)
     np.savez(nan, config=config, **arrays)

@@ -1,38 +1,21 @@
 """AWD-LSTM's weights: its own numbers, to and fro, and what is refused."""
 
-import functools
-import json
-import pathlib
-
+import golden_weights
 import numpy as np
 import pytest
 from golden import check
+from golden_weights import changed
 
 from xlformer import convert
 from xlformer.errors import UserError
 from xlformer.models import LSTMConfig
 
-FILE = pathlib.Path(check.__file__).parent / "awd_lstm_split_softmax.npz"
+FILE = "awd_lstm_split_softmax.npz"
+GOLDEN, HPARAMS = golden_weights.read(FILE)
 
 
-@functools.cache
-def golden():
-    with np.load(FILE) as file:
-        names = [name for name in file.files if name.startswith("params/")]
-        state = {name.removeprefix("params/"): file[name] for name in names}
-        return state, json.loads(file["config"].tobytes())
-
-
-def read(state=None, **hparams):
-    given, settings = golden()
-    return convert.from_awd_lstm(given if state is None else state, settings | hparams)
-
-
-def changed(**arrays):
-    """The golden state with other arrays; None leaves one out. `__` is a dot."""
-    found = dict(golden()[0])
-    found |= {name.replace("__", "."): x for name, x in arrays.items()}
-    return {name: x for name, x in found.items() if x is not None}
+def read(state=GOLDEN, **hparams):
+    return convert.from_awd_lstm(state, HPARAMS | hparams)
 
 
 def of_weight_drop(state, *, with_dropped):
@@ -70,7 +53,7 @@ def same(found, expected):
 
 
 def test_the_programs_own_numbers():
-    result = check.check(FILE)
+    result = check.check(golden_weights.FOLDER / FILE)
     assert result.ok, result.problems
     assert result.compared == result.total == 105
 
@@ -78,8 +61,8 @@ def test_the_programs_own_numbers():
 def test_there_and_back_is_the_same_state():
     config, params = read()
     assert config.widths == (10, 14, 10) and config.cutoffs == (8, 25, 40)
-    same(convert.to_awd_lstm(config, params), golden()[0])
-    state = untied(golden()[0])
+    same(convert.to_awd_lstm(config, params), GOLDEN)
+    state = untied(GOLDEN)
     config, params = convert.from_awd_lstm(state, {"dropouth": 0.25, "alpha": 2})
     assert (config.widths, config.tie_weights) == ((10, 14, 14), False)
     assert (config.hidden_dropout, config.activation_penalty) == (0.25, 2.0)
@@ -89,14 +72,14 @@ def test_there_and_back_is_the_same_state():
 
 @pytest.mark.parametrize("with_dropped", [False, True])
 def test_of_a_model_with_weight_drop_the_raw_weights_count(with_dropped):
-    state = of_weight_drop(golden()[0], with_dropped=with_dropped)
+    state = of_weight_drop(GOLDEN, with_dropped=with_dropped)
     config, params = read(state, wdrop=0.5)
     assert config.weight_dropout == 0.5
-    same(convert.to_awd_lstm(config, params), golden()[0])
+    same(convert.to_awd_lstm(config, params), GOLDEN)
 
 
 def test_a_tied_decoder_need_not_be_there_and_float64_stays():
-    state = {n: x.astype(np.float64) for n, x in golden()[0].items()}
+    state = {n: x.astype(np.float64) for n, x in GOLDEN.items()}
     del state["decoder.weight"]
     _, params = read(state)
     assert params["trunk"]["lstm_0"]["input_kernel"].dtype == np.float64
@@ -132,11 +115,11 @@ def test_a_tied_decoder_need_not_be_there_and_float64_stays():
 )
 def test_what_does_not_fit_is_said_in_a_line(state, hparams, line):
     with pytest.raises(UserError, match=line) as raised:
-        read(changed(**state), **hparams)
+        read(changed(GOLDEN, **state), **hparams)
     assert "\n" not in str(raised.value)
 
 
 def test_a_model_of_one_layer_is_read_too():
-    state = {n: x for n, x in untied(golden()[0]).items() if not n.startswith("rnns.1")}
+    state = {n: x for n, x in untied(GOLDEN).items() if not n.startswith("rnns.1")}
     config, _ = convert.from_awd_lstm(state)
     assert config == LSTMConfig(60, 1, 10, 14, tie_weights=False, dropout=0.0)

@@ -1,8 +1,6 @@
 """To the original and back; that the numbers agree shows golden/check_test.py."""
 
-import json
-import pathlib
-
+import golden_weights
 import jax
 import numpy as np
 import pytest
@@ -10,23 +8,12 @@ import pytest
 from xlformer import convert, models
 from xlformer.errors import UserError
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-CASES = sorted(p.stem for p in GOLDEN.glob("attn*.npz"))
-
-
-def _load(name):
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
-        arrays = dict(arrays)
-    hparams = json.loads(bytes(arrays["config"]))
-    state = {
-        k[len("params/") :]: x for k, x in arrays.items() if k.startswith("params/")
-    }
-    return hparams, state
+CASES = sorted(p.name for p in golden_weights.FOLDER.glob("attn*.npz"))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_to_original_is_the_inverse(name):
-    hparams, state = _load(name)
+    state, hparams = golden_weights.read(name)
     config, params = convert.from_original(state, hparams)
     back = convert.to_original(config, params)
     assert set(back) == set(state)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from golden import check
+from training_runs import assert_same
 
 from xlformer import convert
 from xlformer.convert import hugging_face
@@ -55,11 +56,6 @@ def shards(folder, **changes):
     return folder
 
 
-def same(found, expected):
-    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 @pytest.mark.parametrize("name", ["hf_transfo_xl_div1", "hf_transfo_xl_div4"])
 def test_what_it_saved_is_what_we_would_have_written(name):
     settings, arrays = convert.to_hf(*convert.from_hf(GOLDEN / name))
@@ -95,7 +91,7 @@ def test_several_files_are_one(folder):
     expected = convert.from_hf(folder)
     found = convert.from_hf(shards(folder))
     assert found[0] == expected[0]
-    same(found[1], expected[1])
+    assert_same(found[1], expected[1])
 
 
 @pytest.mark.parametrize(
@@ -136,7 +132,7 @@ def test_names_that_config_json_lacks_have_the_programs_values(folder):
         True,
     )
     assert config.tie_projections == (False, True, True)
-    same(params, convert.from_hf(DIV)[1])
+    assert_same(params, convert.from_hf(DIV)[1])
     changed(folder, proj_share_all_but_first=False)
     with pytest.raises(UserError, match="lacks 'crit.out_projs.1'"):
         convert.from_hf(folder)

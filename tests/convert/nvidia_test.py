@@ -3,10 +3,9 @@
 That its program scores the same is in tests/extras, which has PyTorch.
 """
 
-import functools
-import json
 import pathlib
 
+import golden_weights
 import jax
 import numpy as np
 import pytest
@@ -24,14 +23,6 @@ MODULE = pathlib.Path(__file__).parent / "torch_files" / "module.pt"
 SHARED = "crit.shared_out_projs.1"
 
 
-@functools.cache
-def golden(name):
-    with np.load(GOLDEN / name) as file:
-        names = [name for name in file.files if name.startswith("params/")]
-        state = {name.removeprefix("params/"): file[name] for name in names}
-        return state, json.loads(file["config"].tobytes())
-
-
 # Of the other sizes tests/extras has more.
 @pytest.mark.parametrize(
     ("name", "float32", "arrays", "error"),
@@ -45,7 +36,7 @@ def test_the_programs_own_numbers(name, float32, arrays, error):
 
 
 def test_same_length_shows_one_key_more_than_the_memory():
-    state, hparams = golden(DIV)
+    state, hparams = golden_weights.read(DIV)
     config, _ = convert.from_nvidia(state, hparams)
     assert config.attention_window == config.memory_length == hparams["mem_len"]
     config, _ = convert.from_nvidia(state, hparams | {"mem_len": 0})
@@ -58,12 +49,12 @@ def test_same_length_shows_one_key_more_than_the_memory():
 
 def as_original():
     """The same weights under the original's names."""
-    state, hparams = golden(DIV)
+    state, hparams = golden_weights.read(DIV)
     return convert.to_original(*convert.from_nvidia(state, hparams)), hparams
 
 
 def test_every_array_is_read():
-    state, hparams = golden(DIV)
+    state, hparams = golden_weights.read(DIV)
     found = convert.to_original(*convert.from_nvidia(state, hparams))
     for name, x in state.items():
         if "shared" not in name:
@@ -103,7 +94,7 @@ def test_a_table_of_positions_has_its_heads_in_one_axis():
     ],
 )
 def test_what_does_not_fit_is_said_in_a_line(changes, line):
-    state, hparams = golden(DIV)
+    state, hparams = golden_weights.read(DIV)
     state = {n: x for n, x in (state | changes).items() if x is not None}
     with pytest.raises(UserError, match=line) as raised:
         convert.from_nvidia(state, hparams)

@@ -1,40 +1,25 @@
 """SHA-RNN's weights: to and fro, collapsed, by the command, and what is refused."""
 
-import functools
 import json
-import pathlib
 
+import golden_weights
 import numpy as np
 import pytest
-from golden import check
+from golden_weights import changed
 
 from xlformer import convert, evaluate, models, runs
 from xlformer.convert import __main__ as command
 from xlformer.errors import UserError
 
-FILE = pathlib.Path(check.__file__).parent / "sha_rnn.npz"
+GOLDEN, _ = golden_weights.read("sha_rnn.npz")
 V, D = 50, 16
-
-
-@functools.cache
-def golden():
-    with np.load(FILE) as file:
-        names = [name for name in file.files if name.startswith("params/")]
-        return {name.removeprefix("params/"): file[name] for name in names}
-
-
-def changed(**arrays):
-    """The golden state with other arrays; None leaves one out. `__` is a dot."""
-    found = dict(golden())
-    found |= {name.replace("__", "."): x for name, x in arrays.items()}
-    return {name: x for name, x in found.items() if x is not None}
 
 
 def attending(*blocks):
     """The golden state with the attention of its block 2 in these blocks."""
-    found = {n: x for n, x in golden().items() if ".attn." not in n}
-    for name in golden().keys() - found.keys():
-        found |= {name.replace("2", str(k), 1): golden()[name] for k in blocks}
+    found = {n: x for n, x in GOLDEN.items() if ".attn." not in n}
+    for name in GOLDEN.keys() - found.keys():
+        found |= {name.replace("2", str(k), 1): GOLDEN[name] for k in blocks}
     return found
 
 
@@ -46,10 +31,10 @@ def collapsed(state):
 @pytest.mark.parametrize(
     ("state", "attention"),
     [
-        (golden(), "second_last"),
+        (GOLDEN, "second_last"),
         (attending(0, 1, 2, 3), "all"),
         (attending(), "none"),
-        (collapsed(golden()), "second_last"),
+        (collapsed(GOLDEN), "second_last"),
     ],
 )
 def test_there_and_back_is_the_same_state(state, attention):
@@ -69,7 +54,7 @@ def test_the_command_writes_either_form_and_both_score_alike(tmp_path, capsys):
     (tmp_path / "vocab.txt").write_text("\n".join(symbols) + "\n")
     text = "".join(np.random.default_rng(0).choice(symbols, 83))
     (tmp_path / "text.txt").write_text(text)
-    np.savez(tmp_path / "w.npz", **golden())
+    np.savez(tmp_path / "w.npz", **GOLDEN)
     (tmp_path / "hparams.json").write_text(json.dumps({"bptt": 11, "nhid": 64}))
     vocabulary = f"--vocab={tmp_path / 'vocab.txt'}"
     small = "--config.model.memory_length=29"  # 5,000 would only take time
@@ -83,7 +68,7 @@ def test_the_command_writes_either_form_and_both_score_alike(tmp_path, capsys):
     assert found.config.eval.segment_length == 11 and smaller.model.config.collapsed
     assert smaller.config.train.segment_length == 11
     state = convert.to_sha_rnn(smaller.model.config, smaller.params)
-    assert state.keys() == collapsed(golden()).keys()
+    assert state.keys() == collapsed(GOLDEN).keys()
     nats = [
         evaluate.evaluate(
             tmp_path / name, text=str(tmp_path / "text.txt"), max_tokens=41
@@ -121,7 +106,7 @@ def test_the_command_writes_either_form_and_both_score_alike(tmp_path, capsys):
 )
 def test_what_does_not_fit_is_said_in_a_line(state, hparams, line):
     with pytest.raises(UserError, match=line) as raised:
-        convert.from_sha_rnn(changed(**state), hparams)
+        convert.from_sha_rnn(changed(GOLDEN, **state), hparams)
     assert "\n" not in str(raised.value)
 
 

@@ -11,6 +11,7 @@ import damaged_weights
 import jax
 import numpy as np
 import pytest
+from training_runs import refusal
 
 from xlformer import convert, runs
 from xlformer.convert import (
@@ -110,9 +111,7 @@ def test_a_directory_a_prefix_and_a_file_name_a_checkpoint(name, folder):
 
 
 def refused(folder, hparams=SEEN):
-    with pytest.raises(UserError) as error:
-        convert.from_tf(folder, hparams)
-    return str(error.value)
+    return refusal(convert.from_tf, folder, hparams)
 
 
 def change(name, edit):

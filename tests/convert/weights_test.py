@@ -6,6 +6,7 @@ import pathlib
 import pickle
 import zipfile
 
+import golden_weights
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from xlformer import convert
 from xlformer.convert.files import read_json, read_state
 from xlformer.errors import UserError
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+GOLDEN = "attn0_adaptive_div4.npz"
 ARRAYS = {
     "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
     "b": np.float64([7.5]),
@@ -195,13 +196,6 @@ def test_hostile_json(tmp_path, content, message):
 # What does not fit the hparams -------------------------------------------------------
 
 
-def golden():
-    with np.load(GOLDEN / "attn0_adaptive_div4.npz", allow_pickle=False) as arrays:
-        hparams = json.loads(bytes(arrays["config"]))
-        state = {k.removeprefix("params/"): arrays[k] for k in arrays if k[0] == "p"}
-    return state, hparams
-
-
 BIAS, NAME = "layers.1.pos_ff.CoreNet.0.bias", "layers.2.dec_attn.o_net.weight"
 
 
@@ -217,7 +211,7 @@ BIAS, NAME = "layers.1.pos_ff.CoreNet.0.bias", "layers.2.dec_attn.o_net.weight"
     ],
 )
 def test_state_that_does_not_fit(changes, message):
-    state, hparams = golden()
+    state, hparams = golden_weights.read(GOLDEN)
     state = {k: x for k, x in (state | changes).items() if x is not None}
     assert message in refusal(convert.from_original, state, hparams)
 
@@ -243,7 +237,7 @@ def test_state_that_does_not_fit(changes, message):
     ],
 )
 def test_hparams_that_do_not_fit(changes, message):
-    state, hparams = golden()
+    state, hparams = golden_weights.read(GOLDEN)
     assert message in refusal(convert.from_original, state, hparams | changes)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import trained_run
+from training_runs import assert_same
 
 from xlformer import convert, models, runs
 from xlformer.convert import hugging_face, writing
@@ -36,12 +37,6 @@ WORDS = WordVocabulary(
 
 def params_of(config):
     return trained_run.random_params(models.build(config))
-
-
-def same(found, expected):
-    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
-        np.testing.assert_array_equal(a, b)
-        assert a.dtype == b.dtype
 
 
 @pytest.mark.parametrize(
@@ -72,7 +67,7 @@ def test_of_program_is_the_inverse_of_its_reader(config, back):
     hparams = json.loads(json.dumps(hparams))  # All of it is plain.
     found, again = back(state, hparams)
     assert found == config
-    same(again, params)
+    assert_same(again, params)
 
 
 def test_layers_that_drop_weights_have_their_wrappers_names():
@@ -189,12 +184,12 @@ def test_a_directory_of_hugging_faces_comes_back_bit_by_bit(tmp_path, capsys):
     assert (out / "vocab.txt").read_text().split() == list(WORDS.symbols)
     found, again = convert.from_hf(out)
     assert found == config
-    same(again, params)
+    assert_same(again, params)
     flags = ["--format=hf", f"--source={out}", f"--workdir={tmp_path / 'run'}"]
     assert command(flags) == 0
     run = runs.load(tmp_path / "run")
     assert run.vocabulary.lower and run.vocabulary.symbols == WORDS.symbols
-    same(run.params, params)
+    assert_same(run.params, params)
     capsys.readouterr()
     with pytest.raises(UserError, match="is not empty; name a new directory"):
         writing.write_hf(out, config, params)
@@ -228,4 +223,4 @@ def test_half_precision_is_written_as_it_is(tmp_path):
     settings = json.loads((tmp_path / "out" / hugging_face.CONFIG).read_text())
     assert settings["torch_dtype"] == "bfloat16"
     _, found = convert.from_hf(tmp_path / "out")
-    same(found, jax.tree.map(lambda x: np.asarray(x, np.float32), params))
+    assert_same(found, jax.tree.map(lambda x: np.asarray(x, np.float32), params))

@@ -5,9 +5,10 @@ import gzip
 import os
 import threading
 
+import counted
 import pytest
 
-from xlformer.data import counting, local, prepared
+from xlformer.data import local, prepared
 from xlformer.errors import UserError
 from xlformer.scoring import texts
 
@@ -53,7 +54,7 @@ def test_bytes_are_bytes(file, capsys):
 
 def test_line_ends_are_those_of_python_for_words_and_kept_for_characters(file):
     ends = RAW.replace(b"\n", b"\r", 5).replace(b"\n", b"\r\n", 4)
-    words = counting.count_words([RAW])
+    words = counted.words([RAW])
     expected = words.encode(RAW).tolist()
     path = file(ends)
     assert words.encode(joined(local.read_files(str(path), "words"))).tolist() == (
@@ -62,7 +63,7 @@ def test_line_ends_are_those_of_python_for_words_and_kept_for_characters(file):
     assert prepared.encode_file(words, path).tolist() == expected
     assert words.encode(path.read_text(encoding="utf-8")).tolist() == expected
     assert joined(local.read_files(str(path), "chars")) == ends
-    chars = counting.count_chars([ends])
+    chars = counted.chars([ends])
     assert chars.decode(prepared.encode_file(chars, path)).encode() == ends
     # Windows' line ends are as they were: the checksum of such a text stays.
     path = file(RAW.replace(b"\n", b"\r\n"))
@@ -88,7 +89,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_no_utf8_is_refused_with_advice(case, file):
     data, message = REFUSED[case]
-    path, vocabulary = file(data), counting.count_chars([RAW])
+    path, vocabulary = file(data), counted.chars([RAW])
     for read in (
         lambda: local.read_files(str(path), "chars"),
         lambda: local.read_files(str(path), "words"),
@@ -154,7 +155,7 @@ ONCE = "can be read only once: save the text as a file"
 def test_a_pipe_is_read_once_and_says_so(pipe, capsys):
     assert joined(local.read_files(str(pipe(RAW)), "words")) == RAW
     assert ONCE in capsys.readouterr().err
-    vocabulary = counting.count_words([RAW])
+    vocabulary = counted.words([RAW])
     path = pipe(codecs.BOM_UTF8 + RAW)
     tokens, _, facts = texts.own_text(vocabulary, str(path))
     assert tokens.tolist() == vocabulary.encode(RAW).tolist()
@@ -170,6 +171,6 @@ def test_standard_input_is_a_text(name, stdin, capsys):
     with pytest.raises(UserError, match=f"{name}.: the text is empty: .*{ONCE}"):
         local.read_files(name, "chars")  # as a run does that is resumed
     stdin(RAW)
-    assert prepared.open_text(counting.count_bytes([RAW]), name).read() == RAW
+    assert prepared.open_text(counted.bytes([RAW]), name).read() == RAW
     with pytest.raises(UserError, match=f"no such file: /dev/fd/987: .*{ONCE}"):
         local.read_files("/dev/fd/987", "chars")

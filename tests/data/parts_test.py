@@ -3,6 +3,7 @@
 import codecs
 import os
 
+import counted
 import numpy as np
 import pytest
 from tokenizer_files import hugging_face
@@ -66,7 +67,7 @@ def test_what_is_counted_and_encoded_does_not_depend_on_parts(unit, tmp_path):
 
     def made():
         text = local.open_text(str(path), unit)
-        count = getattr(counting, f"count_{unit}")
+        count = getattr(counted, unit)
         vocabulary = count([text])
         ids = vocabulary.encode(text)
         return vocabulary.symbols, vocabulary.counts_V.tolist(), ids.tolist()
@@ -162,11 +163,11 @@ def test_a_part_ends_before_a_space_rather_than_a_tab(monkeypatch):
 
 def test_a_text_with_wide_white_space_alone_is_cut_at_it(monkeypatch):
     text = "\u65e5\u672c\u3000\u56fd\u8a9e\u2003\u5927\u5b66\u0085" * 9
-    whole = counting.count_words([text])
+    whole = counted.words([text])
     monkeypatch.setattr(parts, "SIZE", 5)
     monkeypatch.setattr(parts, "LONGEST", 17)
     assert len(list(parts.of(text))) > 20
-    found = counting.count_words([text])
+    found = counted.words([text])
     assert found.symbols == whole.symbols
     assert found.counts_V.tolist() == whole.counts_V.tolist() == [1, 9, 9, 9]
 

@@ -1,9 +1,10 @@
 """A store that does not answer: no bad input, but worth another try."""
 
+import counted
 import pytest
 
 from xlformer import config, storage
-from xlformer.data import counting, prepared, recipes
+from xlformer.data import prepared, recipes
 from xlformer.errors import UserError, WorthAnotherTry
 
 
@@ -46,5 +47,5 @@ def test_what_a_store_does_not_give_is_worth_another_try(
         if fields:
             recipes.recipe(data)
         else:
-            prepared.open_text(counting.count_bytes([b"a"]), place)
+            prepared.open_text(counted.bytes([b"a"]), place)
     assert type(caught.value) is kind

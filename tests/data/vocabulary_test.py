@@ -3,18 +3,19 @@
 import base64
 import json
 
+import counted
 import numpy as np
 import pytest
 from tokenizer_files import hugging_face
 
-from xlformer.data import counting, parts, pieces, utf8, vocabularies, vocabulary
+from xlformer.data import parts, pieces, utf8, vocabularies, vocabulary
 from xlformer.errors import UserError
 
 LINES = b"b a <unk>\n a A c\n\nb a"
 
 
 def test_bytes_are_ordered_by_frequency_then_appearance():
-    found = counting.count_bytes([b"zza", b"ayyx"], every=False)
+    found = counted.bytes([b"zza", b"ayyx"], every=False)
     assert [chr(s) for s in found.symbols] == ["z", "a", "y", "x"]
     assert found.counts_V.tolist() == [2, 2, 2, 1]
     assert found.encode(b"xyz").tolist() == [3, 2, 0]
@@ -23,7 +24,7 @@ def test_bytes_are_ordered_by_frequency_then_appearance():
 
 
 def test_any_byte_can_be_encoded_when_all_are_kept():
-    found = counting.count_bytes([b"banana"])
+    found = counted.bytes([b"banana"])
     everything = bytes(range(256))
     assert found.size == 256 and found.dtype == np.uint8
     assert found.decode(found.encode(everything)) == everything
@@ -32,14 +33,14 @@ def test_any_byte_can_be_encoded_when_all_are_kept():
 
 
 def test_newlines_can_be_dropped():
-    found = counting.count_bytes([b"ab\nab\n\n"], newline="drop", every=False)
+    found = counted.bytes([b"ab\nab\n\n"], newline="drop", every=False)
     assert found.size == 2
     assert found.decode(found.encode(b"a\nb")) == b"ab"
 
 
 def test_chars_are_code_points():
     text = "na\u00efve \U0001f600\U0001f600 na\u00efve"
-    found = counting.count_chars([text.encode(), "\u0416".encode()])
+    found = counted.chars([text.encode(), "\u0416".encode()])
     assert found.symbols[:2] == ("n", "a")
     assert found.decode(found.encode(text)) == text
     assert found.encode(text.encode()).tolist() == found.encode(text).tolist()
@@ -49,11 +50,11 @@ def test_chars_are_code_points():
 
 def test_first_appearance_breaks_ties_far_into_a_text():
     text = "a" * (3 << 20) + "zyx" + "a" * (1 << 20) + "w"
-    assert "".join(counting.count_chars([text.encode()]).symbols) == "azyxw"
+    assert "".join(counted.chars([text.encode()]).symbols) == "azyxw"
 
 
 def test_every_line_of_words_ends_in_eos():
-    found = counting.count_words([LINES])
+    found = counted.words([LINES])
     assert found.symbols == ("<eos>", "a", "b", "<unk>", "A", "c")
     assert found.encode(LINES).tolist() == [2, 1, 3, 0, 1, 4, 5, 0, 0, 2, 1, 0]
     assert found.encode("b a", close_line=False).tolist() == [2, 1]
@@ -63,7 +64,7 @@ def test_every_line_of_words_ends_in_eos():
 
 
 def test_words_may_be_lower_cased_and_unknown_ones_refused():
-    found = counting.count_words([b"N n M\n"], lower=True)
+    found = counted.words([b"N n M\n"], lower=True)
     assert found.symbols == ("<eos>", "n", "m")
     assert found.encode("M N\n").tolist() == [2, 1, 0]
     with pytest.raises(UserError, match="book.txt: not in the vocabulary .*'what'"):
@@ -71,19 +72,19 @@ def test_words_may_be_lower_cased_and_unknown_ones_refused():
 
 
 def test_blocks_of_lines_do_not_change_words(monkeypatch):
-    whole = counting.count_words([LINES])
+    whole = counted.words([LINES])
     monkeypatch.setattr(parts, "SIZE", 7)
-    assert counting.count_words([LINES]).symbols == whole.symbols
+    assert counted.words([LINES]).symbols == whole.symbols
     assert whole.encode(LINES).tolist() == [2, 1, 3, 0, 1, 4, 5, 0, 0, 2, 1, 0]
 
 
 def test_wrong_utf8_is_found_by_file_and_offset(monkeypatch):
     monkeypatch.setattr(parts, "SIZE", 4)
-    found = counting.count_words([b"ab cd\n"])
+    found = counted.words([b"ab cd\n"])
     with pytest.raises(UserError, match="f.txt: byte 0xff at offset 9 is not valid"):
         found.encode(b"ab\ncd\nab \xff", where="f.txt")
     with pytest.raises(UserError, match="f.txt: byte 0xc3 at offset 2 is not valid"):
-        counting.count_chars([b"ab\xc3"], where="f.txt")
+        counted.chars([b"ab\xc3"], where="f.txt")
 
 
 def test_dtype_is_the_smallest():
@@ -93,18 +94,18 @@ def test_dtype_is_the_smallest():
 
 
 def test_ids_out_of_range_are_refused():
-    found = counting.count_bytes([b"abc"], every=False)
+    found = counted.bytes([b"abc"], every=False)
     for ids, bad in (([0, 3], 3), ([-1], -1)):
         with pytest.raises(UserError, match=f"out of range: {bad} of 3"):
             found.decode(ids)
 
 
 def examples():
-    yield counting.count_bytes([b"abca"])
-    yield counting.count_bytes([b"ab\n"], newline="drop", every=False)
-    yield counting.count_chars(["\u00fc\U0001f600 u".encode()])
-    yield counting.count_words([LINES], specials=("<eos>", "<unk>"))
-    yield counting.count_words([b"a b _ C\n"], unit="chars", lower=True)
+    yield counted.bytes([b"abca"])
+    yield counted.bytes([b"ab\n"], newline="drop", every=False)
+    yield counted.chars(["\u00fc\U0001f600 u".encode()])
+    yield counted.words([LINES], specials=("<eos>", "<unk>"))
+    yield counted.words([b"a b _ C\n"], unit="chars", lower=True)
 
 
 @pytest.mark.parametrize("one", list(examples()), ids=lambda v: v.kind)
@@ -153,7 +154,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_damaged_or_hostile_file_is_one_line(name, tmp_path):
-    fields = json.loads(counting.count_words([LINES]).to_json())
+    fields = json.loads(counted.words([LINES]).to_json())
     path = tmp_path / "vocabulary.json"
     path.write_text(BAD[name](fields), encoding="utf-8")
     with pytest.raises(UserError, match="vocabulary.json: not a stored vocabulary"):

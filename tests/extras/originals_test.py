@@ -6,6 +6,7 @@ import numpy as np
 import programs
 import pytest
 import torch
+from training_runs import assert_same
 
 from xlformer import convert, models
 from xlformer.convert import writing
@@ -43,14 +44,8 @@ def written(tmp_path, config, dtype, convert_back):
     path = tmp_path / "out" / writing.STATE
     again, found = convert_back(read_state(path)[0], hparams)
     assert models.build(again).config == again
-    same(found, params)
+    assert_same(found, params)
     return torch.load(path, weights_only=True), hparams, params
-
-
-def same(found, expected):
-    for a, b in zip(*map(programs.jax.tree.leaves, (found, expected)), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
 
 
 def columns(x):

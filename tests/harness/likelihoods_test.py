@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import trained_run
 from harness_runs import CHARS, LINE, SEGMENT, WORDS, Request, requests
+from training_runs import refusal
 
 from xlformer import evaluate, runs, sharding
 from xlformer.errors import UserError
@@ -216,9 +217,7 @@ def test_a_document_of_words_ends_its_last_line(base):
 
 
 def refused(ask, *found):
-    with pytest.raises(UserError) as error:
-        ask([Request(args, "mine", 4) for args in found])
-    return str(error.value)
+    return refusal(ask, [Request(args, "mine", 4) for args in found])
 
 
 def test_what_cannot_be_encoded_is_one_line():

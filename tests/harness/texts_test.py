@@ -1,12 +1,12 @@
 """Texts and their parts as tokens, with every kind of vocabulary."""
 
+import counted
 import numpy as np
 import pytest
 from harness_runs import CHARS, LINE, WORDS
 from tokenizer_files import hugging_face
 
 from xlformer.data import pieces
-from xlformer.data.counting import count_bytes
 from xlformer.data.vocabulary import ByteVocabulary, CharVocabulary, WordVocabulary
 from xlformer.errors import UserError
 from xlformer.harness.texts import Texts
@@ -37,7 +37,7 @@ def sentences(tmp_path_factory):
 
 @pytest.fixture(params=["bytes", "chars", "words", "byte_level", "sentences"])
 def vocabulary(request):
-    found = {"bytes": count_bytes([LINE.encode()]), "chars": CHARS, "words": WORDS}
+    found = {"bytes": counted.bytes([LINE.encode()]), "chars": CHARS, "words": WORDS}
     return found.get(request.param) or request.getfixturevalue(request.param)
 
 

@@ -62,7 +62,7 @@ def test_losses_are_counted_at_their_place_in_the_segment(warmup, T):
     plan = rows.cut_rows(
         97, batch_size=3, segment_length=T, memory_length=T, n_layer=2, warmup=warmup
     )
-    found, expected = lengths_lib.Places(plan), np.zeros(T)
+    found, expected = results.ByPlace(plan), np.zeros(T)
     for step in range(plan.steps):
         index_BT, scored_BT = rows.targets_at(plan, step)
         nll_BT = np.sqrt(np.arange(3 * T).reshape(3, T) + 17 * step)
@@ -72,7 +72,7 @@ def test_losses_are_counted_at_their_place_in_the_segment(warmup, T):
         found.add(scored)
         expected += np.where(scored_BT, nll_BT, 0).sum(0)
     np.testing.assert_allclose(found.nats_T, expected, rtol=1e-12)
-    assert found.count_T.sum() == found.targets == plan.targets
+    assert found.targets_T.sum() == found.targets == plan.targets
 
 
 def test_the_best_is_the_shortest_length_that_is_as_good():

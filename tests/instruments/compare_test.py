@@ -17,7 +17,7 @@ from xlformer.instruments.instrument import Request, Result, Table
 def counting(monkeypatch):
     """An instrument that counts, and what it was asked."""
     module = types.ModuleType("xlformer.instruments.counting", "Counts letters.")
-    module.RUNS, module.SEEDS, module.asked = "none", {"small": 3, "tiny": 2}, []
+    module.RUNS, module.SEEDS, module.asked = False, {"small": 3, "tiny": 2}, []
 
     def add_flags(parser):
         parser.add_argument("--letter", default="a")

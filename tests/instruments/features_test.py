@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from xlformer import compare
-from xlformer.instruments import estimators, features
+from xlformer.instruments import estimators
 from xlformer.instruments.estimators import Rows
 
 M, K = 5, 7
@@ -110,11 +110,6 @@ def test_exact_attention_is_causal_softmax():
         weights = np.exp(k[0, : t + 1, 0] @ q[0, t, 0])
         expected = weights @ v[0, : t + 1, 0] / weights.sum()
         np.testing.assert_allclose(found[0, t, 0], expected, rtol=1e-5)
-
-
-def test_a_slope_is_that_of_the_law():
-    counts = np.array([16, 64, 1024])
-    assert features.falling(counts, 3 / np.sqrt(counts)) == pytest.approx(-0.5)
 
 
 def test_the_error_of_attention_falls_at_small_norms(tiny):

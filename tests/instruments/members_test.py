@@ -9,21 +9,14 @@ import jax
 import numpy as np
 import pytest
 import trained_run
-from training_runs import SYMBOLS, assert_same, bag, text_config, write_text
+from training_runs import SYMBOLS, assert_same, bag, refusal, text_config, write_text
 
 from xlformer import compare, recl, runs
 from xlformer.data.vocabulary import ByteVocabulary
-from xlformer.errors import UserError
 from xlformer.instruments import members
 from xlformer.instruments.members import Member
 from xlformer.runs.locks import WorkdirLock
 from xlformer.training.loop import Loop
-
-
-def refused(call, *args):
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    return str(caught.value)
 
 
 def test_one_run_is_not_compared_with_itself(base, tmp_path):
@@ -31,18 +24,18 @@ def test_one_run_is_not_compared_with_itself(base, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(workdir)
     for same in (workdir, f"{workdir}/", workdir / ".." / workdir.name, link):
-        line = refused(members.load, [workdir, same])
+        line = refusal(members.load, [workdir, same])
         assert "are one run, which is compared with itself" in line
         assert str(workdir) in line
     # Whatever lies between them.
     copy = trained_run.copy(base, tmp_path / "copy")
-    assert "are one run" in refused(members.load, [workdir, copy, link])
+    assert "are one run" in refusal(members.load, [workdir, copy, link])
 
 
 def test_a_copy_is_the_same_run(base, tmp_path):
     workdir = trained_run.trained(base)
     copy = trained_run.copy(base, tmp_path / "copy")
-    line = refused(members.load, [workdir, copy])
+    line = refusal(members.load, [workdir, copy])
     assert f"workdir='{copy}' is a copy of workdir='{workdir}'" in line
 
 
@@ -135,10 +128,10 @@ def test_a_text_is_found_among_those_that_are_named(moved, tmp_path):
     wrong = dataclasses.replace(member, data_paths=(str(text), str(other)))
     assert np.array_equal(wrong.text("validation")[0], tokens)
     none = dataclasses.replace(member, data_paths=(str(other),))
-    line = refused(members.text, none, "validation")
+    line = refusal(members.text, none, "validation")
     assert line.startswith(f"workdir='{workdir}': data_path='{other}' holds another")
     load = functools.partial(members.load, data_paths=[str(text), str(other)])
-    line = refused(load, [workdir])
+    line = refusal(load, [workdir])
     assert line == f"data_path='{other}' is one of 2 texts, of 1 runs"
 
 
@@ -178,7 +171,7 @@ def test_losses_of_other_vocabularies_do_not_compare(base):
     ]
     for other in others:
         more = [*found, with_vocabulary(run, other, "c")]
-        line = refused(members.check_vocabularies, more)
+        line = refusal(members.check_vocabularies, more)
         assert f"a vocabulary of 3 {letters.unit}" in line
         assert f"another one of {other.size} {other.unit}" in line
 
@@ -241,10 +234,10 @@ def test_another_config_in_the_same_folder_is_refused(text, tmp_path):
     assert one.facts()["model"] == "Bag"
     config.train.steps = 4
     with WorkdirLock(tmp_path / "one"):
-        line = refused(members.trained, "one", config, tmp_path, model)
+        line = refusal(members.trained, "one", config, tmp_path, model)
     assert "is in use by pid" in line and "earlier call" not in line
     config.train.segment_length += 1
-    line = refused(members.trained, "one", config, tmp_path, model)
+    line = refusal(members.trained, "one", config, tmp_path, model)
     assert "segment_length" in line and "another --out begins anew" in line
 
 

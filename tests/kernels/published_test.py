@@ -24,10 +24,7 @@ START = np.array([[-1, -1, -1, -1, 4, 4, 4], [-1] * T, [0] * T])
 VALID = np.arange(T)[None] < np.array([[5], [T], [0]])
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 attention = jax.jit(

@@ -1,5 +1,6 @@
 """Adaptive computation time: weights, steps and remainders of given probabilities."""
 
+import halting_steps
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +13,7 @@ N, B, T, D = 7, 2, 11, 3
 EPSILON = 0.01
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def given(seed=0):
@@ -31,7 +29,7 @@ def run(p_NBT, states_NBTD=None, mode=ACCUMULATE, **options):
     if states_NBTD is None:
         states_NBTD = np.zeros((*p_NBT.shape, 1))
     arrays = jnp.asarray(p_NBT), jnp.asarray(states_NBTD)
-    return halting.run(*arrays, mode, epsilon=EPSILON, **options)
+    return halting_steps.run(*arrays, mode, epsilon=EPSILON, **options)
 
 
 def by_hand(p_N):
@@ -91,7 +89,7 @@ def test_a_probability_above_the_threshold_halts_at_once():
 def test_convex_weights_favour_late_steps():
     p_NBT, states_NBTD = given()
     y_BTD, weights_NBT, _ = run(p_NBT, states_NBTD, CONVEX)
-    effective_NBT = halting.effective_weights(weights_NBT, CONVEX)
+    effective_NBT = halting_steps.effective_weights(weights_NBT, CONVEX)
     sum_BT = 1 - np.prod(1 - np.asarray(weights_NBT), 0)
     np.testing.assert_allclose(effective_NBT.sum(0), sum_BT, 0, 1e-14)
     assert (sum_BT[:, 1:4] < 0.99).all()  # not those of true ACT
@@ -103,7 +101,7 @@ def test_ponder_falls_with_higher_probabilities():
     @jax.jit
     def ponder(logits_NBT):
         *_, found = run(jax.nn.sigmoid(logits_NBT))
-        return halting.ponder_BT(found).sum(), found.updates_BT
+        return (found.updates_BT + found.remainder_BT).sum(), found.updates_BT
 
     logits_NBT = np.random.default_rng(0).normal(size=(N, B, T)) - 2
     slope_NBT, before_BT = jax.grad(ponder, has_aux=True)(logits_NBT)

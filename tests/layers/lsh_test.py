@@ -38,7 +38,7 @@ def rings(bucket_RT, tokens, form):
     return chunks, [s if abs(s) < len(chunks) else 0 for s in shifts]
 
 
-def naive(qk_TK, v_TV, bucket_RT, form, start_T=None, valid_T=None):
+def naive(qk_TK, v_TV, bucket_RT, form, valid_T=None):
     """One softmax of a query over all it meets; complex numbers pass through it."""
     T, width = qk_TK.shape
     present = [t for t in range(T) if valid_T is None or valid_T[t]]
@@ -75,8 +75,6 @@ def naive(qk_TK, v_TV, bucket_RT, form, start_T=None, valid_T=None):
                         score = SELF[form.scaling]
                     elif form.causal and key > t:
                         continue
-                    elif start_T is not None and key < start_T[t]:
-                        continue
                     elif form.same_bucket_only and other and not few:
                         continue
                     scores.append(score)
@@ -87,32 +85,30 @@ def naive(qk_TK, v_TV, bucket_RT, form, start_T=None, valid_T=None):
     return y_TV
 
 
-def naive_rows(qk_BTHK, v_BTHV, bucket_BHRT, form, start_BT=None, valid_BT=None):
+def naive_rows(qk_BTHK, v_BTHV, bucket_BHRT, form, valid_BT=None):
     y_BTHV = np.zeros(v_BTHV.shape, np.result_type(qk_BTHK, v_BTHV))
     for b in range(len(y_BTHV)):
-        more = [None if x is None else x[b] for x in (start_BT, valid_BT)]
+        valid_T = None if valid_BT is None else valid_BT[b]
         for h in range(y_BTHV.shape[2]):
             y_BTHV[b, :, h] = naive(
-                qk_BTHK[b, :, h], v_BTHV[b, :, h], bucket_BHRT[b, h], form, *more
+                qk_BTHK[b, :, h], v_BTHV[b, :, h], bucket_BHRT[b, h], form, valid_T
             )
     return y_BTHV
 
 
 @functools.partial(jax.jit, static_argnames=("form", "buckets"))
-def graded(qk, v, rotations, cotangent, form, buckets=None, start=None, valid=None):
+def graded(qk, v, rotations, cotangent, form, buckets=None, valid=None):
     """The output, the gradients of its sum by cotangent, and the buckets."""
 
     def loss(qk, v):
-        y = lsh.lsh_attention(
-            qk, v, rotations, form, buckets=buckets, start_BT=start, valid_BT=valid
-        )
+        y = lsh.lsh_attention(qk, v, rotations, form, buckets=buckets, valid_BT=valid)
         return (y * cotangent).sum(), y
 
     grads, y = jax.grad(loss, (0, 1), has_aux=True)(qk, v)
     return y, grads, lsh.hashed(qk, rotations, buckets)
 
 
-def agrees(T, form, *, rounds=2, buckets=None, start=None, valid=None, seed=0, N=3):
+def agrees(T, form, *, rounds=2, buckets=None, valid=None, seed=0, N=3):
     """With the naive form: all values, and the gradients in a random direction."""
     qk, v, rotations = tokens(T, seed, rounds, N)
     random = np.random.default_rng(seed + 1)
@@ -122,10 +118,10 @@ def agrees(T, form, *, rounds=2, buckets=None, start=None, valid=None, seed=0, N
     given = [np.where(real, x, np.nan) for x in (qk, v)]
     with jax.enable_x64(True):
         y, grads, bucket = graded(
-            *given, rotations, cotangent * real, form, buckets, start, valid
+            *given, rotations, cotangent * real, form, buckets, valid
         )
     step = [x + 1e-30j * d for x, d in zip((qk, v), direction, strict=True)]
-    expected = naive_rows(*step, np.asarray(bucket), form, start, valid)
+    expected = naive_rows(*step, np.asarray(bucket), form, valid)
     real_y = np.where(real, y, 0)
     np.testing.assert_allclose(real_y, expected.real, rtol=0, atol=1e-13)
     slope = sum(np.vdot(g, d) for g, d in zip(grads, direction, strict=True))
@@ -149,27 +145,26 @@ def test_equals_hugging_faces_layer_and_reformer_pytorch(name, arrays):
 T = 23
 SOME = np.array([[True] * T, [t < 5 for t in range(T)], [t % 3 > 0 for t in range(T)]])
 NONE_OR_FEW = np.arange(7)[None] < np.array([[7], [0], [3]])
-STARTS = np.array([[0] * T, [t // 6 * 6 for t in range(T)], list(range(T))])
 
 
 @pytest.mark.parametrize(
     ("T", "form", "options"),
     [
-        (T, Lsh(4), dict(rounds=3, start=STARTS)),
+        (T, Lsh(4), dict(rounds=3)),
         (T, Lsh(5, causal=False, after=1, scaling=UNIT_SCALED), dict(valid=SOME)),
         (
             T,
             Lsh(5, before=2, same_bucket_only=True, discount_duplicates=True),
-            dict(rounds=3, start=STARTS, valid=SOME),
+            dict(rounds=3, valid=SOME),
         ),
         (
             T - 5,
             Lsh(12, before=4, scaling=UNIT_SCALED, discount_duplicates=True),
             dict(buckets=(2, 4)),
         ),
-        (7, Lsh(7, before=2), dict(valid=NONE_OR_FEW, start=STARTS[:, :7])),
+        (7, Lsh(7, before=2), dict(valid=NONE_OR_FEW)),
     ],
-    ids=["resets", "padding", "same bucket", "discount", "short"],
+    ids=["plain", "padding", "same bucket", "discount", "short"],
 )
 def test_it_is_one_softmax_over_what_a_query_meets(T, form, options):
     """A row of padding is as if it were not there, and NaN in it spoils nothing."""

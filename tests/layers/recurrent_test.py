@@ -25,10 +25,7 @@ RESETS[0, 0] = RESETS[0, 6] = RESETS[1, 3] = True
 LENGTHS = np.array([5, T, 2])
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def sigmoid(x):

@@ -10,10 +10,7 @@ from xlformer.layers.separable import SeparableNetwork, depthwise
 B, T, F, W, C = 2, 7, 3, 5, 4
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def given():

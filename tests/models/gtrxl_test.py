@@ -19,10 +19,7 @@ GOLDEN = pathlib.Path(check.__file__).parent
 GATED = {"gate": "gru", "memory_length": 5}
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def test_keeps_the_contract():

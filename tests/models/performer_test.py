@@ -58,12 +58,6 @@ def run(model, x_BTD, state=None, params=None, **options):
     return trunk(model)(params, x_BTD, state, **options)
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 CONTRACT = {
     "sums": build(dropout=0.3),
     "window": build(

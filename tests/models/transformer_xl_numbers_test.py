@@ -11,11 +11,7 @@ from small_transformer import TINY, D
 
 from xlformer import models
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def _train(model, key, **options):

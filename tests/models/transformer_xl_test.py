@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,11 +16,7 @@ from xlformer.errors import UserError
 from xlformer.layers import memory
 from xlformer.models import TransformerXLConfig
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 CONTRACT = {

@@ -4,6 +4,7 @@ import functools
 import math
 import pathlib
 
+import halting_steps
 import jax
 import numpy as np
 import pytest
@@ -20,10 +21,7 @@ FIELDS |= dict(scan_layers=True)
 GOLDEN = pathlib.Path(check.__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def build(**fields):
@@ -139,23 +137,19 @@ def test_halted_positions(copy):
         h_BT, s_BTD = np.where(ends_BT, 1, h_BT + w_BT), after_BTD
     assert len(np.unique(steps_BT)) > 2
     np.testing.assert_allclose(found_BTD, y_BTD, 0, 1e-12)
-    updates_BT, rest_BT = model.ponder(weights(model), vectors(), model.init_state(B))
+    given = params, vectors(), model.init_state(B)
+    updates_BT, rest_BT = halting_steps.of_tokens(model, *given)
     np.testing.assert_array_equal(updates_BT, steps_BT)
     assert ((rest_BT > 0) & (rest_BT <= 1)).all()
 
 
-def test_ponder_of_ids_is_what_the_loss_is_made_of():
-    model = build(act="convex", act_loss_weight=0.5)
-    params, state = weights(model), model.init_state(B)
-    ids_BT = np.random.default_rng(0).integers(V, size=(B, T))
-    lengths_B = np.array([T, 3, 0])
-    *_, aux = model.apply(params, ids_BT, ids_BT, state, lengths_B=lengths_B)
-    updates_BT, rest_BT = model.ponder(params, ids_BT, state, lengths_B=lengths_B)
+def test_steps_and_remainders_are_what_the_loss_is_made_of():
+    model, lengths_B = build(act="convex", act_loss_weight=0.5), np.array([T, 3, 0])
+    given = vectors(), model.init_state(B)
+    *_, aux = trunk(model)(*given, lengths_B=lengths_B)
+    found = halting_steps.of_tokens(model, weights(model), *given, lengths_B)
     # Means of a row's tokens, then of rows; one without tokens has none.
-    means = [
-        np.mean([x_BT[0].mean(), x_BT[1, :3].mean(), 0])
-        for x_BT in (updates_BT, rest_BT)
-    ]
+    means = [np.mean([x_BT[0].mean(), x_BT[1, :3].mean(), 0]) for x_BT in found]
     np.testing.assert_allclose(aux.metrics["ponder/updates"], means[0])
     np.testing.assert_allclose(aux.metrics["ponder/remainder"], means[1])
     np.testing.assert_allclose(aux.loss, 0.5 * sum(means))

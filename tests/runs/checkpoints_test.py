@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -26,19 +25,7 @@ from xlformer.errors import UserError
 from xlformer.runs import integrity
 from xlformer.runs.checkpoints import Checkpoints
 
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Steps 1 and 2, to be copied."""
-    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
-    save_all(directory, [1, 2], {1: 2.0, 2: 1.0})
-    return directory
-
-
-@pytest.fixture
-def copied(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "checkpoints")
-
+pytest_plugins = ["saved_checkpoints"]
 
 # Saving and keeping -----------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -24,23 +23,12 @@ from xlformer.errors import UserError
 from xlformer.runs import leaves
 from xlformer.runs.checkpoints import Checkpoints
 
+pytest_plugins = ["saved_checkpoints"]
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.usefixtures("complaints_stay_here"),
 ]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Steps 1 and 2, to be copied."""
-    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
-    save_all(directory, [1, 2], {1: 2.0, 2: 1.0})
-    return directory
-
-
-@pytest.fixture
-def copied(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "checkpoints")
 
 
 # Damage -----------------------------------------------------------------------------
@@ -124,7 +112,7 @@ def test_a_flipped_bit_is_reported_and_the_previous_step_used(copied, caplog):
 def test_steps_after_a_rewind_are_replaced(tmp_path):
     save_all(tmp_path, [10, 20, 30], keep=3)
     with Checkpoints(tmp_path, keep=3) as checkpoints:
-        assert checkpoints.restore(abstract_state(), before=20)[0] == 10
+        assert checkpoints.restore(abstract_state(), step=10)[0] == 10
         checkpoints.save(15, make_state(15), config=CONFIG)
     assert Checkpoints(tmp_path, read_only=True).steps() == [10, 15]
 

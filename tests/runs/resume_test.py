@@ -5,12 +5,12 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import training_runs
 from training_runs import SYMBOLS, bag, final_state, text_config, write_text
 
 from xlformer import config as config_lib
 from xlformer import models, train
 from xlformer.data.vocabulary import CharVocabulary
-from xlformer.errors import UserError
 from xlformer.fields import FREE, REFUSED, TAKEN
 from xlformer.runs import reading, resume
 from xlformer.training import averaging, optimizers, run
@@ -72,10 +72,7 @@ def rate_at(step):
 FIELDS = sorted(config_lib.flat(config()))
 
 
-def refusal(*args):
-    with pytest.raises(UserError) as caught:
-        resume.check("DIR", *args)
-    return str(caught.value)
+refusal = functools.partial(training_runs.refusal, resume.check, "DIR")
 
 
 @pytest.mark.parametrize("name", FIELDS)

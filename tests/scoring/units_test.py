@@ -1,12 +1,12 @@
 """Bytes and words that scored tokens stand for, against counts of the raw text."""
 
+import counted
 import numpy as np
 import pytest
 from tokenizer_files import hugging_face
 
 from xlformer import config, prepare
 from xlformer.data import pieces
-from xlformer.data.counting import count_bytes, count_chars, count_words
 from xlformer.data.vocabulary import WordVocabulary
 from xlformer.scoring import units
 
@@ -27,13 +27,13 @@ def count(vocabulary, text, spans, *, lines, whole=None, documents=None):
 def test_bytes_and_characters_are_counted_one_by_one(monkeypatch):
     monkeypatch.setattr(units, "BLOCK", 5)  # words cross blocks
     raw = TEXT.encode()
-    vocabulary = count_bytes([raw])
+    vocabulary = counted.bytes([raw])
     assert count(vocabulary, raw, [(1, None)], lines=False) == (len(raw) - 1, 8)
     # "he ca", then "at" of "sat" and the newline, then "on"
     at = raw.index(b"at\n")
     spans = [(1, 6), (at, at + 5)]
     assert count(vocabulary, raw, spans, lines=False) == (10, 2)
-    vocabulary = count_chars([raw])
+    vocabulary = counted.chars([raw])
     assert count(vocabulary, TEXT, [(1, None)], lines=False) == (len(raw) - 1, 8)
     start = TEXT.index("日本")
     assert count(vocabulary, TEXT, [(start, start + 3)], lines=False) == (7, 1)
@@ -41,7 +41,7 @@ def test_bytes_and_characters_are_counted_one_by_one(monkeypatch):
 
 def test_dropped_newlines_count_nowhere():
     raw = b"ab\ncd e\nf\n"
-    vocabulary = count_bytes([raw], newline="drop")
+    vocabulary = counted.bytes([raw], newline="drop")
     # Of "abcd ef" all but the first is scored: of the words the raw text knows better.
     assert count(vocabulary, raw, [(1, None)], lines=False) == (6, 4 - 1)
     # That "cd" was a word of its own the tokens do not say.
@@ -50,7 +50,7 @@ def test_dropped_newlines_count_nowhere():
 
 def test_of_several_documents_any_line_may_have_been_closed():
     """Of "a b" and "c d", one of which has no newline: of a part the bytes are open."""
-    vocabulary = count_words([b"a b c d"])
+    vocabulary = counted.words([b"a b c d"])
     whole, two = units.Count(7, 4), np.array([0, 3])
     for documents, expected in ((None, 3), (two, None)):
         found = units.scored(
@@ -67,7 +67,7 @@ def test_of_several_documents_any_line_may_have_been_closed():
 def test_words_spell_themselves_and_one_separator(monkeypatch):
     monkeypatch.setattr(units, "BLOCK", 3)
     text = "the cat sat\non a mat\n\nnaïve cats\n"
-    vocabulary = count_words([text.encode()])
+    vocabulary = counted.words([text.encode()])
     size, tokens = len(text.encode()), len(vocabulary.encode(text))
     found = count(vocabulary, text, [(1, None)], lines=True)
     assert found == (size - len("the"), tokens - 1)
@@ -86,7 +86,7 @@ def test_words_spell_themselves_and_one_separator(monkeypatch):
 
 def test_of_words_whose_bytes_are_lost_only_the_whole_is_known():
     text = "the cat  sat\n the dog \n"  # white space that no token has
-    vocabulary = count_words([b"the cat sat dog\n"])
+    vocabulary = counted.words([b"the cat sat dog\n"])
     assert count(vocabulary, text, [(1, None)], lines=True) == (len(text) - 3, 6)
     assert count(vocabulary, text, [(1, 3)], lines=True) == (None, 2)
     known = WordVocabulary(["<eos>", "<unk>", "the"], [0] * 3)
@@ -98,7 +98,7 @@ def test_of_words_whose_bytes_are_lost_only_the_whole_is_known():
 
 def test_spaces_between_characters_are_not_the_texts_own():
     raw = b"t h e _ c a t\na _ b\n"  # as pennchar has it
-    vocabulary = count_words([raw], unit="chars")
+    vocabulary = counted.words([raw], unit="chars")
     whole = units.Count(len(raw), 6)  # the cat <eos> a b <eos>
     spans = [(1, None)]
     found = count(vocabulary, raw, spans, lines=True, whole=whole)
@@ -109,7 +109,7 @@ def test_spaces_between_characters_are_not_the_texts_own():
 
 def test_no_word_goes_on_from_one_document_into_the_next():
     raw = b"abcdef"
-    vocabulary = count_bytes([raw])
+    vocabulary = counted.bytes([raw])
     whole, documents = units.Count(6, 2), np.array([0, 3])
     options = {"lines": False, "whole": whole, "documents": documents}
     assert count(vocabulary, raw, [(1, None)], **options) == (5, 1)

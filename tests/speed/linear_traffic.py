@@ -1,6 +1,6 @@
 """What linear attention computes and moves over the length, beside softmax's.
 
-    PYTHONPATH=. python tests/speed/linear_traffic.py --topology=v5e:2x2 [--most=16384]
+    PYTHONPATH=.:tests python tests/speed/linear_traffic.py --topology=v5e:2x2
 
 One layer's causal operation, forward and backward, 8 heads of 64, 256 positive
 features, bfloat16, one row on one device, compiled for a machine that is not here
@@ -25,12 +25,12 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 import jax
 import jax.numpy as jnp
+from aot.programs import mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 from xlformer.kernels.features import Features
 from xlformer.kernels.linear_attention import linear_attention
 from xlformer.kernels.relative_attention import relative_attention
-from xlformer.machines.topologies import mesh_of
 
 H, K, M = 8, 64, 256
 SHORTEST = 1024

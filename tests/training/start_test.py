@@ -3,13 +3,13 @@
 import pathlib
 import shutil
 
+import counted
 import numpy as np
 import pytest
 from training_runs import assert_same, final_state
 
 from xlformer import config as config_lib
 from xlformer import models, runs
-from xlformer.data.counting import count_bytes, count_chars, count_words
 from xlformer.data.prepared import Prepared
 from xlformer.data.translation import translated
 from xlformer.data.vocabulary import Vocabulary
@@ -169,7 +169,7 @@ def prepared(vocabulary, text):
     return Prepared({"train": tokens}, {"train": None}, vocabulary, {}, None)
 
 
-@pytest.mark.parametrize("count", [count_bytes, count_chars])
+@pytest.mark.parametrize("count", [counted.bytes, counted.chars])
 def test_ids_are_translated_and_the_text_stays(count):
     here, there = count([b"abcabca"]), count([b"xyccba\n"])
     found = translated(prepared(here, "abcc"), there, where="DIR")
@@ -179,15 +179,15 @@ def test_ids_are_translated_and_the_text_stays(count):
 
 
 def test_unknown_words_become_the_unknown_word():
-    here = count_words([b"a b c\n"], specials=("<eos>", "<unk>"))
-    there = count_words([b"b a\n"], specials=("<eos>", "<unk>"))
+    here = counted.words([b"a b c\n"], specials=("<eos>", "<unk>"))
+    there = counted.words([b"b a\n"], specials=("<eos>", "<unk>"))
     found = translated(prepared(here, "a b c"), there, where="DIR")
     np.testing.assert_array_equal(found.tokens["train"], there.encode("a b <unk>"))
 
 
 def test_words_are_looked_up_as_the_other_vocabulary_writes_them():
-    here = count_words([b"A a B\n"], specials=("<eos>", "<unk>"))
-    there = count_words([b"b a\n"], specials=("<S>", "<unk>"), lower=True)
+    here = counted.words([b"A a B\n"], specials=("<eos>", "<unk>"))
+    there = counted.words([b"b a\n"], specials=("<S>", "<unk>"), lower=True)
     found = translated(prepared(here, "A a B\n"), there, where="DIR")
     np.testing.assert_array_equal(found.tokens["train"], there.encode("a a b\n"))
 
@@ -201,7 +201,7 @@ def test_a_word_that_stands_once_is_kept_for_other_weights():
 
 def test_what_is_unknown_is_said():
     config = config_lib.load("text:path=a.txt,unit=words,debug")
-    here = count_words([b"a b c\n"], specials=("<eos>", "<unk>"))
+    here = counted.words([b"a b c\n"], specials=("<eos>", "<unk>"))
     run = runs.Run("DIR", config, None, None, here, 7, False)
     found = prepared(here, "a <unk> b <unk>\n")
     assert (
@@ -213,24 +213,24 @@ def test_what_is_unknown_is_said():
 def test_a_start_from_a_mean_says_of_which_steps():
     config = config_lib.load("text:path=a.txt,unit=chars,debug")
     config.init_from = "DIR:average:2"
-    run = runs.Run("DIR", config, None, None, count_chars([b"ab"]), 7, True, (5, 7))
+    run = runs.Run("DIR", config, None, None, counted.chars([b"ab"]), 7, True, (5, 7))
     (line,) = start.lines(config, run, prepared(run.vocabulary, "ab"))
     assert "of steps 5, 7, their mean, of DIR:average:2 (their average);" in line
 
 
 def test_other_symbols_are_refused():
-    here = count_chars([b"ab"])
+    here = counted.chars([b"ab"])
     with pytest.raises(UserError, match="DIR has a vocabulary of bytes, config.data g"):
-        translated(prepared(here, "ab"), count_bytes([b"ab"]), where="DIR")
+        translated(prepared(here, "ab"), counted.bytes([b"ab"]), where="DIR")
     with pytest.raises(UserError, match="2 chars without 1 .*: 'b'"):
-        translated(prepared(here, "ab"), count_chars([b"ax"]), where="DIR")
+        translated(prepared(here, "ab"), counted.chars([b"ax"]), where="DIR")
     pieces = [Vocabulary(symbols, [1, 1], "pieces") for symbols in ("ab", "ba")]
     tokens = Prepared({"train": np.zeros(3, np.int32)}, {}, pieces[0], {}, None)
     with pytest.raises(UserError, match="DIR has the pieces of another tokenizer"):
         translated(tokens, pieces[1], where="DIR")
-    spaced = count_words([b"a b\n"], unit="chars")
+    spaced = counted.words([b"a b\n"], unit="chars")
     with pytest.raises(UserError, match="of chars between spaces, config.data gives"):
-        translated(prepared(count_chars([b"a"]), "a"), spaced, where="DIR")
+        translated(prepared(counted.chars([b"a"]), "a"), spaced, where="DIR")
     # What does not stand in the text need not be known.
-    translated(prepared(here, "aa"), count_chars([b"ax"]), where="DIR")
+    translated(prepared(here, "aa"), counted.chars([b"ax"]), where="DIR")
     assert translated(found := prepared(here, "ab"), here, where="DIR") is found

@@ -9,7 +9,7 @@ stated error, when there are more than WORDS of them.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -153,47 +153,6 @@ class Words:
         self._numbers = {word: number for number, word in enumerate(kept)}
         self._found.forget()
         self.error += least
-
-
-def count_bytes(
-    texts: Iterable, *, newline: str = "keep", every: bool = True
-) -> ByteVocabulary:
-    """Counts byte values and orders them, the most common first.
-
-    `every` appends the values that were not seen, so that any prompt can be encoded.
-    """
-    return byte_vocabulary(_counted(Codes("bytes"), texts), newline, every)
-
-
-def count_chars(texts: Iterable, *, where: str = "text") -> CharVocabulary:
-    """Counts characters and orders them; a text that is not UTF-8 is a UserError."""
-    return char_vocabulary(_counted(Codes("chars"), texts, where))
-
-
-def count_words(
-    texts: Iterable,
-    *,
-    specials: Sequence[str] = ("<eos>",),
-    min_count: int = 1,
-    max_size: int = 0,
-    unit: str = "words",
-    lower: bool = False,
-    where: str = "text",
-) -> WordVocabulary:
-    """Counts words and orders them after `specials`; the first of these ends each line.
-
-    Words seen fewer than `min_count` times, and those beyond `max_size` symbols in all
-    (0: no bound), are left out and counted as `<unk>`, which must be a special then.
-    """
-    counted = _counted(Words(specials, lower), texts, where)
-    return word_vocabulary(counted, min_count, max_size, unit)
-
-
-def _counted(counter, texts: Iterable, where: str = "text"):
-    for text in texts:
-        for part in parts.of(text):
-            counter.add(part, where)
-    return counter
 
 
 def byte_vocabulary(codes: Codes, newline: str, every: bool) -> ByteVocabulary:

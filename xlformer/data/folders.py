@@ -13,12 +13,11 @@ import fcntl
 import os
 import pathlib
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from xlformer import storage, strangers
+from xlformer import storage, strangers, streams
 from xlformer.data import shards
 from xlformer.errors import UserError, WorthAnotherTry, reason
 
@@ -51,7 +50,7 @@ def complete(
             if not bad:
                 return folder
             line = f"{folder / bad} does not match its card: copying {remote} again"
-            print(f"xlformer: {line}", file=sys.stderr, flush=True)
+            streams.say(line)
             # Out of the way in one step, for `_sweep` to delete: half deleted in its
             # place it would be a folder that looks complete.
             folder.rename(unfinished)
@@ -108,7 +107,7 @@ def _by_ranges(remote: epath.Path) -> set[str]:
     if all(shard.crc32 for shard in found):
         return {shard.file for shard in found}
     line = f"{remote} has no checksums of blocks: it is copied whole"
-    print(f"xlformer: {line}", file=sys.stderr, flush=True)
+    streams.say(line)
     return set()
 
 
@@ -181,7 +180,7 @@ def _locked(root: pathlib.Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             line = f"another process is preparing in {root}: waiting for it"
-            print(f"xlformer: {line}", file=sys.stderr, flush=True)
+            streams.say(line)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -11,10 +11,9 @@ import hashlib
 import os
 import pathlib
 import platform
-import sys
 import sysconfig
 
-from xlformer import progress, storage
+from xlformer import progress, storage, streams
 from xlformer.data import documents
 from xlformer.data.documents import (
     OF_A_PROCESS,
@@ -110,7 +109,7 @@ def read_files(path: str, unit: str) -> Text:
             f" and test (90/5/5 %) need {LEAST} or more"
         )
     for name in once:
-        print(f"xlformer: config.data.path={name}: {ONCE}", file=sys.stderr)
+        streams.say(f"config.data.path={name}: {ONCE}")
     cuts = [counted.place(counted.total * share // 100) for share in (90, 95)]
     parts = documents.cut(texts, [0, *cuts, sum(map(len, texts))])
     splits = dict(zip(SPLITS, parts, strict=True))
@@ -138,7 +137,7 @@ def plain_text(source: Source, unit: str, units: Units | None = None) -> Documen
     if kind and unit == "bytes":
         name, remedy = KINDS[kind]
         line = f"{where} is {name}, whose bytes are taken as they are: {remedy}"
-        print(f"xlformer: {line}", file=sys.stderr)
+        streams.say(line)
     if unit == "bytes":
         document = Document(source, 0, source.size)
         if units:
@@ -188,7 +187,7 @@ def _check_utf8(source: Source, mark: int, document: Document, units) -> None:
         raise wrong
     check.end()
     if zeros:
-        print(f"xlformer: {line}", file=sys.stderr)
+        streams.say(line)
 
 
 def fingerprint(text: Text) -> str:

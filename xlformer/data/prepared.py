@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-import sys
 from collections.abc import Mapping
 
 import numpy as np
 
-from xlformer import storage, strangers
+from xlformer import storage, strangers, streams
 from xlformer.data import local, ranges, shards, vocabularies
 from xlformer.data.documents import Document
 from xlformer.data.sources import SPLITS
@@ -65,7 +64,7 @@ def load(directory, remote=None) -> Prepared:
     # looks again.
     if about := card.get("incomplete"):
         line = f"{card.get('corpus')}: these are {about}: delete {folder} to prepare"
-        print(f"xlformer: {line} others", file=sys.stderr, flush=True)
+        streams.say(f"{line} others")
     return Prepared(tokens, documents, vocabulary, card, folder)
 
 

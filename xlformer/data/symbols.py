@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-import sys
 
 from etils import epath
 
-from xlformer import storage
+from xlformer import storage, streams
 from xlformer.data import corpora, counting, encoding, sources, trained
 from xlformer.data.prepared import VOCABULARY
 from xlformer.data.recipes import OWN_SPECIALS, Recipe
@@ -57,7 +56,7 @@ def say_what_is_lost(tokenizer, characters: str) -> None:
         lines.append(f"makes no token of {len(lost)} characters of the text: {shown}")
     for line in lines:
         line = f"config.data.tokenizer {line}"
-        print(f"xlformer: {line}", file=sys.stderr, flush=True)
+        streams.say(line)
 
 
 def _count(recipe: Recipe, builder, team) -> tuple[Vocabulary, int]:
@@ -111,5 +110,5 @@ def _words(recipe: Recipe, counted: counting.Words) -> Vocabulary:
             f"more than {counting.WORDS:,} different words: the rarest were forgotten,"
             f" and counts may be too low by {counted.error}"
         )
-        print(f"xlformer: {line}", file=sys.stderr, flush=True)
+        streams.say(line)
     return found

@@ -31,7 +31,7 @@ from xlformer.instruments.attention_lengths import Scores
 from xlformer.instruments.instrument import Request, Result
 from xlformer.instruments.members import Member
 
-RUNS = "possible"
+RUNS = True
 SEEDS = {"small": 3, "tiny": 2}
 IN_ORDER, IN_DISORDER = "in order", "shuffled"
 

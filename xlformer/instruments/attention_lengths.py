@@ -86,9 +86,9 @@ class Reader:
         )
         self._evaluator = Evaluator.of(model, self._plan, None)
 
-    def by_place(self, member: Member) -> Places:
+    def by_place(self, member: Member) -> results.ByPlace:
         """The nats of each place in the segment."""
-        found = Places(self._plan)
+        found = results.ByPlace(self._plan)
         self._evaluator.score(
             member.params,
             self._tokens,
@@ -102,33 +102,6 @@ class Reader:
                 name = type(member.model).__name__
                 raise UserError(f"{name} gives a loss that is not finite")
         return found
-
-
-class Places(results.Tally):
-    """Sums by place in the segment."""
-
-    def __init__(self, plan: rows.Plan):
-        super().__init__()
-        self._plan = plan
-        self.nats_T = np.zeros(plan.segment_length)
-        self.count_T = np.zeros(plan.segment_length, np.int64)
-
-    def add(self, scored: results.Scored) -> None:
-        super().add(scored)
-        plan, T = self._plan, self._plan.segment_length
-        input_N = scored.index_N - 1
-        row_N = np.searchsorted(plan.first_B, input_N, side="right") - 1
-        place_N = (input_N - plan.start_B[row_N]) % T
-        self.nats_T += np.bincount(place_N, scored.nll_N, minlength=T)
-        self.count_T += np.bincount(place_N, minlength=T)
-
-    @property
-    def mean(self) -> float:
-        return self.nats / self.targets
-
-    @property
-    def mean_T(self) -> list[float]:
-        return (self.nats_T / np.maximum(self.count_T, 1)).tolist()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ from xlformer.machines.bench_timing import Timing, clocks
 from xlformer.models import Model
 from xlformer.models.parameters import abstract_params, count
 
-RUNS, SEEDS = "possible", {}
+RUNS, SEEDS = True, {}
 LENGTHS = {"small": "800,1800,2800,3800", "tiny": "8,16,24"}
 CONFIGS = {"small": "enwik8_base", "tiny": "quickstart:debug"}
 SEGMENTS = {"small": 128, "tiny": 4}

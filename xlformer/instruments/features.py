@@ -15,9 +15,10 @@ from xlformer.errors import Argument, UserError
 from xlformer.instruments import estimators, features_picture
 from xlformer.instruments.estimators import FORMULAS, MAPS, POSITIVE, Rows
 from xlformer.instruments.instrument import Request, Result, Table
+from xlformer.instruments.length import slope
 from xlformer.layers.favor import REGULARISED
 
-RUNS, SEEDS = "none", {}
+RUNS, SEEDS = False, {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,15 +142,11 @@ def _attention(sizes: Sizes, width: int) -> list[dict]:
                         "rows": _rows_name(orthogonal),
                         "rms_error": mean_C.tolist(),
                         "standard_deviation": errors_NC.std(0, ddof=1).tolist(),
-                        "slope": falling(sizes.counts, mean_C),
+                        # -1/2 is the law of 1/sqrt(m).
+                        "slope": slope(sizes.counts, mean_C),
                     }
                 )
     return found
-
-
-def falling(counts, errors) -> float:
-    """d log(error) / d log(m), by least squares: -1/2 is the law of 1/sqrt(m)."""
-    return float(np.polyfit(np.log(counts), np.log(errors), 1)[0])
 
 
 def _rows_name(orthogonal: bool) -> str:

@@ -91,11 +91,11 @@ def recl(contexts: Sequence[int], gains: Sequence[float], threshold: float) -> L
     return Length(contexts[-1], True)
 
 
-def ecl(contexts: Sequence[int], nats: Sequence[float], within: float = 0.01) -> int:
+def ecl(contexts: Sequence[int], nats: Sequence[float]) -> int:
     """The shortest context whose perplexity is within 1 % of that of the longest.
 
     The effective context length of one model (Khandelwal et al. 2018), for whom the
     longest context is infinite. nats: the mean loss with each context.
     """
-    enough = nats[-1] + np.log1p(within)
+    enough = nats[-1] + np.log1p(0.01)
     return next(c for c, loss in zip(contexts, nats, strict=True) if loss <= enough)

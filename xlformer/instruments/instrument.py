@@ -93,8 +93,8 @@ class Instrument(Protocol):
     """A module in this folder; its docstring is the help of the command."""
 
     __doc__: str | None
-    # Whether --workdir names what is measured: "needed", "possible" or "none".
-    RUNS: str
+    # Whether --workdir may name what is measured.
+    RUNS: bool
     # Seeds by size, where what it trains has a spread; else {}.
     SEEDS: Mapping[str, int]
 

@@ -24,7 +24,7 @@ from xlformer.instruments.mechanisms import FLOOR, KINDS, SIZES, Sizes
 from xlformer.instruments.passes import WAYS, Row
 from xlformer.models.parameters import abstract_params, count
 
-RUNS, SEEDS = "possible", {}
+RUNS, SEEDS = True, {}
 LONGEST = 1 << 24  # tokens
 REASON = 40  # characters of why a row failed, in a table; JSON has all of them
 UPPER = 3  # lengths that a slope is of, the greatest that there are

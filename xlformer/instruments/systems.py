@@ -36,7 +36,7 @@ from xlformer.runs import locks, log
 from xlformer.scoring import evaluation
 from xlformer.training.run import train
 
-RUNS = "none"
+RUNS = False
 SEEDS: Mapping[str, int] = {}
 
 # By system, the config that its options come from.

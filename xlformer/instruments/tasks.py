@@ -27,7 +27,7 @@ from xlformer.instruments.instrument import Request, Result
 from xlformer.instruments.lessons import Lesson, Settings
 from xlformer.models.parameters import abstract_params
 
-RUNS = "none"
+RUNS = False
 SEEDS = {"small": 2, "tiny": 2}
 
 SMALL_TRANSFORMER = {"n_layer": 2, "n_head": 4, "init_std": 0.06}

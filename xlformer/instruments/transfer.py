@@ -35,7 +35,7 @@ from xlformer.instruments.transfer_runs import (
 from xlformer.runs.checkpoints import Checkpoints
 from xlformer.training import objectives
 
-RUNS, SEEDS = "possible", {}
+RUNS, SEEDS = True, {}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -78,15 +78,6 @@ def combine(y_BTD: jax.Array, state_BTD: jax.Array, weights_BT, mode: str):
     return w_BT1 * state_BTD + kept_BTD
 
 
-def effective_weights(weights_NBT: jax.Array, mode: str) -> jax.Array:
-    """How much of each step's state is in the output of `combine`, [N, B, T]."""
-    if mode == ACCUMULATE:
-        return weights_NBT
-    kept_NBT = jnp.flip(jnp.cumprod(jnp.flip(1 - weights_NBT, 0), 0), 0)
-    later_NBT = jnp.concatenate([kept_NBT[1:], jnp.ones_like(kept_NBT[:1])])
-    return weights_NBT * later_NBT
-
-
 def global_probability(p_BT: jax.Array, start_BT: jax.Array | None = None):
     """The mean of p over what each position sees: from its start on, to the end.
 
@@ -99,27 +90,3 @@ def global_probability(p_BT: jax.Array, start_BT: jax.Array | None = None):
     from_BT = lax.cumsum(p_BT, axis=1, reverse=True)
     sums_BT = jnp.take_along_axis(from_BT, start_BT, axis=1)
     return sums_BT / (T - start_BT).astype(p_BT.dtype)
-
-
-def run(p_NBT: jax.Array, states_NBTD: jax.Array, mode: str, *, epsilon, force=False):
-    """All steps of given probabilities and states: (y_BTD, weights_NBT, Halting).
-
-    For the mathematics alone: a model makes each state of the one before it.
-
-    force: whether the last step halts whatever still runs.
-    """
-    N = p_NBT.shape[0]
-    halting, y_BTD = begin(p_NBT.shape[1:], p_NBT.dtype), jnp.zeros_like(states_NBTD[0])
-    weights = []
-    for n in range(N):
-        p_BT = global_probability(p_NBT[n]) if mode == GLOBAL else p_NBT[n]
-        last = force and n == N - 1
-        w_BT, halting = halt(halting, p_BT, epsilon=epsilon, last=last)
-        y_BTD = combine(y_BTD, states_NBTD[n], w_BT, mode)
-        weights.append(w_BT)
-    return y_BTD, jnp.stack(weights), halting
-
-
-def ponder_BT(halting: Halting) -> jax.Array:
-    """What the ponder loss is the mean of: steps taken and remainder (Graves' rho)."""
-    return halting.updates_BT + halting.remainder_BT

@@ -12,8 +12,7 @@ from it, since buckets are constants. But all tokens are sorted, and which earli
 share a query's chunk depends on the buckets of later ones: if a later token falls into
 another bucket, outputs before it change, here as in the programs of the paper's authors
 and their followers. They do not change by what it holds in the bucket where it is, nor
-where all chunks see each other. Tokens that a reset hides take their places among the
-others too; padding takes none.
+where all chunks see each other. Padding takes no place among them.
 """
 
 from __future__ import annotations
@@ -102,7 +101,6 @@ def lsh_attention(
     lsh: Lsh,
     *,
     buckets=None,
-    start_BT=None,
     valid_BT=None,
 ) -> jax.Array:
     """The attended values [B, T, H, V], for any T.
@@ -111,7 +109,6 @@ def lsh_attention(
       qk_BTHK: queries, not scaled, and keys, of any length.
       rotations_BHKRN: of R rounds, see `rotations`; B and H may be 1.
       buckets: see `hashed`.
-      start_BT: the first position that each query sees; None is 0.
       valid_BT: padding is False, and changes nothing, whatever it holds and wherever
         it stands. What is attended from there means nothing.
     """
@@ -123,9 +120,7 @@ def lsh_attention(
     bucket_BHRT = None
     if lsh.chunk_length < qk_BTHK.shape[1]:
         bucket_BHRT = hashed(qk_BTHK, rotations_BHKRN, buckets)
-    return attend(
-        qk_BTHK, v_BTHV, bucket_BHRT, lsh, start_BT=start_BT, valid_BT=valid_BT
-    )
+    return attend(qk_BTHK, v_BTHV, bucket_BHRT, lsh, valid_BT=valid_BT)
 
 
 def attend(
@@ -134,7 +129,6 @@ def attend(
     bucket_BHRT,
     lsh: Lsh,
     *,
-    start_BT=None,
     valid_BT=None,
     compact=True,
 ) -> jax.Array:
@@ -167,7 +161,7 @@ def attend(
         score_BHGCS = jnp.einsum(
             "BHGCK,BHGSK->BHGCS", q_BHGCK, k_BHGSK, preferred_element_type=exact
         )
-        score_BHGCS = _masked(score_BHGCS, ring, lsh, start_BT)
+        score_BHGCS = _masked(score_BHGCS, ring, lsh)
         top_BHGC1 = lax.stop_gradient(score_BHGCS.max(-1, keepdims=True))
         weight_BHGCS = jnp.exp(score_BHGCS - top_BHGC1)
         sum_BHGC1 = weight_BHGCS.sum(-1, keepdims=True)
@@ -193,15 +187,13 @@ def attend(
         return jnp.swapaxes(y_BHTV, 1, 2).astype(v_BTHV.dtype)
 
 
-def _masked(score_BHGCS, ring: Ring, lsh: Lsh, start_BT) -> jax.Array:
+def _masked(score_BHGCS, ring: Ring, lsh: Lsh) -> jax.Array:
     """Scores of what is hidden become the lowest, of a token with itself SELF."""
     T = ring.bucket_BHRT.shape[3]
     query, key = ring.pairs(jnp.arange(T)[None, None, None], fill=T)
     sees = key < T
     if lsh.causal:
         sees &= key <= query
-    if start_BT is not None:
-        sees &= key >= ring.pairs(start_BT[:, None, None])[0]
     if ring.real_BRT is not None:
         sees &= ring.pairs(ring.real_BRT[:, None], fill=False)[1]
     if lsh.same_bucket_only:

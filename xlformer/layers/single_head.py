@@ -85,12 +85,6 @@ def places(next_B, P: int) -> jax.Array:
     return (jnp.arange(P)[None] - next_B[:, None]) % P
 
 
-def in_order(rows_BPD, next_B) -> jax.Array:
-    """The vectors, oldest first, which copies them."""
-    P = rows_BPD.shape[1]
-    return jax.vmap(lambda x, first: x[(jnp.arange(P) + first) % P])(rows_BPD, next_B)
-
-
 def write(rows_BPD, x_BTD, seen: Seen, next_B) -> jax.Array:
     """The ring's vectors with those of a segment in place of the oldest."""
     P, T = rows_BPD.shape[1], x_BTD.shape[1]

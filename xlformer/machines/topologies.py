@@ -1,4 +1,4 @@
-"""Machines that are not here, as their compilers know them: mesh_of('v5e:2x4', sizes).
+"""Machines that are not here, as their compilers know them: machine('v5e:2x4').
 
 A TPU's compiler comes with `pip install 'xlformer[tpu]'`, that of NVIDIA's GPUs with
 'xlformer[cuda12]'. Neither needs the machine itself.
@@ -11,9 +11,7 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
-from xlformer import sharding
 from xlformer.errors import Argument, UserError, reason
 
 # How many numbers a shape has, as in v5p:4x4x4: TPUs are joined in a torus of 2 or 3
@@ -117,18 +115,3 @@ def _gpus(name: str, count: int) -> list:
         topology=f"{count // here}x1x{here}",  # domains of NVLink, hosts, GPUs of each
         target_config=_TARGETS[name],
     ).devices
-
-
-def mesh_of(topology: str, sizes, *, where: str = "sizes") -> Mesh:
-    """A mesh of devices that are not here, to compile for.
-
-    Args:
-      sizes: of the axes, as in sharding.make_mesh; a smaller mesh takes the first.
-
-    Raises:
-      UserError: no such topology, no compiler for it, or sizes that do not fit.
-    """
-    found = machine(topology)
-    if found.devices is None:
-        raise UserError(Argument("topology", topology), f": {found.note}")
-    return sharding.make_mesh(sizes, devices=found.devices, where=where)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import numpy as np
@@ -21,9 +20,9 @@ from xlformer.reporting.subject import (
     of_each,
     together,
 )
-from xlformer.scoring import results
 from xlformer.scoring.evaluator import Evaluator
-from xlformer.scoring.rows import Plan, cut_rows_for
+from xlformer.scoring.results import ByPlace
+from xlformer.scoring.rows import cut_rows_for
 from xlformer.training import objectives
 
 ROWS = 8  # that the text is cut into
@@ -32,49 +31,7 @@ PLACES = 32  # at most, that are drawn
 LENGTHS = (0, 0.25, 0.5, 1, 2, 4)
 
 
-@dataclasses.dataclass(frozen=True)
-class Losses:
-    """Nats of a run by the place of the token in its segment.
-
-    Attributes:
-      nats_T, targets_T: summed, and how many; place 0 sees the memory and itself.
-      rows: that the text was cut into.
-      warmup: see scoring.rows.
-    """
-
-    nats_T: np.ndarray
-    targets_T: np.ndarray
-    rows: int
-    warmup: str
-
-    @property
-    def mean(self) -> float:
-        return float(self.nats_T.sum() / self.targets_T.sum())
-
-    def between(self, first: int, stop: int) -> float:
-        """The mean of places first to stop, stop not among them."""
-        targets = self.targets_T[first:stop].sum()
-        return float(self.nats_T[first:stop].sum() / targets) if targets else np.nan
-
-
-class _ByPlace(results.Tally):
-    def __init__(self, plan: Plan, causal: bool):
-        super().__init__()
-        self._plan, self._ahead = plan, int(causal)
-        self.nats_T, self.targets_T = np.zeros((2, plan.segment_length))
-
-    def add(self, scored: results.Scored) -> None:
-        super().add(scored)
-        plan, T = self._plan, self._plan.segment_length
-        # The input that the target follows; a masked model's is the target itself.
-        index_N = scored.index_N - self._ahead
-        row_N = np.searchsorted(plan.first_B, index_N, side="right") - 1
-        place_N = (index_N - plan.start_B[row_N]) % T
-        self.nats_T += np.bincount(place_N, scored.nll_N, T)
-        self.targets_T += np.bincount(place_N, minlength=T)
-
-
-def losses(subject: Subject, member, model: models.Model) -> Losses:
+def losses(subject: Subject, member, model: models.Model) -> ByPlace:
     """Scores the beginning of the split with a form of the run's model."""
     run = member.run
     tokens, documents, _ = subject.text(member)
@@ -90,11 +47,11 @@ def losses(subject: Subject, member, model: models.Model) -> Losses:
     )
     objective = objectives.build(run.config.train, model)
     mesh = sharding.make_mesh({"data": 1})
-    tally = _ByPlace(plan, objective.causal)
+    tally = ByPlace(plan, objective.causal)
     evaluator = Evaluator.of(model, plan, mesh, objective)
     options = {"documents": documents, "step": run.step, "tally": tally}
     evaluator.score(run.params, tokens, plan, **options)
-    return Losses(tally.nats_T, tally.targets_T, len(plan.start_B), plan.warmup)
+    return tally
 
 
 class Measured:
@@ -117,9 +74,11 @@ class Measured:
             if member.name not in names:
                 continue
             one, carried = self.found[member.name], carries(member.model)
+            plan = one.plan
             how[member.name] = (
-                f"{int(one.targets_T.sum()):,} tokens of {split}, segments of "
-                f"{len(one.nats_T):,}, {carried}, {one.rows} rows, warm-up {one.warmup}"
+                f"{one.targets:,} tokens of {split}, segments of "
+                f"{plan.segment_length:,}, {carried}, {len(plan.start_B)} rows, "
+                f"warm-up {plan.warmup}"
             )
         return together(how)
 
@@ -131,7 +90,7 @@ def places(measured: Measured) -> Section:
         one = measured.found.get(member.name)
         if one is None:
             continue
-        T = len(one.nats_T)
+        T = one.plan.segment_length
         size = -(-T // PLACES)
         edges = range(0, T, size)
         y = [scale.of(one.between(first, first + size)) for first in edges]
@@ -202,7 +161,7 @@ def _sweep(measured: Measured, member) -> dict[int, float]:
     if member.name not in measured.found:
         raise UserError("its text could not be scored")
     measured.subject.say(f"scoring {member.name} with other memories")
-    T = len(measured.found[member.name].nats_T)
+    T = measured.found[member.name].plan.segment_length
     base = own or T
     found, why = {own: measured.found[member.name].mean}, None
     for length in sorted({round(part * base) for part in LENGTHS} - {own}):

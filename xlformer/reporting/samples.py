@@ -6,11 +6,9 @@ import numpy as np
 
 from xlformer.generation.continuation import generate
 from xlformer.generation.printing import Row
-from xlformer.generation.sampling import Sampling
+from xlformer.generation.sampling import PAPER
 from xlformer.reporting.page import Heading, Sample, Section, Text
 from xlformer.reporting.subject import Subject, of_each
-
-SAMPLING = Sampling(top_k=40)  # as the paper made its samples (Dai et al. 2019, E)
 
 
 def section(subject: Subject) -> Section:
@@ -22,8 +20,8 @@ def section(subject: Subject) -> Section:
     blocks: list = [
         Text(
             f"Each run goes on from {subject.context} tokens of {split}, which are "
-            f"grey, by {subject.length}: drawn among the {SAMPLING.top_k} most "
-            f"probable, temperature {SAMPLING.temperature}, seed {subject.seed}; the "
+            f"grey, by {subject.length}: drawn among the {PAPER.top_k} most "
+            f"probable, temperature {PAPER.temperature}, seed {subject.seed}; the "
             "first that came, none chosen."
         )
     ]
@@ -50,7 +48,7 @@ def _written(subject: Subject, member) -> list[Row]:
         prompts,
         num_tokens=subject.length,
         seed=subject.seed,
-        sampling=SAMPLING,
+        sampling=PAPER,
         step=member.run.step,
     )
     rows = [Row(member.run.vocabulary, prompt) for prompt in prompts]

@@ -227,22 +227,20 @@ class Checkpoints:
 
     # Restoring -----------------------------------------------------------------------
 
-    def restore(self, abstract, step: int | None = None, *, before=None):
+    def restore(self, abstract, step: int | None = None):
         """Returns (step, tree, config) of the newest checkpoint that is intact.
 
         abstract: a tree of jax.ShapeDtypeStructs with the shardings wanted now, or of
         arrays, or what gives one for the names at the top of the saved tree. Leaves
-        without a sharding go to the first device. With `step` only that one will do;
-        with `before` only steps below it are tried. A checkpoint of another model is no
-        corruption: it raises UserError and nothing else is tried.
+        without a sharding go to the first device. With `step` only that one will do.
+        A checkpoint of another model is no corruption: it raises UserError and nothing
+        else is tried.
         """
         self.wait()
         if step is not None:
             self._must_exist(step)
-        steps = self.steps() if step is None else [step]
-        tried = [s for s in steps if before is None or s < before]
         reasons, refused = [], []
-        for candidate in reversed(tried):
+        for candidate in reversed(self.steps() if step is None else [step]):
             found, fault = None, ""
             try:
                 found = self._restore_step(candidate, abstract)
@@ -259,7 +257,7 @@ class Checkpoints:
                 self._set_aside(refused)
             self._current = candidate
             return candidate, *found
-        raise UserError(self._nothing(reasons, before))
+        raise UserError(self._nothing(reasons))
 
     def _set_aside(self, refused: list[int]) -> None:
         """Renames the steps that the writer gave up, once an older one is restored.
@@ -308,7 +306,7 @@ class Checkpoints:
         try:
             return read(self._path(step), read_seal(self._path(step)))
         except Corrupt as error:
-            raise UserError(self._nothing([f"step {step}: {error}"], None)) from error
+            raise UserError(self._nothing([f"step {step}: {error}"])) from error
 
     def _must_exist(self, step) -> None:
         if step is None or step not in self.steps():
@@ -317,11 +315,10 @@ class Checkpoints:
             have = f"; there are steps {have}" if have else ""
             raise UserError(f"{self.directory}: there is no checkpoint{which}{have}")
 
-    def _nothing(self, reasons, before) -> str:
-        limit = "" if before is None else f" before step {before}"
+    def _nothing(self, reasons) -> str:
         if not reasons:
-            return f"{self.directory}: there is no checkpoint{limit}"
-        return f"{self.directory}: no intact checkpoint{limit}: {'; '.join(reasons)}"
+            return f"{self.directory}: there is no checkpoint"
+        return f"{self.directory}: no intact checkpoint: {'; '.join(reasons)}"
 
     def _restore_step(self, step, abstract):
         path = self._path(step)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 
 import jax
 
-from xlformer import models, storage
+from xlformer import models, storage, streams
 from xlformer.errors import UserError
 from xlformer.runs import checkpoints as checkpoints_lib
 from xlformer.runs import reading
@@ -84,4 +83,4 @@ def _load(
 
 def _say(line: str) -> None:
     if jax.process_index() == 0:
-        print(f"xlformer: {line}", file=sys.stderr, flush=True)
+        streams.say(line)

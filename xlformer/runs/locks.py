@@ -12,12 +12,11 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
 
-from xlformer import storage
+from xlformer import storage, streams
 from xlformer.errors import UserError, reason
 
 FILE = "lock"
@@ -87,7 +86,7 @@ class WorkdirLock:
             file.close()
             return False
         if dead := _owner(file):
-            _say(
+            streams.say(
                 f"{self._workdir}: {_name(dead)} ended without releasing its lock; "
                 "taking it over"
             )
@@ -146,7 +145,7 @@ class _Heartbeat:
             if self._mine(self._read()):
                 self._path.unlink()
         except Exception as error:  # It only costs the next run its patience.
-            _say(f"{self._path} was not removed: {error!r}")
+            streams.say(f"{self._path} was not removed: {error!r}")
 
     def _outlast(self, owner) -> None:
         """Returns when the owner shows no life; raises UserError if it does.
@@ -159,7 +158,7 @@ class _Heartbeat:
         if age > ANCIENT * self._patience:
             end = 0.0
         else:
-            _say(
+            streams.say(
                 f"{self._path.parent}: held by {_name(owner)}; waiting up to "
                 f"{self._patience:.0f} s to see whether that is alive"
             )
@@ -170,7 +169,7 @@ class _Heartbeat:
                 return  # Released.
             if now != owner:
                 raise self._refusal(now)
-        _say(
+        streams.say(
             f"{self._path.parent}: {_name(owner)} has shown no life for "
             f"{max(age, self._patience):.0f} s; taking over its lock"
         )
@@ -186,12 +185,12 @@ class _Heartbeat:
             if owner and not self._mine(owner):
                 if not self._taken_by:
                     self._taken_by = owner
-                    _say(f"{self._path.parent} was taken over by {_name(owner)}")
+                    streams.say(f"{self._path.parent} was taken over by {_name(owner)}")
                 return
             self._write()
             self._seen = time.monotonic()
         except Exception as error:  # The next time it may work.
-            _say(f"{self._path} was not renewed: {error!r}")
+            streams.say(f"{self._path} was not renewed: {error!r}")
 
     def _mine(self, owner) -> bool:
         return bool(owner) and owner.get("id") == self._me["id"]
@@ -241,7 +240,3 @@ def _name(owner: dict | None) -> str:
     if not owner or "pid" not in owner:
         return "another process"  # which has locked it, but not yet written its name
     return f"pid {owner['pid']} on host {owner.get('host')}"
-
-
-def _say(line: str) -> None:
-    print(f"xlformer: {line}", file=sys.stderr, flush=True)

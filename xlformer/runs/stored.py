@@ -11,12 +11,11 @@ from __future__ import annotations
 import array
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator
 
 import numpy as np
 
-from xlformer import runs, storage, strangers
+from xlformer import runs, storage, strangers, streams
 from xlformer.data import documents, folders, local, parts, preparing, recipes, shards
 from xlformer.data.documents import Text
 from xlformer.data.prepared import FORMAT, Prepared, checked
@@ -181,7 +180,7 @@ def _say_if_changed(data, card: dict, found) -> None:
         _text(data, card, PATH, advice=False)
     except AnotherText as error:
         line = f"{error}: scoring the prepared text of the run, in {found}"
-        print(f"xlformer: {line}", file=sys.stderr, flush=True)
+        streams.say(line)
     except UserError:
         pass  # Nothing can be read there any more, and nothing has to be.
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from xlformer.scoring.rows import Plan
+
 BLOCK = 1 << 20  # tokens that are counted at a time
 
 
@@ -66,6 +68,44 @@ class Tally:
             "bits_per_byte": bits(self.nats / size) if size else None,
             "word_ppl": perplexity(self.nats / words) if words else None,
         }
+
+
+class ByPlace(Tally):
+    """The same by the place in the segment; place 0 sees the memory and itself.
+
+    Attributes:
+      plan: how the text is read.
+      nats_T, targets_T: nats and targets of each place.
+    """
+
+    def __init__(self, plan: Plan, causal: bool = True):
+        super().__init__()
+        self.plan, self._ahead = plan, int(causal)
+        self.nats_T = np.zeros(plan.segment_length)
+        self.targets_T = np.zeros(plan.segment_length, np.int64)
+
+    def add(self, scored: Scored) -> None:
+        super().add(scored)
+        plan, T = self.plan, self.plan.segment_length
+        # The input that the target follows; a masked model's is the target itself.
+        index_N = scored.index_N - self._ahead
+        row_N = np.searchsorted(plan.first_B, index_N, side="right") - 1
+        place_N = (index_N - plan.start_B[row_N]) % T
+        self.nats_T += np.bincount(place_N, scored.nll_N, minlength=T)
+        self.targets_T += np.bincount(place_N, minlength=T)
+
+    @property
+    def mean(self) -> float:
+        return self.nats / self.targets
+
+    @property
+    def mean_T(self) -> list[float]:
+        return (self.nats_T / np.maximum(self.targets_T, 1)).tolist()
+
+    def between(self, first: int, stop: int) -> float:
+        """The mean of places first to stop, stop not among them."""
+        targets = self.targets_T[first:stop].sum()
+        return float(self.nats_T[first:stop].sum() / targets) if targets else math.nan
 
 
 def bits(nats: float) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import halting_steps
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,8 +44,9 @@ def _given_logits(arrays, config, dtype):
 
     def loss(logits, states, mode):
         p_NBT = jax.nn.sigmoid(logits)
-        found = halting.run(p_NBT, states, mode, epsilon=epsilon)
-        ponder = config["act_loss_weight"] * halting.ponder_BT(found[2]).mean()
+        found = halting_steps.run(p_NBT, states, mode, epsilon=epsilon)
+        rho_BT = found[2].updates_BT + found[2].remainder_BT  # Graves' name
+        ponder = config["act_loss_weight"] * rho_BT.mean()
         return (found[0] * cotangent).sum() + ponder, (*found, ponder)
 
     for name, mode in MODES.items():
@@ -58,11 +60,11 @@ def _given_logits(arrays, config, dtype):
             updates, rest = updates[:, 0], rest[:, 0]
         values[f"{name}/out"], values[f"{name}/ponder_loss"] = y_BTD, ponder
         values[f"{name}/n_updates"], values[f"{name}/remainders"] = updates, rest
-        effective = halting.effective_weights(weights_NBT, mode)
+        effective = halting_steps.effective_weights(weights_NBT, mode)
         values[f"{name}/effective_weights"] = effective
         for of, x in zip(("logits", "states"), grads, strict=True):
             gradients[f"{name}/grad/{of}"] = x
-    y_BTD, weights_NBT, _ = halting.run(
+    y_BTD, weights_NBT, _ = halting_steps.run(
         jax.nn.sigmoid(logits), states, halting.ACCUMULATE, epsilon=epsilon, force=True
     )
     values[f"{FORCED}weights"], values[f"{FORCED}out"] = weights_NBT, y_BTD
@@ -88,7 +90,8 @@ def _decoder(arrays, config, dtype):
     @jax.jit
     def both(params, x_BTD):
         found = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x_BTD)
-        return *found, model.ponder(params, x_BTD, state) if act else None
+        halted = halting_steps.of_tokens(model, params, x_BTD, state) if act else None
+        return *found, halted
 
     (total, (y_BTD, ponder)), (grads, dx_BTD), halted = both(params, x_BTD)
     values = {"out": y_BTD, "loss": total}

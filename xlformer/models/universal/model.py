@@ -45,7 +45,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xlformer.errors import UserError
 from xlformer.layers import adaptive, attention, feed_forward, separable
 from xlformer.layers import memory as memory_lib
 from xlformer.models import checks, parameters, sides
@@ -155,26 +154,6 @@ class UniversalTransformer(TokenModel):
     def matrices(self, params):
         layers = attention.MATRICES | feed_forward.MATRICES | separable.MATRICES
         return sides.by_name(params, layers)
-
-    def ponder(self, params, inputs, state, *, resets_BT=None, lengths_B=None):
-        """How many steps each token took, and its remainder: (updates_BT, rest_BT).
-
-        inputs: token ids, or the vectors that `trunk` takes.
-        """
-        if self.config.act == "none":
-            raise UserError("config.model.act='none': every token takes all steps")
-
-        def run(module, inputs, state, *, resets_BT, lengths, keys, **_):
-            if inputs.ndim == 2:
-                inputs = module.embedding(inputs) * module.tokens.scale
-            inputs = inputs.astype(self.dtype(params))
-            options = resets_BT, lengths, keys
-            _, state, halting = module.trunk.forward(inputs, state, *options)
-            return (halting.updates_BT, halting.remainder_BT), state
-
-        options = self._options(inputs, resets_BT, lengths_B, None)
-        whole = params if "trunk" in params else {"trunk": params}
-        return self._run(whole, run, inputs, state, **options)[0]
 
     def for_generation(self) -> Model:
         """Every token sees memory_length positions and itself.

@@ -3,7 +3,7 @@
 Paper:    none; the run that shows on any machine, without a network, that all works
 Command:  bash launch/local.sh, or
           python -m xlformer.train --config=quickstart --workdir=runs/quickstart
-Hardware: 2 CPU cores (AMD EPYC): 2:21
+Hardware: 2 CPU cores (AMD EPYC): 3:03 (2026-11-26; 2:21 with one device on 2026-11-22)
 Expected: 2.055 bits per byte on test (Python 3.11.7, jax 0.10.2, 2026-11-26), by
           python -m xlformer.evaluate --workdir=runs/quickstart --split=test
           trained on two CPU devices; 2.056 with --cpu_devices=1, another order of sums;
@@ -23,7 +23,7 @@ from xlformer.config import default_config, shrink
 VOCAB_SIZE = 256  # bytes
 PARAMETERS = 675_968
 
-STEPS = 3200  # at 0.040 s each on two cores
+STEPS = 3200  # at 0.04 to 0.053 s each on two cores
 LEARNING_RATE = 4e-3
 # How each was chosen, and on what device: docs/flags.md.
 RATES = {"muon": 8e-3, "adafactor": 1e-1}

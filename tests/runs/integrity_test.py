@@ -195,6 +195,14 @@ def test_a_digest_is_the_sum_over_parts_whichever_axes_are_split(
     assert leaves.digests({"x": sharded, "y": x}) == {"x": expected, "y": expected}
 
 
+def test_a_part_beyond_the_last_place_of_32_bits_has_its_share_modulo_2_to_the_32():
+    x, first = np.array([[3, 5, 7]], np.uint32), 2**32
+    index = (slice(1, 2), slice(first, first + 3))
+    weights = [(first + 3 + first + i) * leaves.GOLDEN % 2**32 | 1 for i in range(3)]
+    expected = sum(a * b for a, b in zip([3, 5, 7], weights, strict=True)) % 2**32
+    assert leaves.numpy_digest(x, index, (2, first + 3)) == expected
+
+
 @pytest.mark.parametrize(
     "dtype", ["float64", "int64", "uint8", "bool", "complex64", "float16"]
 )

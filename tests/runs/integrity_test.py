@@ -20,6 +20,7 @@ from checkpoint_states import (
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xlformer.errors import UserError
+from xlformer.runs import checkpoints as checkpoints_lib
 from xlformer.runs import leaves
 from xlformer.runs.checkpoints import Checkpoints
 
@@ -160,6 +161,21 @@ def test_params_only_are_verified_too(copied):
     assert "bias" in reader.restore_params(1, part)["params"]
     with pytest.raises(UserError, match="step 2: .*kernel does not match"):
         reader.restore_params(2, part)
+
+
+@pytest.mark.parametrize("before", [[], [False]], ids=["the seal", "the config"])
+def test_arrays_are_not_read_of_what_another_host_refuses(before, copied, monkeypatch):
+    answers, read = iter([*before, True, *[False] * 3]), []
+    real = checkpoints_lib.read_state
+
+    def noted(path, *arguments, **options):
+        read.append(path.name)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(checkpoints_lib, "on_any_host", lambda _: next(answers))
+    monkeypatch.setattr(checkpoints_lib, "read_state", noted)
+    assert Checkpoints(copied, read_only=True).restore(abstract_state())[0] == 1
+    assert read == ["1"]
 
 
 # Digests ----

@@ -192,6 +192,25 @@ def test_where_all_say_hidden_symbols(stored, monkeypatch):
     assert titles[-1] == "accuracy from the start, by step: hidden symbols"
 
 
+@pytest.mark.parametrize("kind", ["positive, from the start", "linformer"])
+def test_what_begins_from_the_start_may_diverge_too(kind, stored, monkeypatch):
+    source = member(causal=False)
+    monkeypatch.setattr(type(source), "facts", lambda self: {})
+    monkeypatch.setattr(source.run, "workdir", Place())
+    monkeypatch.setattr(readings, "at_first", lambda *_, **__: [])
+    score = types.SimpleNamespace(accuracy=0.5)
+    monkeypatch.setattr(readings, "read", lambda *_: [score])
+    monkeypatch.setattr(transfer_runs, "continued", Continued(source, diverges=kind))
+    stored_sources[:] = [source]
+    study = transfer._study(None, source, SIZES, ("softmax", transfer_runs.FRESH))
+    assert f"{kind}: the loss is not finite" in study["notes"]
+    found = study["curves"] | study["from_the_start"]
+    assert [name for name, curve in found.items() if not curve] == [kind]
+    rows = [row for table in transfer._tables(study) for row in table.rows]
+    (shown,) = [row for row in rows if row[0] == kind]
+    assert set(shown[1:]) == {None}
+
+
 def test_what_is_no_loss_ends_the_study(stored, monkeypatch):
     source = member()
     monkeypatch.setattr(readings, "at_first", lambda *_, **__: [])
@@ -214,12 +233,12 @@ class Place:
 
 
 class Continued:
-    def __init__(self, source):
-        self.source, self.asked = source, []
+    def __init__(self, source, diverges="SMREG, redrawn"):
+        self.source, self.diverges, self.asked = source, diverges, []
 
     def __call__(self, request, source, sizes, kind, steps):
         self.asked.append((kind, steps))
-        if kind.startswith("SMREG"):
+        if kind == self.diverges:
             raise NotFinite("the loss is not finite")
         return self.source
 

@@ -20,6 +20,7 @@ from checkpoint_states import (
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xlformer.errors import UserError
+from xlformer.runs import checkpoints as checkpoints_lib
 from xlformer.runs import leaves
 from xlformer.runs.checkpoints import Checkpoints
 
@@ -162,6 +163,21 @@ def test_params_only_are_verified_too(copied):
         reader.restore_params(2, part)
 
 
+@pytest.mark.parametrize("before", [[], [False]], ids=["the seal", "the config"])
+def test_arrays_are_not_read_of_what_another_host_refuses(before, copied, monkeypatch):
+    answers, read = iter([*before, True, *[False] * 3]), []
+    real = checkpoints_lib.read_state
+
+    def noted(path, *arguments, **options):
+        read.append(path.name)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(checkpoints_lib, "on_any_host", lambda _: next(answers))
+    monkeypatch.setattr(checkpoints_lib, "read_state", noted)
+    assert Checkpoints(copied, read_only=True).restore(abstract_state())[0] == 1
+    assert read == ["1"]
+
+
 # Digests ----
 
 
@@ -193,6 +209,14 @@ def test_a_digest_is_the_sum_over_parts_whichever_axes_are_split(
     weight = np.arange(x.size, dtype=np.uint32) * np.uint32(leaves.GOLDEN)
     expected = int(np.sum(x.reshape(-1) * (weight | 1), dtype=np.uint32))
     assert leaves.digests({"x": sharded, "y": x}) == {"x": expected, "y": expected}
+
+
+def test_a_part_beyond_the_last_place_of_32_bits_has_its_share_modulo_2_to_the_32():
+    x, first = np.array([[3, 5, 7]], np.uint32), 2**32
+    index = (slice(1, 2), slice(first, first + 3))
+    weights = [(first + 3 + first + i) * leaves.GOLDEN % 2**32 | 1 for i in range(3)]
+    expected = sum(a * b for a, b in zip([3, 5, 7], weights, strict=True)) % 2**32
+    assert leaves.numpy_digest(x, index, (2, first + 3)) == expected
 
 
 @pytest.mark.parametrize(

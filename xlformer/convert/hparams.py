@@ -171,7 +171,7 @@ def _checked(hparams: Mapping[str, Any]) -> dict[str, Any]:
         if name in found and type(found[name]) is not int:
             raise UserError(f"hparams: {name}={found[name]!r:.50} is no whole number")
         if name in LENGTHS and found.get(name, 0) > MOST_TOKENS:
-            line = f"{found[name]:.4g} is more than the {MOST_TOKENS} that are taken"
+            line = f"{found[name]!r:.50} is more than the {MOST_TOKENS} that are taken"
             raise UserError(f"hparams: {name}={line}")
     for name, kinds in (("cutoffs", (int,)), ("tie_projs", (bool, int))):
         value = found.get(name, [])

@@ -46,7 +46,7 @@ def seen(bundle: Bundle, hparams: Mapping, fields: Mapping) -> dict[str, Any]:
             wanted = "a whole number" if kind is int else "true or false"
             raise UserError(f"hparams: {name}={found[name]!r:.50} is not {wanted}")
     if found["mem_len"] > MOST_TOKENS:
-        line = f"{found['mem_len']:.4g} is more than the {MOST_TOKENS} that are taken"
+        line = f"{found['mem_len']!r:.50} is more than the {MOST_TOKENS} that are taken"
         raise UserError(f"hparams: mem_len={line}")
     return found
 

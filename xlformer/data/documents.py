@@ -221,7 +221,9 @@ def is_read_once(name: str) -> bool:
     """Whether a name is that of a pipe, or of another file in each process."""
     if name == "-" or name.startswith(OF_A_PROCESS):
         return True
-    return "://" not in name and os.path.exists(name) and not os.path.isfile(name)
+    if "://" in name or not os.path.exists(name):
+        return False
+    return not (os.path.isfile(name) or os.path.isdir(name))
 
 
 def cut(documents: Iterable[Document], bounds: list[int]) -> list[list[Document]]:

@@ -109,6 +109,18 @@ def _study(request: Request, source: Member, sizes: Sizes, kinds) -> dict:
         return found
 
     curves, notes = {}, []
+
+    def followed(kind: str, steps: int, begin: Mapping) -> Mapping:
+        try:
+            member = transfer_runs.continued(request, source, sizes, kind, steps)
+        # It says something of its kind.
+        except NotFinite as error:
+            if kind == SOFTMAX:
+                raise
+            notes.append(f"{kind}: {error}")
+            return begin
+        return curve(member, begin)
+
     for kind in kinds:
         begin = {}
         if kind in CONTINUED:
@@ -118,16 +130,7 @@ def _study(request: Request, source: Member, sizes: Sizes, kinds) -> dict:
                 model = readings.model_of(model, **options)
             arguments = model, source.params, objective, tokens, length
             begin = {0: readings.read(*arguments)[0].accuracy}
-        try:
-            member = transfer_runs.continued(request, source, sizes, kind, sizes.steps)
-        # It says something of its kind.
-        except NotFinite as error:
-            if kind == SOFTMAX:
-                raise
-            notes.append(f"{kind}: {error}")
-            curves[kind] = begin
-            continue
-        curves[kind] = curve(member, begin)
+        curves[kind] = followed(kind, sizes.steps, begin)
     study = {
         "source": source.facts(),
         "causal": source.model.causal,
@@ -150,10 +153,9 @@ def _study(request: Request, source: Member, sizes: Sizes, kinds) -> dict:
         )
     else:
         steps = sizes.source_steps if sizes.config else sizes.steps
-        member = transfer_runs.continued(request, source, sizes, LINFORMER, steps)
         study["from_the_start"] = {
             SOFTMAX: curve(source, {}) if sizes.config else {},
-            LINFORMER: curve(member, {}),
+            LINFORMER: followed(LINFORMER, steps, {}),
         }
     notes.append(
         f"{study['objective']}: one run of each kind (one seed), with the source's "

@@ -41,7 +41,8 @@ from xlformer.runs.integrity import (
 
 METRIC = "nats_per_token"  # of the validation
 # Orbax keeps JSON of its own beside a step, which is not sealed and may hold anything.
-UNREADABLE = OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError
+UNREADABLE = OSError, ValueError, TypeError, LookupError, AttributeError
+UNREADABLE += ArithmeticError, RecursionError
 _log = logging.getLogger(__name__)
 
 
@@ -72,6 +73,9 @@ class Checkpoints:
         # (Orbax 0.12.8; after steps 1 to 7, with 3 to keep, latest_step() was 4).
         # A kill while saving leaves N.orbax-checkpoint-tmp (found at 36 of 54
         # restarts), which by default nobody removes.
+        if self.directory.exists() and not self.directory.is_dir():
+            # Orbax would say so at the first save, after hours of training.
+            raise UserError(f"{self.directory}: is not a directory")
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True,
             preservation_policy=_LatestAndBest(self._keep, self._bests),

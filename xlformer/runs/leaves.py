@@ -109,16 +109,17 @@ def digests(flat: Mapping[str, object]) -> dict[str, int]:
     """
     on_device = {k: x for k, x in flat.items() if not _on_cpu(x)}
     on_cpu = {k: x for k, x in flat.items() if k not in on_device}
-    found = {}
+    found: dict[str, int] = {}
     if on_device:
         values = np.asarray(_stacked(list(on_device.values())))
         found |= {k: int(v) for k, v in zip(on_device, values, strict=True)}
-    if on_cpu:
-        sums = np.array([_sum_here(x) for x in on_cpu.values()], np.uint32)
-        if not all(map(_is_whole, on_cpu.values())):
-            sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
-        found |= {k: int(v) for k, v in zip(on_cpu, sums, strict=True)}
-    return found
+    if spread := {k: x for k, x in on_cpu.items() if _is_spread(x)}:
+        sums_LC = np.array([_sums(x) for x in spread.values()], np.uint32)
+        sums_LC = multihost_utils.process_allgather(sums_LC).sum(0, dtype=np.uint32)
+        both = zip(spread.items(), sums_LC, strict=True)
+        found |= {k: int(sums_C[_copy(x)]) for (k, x), sums_C in both}
+    whole = {k: x for k, x in on_cpu.items() if k not in spread}
+    return found | {k: _digest_here(x) for k, x in whole.items()}
 
 
 def _on_cpu(x) -> bool:
@@ -127,18 +128,36 @@ def _on_cpu(x) -> bool:
     return all(device.platform == "cpu" for device in x.sharding.device_set)
 
 
-def _is_whole(x) -> bool:
-    """Whether this process has all of it; others then have all of it, too."""
-    return not isinstance(x, jax.Array) or x.is_fully_addressable
+def _is_spread(x) -> bool:
+    """Whether some process has only a part; all processes answer alike."""
+    if not isinstance(x, jax.Array):
+        return False
+    return not (x.is_fully_addressable or x.is_fully_replicated)
 
 
-def _sum_here(x) -> int:
-    """The share of the shards of which no other process has the first copy."""
+def _copy(x) -> int:
+    """Which copy of it this process answers for: what it read itself may be damaged."""
+    return min((shard.replica_id for shard in x.addressable_shards), default=0)
+
+
+def _digest_here(x) -> int:
     if not isinstance(x, jax.Array):
         return numpy_digest(np.asarray(x))
-    shards = [shard for shard in x.addressable_shards if shard.replica_id == 0]
-    parts = (numpy_digest(np.asarray(s.data), s.index, x.shape) for s in shards)
-    return sum(parts) % 2**32
+    own = _copy(x)
+    shards = [shard for shard in x.addressable_shards if shard.replica_id == own]
+    return sum(_share(shard, x.shape) for shard in shards) % 2**32
+
+
+def _sums(x) -> list[int]:
+    """This process's share of each copy; of no leaf are there more than devices."""
+    sums_C = [0] * jax.device_count()
+    for shard in x.addressable_shards:
+        sums_C[shard.replica_id] += _share(shard, x.shape)
+    return [total % 2**32 for total in sums_C]
+
+
+def _share(shard, shape) -> int:
+    return numpy_digest(np.asarray(shard.data), shard.index, shape)
 
 
 # One program and one read for all leaves. Of a sharded leaf only a scalar crosses the
@@ -191,7 +210,7 @@ def numpy_digest(x: np.ndarray, index=(), shape: tuple[int, ...] = ()) -> int:
     for r in range(0, rows_R.size, step):
         for c in range(0, columns, BLOCK):
             block = words_RC[r : r + step, c : c + BLOCK].astype(np.uint32, copy=False)
-            position = np.arange(block.shape[1], dtype=np.uint32) + np.uint32(c)
+            position = np.arange(block.shape[1], dtype=np.uint32) + _wrapped(c)
             weight = (rows_R[r : r + step, None] + position) * np.uint32(GOLDEN)
             total += int(np.sum(block * (weight | np.uint32(1)), dtype=np.uint32))
     return total % 2**32
@@ -209,6 +228,11 @@ def _rows(part, firsts, whole) -> tuple[np.ndarray, int]:
     begin = np.zeros(1, np.uint32)
     for i, (first, size) in enumerate(zip(firsts, whole, strict=True)):
         inside = np.arange(part[i] if i < axis else 1, dtype=np.uint32)
-        inside += np.uint32(first)
-        begin = (begin[:, None] * np.uint32(size) + inside).reshape(-1)
+        inside += _wrapped(first)
+        begin = (begin[:, None] * _wrapped(size) + inside).reshape(-1)
     return begin, length
+
+
+def _wrapped(n: int) -> np.uint32:
+    """n modulo 2^32: a leaf may have more elements, and numpy refuses what is more."""
+    return np.uint32(n % 2**32)

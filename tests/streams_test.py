@@ -23,6 +23,21 @@ def test_a_closed_stream_does_not_lend_its_number_to_a_file(monkeypatch):
         stream.close()
 
 
+def test_a_read_that_was_abandoned_leaves_no_trace(monkeypatch, capsys):
+    """As Orbax abandons them where a checkpoint has lost a file."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    command.run(_prints, [])
+    for text in ("Event loop is closed", "anything else"):
+
+        class Dropped:
+            def __del__(self, text=text):
+                raise RuntimeError(text)
+
+        Dropped()
+    err = capsys.readouterr().err
+    assert err.count("Traceback") == 1 and "RuntimeError: anything else" in err
+
+
 @contextlib.contextmanager
 def full():
     """A device that is full, buffered as a pipe or a file is."""

@@ -126,6 +126,7 @@ def version() -> str:
 def run(main: Callable[[Sequence[str] | None], int], argv=None) -> int:
     """Calls main(argv); an error that is the user's becomes one line, exit code 2."""
     streams.stand_in()
+    streams.pass_over_abandoned()
     _typed.clear()
     # In a notebook or a test standard output is an object that cannot.
     if hasattr(sys.stdout, "reconfigure"):

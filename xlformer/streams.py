@@ -23,6 +23,20 @@ def stand_in() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
+def pass_over_abandoned() -> None:
+    """Leaves out what reads say that Orbax abandons where one of several fails.
+
+    Each would end with a trace, beside the line of the one that failed.
+    """
+    if sys.unraisablehook is sys.__unraisablehook__:  # not a debugger's, or pytest's
+        sys.unraisablehook = _unless_abandoned
+
+
+def _unless_abandoned(found) -> None:
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
+
+
 def drop_stdout() -> bool:
     """Gives up what standard output does not take; says whether there was anything.
 

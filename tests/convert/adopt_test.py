@@ -241,6 +241,7 @@ def test_refusals_write_nothing(tmp_path, vocab, text, capsys):
         (nan, (good,), "of trunk/u are no numbers of float32: 2 of 32"),
         (NPZ, (good, "--probe=/nowhere/text"), "cannot read the text"),
         (NPZ, (good, "--probe=/dev/stdin"), "is read twice, a pipe only once"),
+        (NPZ, (good, f"--probe={tmp_path}"), "cannot read the text: Is a directory"),
         (NPZ, (good, f"--probe={unknown}"), "not in the vocabulary of 60 chars"),
         (NPZ, (f"--probe={text}",), "needs --vocab"),
         (HF, (good, "--format=hf", "--hparams=x"), "--format=hf, which has config"),

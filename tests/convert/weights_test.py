@@ -221,7 +221,8 @@ def test_state_that_does_not_fit(changes, message):
     [
         ({"n_layer": None}, "hparams lack n_layer"),
         ({"n_layer": "3"}, "hparams: n_layer='3' is no whole number"),
-        ({"mem_len": 10**9}, "hparams: mem_len=1e+09 is more than the 262144"),
+        ({"mem_len": 10**9}, "hparams: mem_len=1000000000 is more than the 262144"),
+        ({"mem_len": 10**400}, f"hparams: mem_len=1{'0' * 49} is more than the 262144"),
         ({"n_token": 60.0}, "n_token=60.0 is no whole number"),
         ({"d_embed": []}, "d_embed=[] is no whole number"),
         ({"mem_len": {}}, "mem_len={} is no whole number"),

@@ -1,11 +1,13 @@
 """Prepared folders are complete or absent: kills half-way, races, remote copies."""
 
 import fcntl
+import os
 import subprocess
 import sys
 import threading
 
 import pytest
+from training_runs import refusal
 
 from xlformer import config, prepare
 from xlformer.data import folders, local
@@ -117,6 +119,14 @@ def test_who_waits_for_another_process_says_so(book, tmp_path, capsys):
     assert text_of(found) == book.read_bytes()
     line = f"xlformer: another process is preparing in {root}: waiting for it\n"
     assert capsys.readouterr().err == line
+
+
+def test_a_pipe_in_the_place_of_the_lock_is_not_waited_for(book, tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    kept = os.open(tmp_path / ".lock", os.O_RDWR)  # nor by a test of broken code
+    line = refusal(prepare.prepare, own_text(book), directory=tmp_path)
+    os.close(kept)
+    assert line.startswith(f"{tmp_path}/.lock is a pipe or a device")
 
 
 def test_what_is_finished_stays_for_another_try(tmp_path):

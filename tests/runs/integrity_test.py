@@ -82,7 +82,14 @@ def test_a_pipe_in_a_step_is_not_waited_for(item, copied):
 
 
 @pytest.mark.parametrize(
-    "content", ["7", '{"metrics": 7}', "[" * 100_000], ids=["7", "metrics", "deep"]
+    "content",
+    [
+        "7",
+        '{"metrics": 7}',
+        "[" * 100_000,
+        f'{{"commit_timestamp_nsecs": 1{"0" * 400}}}',
+    ],
+    ids=["7", "metrics", "deep", "late"],
 )
 def test_what_orbax_notes_of_a_step_is_read_by_the_writer_alone(content, copied):
     (copied / "2" / "_CHECKPOINT_METADATA").write_text(content)

@@ -194,6 +194,12 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(name, tmp_path):
     )
 
 
+def test_a_file_in_place_of_the_checkpoints_is_said_before_any_training(tmp_path):
+    (tmp_path / "checkpoints").write_text("moved to another disk")
+    line = refusal(writing.refuse_foreign, tmp_path)
+    assert line == f"workdir={str(tmp_path)!r}: checkpoints is not a directory"
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"\xff", b"[" * 100_000, b"[]", b"{}", b'{"payload_sha256": 7}']

@@ -174,7 +174,11 @@ def _full(error: Exception) -> str | None:
 @contextlib.contextmanager
 def _locked(root: pathlib.Path) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".lock", "w") as file:
+    path = root / ".lock"
+    # Whoever opens a pipe waits for its reader.
+    if path.exists() and strangers.is_endless(path):
+        raise UserError(f"{path} is {strangers.ENDLESS}")
+    with open(path, "w") as file:
         # Of the open file, not of its name: a killed process leaves no lock behind.
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

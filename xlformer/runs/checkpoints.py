@@ -73,9 +73,6 @@ class Checkpoints:
         # (Orbax 0.12.8; after steps 1 to 7, with 3 to keep, latest_step() was 4).
         # A kill while saving leaves N.orbax-checkpoint-tmp (found at 36 of 54
         # restarts), which by default nobody removes.
-        if self.directory.exists() and not self.directory.is_dir():
-            # Orbax would say so at the first save, after hours of training.
-            raise UserError(f"{self.directory}: is not a directory")
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True,
             preservation_policy=_LatestAndBest(self._keep, self._bests),
@@ -245,15 +242,11 @@ class Checkpoints:
             self._must_exist(step)
         reasons, refused = [], []
         for candidate in reversed(self.steps() if step is None else [step]):
-            found, fault = None, ""
             try:
                 found = self._restore_step(candidate, abstract)
-            except Corrupt as error:
-                fault = str(error)
-            # Asked even where nothing is wrong here: all hosts make the same calls.
-            if on_any_host(bool(fault)):
+            except Corrupt as error:  # on all hosts
                 refused.append(candidate)
-                reasons.append(f"step {candidate}: {fault or 'refused elsewhere'}")
+                reasons.append(f"step {candidate}: {error}")
                 _log.error("%s: checkpoint refused: %s", self.directory, reasons[-1])
                 continue
             if refused:
@@ -326,7 +319,9 @@ class Checkpoints:
 
     def _restore_step(self, step, abstract):
         path = self._path(step)
-        sealed = read_seal(path)
+        # Before the arrays: in reading those, hosts wait for each other.
+        sealed = _on_all_hosts(lambda: read_seal(path))
+        config = _on_all_hosts(lambda: read_config(path, sealed))
         if callable(abstract):
             abstract = abstract(_tops(sealed))
         # Without any sharding Orbax reads only on as many devices as have saved
@@ -338,8 +333,8 @@ class Checkpoints:
             ),
             abstract,
         )
-        config = read_config(path, sealed)
-        return read_state(path, sealed, placed, whole=True), config
+        tree = _on_all_hosts(lambda: read_state(path, sealed, placed, whole=True))
+        return tree, config
 
     def _path(self, step) -> epath.Path:
         return self.directory / str(step)
@@ -383,6 +378,19 @@ class _LatestAndBest(checkpoint_managers.PreservationPolicy):
         steps = [c.step for c in checkpoints]
         kept = {*steps[-self._latest :], *self._bests(steps)}
         return [s in kept for s in steps]
+
+
+def _on_all_hosts(read):
+    """What `read` returns; Corrupt where it raises that on any host."""
+    found, fault = None, ""
+    try:
+        found = read()
+    except Corrupt as error:
+        fault = str(error)
+    # Asked even where nothing is wrong here: all hosts make the same calls.
+    if on_any_host(bool(fault)):
+        raise Corrupt(fault or "refused elsewhere")
+    return found
 
 
 def on_any_host(failed: bool) -> bool:

@@ -47,6 +47,10 @@ def refuse_foreign(workdir: epath.Path) -> None:
     if endless := strangers.endless(workdir, ours):
         line = f": {os.path.relpath(endless, workdir)} is {strangers.ENDLESS}"
         raise UserError(Argument("workdir", workdir), line)
+    # Orbax would say so at the first save, and not in one line.
+    if runs.CHECKPOINTS in names and not (workdir / runs.CHECKPOINTS).is_dir():
+        line = f": {runs.CHECKPOINTS} is not a directory"
+        raise UserError(Argument("workdir", workdir), line)
     config = workdir / runs.CONFIG
     # A directory of our own tells by its config. Anything else must be empty but for
     # what a run leaves: a person's files are never mixed with a run's.
